@@ -1,0 +1,243 @@
+from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
+from google.protobuf import descriptor as _descriptor
+from google.protobuf import message as _message
+from collections.abc import Iterable as _Iterable, Mapping as _Mapping
+from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
+
+DESCRIPTOR: _descriptor.FileDescriptor
+
+class ReplicaPhase(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    REPLICA_PHASE_UNSPECIFIED: _ClassVar[ReplicaPhase]
+    REPLICA_PHASE_LOADING: _ClassVar[ReplicaPhase]
+    REPLICA_PHASE_STAGED: _ClassVar[ReplicaPhase]
+    REPLICA_PHASE_SERVING: _ClassVar[ReplicaPhase]
+    REPLICA_PHASE_DRAINING: _ClassVar[ReplicaPhase]
+    REPLICA_PHASE_FAILED: _ClassVar[ReplicaPhase]
+REPLICA_PHASE_UNSPECIFIED: ReplicaPhase
+REPLICA_PHASE_LOADING: ReplicaPhase
+REPLICA_PHASE_STAGED: ReplicaPhase
+REPLICA_PHASE_SERVING: ReplicaPhase
+REPLICA_PHASE_DRAINING: ReplicaPhase
+REPLICA_PHASE_FAILED: ReplicaPhase
+
+class GetStateRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class DesiredState(_message.Message):
+    __slots__ = ("generation", "placement_digest", "node", "groups")
+    GENERATION_FIELD_NUMBER: _ClassVar[int]
+    PLACEMENT_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    NODE_FIELD_NUMBER: _ClassVar[int]
+    GROUPS_FIELD_NUMBER: _ClassVar[int]
+    generation: int
+    placement_digest: str
+    node: str
+    groups: _containers.RepeatedCompositeFieldContainer[Group]
+    def __init__(self, generation: _Optional[int] = ..., placement_digest: _Optional[str] = ..., node: _Optional[str] = ..., groups: _Optional[_Iterable[_Union[Group, _Mapping]]] = ...) -> None: ...
+
+class Group(_message.Message):
+    __slots__ = ("id", "gpus", "tensor_parallel", "pipeline_parallel", "replicas")
+    ID_FIELD_NUMBER: _ClassVar[int]
+    GPUS_FIELD_NUMBER: _ClassVar[int]
+    TENSOR_PARALLEL_FIELD_NUMBER: _ClassVar[int]
+    PIPELINE_PARALLEL_FIELD_NUMBER: _ClassVar[int]
+    REPLICAS_FIELD_NUMBER: _ClassVar[int]
+    id: str
+    gpus: _containers.RepeatedScalarFieldContainer[int]
+    tensor_parallel: int
+    pipeline_parallel: int
+    replicas: _containers.RepeatedCompositeFieldContainer[Replica]
+    def __init__(self, id: _Optional[str] = ..., gpus: _Optional[_Iterable[int]] = ..., tensor_parallel: _Optional[int] = ..., pipeline_parallel: _Optional[int] = ..., replicas: _Optional[_Iterable[_Union[Replica, _Mapping]]] = ...) -> None: ...
+
+class Replica(_message.Message):
+    __slots__ = ("service", "variant", "max_batch", "multi_frame", "deadline_s", "batch_latency_s", "memory_bytes")
+    SERVICE_FIELD_NUMBER: _ClassVar[int]
+    VARIANT_FIELD_NUMBER: _ClassVar[int]
+    MAX_BATCH_FIELD_NUMBER: _ClassVar[int]
+    MULTI_FRAME_FIELD_NUMBER: _ClassVar[int]
+    DEADLINE_S_FIELD_NUMBER: _ClassVar[int]
+    BATCH_LATENCY_S_FIELD_NUMBER: _ClassVar[int]
+    MEMORY_BYTES_FIELD_NUMBER: _ClassVar[int]
+    service: str
+    variant: str
+    max_batch: int
+    multi_frame: int
+    deadline_s: float
+    batch_latency_s: _containers.RepeatedScalarFieldContainer[float]
+    memory_bytes: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, service: _Optional[str] = ..., variant: _Optional[str] = ..., max_batch: _Optional[int] = ..., multi_frame: _Optional[int] = ..., deadline_s: _Optional[float] = ..., batch_latency_s: _Optional[_Iterable[float]] = ..., memory_bytes: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class Fault(_message.Message):
+    __slots__ = ("field", "found", "expected", "remedy")
+    FIELD_FIELD_NUMBER: _ClassVar[int]
+    FOUND_FIELD_NUMBER: _ClassVar[int]
+    EXPECTED_FIELD_NUMBER: _ClassVar[int]
+    REMEDY_FIELD_NUMBER: _ClassVar[int]
+    field: str
+    found: str
+    expected: str
+    remedy: str
+    def __init__(self, field: _Optional[str] = ..., found: _Optional[str] = ..., expected: _Optional[str] = ..., remedy: _Optional[str] = ...) -> None: ...
+
+class ValidateResponse(_message.Message):
+    __slots__ = ("faults",)
+    FAULTS_FIELD_NUMBER: _ClassVar[int]
+    faults: _containers.RepeatedCompositeFieldContainer[Fault]
+    def __init__(self, faults: _Optional[_Iterable[_Union[Fault, _Mapping]]] = ...) -> None: ...
+
+class StageResponse(_message.Message):
+    __slots__ = ("deferred",)
+    DEFERRED_FIELD_NUMBER: _ClassVar[int]
+    deferred: _containers.RepeatedCompositeFieldContainer[ReplicaKey]
+    def __init__(self, deferred: _Optional[_Iterable[_Union[ReplicaKey, _Mapping]]] = ...) -> None: ...
+
+class ReplicaKey(_message.Message):
+    __slots__ = ("group", "service", "variant")
+    GROUP_FIELD_NUMBER: _ClassVar[int]
+    SERVICE_FIELD_NUMBER: _ClassVar[int]
+    VARIANT_FIELD_NUMBER: _ClassVar[int]
+    group: str
+    service: str
+    variant: str
+    def __init__(self, group: _Optional[str] = ..., service: _Optional[str] = ..., variant: _Optional[str] = ...) -> None: ...
+
+class GenerationRequest(_message.Message):
+    __slots__ = ("generation",)
+    GENERATION_FIELD_NUMBER: _ClassVar[int]
+    generation: int
+    def __init__(self, generation: _Optional[int] = ...) -> None: ...
+
+class GenerationResponse(_message.Message):
+    __slots__ = ("generation",)
+    GENERATION_FIELD_NUMBER: _ClassVar[int]
+    generation: int
+    def __init__(self, generation: _Optional[int] = ...) -> None: ...
+
+class ReplicaState(_message.Message):
+    __slots__ = ("key", "phase", "reason", "queued", "running", "completed", "dropped", "failed", "batches", "expected_wait_s", "max_batch", "weight_bytes", "load_s")
+    KEY_FIELD_NUMBER: _ClassVar[int]
+    PHASE_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    QUEUED_FIELD_NUMBER: _ClassVar[int]
+    RUNNING_FIELD_NUMBER: _ClassVar[int]
+    COMPLETED_FIELD_NUMBER: _ClassVar[int]
+    DROPPED_FIELD_NUMBER: _ClassVar[int]
+    FAILED_FIELD_NUMBER: _ClassVar[int]
+    BATCHES_FIELD_NUMBER: _ClassVar[int]
+    EXPECTED_WAIT_S_FIELD_NUMBER: _ClassVar[int]
+    MAX_BATCH_FIELD_NUMBER: _ClassVar[int]
+    WEIGHT_BYTES_FIELD_NUMBER: _ClassVar[int]
+    LOAD_S_FIELD_NUMBER: _ClassVar[int]
+    key: ReplicaKey
+    phase: ReplicaPhase
+    reason: str
+    queued: int
+    running: int
+    completed: int
+    dropped: int
+    failed: int
+    batches: int
+    expected_wait_s: float
+    max_batch: int
+    weight_bytes: int
+    load_s: float
+    def __init__(self, key: _Optional[_Union[ReplicaKey, _Mapping]] = ..., phase: _Optional[_Union[ReplicaPhase, str]] = ..., reason: _Optional[str] = ..., queued: _Optional[int] = ..., running: _Optional[int] = ..., completed: _Optional[int] = ..., dropped: _Optional[int] = ..., failed: _Optional[int] = ..., batches: _Optional[int] = ..., expected_wait_s: _Optional[float] = ..., max_batch: _Optional[int] = ..., weight_bytes: _Optional[int] = ..., load_s: _Optional[float] = ...) -> None: ...
+
+class AgentState(_message.Message):
+    __slots__ = ("node", "version", "generation", "placement_digest", "staged_generation", "replicas", "device", "device_count", "resident_bytes", "ready")
+    NODE_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    GENERATION_FIELD_NUMBER: _ClassVar[int]
+    PLACEMENT_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    STAGED_GENERATION_FIELD_NUMBER: _ClassVar[int]
+    REPLICAS_FIELD_NUMBER: _ClassVar[int]
+    DEVICE_FIELD_NUMBER: _ClassVar[int]
+    DEVICE_COUNT_FIELD_NUMBER: _ClassVar[int]
+    RESIDENT_BYTES_FIELD_NUMBER: _ClassVar[int]
+    READY_FIELD_NUMBER: _ClassVar[int]
+    node: str
+    version: str
+    generation: int
+    placement_digest: str
+    staged_generation: int
+    replicas: _containers.RepeatedCompositeFieldContainer[ReplicaState]
+    device: str
+    device_count: int
+    resident_bytes: int
+    ready: bool
+    def __init__(self, node: _Optional[str] = ..., version: _Optional[str] = ..., generation: _Optional[int] = ..., placement_digest: _Optional[str] = ..., staged_generation: _Optional[int] = ..., replicas: _Optional[_Iterable[_Union[ReplicaState, _Mapping]]] = ..., device: _Optional[str] = ..., device_count: _Optional[int] = ..., resident_bytes: _Optional[int] = ..., ready: _Optional[bool] = ...) -> None: ...
+
+class Backend(_message.Message):
+    __slots__ = ("node", "address")
+    NODE_FIELD_NUMBER: _ClassVar[int]
+    ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    node: str
+    address: str
+    def __init__(self, node: _Optional[str] = ..., address: _Optional[str] = ...) -> None: ...
+
+class ServiceRoutes(_message.Message):
+    __slots__ = ("service", "deadline_s", "targets")
+    SERVICE_FIELD_NUMBER: _ClassVar[int]
+    DEADLINE_S_FIELD_NUMBER: _ClassVar[int]
+    TARGETS_FIELD_NUMBER: _ClassVar[int]
+    service: str
+    deadline_s: float
+    targets: _containers.RepeatedCompositeFieldContainer[Target]
+    def __init__(self, service: _Optional[str] = ..., deadline_s: _Optional[float] = ..., targets: _Optional[_Iterable[_Union[Target, _Mapping]]] = ...) -> None: ...
+
+class Target(_message.Message):
+    __slots__ = ("group", "node", "weight", "variant")
+    GROUP_FIELD_NUMBER: _ClassVar[int]
+    NODE_FIELD_NUMBER: _ClassVar[int]
+    WEIGHT_FIELD_NUMBER: _ClassVar[int]
+    VARIANT_FIELD_NUMBER: _ClassVar[int]
+    group: str
+    node: str
+    weight: float
+    variant: str
+    def __init__(self, group: _Optional[str] = ..., node: _Optional[str] = ..., weight: _Optional[float] = ..., variant: _Optional[str] = ...) -> None: ...
+
+class RoutingTable(_message.Message):
+    __slots__ = ("generation", "placement_digest", "backends", "services")
+    GENERATION_FIELD_NUMBER: _ClassVar[int]
+    PLACEMENT_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    BACKENDS_FIELD_NUMBER: _ClassVar[int]
+    SERVICES_FIELD_NUMBER: _ClassVar[int]
+    generation: int
+    placement_digest: str
+    backends: _containers.RepeatedCompositeFieldContainer[Backend]
+    services: _containers.RepeatedCompositeFieldContainer[ServiceRoutes]
+    def __init__(self, generation: _Optional[int] = ..., placement_digest: _Optional[str] = ..., backends: _Optional[_Iterable[_Union[Backend, _Mapping]]] = ..., services: _Optional[_Iterable[_Union[ServiceRoutes, _Mapping]]] = ...) -> None: ...
+
+class TargetState(_message.Message):
+    __slots__ = ("service", "group", "healthy", "reason", "sent", "failed")
+    SERVICE_FIELD_NUMBER: _ClassVar[int]
+    GROUP_FIELD_NUMBER: _ClassVar[int]
+    HEALTHY_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    SENT_FIELD_NUMBER: _ClassVar[int]
+    FAILED_FIELD_NUMBER: _ClassVar[int]
+    service: str
+    group: str
+    healthy: bool
+    reason: str
+    sent: int
+    failed: int
+    def __init__(self, service: _Optional[str] = ..., group: _Optional[str] = ..., healthy: _Optional[bool] = ..., reason: _Optional[str] = ..., sent: _Optional[int] = ..., failed: _Optional[int] = ...) -> None: ...
+
+class GatewayState(_message.Message):
+    __slots__ = ("version", "generation", "placement_digest", "targets", "ready")
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    GENERATION_FIELD_NUMBER: _ClassVar[int]
+    PLACEMENT_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    TARGETS_FIELD_NUMBER: _ClassVar[int]
+    READY_FIELD_NUMBER: _ClassVar[int]
+    version: str
+    generation: int
+    placement_digest: str
+    targets: _containers.RepeatedCompositeFieldContainer[TargetState]
+    ready: bool
+    def __init__(self, version: _Optional[str] = ..., generation: _Optional[int] = ..., placement_digest: _Optional[str] = ..., targets: _Optional[_Iterable[_Union[TargetState, _Mapping]]] = ..., ready: _Optional[bool] = ...) -> None: ...

@@ -1,0 +1,131 @@
+from google.protobuf.internal import containers as _containers
+from google.protobuf import descriptor as _descriptor
+from google.protobuf import message as _message
+from collections.abc import Iterable as _Iterable, Mapping as _Mapping
+from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
+
+DESCRIPTOR: _descriptor.FileDescriptor
+
+class TensorRef(_message.Message):
+    __slots__ = ("name", "datatype", "shape", "offset", "size")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    DATATYPE_FIELD_NUMBER: _ClassVar[int]
+    SHAPE_FIELD_NUMBER: _ClassVar[int]
+    OFFSET_FIELD_NUMBER: _ClassVar[int]
+    SIZE_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    datatype: str
+    shape: _containers.RepeatedScalarFieldContainer[int]
+    offset: int
+    size: int
+    def __init__(self, name: _Optional[str] = ..., datatype: _Optional[str] = ..., shape: _Optional[_Iterable[int]] = ..., offset: _Optional[int] = ..., size: _Optional[int] = ...) -> None: ...
+
+class ToWorker(_message.Message):
+    __slots__ = ("load", "unload", "run", "stop")
+    class Load(_message.Message):
+        __slots__ = ("call", "variant", "max_batch")
+        CALL_FIELD_NUMBER: _ClassVar[int]
+        VARIANT_FIELD_NUMBER: _ClassVar[int]
+        MAX_BATCH_FIELD_NUMBER: _ClassVar[int]
+        call: int
+        variant: str
+        max_batch: int
+        def __init__(self, call: _Optional[int] = ..., variant: _Optional[str] = ..., max_batch: _Optional[int] = ...) -> None: ...
+    class Unload(_message.Message):
+        __slots__ = ("call", "variant")
+        CALL_FIELD_NUMBER: _ClassVar[int]
+        VARIANT_FIELD_NUMBER: _ClassVar[int]
+        call: int
+        variant: str
+        def __init__(self, call: _Optional[int] = ..., variant: _Optional[str] = ...) -> None: ...
+    class Run(_message.Message):
+        __slots__ = ("call", "variant", "inputs", "output_offset", "output_capacity")
+        CALL_FIELD_NUMBER: _ClassVar[int]
+        VARIANT_FIELD_NUMBER: _ClassVar[int]
+        INPUTS_FIELD_NUMBER: _ClassVar[int]
+        OUTPUT_OFFSET_FIELD_NUMBER: _ClassVar[int]
+        OUTPUT_CAPACITY_FIELD_NUMBER: _ClassVar[int]
+        call: int
+        variant: str
+        inputs: _containers.RepeatedCompositeFieldContainer[TensorRef]
+        output_offset: int
+        output_capacity: int
+        def __init__(self, call: _Optional[int] = ..., variant: _Optional[str] = ..., inputs: _Optional[_Iterable[_Union[TensorRef, _Mapping]]] = ..., output_offset: _Optional[int] = ..., output_capacity: _Optional[int] = ...) -> None: ...
+    class Stop(_message.Message):
+        __slots__ = ()
+        def __init__(self) -> None: ...
+    LOAD_FIELD_NUMBER: _ClassVar[int]
+    UNLOAD_FIELD_NUMBER: _ClassVar[int]
+    RUN_FIELD_NUMBER: _ClassVar[int]
+    STOP_FIELD_NUMBER: _ClassVar[int]
+    load: ToWorker.Load
+    unload: ToWorker.Unload
+    run: ToWorker.Run
+    stop: ToWorker.Stop
+    def __init__(self, load: _Optional[_Union[ToWorker.Load, _Mapping]] = ..., unload: _Optional[_Union[ToWorker.Unload, _Mapping]] = ..., run: _Optional[_Union[ToWorker.Run, _Mapping]] = ..., stop: _Optional[_Union[ToWorker.Stop, _Mapping]] = ...) -> None: ...
+
+class FromWorker(_message.Message):
+    __slots__ = ("ready", "loaded", "done", "unloaded", "failed")
+    class Ready(_message.Message):
+        __slots__ = ("process",)
+        PROCESS_FIELD_NUMBER: _ClassVar[int]
+        process: int
+        def __init__(self, process: _Optional[int] = ...) -> None: ...
+    class Loaded(_message.Message):
+        __slots__ = ("call", "weight_bytes", "load_s", "first_inference_s", "inputs", "outputs")
+        CALL_FIELD_NUMBER: _ClassVar[int]
+        WEIGHT_BYTES_FIELD_NUMBER: _ClassVar[int]
+        LOAD_S_FIELD_NUMBER: _ClassVar[int]
+        FIRST_INFERENCE_S_FIELD_NUMBER: _ClassVar[int]
+        INPUTS_FIELD_NUMBER: _ClassVar[int]
+        OUTPUTS_FIELD_NUMBER: _ClassVar[int]
+        call: int
+        weight_bytes: int
+        load_s: float
+        first_inference_s: float
+        inputs: _containers.RepeatedCompositeFieldContainer[FromWorker.TensorSpec]
+        outputs: _containers.RepeatedCompositeFieldContainer[FromWorker.TensorSpec]
+        def __init__(self, call: _Optional[int] = ..., weight_bytes: _Optional[int] = ..., load_s: _Optional[float] = ..., first_inference_s: _Optional[float] = ..., inputs: _Optional[_Iterable[_Union[FromWorker.TensorSpec, _Mapping]]] = ..., outputs: _Optional[_Iterable[_Union[FromWorker.TensorSpec, _Mapping]]] = ...) -> None: ...
+    class TensorSpec(_message.Message):
+        __slots__ = ("name", "datatype", "shape")
+        NAME_FIELD_NUMBER: _ClassVar[int]
+        DATATYPE_FIELD_NUMBER: _ClassVar[int]
+        SHAPE_FIELD_NUMBER: _ClassVar[int]
+        name: str
+        datatype: str
+        shape: _containers.RepeatedScalarFieldContainer[int]
+        def __init__(self, name: _Optional[str] = ..., datatype: _Optional[str] = ..., shape: _Optional[_Iterable[int]] = ...) -> None: ...
+    class Done(_message.Message):
+        __slots__ = ("call", "outputs", "run_s")
+        CALL_FIELD_NUMBER: _ClassVar[int]
+        OUTPUTS_FIELD_NUMBER: _ClassVar[int]
+        RUN_S_FIELD_NUMBER: _ClassVar[int]
+        call: int
+        outputs: _containers.RepeatedCompositeFieldContainer[TensorRef]
+        run_s: float
+        def __init__(self, call: _Optional[int] = ..., outputs: _Optional[_Iterable[_Union[TensorRef, _Mapping]]] = ..., run_s: _Optional[float] = ...) -> None: ...
+    class Unloaded(_message.Message):
+        __slots__ = ("call",)
+        CALL_FIELD_NUMBER: _ClassVar[int]
+        call: int
+        def __init__(self, call: _Optional[int] = ...) -> None: ...
+    class Failed(_message.Message):
+        __slots__ = ("call", "problem", "invalid_input")
+        CALL_FIELD_NUMBER: _ClassVar[int]
+        PROBLEM_FIELD_NUMBER: _ClassVar[int]
+        INVALID_INPUT_FIELD_NUMBER: _ClassVar[int]
+        call: int
+        problem: str
+        invalid_input: bool
+        def __init__(self, call: _Optional[int] = ..., problem: _Optional[str] = ..., invalid_input: _Optional[bool] = ...) -> None: ...
+    READY_FIELD_NUMBER: _ClassVar[int]
+    LOADED_FIELD_NUMBER: _ClassVar[int]
+    DONE_FIELD_NUMBER: _ClassVar[int]
+    UNLOADED_FIELD_NUMBER: _ClassVar[int]
+    FAILED_FIELD_NUMBER: _ClassVar[int]
+    ready: FromWorker.Ready
+    loaded: FromWorker.Loaded
+    done: FromWorker.Done
+    unloaded: FromWorker.Unloaded
+    failed: FromWorker.Failed
+    def __init__(self, ready: _Optional[_Union[FromWorker.Ready, _Mapping]] = ..., loaded: _Optional[_Union[FromWorker.Loaded, _Mapping]] = ..., done: _Optional[_Union[FromWorker.Done, _Mapping]] = ..., unloaded: _Optional[_Union[FromWorker.Unloaded, _Mapping]] = ..., failed: _Optional[_Union[FromWorker.Failed, _Mapping]] = ...) -> None: ...

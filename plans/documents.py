@@ -1,0 +1,294 @@
+"""Reading and writing documents: every fault at once, with file and line; every write atomic.
+
+A *document* is a frozen pydantic model. YAML and JSON files are read alike (JSON is YAML), except that what Foreplan
+wrote itself is JSON.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from plans.errors import Fault, InvalidInput
+
+__all__ = [
+    "FORMAT_VERSION",
+    "Document",
+    "atomic_writer",
+    "canonical_digest",
+    "check_format_version",
+    "parse_document",
+    "read_document",
+    "write_document",
+    "write_text",
+]
+
+FORMAT_VERSION = "1.0"
+"""Major.minor of every document. A minor version only adds fields; an unknown major is refused."""
+
+
+class Document(BaseModel):
+    """Base of every document and of its parts: frozen, keyword-only, no unknown fields."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_by_name=True, validate_by_alias=True)
+
+
+AnyDocument = TypeVar("AnyDocument", bound=Document)
+
+
+def read_document(path: Path, kind: type[AnyDocument]) -> AnyDocument:
+    """Read ``path`` as a ``kind``.
+
+    Raises:
+        InvalidInput: The file is missing, is no YAML or JSON, or breaks the document's rules; all faults at once, each
+            with its line.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InvalidInput.of("a readable file", where=path, found=getattr(error, "strerror", None) or error) from error
+    return parse_document(text, kind, where=str(path))
+
+
+def parse_document(text: str, kind: type[AnyDocument], *, where: str) -> AnyDocument:
+    """Parse YAML or JSON ``text`` as a ``kind``; ``where`` names the input in faults.
+
+    Raises:
+        InvalidInput: As for `read_document`.
+    """
+    try:
+        root = yaml.compose(text, Loader=_Loader)
+        data = _construct(root) if root is not None else None
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        raise InvalidInput(
+            [
+                Fault(
+                    where=where,
+                    line=mark.line + 1 if mark else None,
+                    found=error.problem or "a syntax error",
+                    expected="well-formed YAML or JSON",
+                    remedy="the file may be cut short or damaged",
+                )
+            ]
+        ) from error
+    except (yaml.YAMLError, RecursionError) as error:
+        raise InvalidInput.of("well-formed YAML or JSON", where=where, found=str(error).splitlines()[0]) from error
+    if not isinstance(data, dict):
+        raise InvalidInput.of("a mapping at the top level", where=where, found=type(data).__name__)
+    if "format_version" in kind.model_fields:
+        data = check_format_version(data, kind, where=where)
+    try:
+        return kind.model_validate(data)
+    except ValidationError as error:
+        raise InvalidInput(_faults(error, root, where)) from error
+
+
+def check_format_version(data: dict[str, Any], kind: type[Document], *, where: str) -> dict[str, Any]:
+    """Refuse an unknown major version; from a newer minor version, drop the top-level fields not known here.
+
+    Raises:
+        InvalidInput: The version is malformed or of another major.
+    """
+    found = data.get("format_version", FORMAT_VERSION)
+    major, dot, minor = str(found).partition(".")
+    if not (dot and major.isdigit() and minor.isdigit()) or not isinstance(found, str):
+        expected = f'a text such as "{FORMAT_VERSION}"'
+        raise InvalidInput.of(expected, where=where, field="format_version", found=repr(found))
+    ours_major, _, ours_minor = FORMAT_VERSION.partition(".")
+    if major != ours_major:
+        raise InvalidInput.of(
+            f"major version {ours_major}",
+            where=where,
+            field="format_version",
+            found=found,
+            remedy="read it with the Foreplan that wrote it",
+        )
+    if int(minor) <= int(ours_minor):
+        return data
+    known = _field_names(kind)
+    return {key: value for key, value in data.items() if key in known}
+
+
+def _field_names(kind: type[Document]) -> set[str]:
+    names: set[str] = set()
+    for name, field in kind.model_fields.items():
+        names.add(name)
+        if isinstance(field.alias, str):
+            names.add(field.alias)
+        choices = getattr(field.validation_alias, "choices", [field.validation_alias])
+        names.update(choice for choice in choices if isinstance(choice, str))
+    return names
+
+
+def write_document(path: Path, document: Document) -> None:
+    """Write ``document`` as indented JSON, atomically."""
+    write_text(path, document.model_dump_json(indent=2, by_alias=True, exclude_none=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write ``text`` atomically: a reader, or a power cut, sees the old file or the new one."""
+    with atomic_writer(path) as stream:
+        stream.write(text.encode())
+
+
+@contextmanager
+def atomic_writer(path: Path) -> Iterator[IO[bytes]]:
+    """Yield a binary stream whose content replaces ``path`` when the block ends well, and vanishes otherwise.
+
+    Raises:
+        InvalidInput: The folder does not exist or cannot be written.
+    """
+    try:
+        descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    except OSError as error:
+        raise InvalidInput.of("a writable folder", where=path.parent, found=error.strerror) from error
+    temporary = Path(name)
+    try:
+        with os.fdopen(descriptor, "wb") as stream:
+            yield stream
+            stream.flush()
+            os.fsync(stream.fileno())
+        temporary.chmod(0o644)
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def canonical_digest(documents: Iterable[Document]) -> str:
+    """Return ``sha256:…`` over the content of ``documents``: comments, order of keys and units as written do not count."""
+    digest = hashlib.sha256()
+    for document in documents:
+        text = json.dumps(document.model_dump(mode="json", by_alias=True), sort_keys=True, separators=(",", ":"))
+        digest.update(text.encode() + b"\n")
+    return f"sha256:{digest.hexdigest()}"
+
+
+class _Loader(yaml.SafeLoader):
+    """The safe loader with YAML 1.2 booleans and scientific floats, and dates left as text."""
+
+
+_REPLACED = {f"tag:yaml.org,2002:{name}" for name in ("bool", "float", "timestamp")}
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag not in _REPLACED]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"(?:true|false)$"), list("tf"))
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"[-+]?(?:\.[0-9]+|[0-9]+\.[0-9]*|[0-9]+(?=[eE]))(?:[eE][-+]?[0-9]+)?$|[-+]?\.inf$|\.nan$"),
+    list("-+0123456789."),
+)
+
+
+def _construct(root: yaml.Node) -> Any:
+    loader = _Loader("")
+    try:
+        for node in _mappings(root):
+            seen: set[str] = set()
+            for key, _ in node.value:
+                if isinstance(key, yaml.ScalarNode) and key.value in seen:
+                    raise yaml.constructor.ConstructorError(
+                        None, None, f"the key {key.value!r} twice", key.start_mark
+                    )
+                seen.add(str(key.value))
+        return loader.construct_document(root)
+    finally:
+        loader.dispose()
+
+
+def _mappings(node: yaml.Node) -> Iterator[yaml.MappingNode]:
+    if isinstance(node, yaml.MappingNode):
+        yield node
+        for _, value in node.value:
+            yield from _mappings(value)
+    elif isinstance(node, yaml.SequenceNode):
+        for value in node.value:
+            yield from _mappings(value)
+
+
+def _faults(error: ValidationError, root: yaml.Node | None, where: str) -> list[Fault]:
+    details = error.errors(include_url=False)
+    # A list that lost its bad items is "too short" as well: that is an echo of the faults inside it.
+    real = [
+        detail
+        for detail in details
+        if detail["type"] != "too_short"
+        or not any(other["loc"][: len(detail["loc"])] == detail["loc"] != other["loc"] for other in details)
+    ]
+    return [
+        Fault(
+            where=where,
+            line=_line_of(root, detail["loc"]),
+            field=_dotted(detail["loc"]),
+            found=_found(detail),
+            expected=_expected(detail),
+        )
+        for detail in real
+    ]
+
+
+def _dotted(location: tuple[int | str, ...]) -> str:
+    text = ""
+    previous: int | str = ""
+    for part in location:
+        if isinstance(part, int):
+            text += f"[{part}]"
+        elif not (isinstance(previous, int) and part in _UNION_TAGS):
+            text += f".{part}" if text else part
+        previous = part
+    return text
+
+
+_UNION_TAGS = {"latency", "frequency", "generation"}
+
+
+def _found(detail: Any) -> str:
+    if detail["type"] == "missing":
+        return "nothing"
+    if detail["type"] == "extra_forbidden":
+        return "an unknown field"
+    value = detail["input"]
+    return repr(value) if isinstance(value, str | int | float | bool | None) else f"a {type(value).__name__}"
+
+
+def _expected(detail: Any) -> str:
+    if detail["type"] == "missing":
+        return "this field"
+    if detail["type"] == "extra_forbidden":
+        return "one of the fields that `foreplan schema` lists"
+    message: str = detail["msg"].removeprefix("Value error, ").removeprefix("Input should be ").removeprefix("a valid ")
+    return message[:1].lower() + message[1:]
+
+
+def _line_of(node: yaml.Node | None, location: tuple[int | str, ...]) -> int | None:
+    """Walk as far along ``location`` as the file goes; the parts that pydantic adds (union tags) are passed over."""
+    if node is None:
+        return None
+    line = node.start_mark.line + 1
+    for part in location:
+        if isinstance(node, yaml.MappingNode):
+            for key, value in node.value:
+                if key.value == str(part):
+                    node, line = value, key.start_mark.line + 1
+                    break
+        elif isinstance(node, yaml.SequenceNode) and isinstance(part, int) and part < len(node.value):
+            node = node.value[part]
+            line = node.start_mark.line + 1
+    return line

@@ -1,0 +1,257 @@
+"""The plan: what every GPU group runs, how requests are routed, what is predicted, and how good it provably is."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Literal
+
+from pydantic import AliasChoices, Field, field_validator, model_validator
+
+from plans.cluster import Name, group_id
+from plans.documents import FORMAT_VERSION, Document, canonical_digest
+
+__all__ = [
+    "Confidence",
+    "Group",
+    "LatencyPercentiles",
+    "LoadoutEntry",
+    "Plan",
+    "Prediction",
+    "Prior",
+    "Route",
+    "SolverReport",
+    "Tier",
+    "TransitionStep",
+    "Unserved",
+]
+
+Confidence = Literal["measured", "interpolated", "extrapolated", "modelled"]
+"""What a prediction rests on, best first."""
+
+
+class LoadoutEntry(Document):
+    """One service on one group.
+
+    Attributes:
+        service: Name of the service.
+        variant: The model that serves it.
+        max_batch: Largest batch the worker may form.
+        multi_frame: Frames of one stream that are batched together.
+        rate_rps: Rate that the plan routes here, requests per second.
+        memory_bytes: Peak bytes on each GPU of the group, weights included, in the order of the group's GPUs.
+        weight_bytes: Bytes of weights that a load moves, over all GPUs of the group.
+        load_s: Seconds that loading takes.
+        deadline_s: Seconds from arrival within which a request of this service counts as good.
+        stage_latency_s: Shape (max_batch, pp): seconds that a batch of b holds each pipeline stage, in row b - 1. A
+            row's sum is the batch's latency from start to end.
+    """
+
+    service: Name
+    variant: Name
+    max_batch: int = Field(ge=1, le=4096)
+    multi_frame: int = Field(default=1, ge=1)
+    rate_rps: float = Field(ge=0, allow_inf_nan=False)
+    memory_bytes: tuple[int, ...] = Field(min_length=1)
+    weight_bytes: int = Field(default=0, ge=0)
+    load_s: float = Field(default=0.0, ge=0, allow_inf_nan=False)
+    deadline_s: float = Field(gt=0, allow_inf_nan=False)
+    stage_latency_s: tuple[tuple[float, ...], ...] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _shapes(self) -> LoadoutEntry:
+        if len(self.stage_latency_s) != self.max_batch:
+            raise ValueError(f"stage_latency_s with max_batch = {self.max_batch} rows: found {len(self.stage_latency_s)}")
+        if len({len(row) for row in self.stage_latency_s}) > 1:
+            raise ValueError("the same number of pipeline stages in every row of stage_latency_s")
+        if any(not 0 < latency < float("inf") for row in self.stage_latency_s for latency in row):
+            raise ValueError("stage latencies above 0 and finite")
+        if any(size < 0 for size in self.memory_bytes):
+            raise ValueError("memory_bytes of at least 0")
+        return self
+
+    def batch_latency_s(self, batch: int) -> float:
+        """Return the seconds that a batch of ``batch`` takes from start to end."""
+        return sum(self.stage_latency_s[batch - 1])
+
+
+class Group(Document):
+    """GPUs of one node that work as one serving unit, and what they run."""
+
+    id: str
+    node: Name
+    gpus: tuple[int, ...] = Field(min_length=1)
+    tp: int = Field(default=1, ge=1)
+    pp: int = Field(default=1, ge=1)
+    loadout: tuple[LoadoutEntry, ...] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Group:
+        if len(self.gpus) != self.tp * self.pp or len(set(self.gpus)) < len(self.gpus) or min(self.gpus) < 0:
+            raise ValueError(f"tp * pp = {self.tp * self.pp} different GPUs: found {list(self.gpus)}")
+        if self.id != group_id(self.node, self.gpus):
+            raise ValueError(f"the id {group_id(self.node, self.gpus)!r}: found {self.id!r}")
+        services = [entry.service for entry in self.loadout]
+        if len(set(services)) < len(services):
+            raise ValueError("every service at most once in a loadout")
+        for entry in self.loadout:
+            if len(entry.memory_bytes) != len(self.gpus):
+                raise ValueError(f"one entry of memory_bytes per GPU ({len(self.gpus)}) for {entry.service!r}")
+            if len(entry.stage_latency_s[0]) != self.pp:
+                raise ValueError(f"one stage latency per pipeline stage ({self.pp}) for {entry.service!r}")
+        return self
+
+    def entry(self, service: str) -> LoadoutEntry | None:
+        """Return what the group runs for ``service``, or None."""
+        return next((entry for entry in self.loadout if entry.service == service), None)
+
+
+class Route(Document):
+    """A share of a service's requests that goes to a group; weights of one service sum to 1."""
+
+    group: str
+    weight: float = Field(gt=0, le=1)
+
+
+class Prior(Document):
+    """The running plan that this one was made against."""
+
+    generation: int = Field(ge=0)
+    digest: str
+
+
+class Tier(Document):
+    """One lexicographic objective: its value, the proven bound on it, and the gap between the two."""
+
+    name: str
+    objective: float
+    bound: float
+    gap: float = Field(ge=0)
+
+
+class SolverReport(Document):
+    """The certificate. ``objective``, ``bound`` and ``gap`` are those of the first tier, goodput.
+
+    ``gap`` is ``|bound - objective| / max(|objective|, 1e-9)``.
+    """
+
+    name: str
+    status: Literal["optimal", "feasible"]
+    objective: float
+    bound: float
+    gap: float = Field(ge=0)
+    wall_s: float = Field(ge=0)
+    seed: int
+    tiers: tuple[Tier, ...] = ()
+
+
+class LatencyPercentiles(Document):
+    """Median and 99th percentile of a latency, seconds; None where nothing was served."""
+
+    p50: float | None
+    p99: float | None
+
+
+class Prediction(Document):
+    """What the planner expects for one service."""
+
+    service: Name
+    offered_rps: float = Field(ge=0)
+    goodput_rps: float = Field(ge=0)
+    attainment: float = Field(ge=0, le=1)
+    latency_s: LatencyPercentiles
+    accuracy: float | None = Field(default=None, ge=0, le=1)
+    confidence: Confidence
+
+
+class Unserved(Document):
+    """Demand that the plan leaves out, and why."""
+
+    service: Name
+    rate_rps: float = Field(gt=0)
+    reason: Literal["memory", "compute", "latency", "budget", "accuracy"]
+    detail: str
+
+
+class TransitionStep(Document):
+    """One step from the running plan to this one."""
+
+    step: int = Field(ge=1)
+    action: Literal["load", "route", "drain", "unload"]
+    group: str = ""
+    service: str = ""
+    moved_bytes: int = Field(default=0, ge=0, validation_alias=AliasChoices("bytes", "moved_bytes"))
+    est_s: float = Field(default=0.0, ge=0)
+
+
+class Plan(Document):
+    """A whole plan. Groups are kept sorted by node and GPU, so equal plans are equal documents."""
+
+    format_version: str = FORMAT_VERSION
+    tool_version: str = ""
+    created_at: str = ""
+    inputs: Mapping[Literal["cluster", "services", "profiles", "demand"], str] = {}
+    prior: Prior | None = None
+    solver: SolverReport
+    groups: tuple[Group, ...] = ()
+    routes: Mapping[Name, tuple[Route, ...]] = {}
+    predicted: tuple[Prediction, ...] = ()
+    shadow_prices: Mapping[str, float] = {}
+    unserved: tuple[Unserved, ...] = ()
+    transition: tuple[TransitionStep, ...] = ()
+    warnings: tuple[str, ...] = ()
+
+    @field_validator("groups")
+    @classmethod
+    def _sorted(cls, groups: tuple[Group, ...]) -> tuple[Group, ...]:
+        return tuple(sorted(groups, key=lambda group: (_natural(group.node), group.gpus)))
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Plan:
+        taken: dict[tuple[str, int], str] = {}
+        for group in self.groups:
+            for gpu in group.gpus:
+                other = taken.setdefault((group.node, gpu), group.id)
+                if other != group.id:
+                    raise ValueError(f"every GPU in one group: {group.node}/{gpu} is in {other!r} and {group.id!r}")
+        hosts = {(entry.service, group.id) for group in self.groups for entry in group.loadout}
+        for service, routes in self.routes.items():
+            for route in routes:
+                if (service, route.group) not in hosts:
+                    raise ValueError(f"routes of {service!r} to groups that run it: {route.group!r} does not")
+            total = sum(route.weight for route in routes)
+            if routes and abs(total - 1) > 1e-6:
+                raise ValueError(f"routing weights of {service!r} that sum to 1: found {total:.6g}")
+        return self
+
+    @property
+    def placement_digest(self) -> str:
+        """Digest of what nodes would run and gateways would route, and of nothing else."""
+        return canonical_digest([_Placement(groups=self.groups, routes=self.routes)])
+
+    @property
+    def gpus_used(self) -> int:
+        """Number of GPUs in some group."""
+        return sum(len(group.gpus) for group in self.groups)
+
+    def group(self, identifier: str) -> Group:
+        """Return the group with that id.
+
+        Raises:
+            KeyError: There is none.
+        """
+        for group in self.groups:
+            if group.id == identifier:
+                return group
+        raise KeyError(identifier)
+
+
+class _Placement(Document):
+    groups: tuple[Group, ...]
+    routes: Mapping[Name, tuple[Route, ...]]
+
+
+def _natural(text: str) -> tuple[tuple[int, int, str], ...]:
+    """Sort key under which ``node-10`` comes after ``node-9``."""
+    parts = re.split(r"(\d+)", text)
+    return tuple((1, int(part), "") if part.isdigit() else (0, 0, part) for part in parts)

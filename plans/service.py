@@ -1,0 +1,229 @@
+"""What must be served: services with an SLO and variants, and workflows of services (``services.yaml``)."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import networkx
+from pydantic import AliasChoices, Discriminator, Field, Tag, model_validator
+
+from plans.cluster import Cluster, Name
+from plans.documents import Document
+from plans.errors import Fault, InvalidInput
+from plans.units import Bytes, PositiveSeconds, Seconds
+
+__all__ = [
+    "Edge",
+    "FrequencyService",
+    "FrequencySlo",
+    "GenerationService",
+    "GenerationSlo",
+    "LatencyService",
+    "LatencySlo",
+    "Service",
+    "Services",
+    "Variant",
+    "Workflow",
+    "check_against_cluster",
+]
+
+Attainment = Annotated[float, Field(gt=0, lt=1)]
+
+
+class LatencySlo(Document):
+    """A share ``attainment`` of all requests finishes within ``deadline_s`` of its arrival."""
+
+    deadline_s: PositiveSeconds = Field(validation_alias=AliasChoices("deadline", "deadline_s"))
+    attainment: Attainment = 0.99
+
+
+class FrequencySlo(Document):
+    """Frames arrive at ``fps`` per stream; each must be done within a frame period plus ``jitter_s``."""
+
+    fps: float = Field(gt=0, allow_inf_nan=False)
+    jitter_s: Seconds = Field(default=0.0, validation_alias=AliasChoices("jitter", "jitter_s"))
+    attainment: Attainment = 0.99
+
+
+class GenerationSlo(Document):
+    """First token within ``ttft_s``, every further one within ``tpot_s`` on average."""
+
+    ttft_s: PositiveSeconds = Field(validation_alias=AliasChoices("ttft", "ttft_s"))
+    tpot_s: PositiveSeconds = Field(validation_alias=AliasChoices("tpot", "tpot_s"))
+    attainment: Attainment = 0.95
+
+
+class Variant(Document):
+    """One model that can serve the service."""
+
+    model: Name
+    accuracy: float = Field(default=1.0, ge=0, le=1)
+
+
+class _Service(Document):
+    name: Name
+    weight: float = Field(default=1.0, gt=0, allow_inf_nan=False)
+    variants: tuple[Variant, ...] = Field(min_length=1)
+    min_accuracy: float = Field(default=0.0, ge=0, le=1)
+    min_replicas: int = Field(default=0, ge=0)
+    max_gpus: int | None = Field(default=None, ge=0)
+    pin: tuple[str, ...] = ()
+    forbid: tuple[str, ...] = ()
+
+    @model_validator(mode="after")
+    def _variants_differ(self) -> _Service:
+        models = [variant.model for variant in self.variants]
+        if len(set(models)) < len(models):
+            raise ValueError("every variant of a service to name another model")
+        if all(variant.accuracy < self.min_accuracy for variant in self.variants):
+            best = max(variant.accuracy for variant in self.variants)
+            raise ValueError(f"a variant with accuracy >= min_accuracy {self.min_accuracy}: the best has {best}")
+        return self
+
+    def accuracy_of(self, model: str) -> float:
+        """Return the accuracy of the variant ``model``.
+
+        Raises:
+            KeyError: The service has no such variant.
+        """
+        for variant in self.variants:
+            if variant.model == model:
+                return variant.accuracy
+        raise KeyError(model)
+
+    def allows(self, node: str, gpus: tuple[int, ...]) -> bool:
+        """Say whether ``pin`` and ``forbid`` let the service run on these devices of ``node``."""
+        names = [{node, f"{node}/{gpu}"} for gpu in gpus]
+        pinned = not self.pin or all(name & set(self.pin) for name in names)
+        return pinned and not any(name & set(self.forbid) for name in names)
+
+
+class LatencyService(_Service):
+    """A service with a deadline per request."""
+
+    request_class: Literal["latency"] = Field(
+        default="latency", validation_alias=AliasChoices("class", "request_class"), serialization_alias="class"
+    )
+    slo: LatencySlo
+
+    def deadline_s(self, output_tokens: float | None = None) -> float:  # noqa: ARG002 - the classes share one signature
+        """Return the time that a request may take from its arrival, in seconds."""
+        return self.slo.deadline_s
+
+
+class FrequencyService(_Service):
+    """A service of frame streams."""
+
+    request_class: Literal["frequency"] = Field(
+        default="frequency", validation_alias=AliasChoices("class", "request_class"), serialization_alias="class"
+    )
+    slo: FrequencySlo
+
+    def deadline_s(self, output_tokens: float | None = None) -> float:  # noqa: ARG002 - the classes share one signature
+        """Return the time that a frame may take: one period plus the jitter allowed, in seconds."""
+        return 1.0 / self.slo.fps + self.slo.jitter_s
+
+
+class GenerationService(_Service):
+    """A service that generates tokens."""
+
+    request_class: Literal["generation"] = Field(
+        default="generation", validation_alias=AliasChoices("class", "request_class"), serialization_alias="class"
+    )
+    slo: GenerationSlo
+
+    def deadline_s(self, output_tokens: float | None = None) -> float:
+        """Return the time that a whole answer of ``output_tokens`` (default 128) may take, in seconds."""
+        return self.slo.ttft_s + self.slo.tpot_s * max(0.0, (128.0 if output_tokens is None else output_tokens) - 1.0)
+
+
+Service = LatencyService | FrequencyService | GenerationService
+"""Any service. ``class`` in the document tells which; without it the service is of class latency."""
+
+
+def _class_of(data: object) -> str:
+    if isinstance(data, dict):
+        return str(data.get("class", data.get("request_class", "latency")))
+    return str(getattr(data, "request_class", "latency"))
+
+
+_AnyService = Annotated[
+    Annotated[LatencyService, Tag("latency")]
+    | Annotated[FrequencyService, Tag("frequency")]
+    | Annotated[GenerationService, Tag("generation")],
+    Discriminator(_class_of),
+]
+
+
+class Edge(Document):
+    """``fanout`` calls of ``to`` for each finished call of ``from``, each handing over ``bytes``."""
+
+    source: Name = Field(validation_alias=AliasChoices("from", "source"), serialization_alias="from")
+    target: Name = Field(validation_alias=AliasChoices("to", "target"), serialization_alias="to")
+    fanout: float = Field(default=1.0, gt=0, allow_inf_nan=False)
+    payload_bytes: Bytes = Field(default=0, validation_alias=AliasChoices("bytes", "payload_bytes"))
+
+
+class Workflow(Document):
+    """A directed acyclic graph of services with an end-to-end deadline."""
+
+    name: Name
+    slo: LatencySlo
+    edges: tuple[Edge, ...] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _acyclic(self) -> Workflow:
+        graph = networkx.DiGraph((edge.source, edge.target) for edge in self.edges)
+        if not networkx.is_directed_acyclic_graph(graph):
+            cycle = " -> ".join(source for source, _ in networkx.find_cycle(graph))
+            raise ValueError(f"a workflow without a cycle: {cycle} runs in a circle")
+        return self
+
+
+class Services(Document):
+    """Every service and workflow; names are unique and workflows name known services."""
+
+    services: tuple[_AnyService, ...] = Field(min_length=1)
+    workflows: tuple[Workflow, ...] = ()
+
+    @model_validator(mode="after")
+    def _names_agree(self) -> Services:
+        names = [service.name for service in self.services]
+        for position, name in enumerate(names):
+            if name in names[:position]:
+                raise ValueError(f"services[{position}].name to be unique: {name!r} stands twice")
+        for workflow in self.workflows:
+            for edge in workflow.edges:
+                for end in (edge.source, edge.target):
+                    if end not in names:
+                        raise ValueError(f"workflow {workflow.name!r} to name known services: {end!r} is none")
+        return self
+
+    def service(self, name: str) -> Service:
+        """Return the service called ``name``.
+
+        Raises:
+            KeyError: There is none.
+        """
+        for service in self.services:
+            if service.name == name:
+                return service
+        raise KeyError(name)
+
+
+def check_against_cluster(services: Services, cluster: Cluster, *, where: str) -> None:
+    """Check that pins and forbids name nodes or devices of ``cluster``.
+
+    Raises:
+        InvalidInput: With one fault for each that does not.
+    """
+    places = {node.name for node in cluster.nodes} | {str(gpu) for gpu in cluster.gpus()}
+    faults = [
+        Fault(where=where, field=f"services[{position}].{field}", found=repr(place), expected="a node or node/index")
+        for position, service in enumerate(services.services)
+        for field, named in (("pin", service.pin), ("forbid", service.forbid))
+        for place in named
+        if place not in places
+    ]
+    if faults:
+        raise InvalidInput(faults)
