@@ -172,7 +172,7 @@ def atomic_writer(path: Path) -> Iterator[IO[bytes]]:
 
 
 def canonical_digest(documents: Iterable[Document]) -> str:
-    """Return ``sha256:…`` over the content of ``documents``: comments, order of keys and units as written do not count."""
+    """Return ``sha256:…`` over the content of ``documents``; comments, order of keys and spelling of units do not count."""
     digest = hashlib.sha256()
     for document in documents:
         text = json.dumps(document.model_dump(mode="json", by_alias=True), sort_keys=True, separators=(",", ":"))
@@ -204,9 +204,7 @@ def _construct(root: yaml.Node) -> Any:
             seen: set[str] = set()
             for key, _ in node.value:
                 if isinstance(key, yaml.ScalarNode) and key.value in seen:
-                    raise yaml.constructor.ConstructorError(
-                        None, None, f"the key {key.value!r} twice", key.start_mark
-                    )
+                    raise yaml.constructor.ConstructorError(None, None, f"the key {key.value!r} twice", key.start_mark)
                 seen.add(str(key.value))
         return loader.construct_document(root)
     finally:

@@ -61,7 +61,9 @@ class LoadoutEntry(Document):
     @model_validator(mode="after")
     def _shapes(self) -> LoadoutEntry:
         if len(self.stage_latency_s) != self.max_batch:
-            raise ValueError(f"stage_latency_s with max_batch = {self.max_batch} rows: found {len(self.stage_latency_s)}")
+            raise ValueError(
+                f"stage_latency_s with max_batch = {self.max_batch} rows: found {len(self.stage_latency_s)}"
+            )
         if len({len(row) for row in self.stage_latency_s}) > 1:
             raise ValueError("the same number of pipeline stages in every row of stage_latency_s")
         if any(not 0 < latency < float("inf") for row in self.stage_latency_s for latency in row):

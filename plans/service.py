@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-import networkx
 from pydantic import AliasChoices, Discriminator, Field, Tag, model_validator
 
 from plans.cluster import Cluster, Name
@@ -106,7 +105,7 @@ class LatencyService(_Service):
     )
     slo: LatencySlo
 
-    def deadline_s(self, output_tokens: float | None = None) -> float:  # noqa: ARG002 - the classes share one signature
+    def deadline_s(self, output_tokens: float | None = None) -> float:
         """Return the time that a request may take from its arrival, in seconds."""
         return self.slo.deadline_s
 
@@ -119,7 +118,7 @@ class FrequencyService(_Service):
     )
     slo: FrequencySlo
 
-    def deadline_s(self, output_tokens: float | None = None) -> float:  # noqa: ARG002 - the classes share one signature
+    def deadline_s(self, output_tokens: float | None = None) -> float:
         """Return the time that a frame may take: one period plus the jitter allowed, in seconds."""
         return 1.0 / self.slo.fps + self.slo.jitter_s
 
@@ -173,6 +172,8 @@ class Workflow(Document):
 
     @model_validator(mode="after")
     def _acyclic(self) -> Workflow:
+        import networkx  # here, because only documents with workflows pay for it
+
         graph = networkx.DiGraph((edge.source, edge.target) for edge in self.edges)
         if not networkx.is_directed_acyclic_graph(graph):
             cycle = " -> ".join(source for source, _ in networkx.find_cycle(graph))

@@ -1,4 +1,4 @@
-"""Human units in documents: ``150ms``, ``80GiB``, ``25Gb/s``. Inside, everything is seconds, bytes and bytes per second.
+"""Human units in documents: ``150ms``, ``80GiB``, ``25Gb/s``. Inside, all is seconds, bytes and bytes per second.
 
 A bare number is taken in the inner unit. Upper-case ``B`` is bytes and lower-case ``b`` bits; ``Ki Mi Gi Ti`` are
 powers of 1024 and ``k K M G T`` powers of 1000.

@@ -1,0 +1,121 @@
+"""A directory of plans: every plan that was applied, by digest, and which generation is current.
+
+::
+
+    store/
+      plans/sha256-<digest of the file>.json
+      generations/0000000007.json        {"generation": 7, "plan": "sha256-…", "applied_at": "…"}
+      current                            the number of the current generation
+
+Files are only ever added or replaced whole, so a kill at any point leaves the old state or the new one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from plans.codec import read_plan
+from plans.documents import write_text
+from plans.errors import BadStoredData, InvalidInput
+from plans.plan import Plan
+
+__all__ = ["PlanStore", "StoredPlan"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoredPlan:
+    """One generation in the store."""
+
+    generation: int
+    name: str
+    applied_at: str
+    path: Path
+
+
+class PlanStore:
+    """The store at ``root``; the folder is made when the first plan is put in."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def put(self, plan: Plan) -> str:
+        """Store a plan and return its name, ``sha256-…``; storing the same plan again changes nothing."""
+        text = plan.model_dump_json(indent=2, by_alias=True) + "\n"
+        name = f"sha256-{hashlib.sha256(text.encode()).hexdigest()}"
+        path = self._plan_path(name)
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_text(path, text)
+        return name
+
+    def get(self, name: str) -> Plan:
+        """Return the plan stored as ``name``.
+
+        Raises:
+            InvalidInput: There is no such plan.
+            BadStoredData: Its file does not have the content that its name promises.
+        """
+        path = self._plan_path(name)
+        if not path.is_file():
+            raise InvalidInput.of("a stored plan", where=self.root, found=name)
+        if f"sha256-{hashlib.sha256(path.read_bytes()).hexdigest()}" != name:
+            raise BadStoredData(path, "its content does not match its digest; restore it from a backup or delete it")
+        return read_plan(path)
+
+    def record(self, generation: int, plan: Plan, *, applied_at: str) -> StoredPlan:
+        """Store ``plan`` as ``generation`` and make it current."""
+        name = self.put(plan)
+        path = self._generation_path(generation)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        content = {"generation": generation, "plan": name, "applied_at": applied_at}
+        write_text(path, json.dumps(content, indent=2) + "\n")
+        write_text(self.root / "current", f"{generation}\n")
+        return StoredPlan(generation=generation, name=name, applied_at=applied_at, path=self._plan_path(name))
+
+    def current(self) -> StoredPlan | None:
+        """Return the current generation, or None in an empty store.
+
+        Raises:
+            BadStoredData: The pointer or what it points to is damaged.
+        """
+        pointer = self.root / "current"
+        if not pointer.exists():
+            return None
+        text = pointer.read_text(encoding="utf-8", errors="replace").strip()
+        if not text.isdigit():
+            raise BadStoredData(pointer, f"a generation number was expected, found {text!r}")
+        return self.generation(int(text))
+
+    def generation(self, number: int) -> StoredPlan:
+        """Return generation ``number``.
+
+        Raises:
+            InvalidInput: It is not in the store.
+            BadStoredData: Its record is damaged.
+        """
+        path = self._generation_path(number)
+        if not path.is_file():
+            known = ", ".join(str(stored.generation) for stored in self.generations()) or "none"
+            raise InvalidInput.of(f"a stored generation ({known})", where=self.root, found=number)
+        return self._read(path)
+
+    def generations(self) -> tuple[StoredPlan, ...]:
+        """Return every generation, oldest first."""
+        return tuple(self._read(path) for path in sorted((self.root / "generations").glob("*.json")))
+
+    def _read(self, path: Path) -> StoredPlan:
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            generation, name, applied_at = content["generation"], content["plan"], content["applied_at"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise BadStoredData(path, f"not a generation record ({error})") from error
+        return StoredPlan(generation=int(generation), name=name, applied_at=applied_at, path=self._plan_path(name))
+
+    def _plan_path(self, name: str) -> Path:
+        return self.root / "plans" / f"{name}.json"
+
+    def _generation_path(self, number: int) -> Path:
+        return self.root / "generations" / f"{number:010d}.json"
