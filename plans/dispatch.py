@@ -69,7 +69,7 @@ def next_replica(weights: Any, credit: Any) -> int:
     """Choose a replica by smooth weighted round robin, and update ``credit`` in place.
 
     Every replica gains its weight, the richest is chosen (the first of equals) and pays the total. Over any run of
-    requests each replica's share differs from its weight by less than one request, without bursts to one replica.
+    requests each replica's count differs from its share by less than the number of replicas, without bursts to one.
 
     Args:
         weights: Shape (replica,), not negative. A weight of 0 leaves the replica out.

@@ -172,7 +172,7 @@ def atomic_writer(path: Path) -> Iterator[IO[bytes]]:
 
 
 def canonical_digest(documents: Iterable[Document]) -> str:
-    """Return ``sha256:…`` over the content of ``documents``; comments, order of keys and spelling of units do not count."""
+    """Return ``sha256:…`` over the content of ``documents``; comments, key order and spelling of units do not count."""
     digest = hashlib.sha256()
     for document in documents:
         text = json.dumps(document.model_dump(mode="json", by_alias=True), sort_keys=True, separators=(",", ":"))
