@@ -31,7 +31,7 @@ _HOPELESS = dispatch.HOPELESS
 _DISPLACED = dispatch.DISPLACED
 
 
-@numba.njit(cache=True)  # type: ignore[untyped-decorator]  # numba publishes no types
+@numba.njit(cache=True)
 def simulate(  # noqa: C901 - one loop; calls across jitted functions would copy its state around
     arrival_s: NDArray[np.float64],
     service: NDArray[np.int64],
@@ -86,7 +86,7 @@ def simulate(  # noqa: C901 - one loop; calls across jitted functions would copy
     before = np.full(requests, -1, dtype=np.int64)
     head_deadline = np.full(len(weight), np.inf)
 
-    events = [(np.float64(0.0), np.int64(0), np.int64(0), np.int64(0))]
+    events: Any = [(np.float64(0.0), np.int64(0), np.int64(0), np.int64(0))]
     events.clear()
     sequence = 0
     upcoming = 0

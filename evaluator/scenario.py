@@ -28,7 +28,9 @@ class Replicas:
         stages: Shape (group,): pipeline stages.
         first: Shape (group + 1,): replicas of group g are first[g] to first[g + 1].
         weight: Shape (replica,): routing weight among the replicas of the service.
-        of_service: Shape (service + 1,) and (replica,): replicas of a service, in order of group.
+        service_first: Shape (service + 1,): replicas of service s are service_replicas[service_first[s] :
+            service_first[s + 1]].
+        service_replicas: Shape (replica,): replicas sorted by service, then group.
     """
 
     group_of: NDArray[np.int64]
@@ -95,9 +97,8 @@ def compile_requests(trace: RequestTrace, services: Services) -> Requests:
     Raises:
         InvalidInput: The trace names services that ``services`` does not have.
     """
-    frame = trace.frame
     index = {service.name: position for position, service in enumerate(services.services)}
-    unknown = sorted(set(frame["service"].unique()) - index.keys())
+    unknown = sorted(set(trace.services) - index.keys())
     if unknown:
         raise InvalidInput(
             Fault(
@@ -109,13 +110,11 @@ def compile_requests(trace: RequestTrace, services: Services) -> Requests:
             )
             for name in unknown
         )
-    service = frame["service"].map(index).to_numpy(dtype=np.int64)
+    service = np.array([index[name] for name in trace.services], dtype=np.int64)[trace.codes]
     allowed_s = np.array([service.deadline_s() for service in services.services], dtype=np.float64)[service]
-    if "output_tokens" in frame.columns:
-        for position, known in enumerate(services.services):
-            if known.request_class == "generation":
-                rows = np.flatnonzero(service == position)
-                tokens = frame["output_tokens"].to_numpy(dtype=np.float64)[rows]
-                allowed_s[rows] = [known.deadline_s(None if np.isnan(count) else count) for count in tokens]
-    arrival_s = frame["arrival_s"].to_numpy(dtype=np.float64)
-    return Requests(arrival_s=arrival_s, service=service, deadline_s=arrival_s + allowed_s)
+    tokens = trace.numbers("output_tokens")
+    for position, known in enumerate(services.services):
+        if known.request_class == "generation":
+            rows = np.flatnonzero((service == position) & ~np.isnan(tokens))
+            allowed_s[rows] = [known.deadline_s(count) for count in tokens[rows]]
+    return Requests(arrival_s=trace.arrival_s, service=service, deadline_s=trace.arrival_s + allowed_s)

@@ -17,6 +17,9 @@ from traces.table import RequestTrace
 
 __all__ = ["Evaluation", "evaluate"]
 
+_SHORTEST_RUN_S = 1e-3
+"""A run without extent (all at time 0, nothing served) counts as this long, so that rates exist."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Evaluation:
@@ -47,8 +50,11 @@ def evaluate(plan: Plan, services: Services, trace: RequestTrace, *, overhead_s:
         overhead_s: Seconds added to each request between its arrival and its queue (gateway, transport).
 
     Raises:
-        InvalidInput: Plan or trace name services that ``services`` lacks, or the overhead is negative.
+        InvalidInput: Plan or trace name services that ``services`` lacks, the trace holds no request, or the overhead
+            is negative.
     """
+    if not len(trace):
+        raise InvalidInput.of("at least one request", where="trace", found="none")
     if not 0 <= overhead_s < float("inf"):
         raise InvalidInput.of("at least 0 seconds and finite", where="evaluate", field="overhead_s", found=overhead_s)
     replicas = compile_replicas(plan, services)
@@ -86,17 +92,16 @@ def evaluate(plan: Plan, services: Services, trace: RequestTrace, *, overhead_s:
             "scheduled_s": requests.arrival_s,
             "latency_s": np.where(finished, finish_s - requests.arrival_s, np.nan),
             "outcome": outcome,
-            "reason": pd.Series(state).map(reasons).to_numpy(dtype=object, na_value=None),
+            "reason": [reasons.get(int(code)) for code in state],
             "group": np.array([group for group, _ in entries] + [None], dtype=object)[replica_of],
             "variant": np.array([entry.variant for _, entry in entries] + [None], dtype=object)[replica_of],
-            "batch_size": batch,
+            "batch_size": np.where(finished, batch, np.nan),
             "accuracy": np.where(finished, np.array([*accuracy, np.nan])[replica_of], np.nan),
         }
     )
-    wall_s = _wall_s(trace, finish_s)
+    wall_s = max(trace.duration_s, float(np.max(finish_s)), _SHORTEST_RUN_S)
     utilisation = {
-        group.id: float(busy_s[position, : group.pp].max() / wall_s) if wall_s > 0 else 0.0
-        for position, group in enumerate(plan.groups)
+        group.id: float(busy_s[position, : group.pp].max() / wall_s) for position, group in enumerate(plan.groups)
     }
     summary = summarise(
         frame,
@@ -106,9 +111,3 @@ def evaluate(plan: Plan, services: Services, trace: RequestTrace, *, overhead_s:
         utilisation=utilisation,
     )
     return Evaluation(summary=summary, requests=frame)
-
-
-def _wall_s(trace: RequestTrace, finish_s: np.ndarray) -> float:
-    """Return the time from 0 to the last arrival or finish, whichever is later."""
-    last_arrival_s = float(trace.frame["arrival_s"].iloc[-1]) if len(trace.frame) else 0.0
-    return max(last_arrival_s, float(np.nanmax(finish_s)) if len(finish_s) else 0.0)
