@@ -1,0 +1,216 @@
+"""What nodes shall run, what they do run, and where requests go: the executor's own vocabulary.
+
+Plain values. `executor.wire` turns them into protobuf and back, so that nothing else handles generated messages of the
+control plane.
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+
+__all__ = [
+    "AgentState",
+    "Backend",
+    "DesiredGroup",
+    "DesiredReplica",
+    "DesiredState",
+    "GatewayState",
+    "Phase",
+    "ReplicaKey",
+    "ReplicaState",
+    "RoutingTable",
+    "ServiceRoutes",
+    "Target",
+    "TargetState",
+]
+
+
+class Phase(enum.Enum):
+    """Where a replica is in its life; `executor.replica` holds the transitions."""
+
+    LOADING = "loading"
+    STAGED = "staged"
+    SERVING = "serving"
+    DRAINING = "draining"
+    FAILED = "failed"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, order=True)
+class ReplicaKey:
+    """A replica's identity: one variant of one service on one group of GPUs."""
+
+    group: str
+    service: str
+    variant: str
+
+    def __str__(self) -> str:
+        return f"{self.service} ({self.variant}) on {self.group}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DesiredReplica:
+    """One service that a group shall run.
+
+    Attributes:
+        service: Name of the service.
+        variant: The model that serves it.
+        max_batch: Largest batch, at least 1.
+        multi_frame: Frames of one stream that are batched together, at least 1.
+        deadline_s: Seconds from arrival within which a request counts as good; used when a request carries none.
+        batch_latency_s: Shape (max_batch,): seconds that a batch of b takes from start to end, in entry b - 1.
+        memory_bytes: Peak bytes per GPU of the group, weights included.
+    """
+
+    service: str
+    variant: str
+    max_batch: int
+    multi_frame: int = 1
+    deadline_s: float
+    batch_latency_s: tuple[float, ...]
+    memory_bytes: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DesiredGroup:
+    """GPUs of one node that shall work as one serving unit, and what they shall run."""
+
+    id: str
+    gpus: tuple[int, ...]
+    tensor_parallel: int = 1
+    pipeline_parallel: int = 1
+    replicas: tuple[DesiredReplica, ...] = ()
+
+    def key_of(self, replica: DesiredReplica) -> ReplicaKey:
+        """Return the identity of one of this group's replicas."""
+        return ReplicaKey(group=self.id, service=replica.service, variant=replica.variant)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DesiredState:
+    """What one node shall run. ``placement_digest`` names the whole plan; ``generation`` is its number, from 1."""
+
+    generation: int
+    placement_digest: str
+    node: str
+    groups: tuple[DesiredGroup, ...] = ()
+
+    def keys(self) -> tuple[ReplicaKey, ...]:
+        """Return the identity of every replica, in the order of the state."""
+        return tuple(group.key_of(replica) for group in self.groups for replica in group.replicas)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReplicaState:
+    """What an agent reports of one replica.
+
+    Attributes:
+        key: Which replica.
+        phase: Where it is in its life.
+        reason: Why it failed, or is not serving yet; empty otherwise.
+        queued: Requests that wait.
+        running: Requests in the batch that runs.
+        completed: Requests answered since the replica was made.
+        dropped: Requests dropped because they could not be met.
+        failed: Requests that failed for another reason.
+        batches: Batches run.
+        expected_wait_s: Seconds until a request that arrives now would start.
+        max_batch: Largest batch allowed.
+        weight_bytes: Bytes of the loaded weights; 0 before the load.
+        load_s: Seconds that the load took; 0 before it.
+    """
+
+    key: ReplicaKey
+    phase: Phase
+    reason: str = ""
+    queued: int = 0
+    running: int = 0
+    completed: int = 0
+    dropped: int = 0
+    failed: int = 0
+    batches: int = 0
+    expected_wait_s: float = 0.0
+    max_batch: int = 1
+    weight_bytes: int = 0
+    load_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AgentState:
+    """What an agent reports of its node.
+
+    ``generation`` and ``placement_digest`` are those committed last (0 and empty before the first commit);
+    ``staged_generation`` is 0 when nothing is staged. ``ready``: everything desired is serving.
+    ``resident_bytes``: memory of the agent and its workers.
+    """
+
+    node: str
+    version: str
+    generation: int = 0
+    placement_digest: str = ""
+    staged_generation: int = 0
+    replicas: tuple[ReplicaState, ...] = ()
+    device: str = ""
+    device_count: int = 0
+    resident_bytes: int = 0
+    ready: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Backend:
+    """An agent that a gateway may send to; ``address`` is ``host:port``."""
+
+    node: str
+    address: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Target:
+    """One replica that requests of a service may go to, and its share of them (weights of a service sum to 1)."""
+
+    group: str
+    node: str
+    weight: float
+    variant: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServiceRoutes:
+    """Where the requests of one service go. ``deadline_s`` applies to requests that carry no deadline."""
+
+    service: str
+    deadline_s: float
+    targets: tuple[Target, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RoutingTable:
+    """All routes of one generation."""
+
+    generation: int
+    placement_digest: str
+    backends: tuple[Backend, ...] = ()
+    services: tuple[ServiceRoutes, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TargetState:
+    """What a gateway reports of one target."""
+
+    service: str
+    group: str
+    healthy: bool
+    reason: str = ""
+    sent: int = 0
+    failed: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GatewayState:
+    """What a gateway reports of itself; ``ready``: every routed service has a healthy target."""
+
+    version: str
+    generation: int = 0
+    placement_digest: str = ""
+    targets: tuple[TargetState, ...] = ()
+    ready: bool = False

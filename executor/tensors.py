@@ -1,0 +1,269 @@
+"""Tensors of the Open Inference Protocol to NumPy arrays and back.
+
+Inputs arrive raw (``raw_input_contents``, little endian, row major) or typed (``contents``); outputs always leave raw,
+because stock clients read an empty array from typed numeric contents. The datatypes are those of fixed size; ``BYTES``
+and ``BF16`` are refused by name. Whatever arrives is untrusted: counts, shapes and
+sizes are checked against `TensorLimits` before anything is allocated.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from executor.proto import open_inference_pb2 as pb
+from executor.runtime.protocol import NUMPY_TYPES
+from plans.errors import Fault, InvalidInput
+
+__all__ = [
+    "Array",
+    "TensorLimits",
+    "datatype_of",
+    "decode_inputs",
+    "decode_outputs",
+    "encode_request",
+    "encode_response",
+    "parameter",
+    "set_parameter",
+]
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+_NAMES = {dtype: name for name, dtype in NUMPY_TYPES.items()}
+
+_TYPED_DTYPES = {
+    "bool_contents": np.dtype("?"),
+    "int_contents": np.dtype("i4"),
+    "int64_contents": np.dtype("i8"),
+    "uint_contents": np.dtype("u4"),
+    "uint64_contents": np.dtype("u8"),
+    "fp32_contents": np.dtype("f4"),
+    "fp64_contents": np.dtype("f8"),
+}
+
+_TYPED_FIELDS = {
+    "BOOL": "bool_contents",
+    "UINT8": "uint_contents",
+    "UINT16": "uint_contents",
+    "UINT32": "uint_contents",
+    "UINT64": "uint64_contents",
+    "INT8": "int_contents",
+    "INT16": "int_contents",
+    "INT32": "int_contents",
+    "INT64": "int64_contents",
+    "FP32": "fp32_contents",
+    "FP64": "fp64_contents",
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TensorLimits:
+    """What one message may hold: number of tensors, dimensions of each, and bytes of all together."""
+
+    tensors: int = 64
+    dimensions: int = 16
+    total_bytes: int = 256 * 2**20
+
+
+def datatype_of(array: Array) -> str:
+    """Return the protocol's name for the array's element type.
+
+    Raises:
+        InvalidInput: The protocol has none, or this project does not carry it.
+    """
+    name = _NAMES.get(array.dtype.newbyteorder("<"))
+    if name is None:
+        raise InvalidInput.of(f"one of {', '.join(NUMPY_TYPES)}", field="datatype", found=array.dtype)
+    return name
+
+
+def decode_inputs(request: pb.ModelInferRequest, limits: TensorLimits | None = None) -> dict[str, Array]:
+    """Return the request's input tensors by name; raw ones are read-only views of the message.
+
+    Raises:
+        InvalidInput: A tensor is malformed or beyond ``limits``; with every fault.
+    """
+    return _decode(request.inputs, request.raw_input_contents, "inputs", limits or TensorLimits())
+
+
+def decode_outputs(response: pb.ModelInferResponse, limits: TensorLimits | None = None) -> dict[str, Array]:
+    """Return the response's output tensors by name; raw ones are read-only views of the message.
+
+    Raises:
+        InvalidInput: A tensor is malformed or beyond ``limits``; with every fault.
+    """
+    return _decode(response.outputs, response.raw_output_contents, "outputs", limits or TensorLimits())
+
+
+_Tensor = pb.ModelInferRequest.InferInputTensor | pb.ModelInferResponse.InferOutputTensor
+
+
+def _decode(tensors: Sequence[_Tensor], raw: Sequence[bytes], field: str, limits: TensorLimits) -> dict[str, Array]:
+    faults = list(_count_faults(tensors, raw, field, limits))
+    arrays: dict[str, Array] = {}
+    total_bytes = 0
+    for position, tensor in enumerate(tensors if not faults else ()):
+        here = f"{field}[{position}]"
+        found = list(_header_faults(tensor, here, limits))
+        if not found:
+            total_bytes += math.prod(tensor.shape) * NUMPY_TYPES[tensor.datatype].itemsize
+            if total_bytes > limits.total_bytes:
+                expected = f"at most {limits.total_bytes} bytes of tensors in one message"
+                found = [Fault(field=f"{here}.shape", found=str(list(tensor.shape)), expected=expected)]
+        if not found:
+            array = _raw_array(tensor, raw[position], here) if raw else _typed_array(tensor, here)
+            if isinstance(array, Fault):
+                found = [array]
+            else:
+                arrays[tensor.name] = array
+        faults += found
+    if faults:
+        raise InvalidInput(faults)
+    return arrays
+
+
+def _count_faults(
+    tensors: Sequence[_Tensor], raw: Sequence[bytes], field: str, limits: TensorLimits
+) -> Iterator[Fault]:
+    if len(tensors) > limits.tensors:
+        yield Fault(field=field, found=str(len(tensors)), expected=f"at most {limits.tensors} tensors")
+    names = [tensor.name for tensor in tensors]
+    if len(set(names)) < len(names):
+        yield Fault(field=field, found=str(names), expected="every tensor name only once")
+    if raw and len(raw) != len(tensors):
+        expected = f"one raw content for each of the {len(tensors)} tensors"
+        yield Fault(field=f"raw_{field[:-1]}_contents", found=str(len(raw)), expected=expected)
+    if raw and any(tensor.HasField("contents") for tensor in tensors):
+        expected = f"contents in the tensors, or raw_{field[:-1]}_contents, not both"
+        yield Fault(field=field, found="both", expected=expected)
+
+
+def _header_faults(tensor: _Tensor, field: str, limits: TensorLimits) -> Iterator[Fault]:
+    if tensor.datatype not in NUMPY_TYPES:
+        yield Fault(field=f"{field}.datatype", found=repr(tensor.datatype), expected=f"one of {', '.join(NUMPY_TYPES)}")
+    if not 1 <= len(tensor.shape) <= limits.dimensions:
+        expected = f"1 to {limits.dimensions} dimensions"
+        yield Fault(field=f"{field}.shape", found=str(list(tensor.shape[: limits.dimensions])), expected=expected)
+    elif min(tensor.shape) < 1:
+        yield Fault(field=f"{field}.shape", found=str(list(tensor.shape)), expected="every dimension at least 1")
+
+
+def _raw_array(tensor: _Tensor, content: bytes, field: str) -> Array | Fault:
+    dtype = NUMPY_TYPES[tensor.datatype]
+    size_bytes = math.prod(tensor.shape) * dtype.itemsize
+    if len(content) != size_bytes:
+        expected = f"{size_bytes} bytes for shape {list(tensor.shape)} of {tensor.datatype}"
+        return Fault(field=field, found=f"{len(content)} bytes", expected=expected)
+    if dtype == np.bool_:  # any other byte than 0 and 1 would make an invalid bool
+        flags: Array = np.frombuffer(content, dtype=np.uint8) != 0
+        return flags.reshape(tuple(tensor.shape))
+    return np.frombuffer(content, dtype=dtype).reshape(tuple(tensor.shape))
+
+
+def _typed_array(tensor: _Tensor, field: str) -> Array | Fault:
+    name = _TYPED_FIELDS.get(tensor.datatype)
+    if name is None:
+        return Fault(
+            field=field, found=f"typed contents of {tensor.datatype}", expected="raw contents for this datatype"
+        )
+    values = getattr(tensor.contents, name)
+    count = math.prod(tensor.shape)
+    if len(values) != count:
+        expected = f"{count} values in {name} for shape {list(tensor.shape)}"
+        return Fault(field=field, found=f"{len(values)} values", expected=expected)
+    dtype = NUMPY_TYPES[tensor.datatype]
+    wide: Array = np.array(values, dtype=_TYPED_DTYPES[name])
+    if dtype.kind in "iu":
+        limit = np.iinfo(dtype)
+        if wide.min() < limit.min or wide.max() > limit.max:
+            expected = f"values from {limit.min} to {limit.max} for {tensor.datatype}"
+            return Fault(field=field, found=f"{wide.min()} to {wide.max()}", expected=expected)
+    return wide.astype(dtype).reshape(tuple(tensor.shape))
+
+
+def encode_request(
+    model: str,
+    inputs: Mapping[str, Array],
+    *,
+    request_id: str = "",
+    parameters: Mapping[str, bool | int | float | str] | None = None,
+    outputs: Iterable[str] = (),
+) -> pb.ModelInferRequest:
+    """Return a request with raw contents.
+
+    Raises:
+        InvalidInput: An array's element type has no name in the protocol.
+    """
+    request = pb.ModelInferRequest(
+        model_name=model,
+        id=request_id,
+        inputs=[
+            pb.ModelInferRequest.InferInputTensor(name=name, datatype=datatype_of(array), shape=array.shape)
+            for name, array in inputs.items()
+        ],
+        outputs=[pb.ModelInferRequest.InferRequestedOutputTensor(name=name) for name in outputs],
+        raw_input_contents=[_raw(array) for array in inputs.values()],
+    )
+    for name, value in (parameters or {}).items():
+        set_parameter(request.parameters[name], value)
+    return request
+
+
+def encode_response(
+    model: str,
+    outputs: Mapping[str, Array],
+    *,
+    request_id: str = "",
+    parameters: Mapping[str, bool | int | float | str] | None = None,
+    version: str = "1",
+) -> pb.ModelInferResponse:
+    """Return a response with raw contents.
+
+    Raises:
+        InvalidInput: An array's element type has no name in the protocol.
+    """
+    response = pb.ModelInferResponse(
+        model_name=model,
+        model_version=version,
+        id=request_id,
+        outputs=[
+            pb.ModelInferResponse.InferOutputTensor(name=name, datatype=datatype_of(array), shape=array.shape)
+            for name, array in outputs.items()
+        ],
+        raw_output_contents=[_raw(array) for array in outputs.values()],
+    )
+    for name, value in (parameters or {}).items():
+        set_parameter(response.parameters[name], value)
+    return response
+
+
+def _raw(array: Array) -> bytes:
+    return np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("<")).tobytes()
+
+
+def set_parameter(message: pb.InferParameter, value: bool | int | float | str) -> None:
+    """Store ``value`` in ``message`` under the field of its type."""
+    if isinstance(value, bool):
+        message.bool_param = value
+    elif isinstance(value, int):
+        message.int64_param = value
+    elif isinstance(value, float):
+        message.double_param = value
+    else:
+        message.string_param = value
+
+
+def parameter(parameters: Mapping[str, pb.InferParameter], name: str) -> bool | int | float | str | None:
+    """Return the value of the parameter ``name``, or None when it is absent or empty."""
+    if name not in parameters:  # reading a protobuf map would insert the key
+        return None
+    message = parameters[name]
+    choice = message.WhichOneof("parameter_choice")
+    if choice is None:
+        return None
+    value: bool | int | float | str = getattr(message, choice)
+    return value

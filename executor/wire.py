@@ -1,0 +1,494 @@
+"""The control plane at the wire: protobuf messages to inner types and back, and a plan to what nodes and gateways get.
+
+The one module that reads or builds messages of ``foreplan.control.v1``. For every inner type there is a pair
+``*_to_proto`` and ``*_from_proto``; decode after encode is the identity. What arrives is checked: a message that breaks
+the rules of its inner type raises `InvalidInput` with every fault.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterable, Iterator, Mapping
+
+from executor.proto import control_pb2 as pb
+from executor.state import (
+    AgentState,
+    Backend,
+    DesiredGroup,
+    DesiredReplica,
+    DesiredState,
+    GatewayState,
+    Phase,
+    ReplicaKey,
+    ReplicaState,
+    RoutingTable,
+    ServiceRoutes,
+    Target,
+    TargetState,
+)
+from plans.errors import Fault, InvalidInput
+from plans.plan import Plan
+
+__all__ = [
+    "desired_state",
+    "routing_table",
+    "desired_state_to_proto",
+    "desired_state_from_proto",
+    "replica_key_to_proto",
+    "replica_key_from_proto",
+    "stage_response_to_proto",
+    "stage_response_from_proto",
+    "faults_to_proto",
+    "faults_from_proto",
+    "replica_state_to_proto",
+    "replica_state_from_proto",
+    "agent_state_to_proto",
+    "agent_state_from_proto",
+    "routing_table_to_proto",
+    "routing_table_from_proto",
+    "gateway_state_to_proto",
+    "gateway_state_from_proto",
+]
+
+_PHASES = {
+    Phase.LOADING: pb.REPLICA_PHASE_LOADING,
+    Phase.STAGED: pb.REPLICA_PHASE_STAGED,
+    Phase.SERVING: pb.REPLICA_PHASE_SERVING,
+    Phase.DRAINING: pb.REPLICA_PHASE_DRAINING,
+    Phase.FAILED: pb.REPLICA_PHASE_FAILED,
+}
+_PHASE_OF = {number: phase for phase, number in _PHASES.items()}
+
+
+# A plan to what nodes and gateways get.
+
+
+def desired_state(plan: Plan, node: str, generation: int) -> DesiredState:
+    """Return what ``node`` shall run under ``plan``; a node that the plan does not use gets a state without groups."""
+    return DesiredState(
+        generation=generation,
+        placement_digest=plan.placement_digest,
+        node=node,
+        groups=tuple(
+            DesiredGroup(
+                id=group.id,
+                gpus=group.gpus,
+                tensor_parallel=group.tp,
+                pipeline_parallel=group.pp,
+                replicas=tuple(
+                    DesiredReplica(
+                        service=entry.service,
+                        variant=entry.variant,
+                        max_batch=entry.max_batch,
+                        multi_frame=entry.multi_frame,
+                        deadline_s=entry.deadline_s,
+                        batch_latency_s=tuple(entry.batch_latency_s(batch + 1) for batch in range(entry.max_batch)),
+                        memory_bytes=entry.memory_bytes,
+                    )
+                    for entry in group.loadout
+                ),
+            )
+            for group in plan.groups
+            if group.node == node
+        ),
+    )
+
+
+def routing_table(
+    plan: Plan, addresses: Mapping[str, str], generation: int, *, without: Collection[ReplicaKey] = ()
+) -> RoutingTable:
+    """Return the routes of ``plan``.
+
+    Args:
+        plan: The plan.
+        addresses: ``host:port`` of every node's agent.
+        generation: The plan's number on this cluster.
+        without: Replicas that are not loaded yet. They get no requests, and the others of their service share the
+            weight; a service that has only such replicas keeps its entry with no targets.
+
+    Raises:
+        KeyError: A node that the plan routes to has no address.
+    """
+    nodes = {group.node for group in plan.groups}
+    return RoutingTable(
+        generation=generation,
+        placement_digest=plan.placement_digest,
+        backends=tuple(Backend(node=node, address=addresses[node]) for node in sorted(nodes)),
+        services=tuple(_service_routes(plan, service, without) for service in sorted(plan.routes)),
+    )
+
+
+def _service_routes(plan: Plan, service: str, without: Collection[ReplicaKey]) -> ServiceRoutes:
+    targets = []
+    deadlines = []
+    for route in plan.routes[service]:
+        group = plan.group(route.group)
+        entry = group.entry(service)
+        if entry is None:  # the plan's own validation excludes it
+            continue
+        deadlines.append(entry.deadline_s)
+        if ReplicaKey(group=group.id, service=service, variant=entry.variant) not in without:
+            targets.append(Target(group=group.id, node=group.node, weight=route.weight, variant=entry.variant))
+    total = math.fsum(target.weight for target in targets)
+    return ServiceRoutes(
+        service=service,
+        deadline_s=min(deadlines, default=0.0),
+        targets=tuple(
+            Target(group=target.group, node=target.node, weight=target.weight / total, variant=target.variant)
+            if without
+            else target
+            for target in targets
+        ),
+    )
+
+
+# Desired state.
+
+
+def desired_state_to_proto(state: DesiredState) -> pb.DesiredState:
+    """Return the message for ``state``."""
+    return pb.DesiredState(
+        generation=state.generation,
+        placement_digest=state.placement_digest,
+        node=state.node,
+        groups=[
+            pb.Group(
+                id=group.id,
+                gpus=group.gpus,
+                tensor_parallel=group.tensor_parallel,
+                pipeline_parallel=group.pipeline_parallel,
+                replicas=[_desired_replica_to_proto(replica) for replica in group.replicas],
+            )
+            for group in state.groups
+        ],
+    )
+
+
+def _desired_replica_to_proto(replica: DesiredReplica) -> pb.Replica:
+    return pb.Replica(
+        service=replica.service,
+        variant=replica.variant,
+        max_batch=replica.max_batch,
+        multi_frame=replica.multi_frame,
+        deadline_s=replica.deadline_s,
+        batch_latency_s=replica.batch_latency_s,
+        memory_bytes=replica.memory_bytes,
+    )
+
+
+def desired_state_from_proto(message: pb.DesiredState) -> DesiredState:
+    """Return the state in ``message``.
+
+    Raises:
+        InvalidInput: The message contradicts itself; with every fault.
+    """
+    faults = list(_desired_faults(message))
+    if faults:
+        raise InvalidInput(faults)
+    return DesiredState(
+        generation=message.generation,
+        placement_digest=message.placement_digest,
+        node=message.node,
+        groups=tuple(
+            DesiredGroup(
+                id=group.id,
+                gpus=tuple(group.gpus),
+                tensor_parallel=group.tensor_parallel,
+                pipeline_parallel=group.pipeline_parallel,
+                replicas=tuple(
+                    DesiredReplica(
+                        service=replica.service,
+                        variant=replica.variant,
+                        max_batch=replica.max_batch,
+                        multi_frame=replica.multi_frame,
+                        deadline_s=replica.deadline_s,
+                        batch_latency_s=tuple(replica.batch_latency_s),
+                        memory_bytes=tuple(replica.memory_bytes),
+                    )
+                    for replica in group.replicas
+                ),
+            )
+            for group in message.groups
+        ),
+    )
+
+
+def _desired_faults(message: pb.DesiredState) -> Iterator[Fault]:
+    if message.generation < 1:
+        yield _fault("generation", message.generation, "a generation of at least 1")
+    if not message.node:
+        yield _fault("node", repr(message.node), "the name of a node")
+    ids = [group.id for group in message.groups]
+    for position, group in enumerate(message.groups):
+        field = f"groups[{position}]"
+        if not group.id or ids.index(group.id) < position:
+            yield _fault(f"{field}.id", repr(group.id), "an id of its own")
+        size = group.tensor_parallel * group.pipeline_parallel
+        if size < 1 or len(group.gpus) != size or len(set(group.gpus)) < size:
+            expected = "tensor_parallel * pipeline_parallel different devices, at least one"
+            yield _fault(f"{field}.gpus", list(group.gpus), expected)
+        services = [replica.service for replica in group.replicas]
+        for index, replica in enumerate(group.replicas):
+            yield from _replica_faults(replica, f"{field}.replicas[{index}]", len(group.gpus))
+            if services.index(replica.service) < index:
+                yield _fault(f"{field}.replicas[{index}].service", repr(replica.service), "a service only once a group")
+
+
+def _replica_faults(replica: pb.Replica, field: str, gpus: int) -> Iterator[Fault]:
+    for name in ("service", "variant"):
+        if not getattr(replica, name):
+            yield _fault(f"{field}.{name}", "''", "a name")
+    for name in ("max_batch", "multi_frame"):
+        if getattr(replica, name) < 1:
+            yield _fault(f"{field}.{name}", getattr(replica, name), "at least 1")
+    if not 0 < replica.deadline_s < math.inf:
+        yield _fault(f"{field}.deadline_s", replica.deadline_s, "seconds above 0 and finite")
+    if len(replica.batch_latency_s) != replica.max_batch:
+        expected = f"one entry for each batch size up to max_batch ({replica.max_batch})"
+        yield _fault(f"{field}.batch_latency_s", f"{len(replica.batch_latency_s)} entries", expected)
+    if not all(0 < latency < math.inf for latency in replica.batch_latency_s):
+        yield _fault(f"{field}.batch_latency_s", list(replica.batch_latency_s), "seconds above 0 and finite")
+    if len(replica.memory_bytes) != gpus:
+        expected = f"one entry for each of the group's {gpus} GPUs"
+        yield _fault(f"{field}.memory_bytes", f"{len(replica.memory_bytes)} entries", expected)
+
+
+def _fault(field: str, found: object, expected: str) -> Fault:
+    return Fault(field=field, found=str(found), expected=expected)
+
+
+# Answers of the agent.
+
+
+def replica_key_to_proto(key: ReplicaKey) -> pb.ReplicaKey:
+    """Return the message for ``key``."""
+    return pb.ReplicaKey(group=key.group, service=key.service, variant=key.variant)
+
+
+def replica_key_from_proto(message: pb.ReplicaKey) -> ReplicaKey:
+    """Return the key in ``message``."""
+    return ReplicaKey(group=message.group, service=message.service, variant=message.variant)
+
+
+def stage_response_to_proto(deferred: Iterable[ReplicaKey]) -> pb.StageResponse:
+    """Return the answer to ``Stage`` that names the replicas which must wait for memory."""
+    return pb.StageResponse(deferred=[replica_key_to_proto(key) for key in deferred])
+
+
+def stage_response_from_proto(message: pb.StageResponse) -> tuple[ReplicaKey, ...]:
+    """Return the replicas that were not staged because they must wait for memory."""
+    return tuple(replica_key_from_proto(key) for key in message.deferred)
+
+
+def faults_to_proto(faults: Iterable[Fault]) -> pb.ValidateResponse:
+    """Return the answer to ``Validate``. File and line have no meaning on another machine and are left out."""
+    return pb.ValidateResponse(
+        faults=[
+            pb.Fault(field=fault.field, found=fault.found, expected=fault.expected, remedy=fault.remedy)
+            for fault in faults
+        ]
+    )
+
+
+def faults_from_proto(message: pb.ValidateResponse, *, where: str = "") -> tuple[Fault, ...]:
+    """Return the faults in ``message``; ``where`` names the node that found them."""
+    return tuple(
+        Fault(where=where, field=fault.field, found=fault.found, expected=fault.expected, remedy=fault.remedy)
+        for fault in message.faults
+    )
+
+
+def replica_state_to_proto(state: ReplicaState) -> pb.ReplicaState:
+    """Return the message for ``state``."""
+    return pb.ReplicaState(
+        key=replica_key_to_proto(state.key),
+        phase=_PHASES[state.phase],
+        reason=state.reason,
+        queued=state.queued,
+        running=state.running,
+        completed=state.completed,
+        dropped=state.dropped,
+        failed=state.failed,
+        batches=state.batches,
+        expected_wait_s=state.expected_wait_s,
+        max_batch=state.max_batch,
+        weight_bytes=state.weight_bytes,
+        load_s=state.load_s,
+    )
+
+
+def replica_state_from_proto(message: pb.ReplicaState) -> ReplicaState:
+    """Return the state in ``message``.
+
+    Raises:
+        InvalidInput: The phase is one that this version does not know.
+    """
+    if message.phase not in _PHASE_OF:
+        known = ", ".join(phase.value for phase in Phase)
+        raise InvalidInput.of(f"one of the phases {known}", field="phase", found=message.phase)
+    return ReplicaState(
+        key=replica_key_from_proto(message.key),
+        phase=_PHASE_OF[message.phase],
+        reason=message.reason,
+        queued=message.queued,
+        running=message.running,
+        completed=message.completed,
+        dropped=message.dropped,
+        failed=message.failed,
+        batches=message.batches,
+        expected_wait_s=message.expected_wait_s,
+        max_batch=message.max_batch,
+        weight_bytes=message.weight_bytes,
+        load_s=message.load_s,
+    )
+
+
+def agent_state_to_proto(state: AgentState) -> pb.AgentState:
+    """Return the message for ``state``."""
+    return pb.AgentState(
+        node=state.node,
+        version=state.version,
+        generation=state.generation,
+        placement_digest=state.placement_digest,
+        staged_generation=state.staged_generation,
+        replicas=[replica_state_to_proto(replica) for replica in state.replicas],
+        device=state.device,
+        device_count=state.device_count,
+        resident_bytes=state.resident_bytes,
+        ready=state.ready,
+    )
+
+
+def agent_state_from_proto(message: pb.AgentState) -> AgentState:
+    """Return the state in ``message``.
+
+    Raises:
+        InvalidInput: A replica's phase is one that this version does not know.
+    """
+    return AgentState(
+        node=message.node,
+        version=message.version,
+        generation=message.generation,
+        placement_digest=message.placement_digest,
+        staged_generation=message.staged_generation,
+        replicas=tuple(replica_state_from_proto(replica) for replica in message.replicas),
+        device=message.device,
+        device_count=message.device_count,
+        resident_bytes=message.resident_bytes,
+        ready=message.ready,
+    )
+
+
+# The gateway.
+
+
+def routing_table_to_proto(table: RoutingTable) -> pb.RoutingTable:
+    """Return the message for ``table``."""
+    return pb.RoutingTable(
+        generation=table.generation,
+        placement_digest=table.placement_digest,
+        backends=[pb.Backend(node=backend.node, address=backend.address) for backend in table.backends],
+        services=[
+            pb.ServiceRoutes(
+                service=routes.service,
+                deadline_s=routes.deadline_s,
+                targets=[
+                    pb.Target(group=target.group, node=target.node, weight=target.weight, variant=target.variant)
+                    for target in routes.targets
+                ],
+            )
+            for routes in table.services
+        ],
+    )
+
+
+def routing_table_from_proto(message: pb.RoutingTable) -> RoutingTable:
+    """Return the table in ``message``.
+
+    Raises:
+        InvalidInput: The message contradicts itself; with every fault.
+    """
+    faults = list(_routing_faults(message))
+    if faults:
+        raise InvalidInput(faults)
+    return RoutingTable(
+        generation=message.generation,
+        placement_digest=message.placement_digest,
+        backends=tuple(Backend(node=backend.node, address=backend.address) for backend in message.backends),
+        services=tuple(
+            ServiceRoutes(
+                service=routes.service,
+                deadline_s=routes.deadline_s,
+                targets=tuple(
+                    Target(group=target.group, node=target.node, weight=target.weight, variant=target.variant)
+                    for target in routes.targets
+                ),
+            )
+            for routes in message.services
+        ),
+    )
+
+
+def _routing_faults(message: pb.RoutingTable) -> Iterator[Fault]:
+    if message.generation < 1:
+        yield _fault("generation", message.generation, "a generation of at least 1")
+    nodes = [backend.node for backend in message.backends]
+    for position, backend in enumerate(message.backends):
+        if not backend.node or nodes.index(backend.node) < position:
+            yield _fault(f"backends[{position}].node", repr(backend.node), "a node only once")
+        if not backend.address:
+            yield _fault(f"backends[{position}].address", "''", "host:port")
+    services = [routes.service for routes in message.services]
+    for position, routes in enumerate(message.services):
+        field = f"services[{position}]"
+        if not routes.service or services.index(routes.service) < position:
+            yield _fault(f"{field}.service", repr(routes.service), "a service only once")
+        if not 0 <= routes.deadline_s < math.inf:
+            yield _fault(f"{field}.deadline_s", routes.deadline_s, "seconds of at least 0, finite")
+        for index, target in enumerate(routes.targets):
+            if target.node not in nodes:
+                yield _fault(f"{field}.targets[{index}].node", repr(target.node), "a node among the backends")
+            if not 0 < target.weight < math.inf:
+                yield _fault(f"{field}.targets[{index}].weight", target.weight, "a weight above 0, finite")
+
+
+def gateway_state_to_proto(state: GatewayState) -> pb.GatewayState:
+    """Return the message for ``state``."""
+    return pb.GatewayState(
+        version=state.version,
+        generation=state.generation,
+        placement_digest=state.placement_digest,
+        targets=[
+            pb.TargetState(
+                service=target.service,
+                group=target.group,
+                healthy=target.healthy,
+                reason=target.reason,
+                sent=target.sent,
+                failed=target.failed,
+            )
+            for target in state.targets
+        ],
+        ready=state.ready,
+    )
+
+
+def gateway_state_from_proto(message: pb.GatewayState) -> GatewayState:
+    """Return the state in ``message``."""
+    return GatewayState(
+        version=message.version,
+        generation=message.generation,
+        placement_digest=message.placement_digest,
+        targets=tuple(
+            TargetState(
+                service=target.service,
+                group=target.group,
+                healthy=target.healthy,
+                reason=target.reason,
+                sent=target.sent,
+                failed=target.failed,
+            )
+            for target in message.targets
+        ),
+        ready=message.ready,
+    )
