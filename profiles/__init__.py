@@ -1,1 +1,16 @@
-"""."""
+"""Profiles: documents of measured latency and memory, the model that reads between them, and the profiler."""
+
+from profiles.document import LatencyStatistics, Profile, ProfileMeta, Row, Source
+from profiles.latency import Estimate, LatencyModel
+from profiles.library import ProfileLibrary
+
+__all__ = [
+    "Profile",
+    "ProfileMeta",
+    "Row",
+    "LatencyStatistics",
+    "Source",
+    "LatencyModel",
+    "Estimate",
+    "ProfileLibrary",
+]

@@ -1,0 +1,70 @@
+"""How much device memory a piece of work takes."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+
+from profiles.memory import resident_growth_bytes
+
+__all__ = ["peak_growth_bytes"]
+
+
+def peak_growth_bytes(action: Callable[[], object], device: torch.device) -> int:
+    """Run ``action`` once and return the bytes that it took on top of what was held before, at the peak.
+
+    On CUDA that is what the caching allocator counted. On the CPU it is the larger of two views: the tensors alive at
+    once between operations (exact and repeatable, but blind to what a kernel takes inside), and the growth of the
+    resident set (which sees everything, but not memory that the process still held from earlier work).
+    """
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        action()
+        torch.cuda.synchronize(device)
+        return max(0, torch.cuda.max_memory_allocated(device) - before)
+    tensors = _LiveTensors()
+
+    def counted() -> None:
+        with tensors:
+            action()
+
+    resident_bytes = resident_growth_bytes(counted)
+    return max(tensors.peak_bytes, resident_bytes)
+
+
+class _LiveTensors(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts the bytes of the storages that operations made and that are still alive."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.peak_bytes = 0
+        self._held_bytes = 0
+        self._known: weakref.WeakSet[torch.UntypedStorage] = weakref.WeakSet()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Iterable[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        given = {id(t.untyped_storage()) for t in tree_iter((args, kwargs)) if isinstance(t, torch.Tensor)}
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_iter(result):
+            if isinstance(tensor, torch.Tensor):
+                self._hold(tensor.untyped_storage(), given)
+        self.peak_bytes = max(self.peak_bytes, self._held_bytes)
+        return result
+
+    def _hold(self, storage: torch.UntypedStorage, given: set[int]) -> None:
+        if id(storage) in given or storage in self._known:
+            return
+        self._known.add(storage)
+        self._held_bytes += storage.nbytes()
+        weakref.finalize(storage, self._release, storage.nbytes())
+
+    def _release(self, size_bytes: int) -> None:
+        self._held_bytes -= size_bytes

@@ -1,0 +1,154 @@
+"""The models that can be built by name: transformers architectures, from their configuration alone.
+
+Nothing is downloaded. The names say the architecture and its size; the weights are seeded random numbers, so latency
+and memory are those of the real architecture, and the answers mean nothing. Importing this module imports neither
+torch nor transformers: they are imported when a model is built.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from executor.runtime.protocol import TensorSpec
+
+__all__ = ["REGISTRY", "Architecture"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Architecture:
+    """How to build one model.
+
+    Attributes:
+        build: Returns a new ``torch.nn.Module`` with weights drawn from torch's generator, on the default device.
+        inputs: Tensors per item.
+        outputs: Names of the tensors to return.
+        description: One line for people.
+    """
+
+    build: Callable[[], Any]
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[str, ...]
+    description: str
+
+
+def _image(side: int) -> tuple[TensorSpec, ...]:
+    return (TensorSpec("pixel_values", "FP32", (3, side, side)),)
+
+
+def _tokens(length: int) -> tuple[TensorSpec, ...]:
+    return (TensorSpec("input_ids", "INT64", (length,)),)
+
+
+def _labelled(config: Any, labels: int) -> Any:
+    """Return ``config`` with a head of ``labels`` classes."""
+    config.num_labels = labels
+    return config
+
+
+def _mobilenet(width: float) -> Architecture:
+    def build() -> Any:
+        from transformers import MobileNetV2Config, MobileNetV2ForImageClassification
+
+        config = MobileNetV2Config(depth_multiplier=width)
+        return MobileNetV2ForImageClassification(_labelled(config, 1000))
+
+    description = f"MobileNetV2, width {width}: image classification, 224x224"
+    return Architecture(build=build, inputs=_image(224), outputs=("logits",), description=description)
+
+
+def _deeplab() -> Architecture:
+    def build() -> Any:
+        from transformers import MobileNetV2Config, MobileNetV2ForSemanticSegmentation
+
+        return MobileNetV2ForSemanticSegmentation(_labelled(MobileNetV2Config(output_stride=16), 21))
+
+    description = "DeepLabV3+ head on MobileNetV2: segmentation into 21 classes, 256x256"
+    return Architecture(build=build, inputs=_image(256), outputs=("logits",), description=description)
+
+
+def _segformer() -> Architecture:
+    def build() -> Any:
+        from transformers import SegformerConfig, SegformerForSemanticSegmentation
+
+        return SegformerForSemanticSegmentation(_labelled(SegformerConfig(), 19))
+
+    description = "Segformer B0: segmentation into 19 classes, 256x256"
+    return Architecture(build=build, inputs=_image(256), outputs=("logits",), description=description)
+
+
+def _bert(hidden: int, layers: int, tokens: int, size: str) -> Architecture:
+    def build() -> Any:
+        from transformers import BertConfig, BertForSequenceClassification
+
+        config = BertConfig(
+            hidden_size=hidden,
+            num_hidden_layers=layers,
+            num_attention_heads=hidden // 64,
+            intermediate_size=4 * hidden,
+        )
+        return BertForSequenceClassification(_labelled(config, 2))
+
+    description = f"Bert {size} ({layers} layers of {hidden}): text classification, {tokens} tokens"
+    return Architecture(build=build, inputs=_tokens(tokens), outputs=("logits",), description=description)
+
+
+def _resnet(kind: str, depths: tuple[int, ...], widths: tuple[int, ...]) -> Architecture:
+    def build() -> Any:
+        from transformers import ResNetConfig, ResNetForImageClassification
+
+        config = ResNetConfig(layer_type=kind, depths=list(depths), hidden_sizes=list(widths))
+        return ResNetForImageClassification(_labelled(config, 1000))
+
+    layers = sum(depths) * (2 if kind == "basic" else 3) + 2
+    description = f"ResNet-{layers}: image classification, 224x224"
+    return Architecture(build=build, inputs=_image(224), outputs=("logits",), description=description)
+
+
+def _yolos(hidden: int, size: str) -> Architecture:
+    def build() -> Any:
+        from transformers import YolosConfig, YolosForObjectDetection
+
+        config = YolosConfig(
+            hidden_size=hidden,
+            num_hidden_layers=12,
+            num_attention_heads=hidden // 64,
+            intermediate_size=4 * hidden,
+            image_size=[256, 256],
+            num_detection_tokens=100,
+        )
+        return YolosForObjectDetection(_labelled(config, 91))
+
+    description = f"YOLOS {size}: detection of 100 boxes, 256x256"
+    return Architecture(build=build, inputs=_image(256), outputs=("logits", "pred_boxes"), description=description)
+
+
+def _vit(hidden: int, size: str) -> Architecture:
+    def build() -> Any:
+        from transformers import ViTConfig, ViTForImageClassification
+
+        config = ViTConfig(hidden_size=hidden, num_attention_heads=hidden // 64, intermediate_size=4 * hidden)
+        return ViTForImageClassification(_labelled(config, 1000))
+
+    description = f"ViT {size}: image classification, 224x224"
+    return Architecture(build=build, inputs=_image(224), outputs=("logits",), description=description)
+
+
+REGISTRY: Mapping[str, Architecture] = {
+    "bert-base": _bert(768, 12, 128, "base"),
+    "bert-small": _bert(512, 4, 128, "small"),
+    "bert-small-16": _bert(512, 4, 16, "small"),
+    "bert-tiny-16": _bert(128, 2, 16, "tiny"),
+    "deeplab-mobilenet-v2": _deeplab(),
+    "mobilenet-v2-0.5": _mobilenet(0.5),
+    "mobilenet-v2-1.0": _mobilenet(1.0),
+    "resnet-18": _resnet("basic", (2, 2, 2, 2), (64, 128, 256, 512)),
+    "resnet-50": _resnet("bottleneck", (3, 4, 6, 3), (256, 512, 1024, 2048)),
+    "segformer-b0": _segformer(),
+    "vit-small": _vit(384, "small"),
+    "vit-tiny": _vit(192, "tiny"),
+    "yolos-small": _yolos(384, "small"),
+    "yolos-tiny": _yolos(192, "tiny"),
+}
+"""Every model that can be built by name, sorted."""

@@ -1,0 +1,244 @@
+"""The torch runtime: models of the registry or of a local safetensors folder, on a CPU or a CUDA device."""
+
+from __future__ import annotations
+
+import difflib
+import re
+import time
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from numpy.typing import NDArray
+from transformers import PreTrainedModel  # the heavy part of transformers: paid at import, not in the first load
+
+from executor.runtime.local_models import load_folder, local_names
+from executor.runtime.memory import peak_growth_bytes
+from executor.runtime.protocol import InvalidTensor, OutOfDeviceMemory, TensorSpec, UnknownVariant, batch_of
+from executor.runtime.registry import REGISTRY
+from plans.errors import Fault, InvalidInput
+
+__all__ = ["DTYPES", "TorchModel", "TorchRuntime"]
+
+DTYPES: Mapping[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+"""Types that weights and activations can have; inputs and outputs stay FP32."""
+
+_DEVICE = re.compile(r"cpu|cuda(:[0-9]+)?")
+
+
+class TorchRuntime:
+    """Builds, loads and warms up models.
+
+    Weights of a registry model are drawn from ``seed`` and the model's name, and torch's global generator is left as it
+    was. A folder ``model_dir/<name>`` with a ``config.json`` and ``*.safetensors`` goes before a registry model of the
+    same name.
+
+    Args:
+        device: ``cpu``, ``cuda`` or ``cuda:<index>``.
+        dtype: One of `DTYPES`.
+        threads: Threads that torch may use for one operation on the CPU; a setting of the whole process.
+        model_dir: Folder of local models, or None for the registry alone.
+        seed: Of the random weights.
+
+    Raises:
+        InvalidInput: An argument is wrong, or there is no such device here; all faults at once.
+    """
+
+    def __init__(
+        self,
+        device: str = "cpu",
+        dtype: str = "fp32",
+        threads: int = 1,
+        model_dir: Path | None = None,
+        seed: int = 0,
+    ) -> None:
+        faults = [*_device_faults(device)]
+        if dtype not in DTYPES:
+            faults.append(Fault(field="dtype", found=repr(dtype), expected="one of " + ", ".join(DTYPES)))
+        if threads < 1:
+            faults.append(Fault(field="threads", found=str(threads), expected="at least 1"))
+        if model_dir is not None and not model_dir.is_dir():
+            faults.append(Fault(field="model_dir", found=str(model_dir), expected="a folder of models"))
+        if faults:
+            raise InvalidInput(faults)
+        self._device = torch.device(device)
+        self._dtype = dtype
+        self._threads = threads
+        self._model_dir = model_dir
+        self._seed = seed
+
+    def names(self) -> tuple[str, ...]:
+        """Names that `load` knows, sorted: the registry's and those of local folders."""
+        return tuple(sorted({*REGISTRY, *(local_names(self._model_dir) if self._model_dir else ())}))
+
+    def load(self, variant: str, max_batch: int) -> TorchModel:
+        """Build or read ``variant``, move it to the device, and run it once.
+
+        On a CUDA device it is run at ``max_batch`` as well, so that a model which does not fit is found here.
+
+        Raises:
+            UnknownVariant: Neither the registry nor the folder has the model.
+            InvalidInput: The model's folder is damaged, or ``max_batch`` is below 1.
+            OutOfDeviceMemory: The device cannot hold the model at that batch.
+        """
+        if max_batch < 1:
+            raise InvalidInput.of("at least 1", where=variant, field="max_batch", found=max_batch)
+        torch.set_num_threads(self._threads)
+        start = time.perf_counter()
+        with _quiet_transformers(), _out_of_memory_named(variant, max_batch):
+            module, inputs, wanted = self._build(variant)
+            module = module.to(device=self._device, dtype=DTYPES[self._dtype]).eval().requires_grad_(False)
+            self._synchronize()
+            load_s = time.perf_counter() - start
+            return TorchModel(
+                variant,
+                module,
+                inputs,
+                wanted,
+                device=self._device,
+                dtype=DTYPES[self._dtype],
+                max_batch=max_batch,
+                load_s=load_s,
+            )
+
+    def peak_growth_bytes(self, action: Callable[[], object]) -> int:
+        """Run ``action`` once and return the bytes that it took on top of what was held before, at the peak."""
+        return peak_growth_bytes(action, self._device)
+
+    def _build(self, variant: str) -> tuple[PreTrainedModel, tuple[TensorSpec, ...], tuple[str, ...]]:
+        if self._model_dir is not None and variant in local_names(self._model_dir):
+            return load_folder(self._model_dir, variant)
+        architecture = REGISTRY.get(variant)
+        if architecture is None:
+            close = difflib.get_close_matches(variant, self.names(), n=3)
+            remedy = f"did you mean {' or '.join(close)}?" if close else ""
+            expected = "one of " + ", ".join(self.names())
+            raise UnknownVariant.of(expected, field="variant", found=repr(variant), remedy=remedy)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self._seed + zlib.crc32(variant.encode()))
+            return architecture.build(), architecture.inputs, architecture.outputs
+
+    def _synchronize(self) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+
+
+class TorchModel:
+    """A module on its device; see `executor.runtime.protocol.LoadedModel`. Made by `TorchRuntime.load`."""
+
+    def __init__(
+        self,
+        name: str,
+        module: PreTrainedModel,
+        inputs: tuple[TensorSpec, ...],
+        wanted: tuple[str, ...],
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+        max_batch: int,
+        load_s: float,
+    ) -> None:
+        self.name = name
+        self.inputs = inputs
+        self.load_s = load_s
+        self.max_batch = max_batch
+        self._module = module
+        self._wanted = wanted
+        self._device = device
+        self._dtype = dtype
+        self._vocabulary = int(getattr(getattr(module, "config", None), "vocab_size", 0) or 0)
+        tensors = [*module.parameters(), *module.buffers()]
+        self.weight_bytes = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        start = time.perf_counter()
+        first = self.run(self.example(1))
+        self.first_inference_s = time.perf_counter() - start
+        self.outputs = tuple(TensorSpec(name, "FP32", array.shape[1:]) for name, array in first.items())
+        if device.type == "cuda" and max_batch > 1:
+            self.run(self.example(max_batch))
+
+    def run(self, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+        """Run one batch: FP32 or integer arrays of shape (batch, *item) in, FP32 arrays of shape (batch, *item) out.
+
+        Raises:
+            InvalidTensor: The inputs do not fit, or name a token outside the vocabulary; all faults.
+            OutOfDeviceMemory: The device cannot hold this batch.
+        """
+        batch = batch_of(inputs, self.inputs, max_batch=self.max_batch, where=self.name)
+        self._check_tokens(inputs)
+        with torch.inference_mode(), _out_of_memory_named(self.name, batch):
+            answer = self._module(**{spec.name: self._to_device(inputs[spec.name]) for spec in self.inputs})
+            return {name: answer[name].float().cpu().numpy() for name in self._wanted}
+
+    def example(self, batch: int, seed: int = 0) -> dict[str, NDArray[Any]]:
+        """Return valid random inputs for ``batch`` items; the same seed gives the same values."""
+        generator = np.random.default_rng(seed)
+        arrays: dict[str, NDArray[Any]] = {}
+        for spec in self.inputs:
+            shape = (batch, *spec.shape)
+            if spec.datatype == "INT64":
+                arrays[spec.name] = generator.integers(0, max(1, self._vocabulary), shape, dtype=np.int64)
+            else:
+                arrays[spec.name] = generator.standard_normal(shape, dtype=np.float32)
+        return arrays
+
+    def _check_tokens(self, inputs: Mapping[str, NDArray[Any]]) -> None:
+        """A token outside the vocabulary would read beyond the embedding, and on a GPU end the process."""
+        faults = []
+        for spec in self.inputs:
+            if spec.datatype == "INT64":
+                lowest, highest = int(inputs[spec.name].min()), int(inputs[spec.name].max())
+                if lowest < 0 or highest >= self._vocabulary:
+                    found = f"token {lowest if lowest < 0 else highest}"
+                    expected = f"tokens from 0 to {self._vocabulary - 1}"
+                    faults.append(Fault(where=self.name, field=spec.name, found=found, expected=expected))
+        if faults:
+            raise InvalidTensor(faults)
+
+    def _to_device(self, array: NDArray[Any]) -> torch.Tensor:
+        # torch warns on arrays that cannot be written, such as those over received bytes: those are copied.
+        owned = array if array.flags.writeable and array.flags.c_contiguous else np.array(array, order="C")
+        tensor = torch.from_numpy(owned).to(self._device)
+        return tensor.to(self._dtype) if tensor.is_floating_point() else tensor
+
+
+def _device_faults(device: str) -> Iterator[Fault]:
+    if not _DEVICE.fullmatch(device):
+        yield Fault(field="device", found=repr(device), expected="cpu, cuda or cuda:<index>")
+    elif device != "cpu":
+        _, _, index = device.partition(":")
+        count = torch.cuda.device_count()
+        if int(index or 0) >= count:
+            expected = f"a CUDA device that exists: this machine has {count}"
+            yield Fault(
+                field="device", found=repr(device), expected=expected, remedy="use cpu, or a CUDA build of torch"
+            )
+
+
+@contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """Keep transformers' advice and progress bars off the terminal while a model is built."""
+    logging: Any = transformers.utils.logging
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
+
+@contextmanager
+def _out_of_memory_named(variant: str, batch: int) -> Iterator[None]:
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        torch.cuda.empty_cache()
+        problem = f"{variant} does not fit on the device at batch {batch}: {str(error).splitlines()[0]}"
+        raise OutOfDeviceMemory(problem) from error

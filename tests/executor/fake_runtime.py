@@ -1,0 +1,80 @@
+"""A tiny deterministic runtime, ``tests.executor.fake_runtime:FakeRuntime``: numpy only, quick to import.
+
+Variants: ``fake-double`` returns y = 2x for x of four FP32; ``fake-slow-<ms>`` does the same but takes that many
+milliseconds for a run, whatever the batch; ``fake-broken`` loads and then fails on every run after the warm-up.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from executor.runtime.protocol import TensorSpec, UnknownVariant, batch_of
+from plans.errors import InvalidInput
+
+_SLOW = re.compile(r"fake-slow-([0-9]+)")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FakeModel:
+    """y = 2x, after ``run_s`` seconds."""
+
+    name: str
+    max_batch: int
+    run_s: float = 0.0
+    broken: bool = False
+    inputs: tuple[TensorSpec, ...] = (TensorSpec("x", "FP32", (4,)),)
+    outputs: tuple[TensorSpec, ...] = (TensorSpec("y", "FP32", (4,)),)
+    weight_bytes: int = 1024
+    load_s: float = 0.001
+    first_inference_s: float = 0.001
+
+    def run(self, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+        batch_of(inputs, self.inputs, max_batch=self.max_batch, where=self.name)
+        if self.broken:
+            raise RuntimeError("fake-broken fails on purpose")
+        if self.run_s:
+            time.sleep(self.run_s)
+        return {"y": 2 * inputs["x"]}
+
+    def example(self, batch: int, seed: int = 0) -> dict[str, NDArray[Any]]:
+        generator = np.random.default_rng(seed)
+        return {"x": generator.standard_normal((batch, 4), dtype=np.float32)}
+
+
+class FakeRuntime:
+    """Takes the keywords of `executor.runtime.torch_runtime.TorchRuntime` and needs none of them."""
+
+    def __init__(
+        self,
+        device: str = "cpu",
+        dtype: str = "fp32",
+        threads: int = 1,
+        model_dir: Path | None = None,
+        seed: int = 0,
+    ) -> None:
+        self.device = device
+        self.dtype = dtype
+        self.threads = threads
+        self.model_dir = model_dir
+        self.seed = seed
+
+    def names(self) -> tuple[str, ...]:
+        return ("fake-broken", "fake-double", "fake-slow-20")
+
+    def load(self, variant: str, max_batch: int) -> FakeModel:
+        if max_batch < 1:
+            raise InvalidInput.of("at least 1", where=variant, field="max_batch", found=max_batch)
+        slow = _SLOW.fullmatch(variant)
+        if slow:
+            return FakeModel(name=variant, max_batch=max_batch, run_s=int(slow[1]) / 1000)
+        if variant in self.names():
+            return FakeModel(name=variant, max_batch=max_batch, broken=variant == "fake-broken")
+        raise UnknownVariant.of("one of " + ", ".join(self.names()), field="variant", found=repr(variant))
