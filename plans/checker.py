@@ -25,11 +25,16 @@ _RELATIVE = 1e-6
 class ProfileFigures(Protocol):
     """What the checker asks of profiles; owned here because profiles are a layer above."""
 
-    def memory_bytes(self, model: str, gpu_type: str, tp: int, pp: int, batch: int) -> Sequence[int] | None:
-        """Return peak bytes per GPU of each pipeline stage at ``batch``, or None without a profile."""
+    def memory_bytes(
+        self, service: str, model: str, gpu_type: str, tp: int, pp: int, batch: int
+    ) -> Sequence[int] | None:
+        """Return peak bytes per GPU of each pipeline stage at ``batch``, or None without a profile.
+
+        The service tells how many tokens its requests have, where that matters.
+        """
         ...
 
-    def latency_s(self, model: str, gpu_type: str, tp: int, pp: int, batch: int) -> float | None:
+    def latency_s(self, service: str, model: str, gpu_type: str, tp: int, pp: int, batch: int) -> float | None:
         """Return the mean latency of a batch from start to end, or None without a profile."""
         ...
 
@@ -82,8 +87,8 @@ def _check_entry(
         yield _fault(field, f"accuracy {accuracies[entry.variant]}", f"at least min_accuracy {service.min_accuracy}")
     if not service.allows(group.node, group.gpus):
         yield _fault(field, group.id, "devices that pin and forbid allow")
-    memory = figures.memory_bytes(entry.variant, gpu_type, group.tp, group.pp, entry.max_batch)
-    latency_s = figures.latency_s(entry.variant, gpu_type, group.tp, group.pp, entry.max_batch)
+    memory = figures.memory_bytes(service.name, entry.variant, gpu_type, group.tp, group.pp, entry.max_batch)
+    latency_s = figures.latency_s(service.name, entry.variant, gpu_type, group.tp, group.pp, entry.max_batch)
     if memory is None or latency_s is None:
         shape = f"tp {group.tp}, pp {group.pp}"
         yield _fault(field, "none", f"a profile of {entry.variant} on {gpu_type} with {shape}")

@@ -26,10 +26,10 @@ SERVICES = Services.model_validate(
 class Figures:
     """Profiles that say what `strategies.entry` says."""
 
-    def memory_bytes(self, model, gpu_type, tp, pp, batch):
+    def memory_bytes(self, service, model, gpu_type, tp, pp, batch):
         return None if model == "unprofiled" else (100,) * pp
 
-    def latency_s(self, model, gpu_type, tp, pp, batch):
+    def latency_s(self, service, model, gpu_type, tp, pp, batch):
         return None if model == "unprofiled" else 0.01 * batch
 
 
