@@ -187,7 +187,7 @@ def expand(
         uniform: each of a window's requests at a uniform time: a Poisson process, given its count.
         even: evenly spaced, the first half a gap after the window's start.
         gamma: gaps within a window drawn from a gamma distribution with coefficient of variation ``cv`` and stretched
-            to fill it. Windows with few requests come out less bursty than ``cv``, since the stretch ties them together.
+            to fill it. Windows with few requests come out less bursty than ``cv``, since that ties them together.
         poisson: the count is taken as the mean of a Poisson draw, then as uniform. The only one that does not conserve
             the counts.
 
