@@ -3,6 +3,7 @@
 from profiles.document import LatencyStatistics, Profile, ProfileMeta, Row, Source
 from profiles.latency import Estimate, LatencyModel
 from profiles.library import ProfileLibrary
+from profiles.profiler import Measurable, Progress, StopRule, load_callable, profile_callable
 
 __all__ = [
     "Profile",
@@ -13,4 +14,9 @@ __all__ = [
     "LatencyModel",
     "Estimate",
     "ProfileLibrary",
+    "profile_callable",
+    "load_callable",
+    "Measurable",
+    "Progress",
+    "StopRule",
 ]

@@ -19,6 +19,9 @@ MEASUREMENT_ERROR_RATIO = 0.02
 UNMEASURED_ERROR_RATIO = 0.2
 """Least error of a latency that nobody measured on this device. A convention, not a measurement."""
 
+_UNSTATED_SPREAD_RATIO = 0.1
+"""Coefficient of variation taken for a row that states no p95. A convention, not a measurement."""
+
 _ORDER: tuple[Confidence, ...] = ("measured", "interpolated", "extrapolated", "modelled")
 
 
@@ -52,8 +55,9 @@ class LatencyModel:
     Latency never falls with the batch, however noisy the rows (`profiles.curve`). A batch on the grid of a measured
     profile is ``measured``, one between grid points ``interpolated``, one outside ``extrapolated`` with a margin that
     grows with the distance. A profile that was modelled, or imported without percentiles, makes everything
-    ``modelled``. Where a row states no p99, the ratio of p99 to mean is carried over from the rows that do; without
-    any, the mean stands for it; either way the estimate is at best ``interpolated``.
+    ``modelled``. Where a row states no p99, the ratio of the highest percentile to the mean is carried over from the
+    nearest row that states one, and without any the mean stands for it; either way the estimate is at best
+    ``interpolated``.
 
     Of several concurrencies the lowest is taken. Of several numbers of tokens, the nearest rows that are not smaller
     in either direction (``interpolated`` unless equal); beyond the largest, the largest rows scaled in proportion
@@ -152,7 +156,8 @@ class LatencyModel:
 
     def _grid_confidence(self, batch: int) -> Confidence:
         if batch in self._batches:
-            return "measured"
+            row = self._rows[self._batches.index(batch)]
+            return "interpolated" if row.latency_s.p99 is None else "measured"
         return "interpolated" if self._batches[0] < batch < self._batches[-1] else "extrapolated"
 
     def _error_ratio(self, batch: int) -> float:
@@ -210,31 +215,35 @@ def _source_confidence(profile: Profile, rows: Sequence[Row]) -> Confidence:
         return "modelled"
     if profile.source == "imported" and not any(row.latency_s.has_percentiles for row in rows):
         return "modelled"
-    return "measured" if all(row.latency_s.p99 is not None for row in rows) else "interpolated"
+    return "measured"
 
 
 def _tail_ratios(rows: Sequence[Row]) -> list[float]:
-    """Ratio of p99 to mean per row, at least 1; where unknown, from the nearest row by batch that states it."""
-    known = [(row.batch, row.latency_s.p99 / row.latency_s.mean) for row in rows if row.latency_s.p99 is not None]
+    """Ratio of p99 to mean per row, at least 1; without a p99, from the nearest row by batch that states a tail."""
+    known = [(row.batch, tail / row.latency_s.mean) for row in rows if (tail := _tail_s(row)) is not None]
     ratios = []
     for row in rows:
         _, carried = min(known, key=lambda pair: abs(pair[0] - row.batch), default=(0, 1.0))
-        stated = [value for value in (row.latency_s.p50, row.latency_s.p95) if value is not None]
-        least = max([1.0, *(value / row.latency_s.mean for value in stated)])
-        ratios.append(max(least, carried))
+        own = (row.latency_s.p50 or 0.0) / row.latency_s.mean
+        ratios.append(max(1.0, own, carried))
     return ratios
 
 
-def _sampling_error_ratio(row: Row) -> float:
-    """Half width of the mean's 95 % confidence interval, as a share of it; 0 where the row does not say.
+def _tail_s(row: Row) -> float | None:
+    return row.latency_s.p95 if row.latency_s.p99 is None else row.latency_s.p99
 
-    With the standard deviation read off two quantiles of a normal distribution: (p95 - p50) / 1.645.
+
+def _sampling_error_ratio(row: Row) -> float:
+    """Half width of the mean's 95 % confidence interval, as a share of it.
+
+    With the standard deviation read off two quantiles of a normal distribution, (p95 - p50) / 1.645, or taken as 10 %
+    of the mean where the row does not state them.
     """
     statistics = row.latency_s
-    if statistics.p50 is None or statistics.p95 is None or row.samples < 1:
-        return 0.0
-    deviation = (statistics.p95 - statistics.p50) / 1.645
-    return 1.96 * deviation / math.sqrt(row.samples) / statistics.mean
+    spread_ratio = _UNSTATED_SPREAD_RATIO
+    if statistics.p50 is not None and statistics.p95 is not None:
+        spread_ratio = (statistics.p95 - statistics.p50) / 1.645 / statistics.mean
+    return 1.96 * spread_ratio / math.sqrt(max(1, row.samples))
 
 
 def _neighbours(batches: Sequence[int], batch: int) -> tuple[int, int, float]:

@@ -8,6 +8,7 @@ from typing import Any
 
 import transformers
 from safetensors import SafetensorError
+from transformers import PreTrainedModel  # the heavy part of transformers: paid at import, not in the first load
 
 from executor.runtime.protocol import TensorSpec
 from plans.errors import Fault, InvalidInput
@@ -43,7 +44,7 @@ def local_names(model_dir: Path) -> tuple[str, ...]:
     )
 
 
-def load_folder(model_dir: Path, name: str) -> tuple[Any, tuple[TensorSpec, ...], tuple[str, ...]]:
+def load_folder(model_dir: Path, name: str) -> tuple[PreTrainedModel, tuple[TensorSpec, ...], tuple[str, ...]]:
     """Read the model in ``model_dir / name``: the module, its inputs per item, and the names of its outputs.
 
     ``config.json`` decides the architecture, through transformers' auto classes: no code from the folder runs, and

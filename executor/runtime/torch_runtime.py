@@ -15,7 +15,6 @@ import numpy as np
 import torch
 import transformers
 from numpy.typing import NDArray
-from transformers import PreTrainedModel  # the heavy part of transformers: paid at import, not in the first load
 
 from executor.runtime.local_models import load_folder, local_names
 from executor.runtime.memory import peak_growth_bytes
@@ -110,7 +109,7 @@ class TorchRuntime:
         """Run ``action`` once and return the bytes that it took on top of what was held before, at the peak."""
         return peak_growth_bytes(action, self._device)
 
-    def _build(self, variant: str) -> tuple[PreTrainedModel, tuple[TensorSpec, ...], tuple[str, ...]]:
+    def _build(self, variant: str) -> tuple[torch.nn.Module, tuple[TensorSpec, ...], tuple[str, ...]]:
         if self._model_dir is not None and variant in local_names(self._model_dir):
             return load_folder(self._model_dir, variant)
         architecture = REGISTRY.get(variant)
@@ -134,7 +133,7 @@ class TorchModel:
     def __init__(
         self,
         name: str,
-        module: PreTrainedModel,
+        module: torch.nn.Module,
         inputs: tuple[TensorSpec, ...],
         wanted: tuple[str, ...],
         *,
