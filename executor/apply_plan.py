@@ -1,0 +1,214 @@
+"""What an apply has to do, computed from the plan and the state of every peer. No input or output here.
+
+The generation with the highest number that any peer has committed is the live one, and its digest says which plan that
+is. An apply that was cut short between the agents' commits and the flip leaves agents ahead of the gateways; requests
+still follow the old routes then, so a plan made against those is not stale.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from executor import wire
+from executor.state import AgentState, GatewayState, Phase, ReplicaKey
+from plans.cluster import Cluster
+from plans.errors import Fault, InvalidInput
+from plans.plan import Plan, Prior
+
+__all__ = [
+    "Fresh",
+    "InForce",
+    "Live",
+    "ReplicaChange",
+    "Stale",
+    "Standing",
+    "assess",
+    "changes",
+    "check_plan",
+    "left_over",
+    "live_prior",
+    "replicas_of",
+]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Live:
+    """State of every peer: agents by node name, gateways by address."""
+
+    agents: Mapping[str, AgentState]
+    gateways: Mapping[str, GatewayState]
+
+    @property
+    def peers(self) -> tuple[AgentState | GatewayState, ...]:
+        """State of every peer."""
+        return (*self.agents.values(), *self.gateways.values())
+
+    @property
+    def last_generation(self) -> int:
+        """The highest generation that any peer has seen, committed or staged; 0 on an untouched cluster."""
+        seen = [state.generation for state in self.peers]
+        return max([*seen, *(state.staged_generation for state in self.agents.values())], default=0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fresh:
+    """The plan follows what is live: apply it as ``generation``."""
+
+    generation: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InForce:
+    """The plan is live already, as ``generation``. ``left_over`` says what is not as it should be, a line each."""
+
+    generation: int
+    left_over: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stale:
+    """Something else is live than what the plan was made against."""
+
+    problem: str
+
+
+Standing = Fresh | InForce | Stale
+"""How a plan stands to what is live."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, order=True)
+class ReplicaChange:
+    """What an apply does to one replica of a node."""
+
+    node: str
+    key: ReplicaKey
+    action: Literal["load", "keep", "unload"]
+
+
+def check_plan(plan: Plan, cluster: Cluster) -> None:
+    """Check that every node and device of ``plan`` exists in ``cluster``, and that every node has an address.
+
+    Raises:
+        InvalidInput: The plan is for another cluster, or an address is missing; all faults at once.
+    """
+    faults = list(_cluster_faults(plan, cluster))
+    if faults:
+        raise InvalidInput(faults)
+
+
+def _cluster_faults(plan: Plan, cluster: Cluster) -> Iterator[Fault]:
+    counts = {node.name: node.gpus.count for node in cluster.nodes}
+    remedy = "this plan was made for another cluster; plan again for this one"
+    for position, group in enumerate(plan.groups):
+        field = f"groups[{position}]"
+        if group.node not in counts:
+            known = f"a node of the cluster: {', '.join(counts)}"
+            yield Fault(where="plan", field=f"{field}.node", found=repr(group.node), expected=known, remedy=remedy)
+        else:
+            count = counts[group.node]
+            for gpu in group.gpus:
+                if gpu >= count:
+                    expected = f"an index below {count}: {group.node!r} has no more GPUs"
+                    yield Fault(where="plan", field=f"{field}.gpus", found=str(gpu), expected=expected, remedy=remedy)
+    for position, node in enumerate(cluster.nodes):
+        if not node.address:
+            field = f"nodes[{position}].address"
+            yield Fault(where="cluster", field=field, found="nothing", expected=f"host:port of {node.name!r}'s agent")
+
+
+def live_prior(live: Live) -> Prior | None:
+    """Return generation and digest of what is live; None on a cluster that runs nothing."""
+    newest = max(live.peers, key=lambda state: state.generation, default=None)
+    if newest is None or newest.generation == 0:
+        return None
+    return Prior(generation=newest.generation, digest=newest.placement_digest)
+
+
+def assess(plan: Plan, prior: Prior | None, live: Live) -> Standing:
+    """Say how ``plan``, made against ``prior``, stands to what is live.
+
+    The next generation is one more than any peer has seen, so that a peer which an earlier apply reached with more than
+    it committed does not refuse.
+    """
+    current = live_prior(live)
+    if current is not None and current.digest == plan.placement_digest:
+        return InForce(generation=current.generation, left_over=left_over(plan, current.generation, live))
+    followable = _followable(current, live)
+    if (prior.digest if prior else None) in followable or plan.placement_digest in followable:
+        return Fresh(generation=live.last_generation + 1)
+    made = f"generation {prior.generation} ({_short(prior.digest)})" if prior else "an empty cluster"
+    runs = f"generation {current.generation} ({_short(current.digest)})" if current else "nothing"
+    return Stale(
+        problem=f"the plan was made against {made}, but {runs} is live; plan again with --current set to the live plan"
+    )
+
+
+def _followable(current: Prior | None, live: Live) -> set[str | None]:
+    """Return the digests against which a plan may have been made and still be applied; None stands for nothing."""
+    if current is None:
+        return {None}
+    routed = max(live.gateways.values(), key=lambda state: state.generation, default=None)
+    return {current.digest, routed.placement_digest if routed is not None and routed.generation else current.digest}
+
+
+def _short(digest: str) -> str:
+    return digest[:19]
+
+
+def replicas_of(plan: Plan, node: str) -> frozenset[ReplicaKey]:
+    """Return the replicas that ``node`` shall run."""
+    return frozenset(
+        ReplicaKey(group=group.id, service=entry.service, variant=entry.variant)
+        for group in plan.groups
+        if group.node == node
+        for entry in group.loadout
+    )
+
+
+def changes(plan: Plan, live: Live) -> tuple[ReplicaChange, ...]:
+    """Return what the plan changes on every node, replica by replica."""
+    found = []
+    for node, state in live.agents.items():
+        wanted = replicas_of(plan, node)
+        present = {replica.key for replica in state.replicas if replica.phase is not Phase.FAILED}
+        found += [ReplicaChange(node=node, key=key, action="load") for key in wanted - present]
+        found += [ReplicaChange(node=node, key=key, action="keep") for key in wanted & present]
+        found += [ReplicaChange(node=node, key=key, action="unload") for key in present - wanted]
+    return tuple(sorted(found))
+
+
+def left_over(plan: Plan, generation: int, live: Live) -> tuple[str, ...]:
+    """Return what keeps the peers from running ``plan`` as ``generation`` and nothing else; empty when they do."""
+    digest = plan.placement_digest
+    found: list[str] = []
+    for node, agent in live.agents.items():
+        found += [
+            f"{node}: {problem}" for problem in _agent_left_over(replicas_of(plan, node), generation, agent, digest)
+        ]
+    table = wire.routing_table(plan, {group.node: "" for group in plan.groups}, generation)
+    wanted = {(routes.service, target.group) for routes in table.services for target in routes.targets}
+    for address, gateway in live.gateways.items():
+        routed = {(target.service, target.group) for target in gateway.targets}
+        if gateway.generation != generation or gateway.placement_digest != digest:
+            found.append(f"gateway {address}: routes generation {gateway.generation}, not {generation}")
+        elif routed != wanted:
+            found.append(f"gateway {address}: routes {len(routed)} of {len(wanted)} targets")
+    return tuple(found)
+
+
+def _agent_left_over(wanted: frozenset[ReplicaKey], generation: int, state: AgentState, digest: str) -> Iterator[str]:
+    if state.generation != generation or state.placement_digest != digest:
+        yield f"has committed generation {state.generation}, not {generation}"
+        return
+    if state.staged_generation not in (0, generation):
+        yield f"still holds generation {state.staged_generation} staged"
+    present = {replica.key: replica for replica in state.replicas}
+    for key in sorted(wanted - present.keys()):
+        yield f"does not run {key}"
+    for key in sorted(present.keys() - wanted):
+        yield f"still runs {key}"
+    for key in sorted(wanted & present.keys()):
+        if present[key].phase is Phase.FAILED:
+            yield f"{key} failed: {present[key].reason}"

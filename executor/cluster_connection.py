@@ -1,0 +1,92 @@
+"""Channels to every agent and gateway of a cluster, for as long as one command runs."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Mapping, Sequence
+from types import TracebackType
+from typing import TypeVar
+
+import grpc.aio
+
+from executor.control_client import AgentClient, GatewayClient, channel_options
+from executor.state import AgentState, GatewayState
+from plans.cluster import Cluster
+from plans.errors import InvalidInput, RemoteFailure
+
+__all__ = ["ClusterConnection", "gather"]
+
+_MAX_MESSAGE_BYTES = 64 * 2**20
+_Answer = TypeVar("_Answer")
+
+
+async def gather(calls: Mapping[str, Awaitable[_Answer]]) -> tuple[dict[str, _Answer], dict[str, RemoteFailure]]:
+    """Await all ``calls`` together; return the answers, and the failures of the peers that failed, by their key."""
+    outcomes = await asyncio.gather(*(_outcome(call) for call in calls.values()))
+    pairs = list(zip(calls, outcomes, strict=True))
+    answers = {key: answer for key, (answer, failure) in pairs if failure is None and answer is not None}
+    return answers, {key: failure for key, (_, failure) in pairs if failure is not None}
+
+
+async def _outcome(call: Awaitable[_Answer]) -> tuple[_Answer | None, RemoteFailure | None]:
+    try:
+        return await call, None
+    except RemoteFailure as failure:
+        return None, failure
+
+
+class ClusterConnection:
+    """Clients for the agents of ``cluster`` (by node name) and for the gateways (by address). An async context.
+
+    Raises:
+        InvalidInput: A gateway's address is no ``host:port``, or none is given.
+    """
+
+    def __init__(self, cluster: Cluster, gateways: Sequence[str]) -> None:
+        if not gateways:
+            raise InvalidInput.of("the host:port of at least one gateway", where="--gateway", found="none")
+        for address in gateways:
+            if not address.rpartition(":")[2].isdigit() or address.startswith(":"):
+                raise InvalidInput.of("host:port", where="--gateway", found=repr(address))
+        self._cluster = cluster
+        self._addresses = tuple(dict.fromkeys(gateways))
+        self._channels: list[grpc.aio.Channel] = []
+        self.agents: dict[str, AgentClient] = {}
+        self.gateways: dict[str, GatewayClient] = {}
+
+    async def __aenter__(self) -> ClusterConnection:
+        self.agents = {
+            node.name: AgentClient(self._open(node.address), f"agent of {node.name} at {node.address}")
+            for node in self._cluster.nodes
+        }
+        self.gateways = {
+            address: GatewayClient(self._open(address), f"gateway at {address}") for address in self._addresses
+        }
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await asyncio.gather(*(channel.close(None) for channel in self._channels))
+
+    async def states(
+        self, *, timeout_s: float
+    ) -> tuple[dict[str, AgentState], dict[str, GatewayState], dict[str, RemoteFailure]]:
+        """Ask every peer for its state; return agents by node, gateways by address, and the failures by peer."""
+        (agents, lost_agents), (gateways, lost_gateways) = await asyncio.gather(
+            gather({node: self._agent_state(node, timeout_s) for node in self.agents}),
+            gather({address: client.state(timeout_s=timeout_s) for address, client in self.gateways.items()}),
+        )
+        return agents, gateways, lost_agents | lost_gateways
+
+    async def _agent_state(self, node: str, timeout_s: float) -> AgentState:
+        client = self.agents[node]
+        state = await client.state(timeout_s=timeout_s)
+        if state.node != node:
+            raise RemoteFailure(client.name, f"the agent there is that of node {state.node!r}", retryable=False)
+        return state
+
+    def _open(self, address: str) -> grpc.aio.Channel:
+        channel = grpc.aio.insecure_channel(address, options=channel_options(_MAX_MESSAGE_BYTES))
+        self._channels.append(channel)
+        return channel

@@ -1,0 +1,111 @@
+"""Calls of the control plane, with inner types on both sides and one kind of error."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable
+from typing import Any
+
+import grpc
+import grpc.aio
+
+from executor import wire
+from executor.proto import control_pb2, control_pb2_grpc
+from executor.state import AgentState, DesiredState, GatewayState, ReplicaKey, RoutingTable
+from plans.errors import Fault, InvalidInput, RemoteFailure
+
+__all__ = ["AgentClient", "GatewayClient", "channel_options", "remote_failure"]
+
+_PASSING = {
+    grpc.StatusCode.UNAVAILABLE,
+    grpc.StatusCode.DEADLINE_EXCEEDED,
+    grpc.StatusCode.RESOURCE_EXHAUSTED,
+    grpc.StatusCode.ABORTED,
+    grpc.StatusCode.CANCELLED,
+}
+
+
+def channel_options(max_message_bytes: int) -> list[tuple[str, Any]]:
+    """Return the options of every channel of the executor: message limits, and quick reconnects to a restarted peer."""
+    return [
+        ("grpc.max_send_message_length", max_message_bytes),
+        ("grpc.max_receive_message_length", max_message_bytes),
+        ("grpc.initial_reconnect_backoff_ms", 100),
+        ("grpc.min_reconnect_backoff_ms", 100),
+        ("grpc.max_reconnect_backoff_ms", 500),
+        ("grpc.enable_retries", 0),
+    ]
+
+
+def remote_failure(peer: str, error: grpc.aio.AioRpcError) -> RemoteFailure:
+    """Return a failed call to ``peer`` as one of our errors, retryable when its status is one that may pass."""
+    code = error.code()
+    details = (error.details() or "").strip() or "no details"
+    return RemoteFailure(peer, f"{code.name}: {details}", retryable=code in _PASSING)
+
+
+async def _answer(peer: str, call: Awaitable[Any]) -> Any:
+    try:
+        return await call
+    except grpc.aio.AioRpcError as error:
+        raise remote_failure(peer, error) from error
+
+
+class AgentClient:
+    """Calls to one agent; ``name`` is how failures call it. Every method raises `RemoteFailure` when its call fails."""
+
+    def __init__(self, channel: grpc.aio.Channel, name: str) -> None:
+        self.name = name
+        self._stub = control_pb2_grpc.AgentStub(channel)  # type: ignore[no-untyped-call]
+
+    async def state(self, *, timeout_s: float) -> AgentState:
+        """Return what the agent reports of its node."""
+        call = self._stub.GetState(control_pb2.GetStateRequest(), timeout=timeout_s)
+        message = await _answer(self.name, call)
+        try:
+            return wire.agent_state_from_proto(message)
+        except InvalidInput as error:
+            problem = f"its answer is not one that this version knows: {error}"
+            raise RemoteFailure(self.name, problem, retryable=False) from error
+
+    async def validate(self, desired: DesiredState, *, timeout_s: float) -> tuple[Fault, ...]:
+        """Return every reason why the node cannot run ``desired``; the agent changes nothing."""
+        call = self._stub.Validate(wire.desired_state_to_proto(desired), timeout=timeout_s)
+        return wire.faults_from_proto(await _answer(self.name, call), where=self.name)
+
+    async def stage(self, desired: DesiredState, *, timeout_s: float) -> tuple[ReplicaKey, ...]:
+        """Load what ``desired`` adds beside what runs; return the replicas that must wait for memory."""
+        call = self._stub.Stage(wire.desired_state_to_proto(desired), timeout=timeout_s)
+        return wire.stage_response_from_proto(await _answer(self.name, call))
+
+    async def commit(self, generation: int, *, timeout_s: float) -> None:
+        """Let staged replicas take requests."""
+        await _answer(self.name, self._stub.Commit(_generation(generation), timeout=timeout_s))
+
+    async def finish(self, generation: int, *, timeout_s: float) -> None:
+        """Drain and unload what left the plan, then load what waited for memory."""
+        await _answer(self.name, self._stub.Finish(_generation(generation), timeout=timeout_s))
+
+    async def abort(self, generation: int, *, timeout_s: float) -> None:
+        """Take everything of ``generation`` back."""
+        await _answer(self.name, self._stub.Abort(_generation(generation), timeout=timeout_s))
+
+
+class GatewayClient:
+    """Calls to one gateway; as `AgentClient`."""
+
+    def __init__(self, channel: grpc.aio.Channel, name: str) -> None:
+        self.name = name
+        self._stub = control_pb2_grpc.GatewayStub(channel)  # type: ignore[no-untyped-call]
+
+    async def state(self, *, timeout_s: float) -> GatewayState:
+        """Return what the gateway reports of itself."""
+        call = self._stub.GetState(control_pb2.GetStateRequest(), timeout=timeout_s)
+        return wire.gateway_state_from_proto(await _answer(self.name, call))
+
+    async def set_routes(self, table: RoutingTable, *, timeout_s: float) -> None:
+        """Put ``table`` in force."""
+        await _answer(self.name, self._stub.SetRoutes(wire.routing_table_to_proto(table), timeout=timeout_s))
+
+
+def _generation(generation: int) -> control_pb2.GenerationRequest:
+    return control_pb2.GenerationRequest(generation=generation)

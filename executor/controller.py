@@ -1,0 +1,185 @@
+"""Brings a cluster to a plan, all or nothing: the one-shot controller behind ``foreplan apply``.
+
+The order of the calls is that of ``executor/proto/control.proto``. The flip of the routes on the gateways is the point
+of no return: a failure before it takes everything back, a failure after it is repeated until it succeeds. An apply that
+was killed in between is taken up by running it again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from executor.apply_plan import Fresh, InForce, Live, ReplicaChange, Stale, assess, changes, check_plan
+from executor.cluster_connection import ClusterConnection
+from executor.rollout import ApplyTimeouts, Progress, ProgressEvent, Rollout
+from executor.state import ReplicaKey
+from plans.cluster import Cluster
+from plans.errors import ApplyRolledBack, RemoteFailure, StalePlan
+from plans.plan import Plan, Prior
+
+__all__ = ["Applied", "ApplyResult", "ApplyTimeouts", "NoChanges", "Progress", "ProgressEvent", "WouldApply", "apply"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NoChanges:
+    """The plan was live already, as ``generation``. ``converged``: what was put right all the same, a line each."""
+
+    generation: int
+    placement_digest: str
+    converged: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Applied:
+    """The plan is live as ``generation``. ``deferred`` had to wait for the memory of what it replaced."""
+
+    generation: int
+    placement_digest: str
+    changes: tuple[ReplicaChange, ...]
+    deferred: tuple[ReplicaKey, ...]
+    wall_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WouldApply:
+    """What an apply would do; nothing was changed. ``left_over`` is what an apply of the live plan would put right."""
+
+    generation: int
+    placement_digest: str
+    changes: tuple[ReplicaChange, ...]
+    left_over: tuple[str, ...] = ()
+
+
+ApplyResult = NoChanges | Applied | WouldApply
+"""How an apply ended that did not fail."""
+
+
+def _silent(event: ProgressEvent) -> None:
+    """Tell nobody."""
+
+
+async def apply(
+    plan: Plan,
+    cluster: Cluster,
+    gateways: Sequence[str],
+    *,
+    prior: Prior | None = None,
+    dry_run: bool = False,
+    timeouts: ApplyTimeouts | None = None,
+    progress: Progress = _silent,
+) -> ApplyResult:
+    """Bring every node of ``cluster``, and the routes of ``gateways``, to ``plan``.
+
+    Args:
+        plan: What shall run. Nodes that it does not use are emptied.
+        cluster: The inventory, with the address of every agent.
+        gateways: ``host:port`` of each gateway.
+        prior: What the plan follows, in place of its own ``prior``: a stored plan is applied anew by passing what is
+            live (`executor.cluster_status.status` says).
+        dry_run: Check everything, and say what would happen.
+        timeouts: Limits of the calls.
+        progress: Told about each step on each peer.
+
+    Raises:
+        InvalidInput: The plan is for another cluster, or a node cannot run its part; with all faults.
+        StalePlan: Something else is live than what the plan was made against.
+        ApplyRolledBack: A step before the flip failed, and everything was taken back.
+        RemoteFailure: A peer cannot be reached; or the routes have flipped and some peers are not done yet, in which
+            case running the apply again goes on from there.
+    """
+    limits = timeouts or ApplyTimeouts()
+    started_s = asyncio.get_running_loop().time()
+    check_plan(plan, cluster)
+    async with ClusterConnection(cluster, gateways) as connection:
+        live = await _live(connection, limits)
+        standing = assess(plan, prior or plan.prior, live)
+        match standing:
+            case Stale(problem=problem):
+                raise StalePlan(problem)
+            case InForce(generation=generation, left_over=()):
+                return NoChanges(generation=generation, placement_digest=plan.placement_digest)
+        found = standing.left_over if isinstance(standing, InForce) else ()
+        generation = standing.generation if isinstance(standing, Fresh) else live.last_generation + 1
+        rollout = Rollout(plan, cluster, connection, generation=generation, timeouts=limits, progress=progress)
+        if dry_run:
+            await rollout.validate()
+            return WouldApply(
+                generation=generation,
+                placement_digest=plan.placement_digest,
+                changes=changes(plan, live),
+                left_over=found,
+            )
+        await _run(rollout, live)
+    if isinstance(standing, InForce):
+        return NoChanges(generation=generation, placement_digest=plan.placement_digest, converged=found)
+    return Applied(
+        generation=generation,
+        placement_digest=plan.placement_digest,
+        changes=changes(plan, live),
+        deferred=tuple(key for keys in rollout.deferred.values() for key in keys),
+        wall_s=asyncio.get_running_loop().time() - started_s,
+    )
+
+
+async def _live(connection: ClusterConnection, limits: ApplyTimeouts) -> Live:
+    """Ask every peer for its state.
+
+    Raises:
+        RemoteFailure: Some do not answer; with all of them, and what to do.
+    """
+    agents, gateways, lost = await connection.states(timeout_s=limits.state_s)
+    if lost:
+        failures = list(lost.values())
+        problems = "; ".join([failures[0].problem, *(str(failure) for failure in failures[1:])])
+        remedy = "start it (`foreplan agent` on its node, `foreplan gateway`), or take it out of the cluster file"
+        raise RemoteFailure(failures[0].peer, f"{problems}; nothing was changed: {remedy}", retryable=True)
+    return Live(agents=agents, gateways=gateways)
+
+
+async def _run(rollout: Rollout, before: Live) -> None:
+    """Take the steps of one apply. Nothing is unloaded before every gateway is known to have flipped."""
+    await _reach_flip(rollout, before)
+    failures = await _flip(rollout, before)
+    if failures:
+        raise _unfinished(rollout, failures, ["no node has unloaded anything"])
+    failures = await rollout.finish()
+    remaining = await rollout.left_over()
+    if failures or remaining:
+        raise _unfinished(rollout, failures, remaining)
+
+
+def _unfinished(rollout: Rollout, failures: Mapping[str, RemoteFailure], remaining: Sequence[str]) -> RemoteFailure:
+    peer = next((failure.peer for failure in failures.values()), "cluster")
+    lines = dict.fromkeys((*(str(failure) for failure in failures.values()), *remaining))
+    text = f"generation {rollout.generation} is not everywhere yet: {'; '.join(lines)}"
+    return RemoteFailure(peer, f"{text}; run `foreplan apply` again to go on from here", retryable=True)
+
+
+async def _reach_flip(rollout: Rollout, before: Live) -> None:
+    try:
+        await rollout.validate()
+        await rollout.stage()
+        await rollout.commit()
+    except RemoteFailure as failure:
+        await _roll_back(rollout, before, failure)
+    except asyncio.CancelledError:
+        await asyncio.shield(rollout.abort(before))
+        raise
+
+
+async def _flip(rollout: Rollout, before: Live) -> dict[str, RemoteFailure]:
+    try:
+        return await rollout.flip()
+    except RemoteFailure as refusal:
+        await _roll_back(rollout, before, refusal)
+        raise
+
+
+async def _roll_back(rollout: Rollout, before: Live, cause: RemoteFailure) -> None:
+    remaining = await rollout.abort(before)
+    text = f"{cause}; every node is back where it was"
+    if remaining:
+        text = f"{cause}; taken back, except: {'; '.join(remaining)}"
+    raise ApplyRolledBack(text) from cause

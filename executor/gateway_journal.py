@@ -1,0 +1,113 @@
+"""The routing table in force, kept in a file so that a gateway that was killed goes on with it."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+from pydantic import Field
+
+from executor.state import Backend, RoutingTable, ServiceRoutes, Target
+from plans.documents import FORMAT_VERSION, Document, canonical_digest, read_document, write_document
+from plans.errors import BadStoredData, InvalidInput
+
+__all__ = ["RoutingJournal"]
+
+
+class _Backend(Document):
+    node: str
+    address: str
+
+
+class _Target(Document):
+    group: str
+    node: str
+    weight: float
+    variant: str
+
+
+class _Routes(Document):
+    service: str
+    deadline_s: float
+    targets: tuple[_Target, ...]
+
+
+class _Table(Document):
+    generation: int = Field(ge=1)
+    placement_digest: str
+    backends: tuple[_Backend, ...]
+    services: tuple[_Routes, ...]
+
+
+class _Stored(Document):
+    format_version: str = FORMAT_VERSION
+    digest: str
+    table: _Table
+
+
+class RoutingJournal:
+    """One file, ``routes.json``, in a folder; every write replaces it atomically."""
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / "routes.json"
+
+    def read(self) -> RoutingTable | None:
+        """Return the table stored last; None when none was.
+
+        Raises:
+            BadStoredData: The file is damaged.
+        """
+        if not self.path.exists():
+            return None
+        try:
+            stored = read_document(self.path, _Stored)
+            if stored.digest != canonical_digest([stored.table]):
+                raise BadStoredData(self.path, f"its content does not match its digest; {_REMEDY}")
+            return _inner(stored.table)
+        except InvalidInput as error:
+            fault = error.faults[0]
+            raise BadStoredData(self.path, f"{error}; {_REMEDY}", line=fault.line) from error
+
+    async def write(self, table: RoutingTable) -> None:
+        """Store ``table``; it is on the disk when this returns."""
+        stored = _outer(table)
+        document = _Stored(digest=canonical_digest([stored]), table=stored)
+        await asyncio.to_thread(write_document, self.path, document)
+
+
+_REMEDY = "remove the file and run `foreplan apply` again: the gateway then gets its routes anew"
+
+
+def _inner(table: _Table) -> RoutingTable:
+    return RoutingTable(
+        generation=table.generation,
+        placement_digest=table.placement_digest,
+        backends=tuple(Backend(**backend.model_dump()) for backend in table.backends),
+        services=tuple(
+            ServiceRoutes(
+                service=routes.service,
+                deadline_s=routes.deadline_s,
+                targets=tuple(Target(**target.model_dump()) for target in routes.targets),
+            )
+            for routes in table.services
+        ),
+    )
+
+
+def _outer(table: RoutingTable) -> _Table:
+    return _Table(
+        generation=table.generation,
+        placement_digest=table.placement_digest,
+        backends=tuple(_Backend(node=backend.node, address=backend.address) for backend in table.backends),
+        services=tuple(
+            _Routes(
+                service=routes.service,
+                deadline_s=routes.deadline_s,
+                targets=tuple(
+                    _Target(group=target.group, node=target.node, weight=target.weight, variant=target.variant)
+                    for target in routes.targets
+                ),
+            )
+            for routes in table.services
+        ),
+    )

@@ -1,0 +1,115 @@
+"""The gateway's state: routes in force, peers, and the two brought in step with each other."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+from executor.gateway_journal import RoutingJournal
+from executor.gateway_peer import Peer, PeerTiming
+from executor.routing import NodeView, Router
+from executor.state import Backend, RoutingTable
+
+__all__ = ["Switchboard"]
+
+
+class Switchboard:
+    """Installs routing tables, and keeps one `Peer` for each agent that they name.
+
+    Args:
+        journal: Where the table in force is kept.
+        timing: How closely agents are watched.
+        max_message_bytes: Largest message to and from an agent.
+        on_change: Called after anything that may have changed which services are served.
+    """
+
+    def __init__(
+        self,
+        *,
+        journal: RoutingJournal,
+        timing: PeerTiming,
+        max_message_bytes: int,
+        on_change: Callable[[], None],
+    ) -> None:
+        self.router = Router()
+        self._journal = journal
+        self._timing = timing
+        self._max_message_bytes = max_message_bytes
+        self._on_change = on_change
+        self._peers: dict[str, Peer] = {}
+        self._leaving: set[asyncio.Task[None]] = set()
+        self._installing = asyncio.Lock()
+
+    def restore(self) -> None:
+        """Put the table of the journal in force, if there is one. Its targets join the rotation as agents answer.
+
+        Raises:
+            BadStoredData: The journal is damaged.
+        """
+        table = self._journal.read()
+        if table is not None:
+            self._put_in_force(table, self._new_peers(table))
+
+    async def install(self, table: RoutingTable) -> None:
+        """Put ``table`` in force, all at once, after its agents were asked for their state and it is stored.
+
+        Raises:
+            StalePlan: The table may not follow the one in force.
+        """
+        async with self._installing:
+            self.router.check_generation(table)
+            fresh = self._new_peers(table)
+            try:
+                await asyncio.gather(*(peer.poll() for peer in (self._peers | fresh).values()))
+                await self._journal.write(table)
+            except BaseException:
+                await asyncio.gather(*(peer.close(0.0) for peer in fresh.values()))
+                raise
+            self._put_in_force(table, fresh)
+
+    def peer(self, node: str) -> Peer | None:
+        """Return the peer of ``node``; None when no table in force names it."""
+        return self._peers.get(node)
+
+    def suspect(self, service: str, group: str, problem: str) -> None:
+        """Take a target out of the rotation until its agent is heard again."""
+        self.router.suspect(service, group, problem)
+        self._on_change()
+
+    async def close(self, grace_s: float) -> None:
+        """Stop watching every agent; calls in flight get ``grace_s`` seconds to end."""
+        peers, self._peers = self._peers, {}
+        await asyncio.gather(*(peer.close(grace_s) for peer in peers.values()), *self._leaving)
+
+    def _new_peers(self, table: RoutingTable) -> dict[str, Peer]:
+        """Return a peer for each backend of ``table`` that is new or has moved."""
+        return {
+            backend.node: Peer(
+                backend, timing=self._timing, max_message_bytes=self._max_message_bytes, on_view=self._observe
+            )
+            for backend in table.backends
+            if (known := self._peers.get(backend.node)) is None or known.backend != backend
+        }
+
+    def _put_in_force(self, table: RoutingTable, fresh: dict[str, Peer]) -> None:
+        peers = self._peers | fresh
+        named = {backend.node for backend in table.backends}
+        gone = [peer for node, peer in self._peers.items() if node not in named or node in fresh]
+        self._peers = {node: peers[node] for node in named}
+        self.router.install(table)
+        for peer in fresh.values():
+            peer.start()
+        longest_s = max((routes.deadline_s for routes in table.services), default=0.0)
+        for peer in gone:
+            task = asyncio.create_task(peer.close(max(_LEAVE_S, longest_s)))
+            self._leaving.add(task)
+            task.add_done_callback(self._leaving.discard)
+        self._on_change()
+
+    def _observe(self, backend: Backend, view: NodeView) -> None:
+        self.router.observe(backend, view)
+        self._on_change()
+
+
+_LEAVE_S = 5.0
+"""Seconds that requests in flight get at least, when the routes to their agent are gone."""

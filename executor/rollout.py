@@ -1,0 +1,262 @@
+"""The steps by which one generation reaches every peer, and the way back. `executor.controller.apply` runs them."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
+from typing import TypeVar
+
+from executor import wire
+from executor.apply_plan import Live, left_over
+from executor.cluster_connection import ClusterConnection, gather
+from executor.state import AgentState, DesiredState, ReplicaKey
+from plans.cluster import Cluster
+from plans.errors import Fault, InvalidInput, RemoteFailure
+from plans.plan import Plan
+
+__all__ = ["ApplyTimeouts", "FlipRefused", "Progress", "ProgressEvent", "Rollout"]
+
+_Answer = TypeVar("_Answer")
+_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.1, 2.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ApplyTimeouts:
+    """Seconds that each call of an apply may take, and the whole of what is retried.
+
+    Attributes:
+        state_s: A peer's state.
+        validate_s: An agent's check of what it shall run.
+        stage_s: Loading what is new on a node.
+        commit_s: Letting staged replicas serve.
+        routes_s: Putting routes in force.
+        finish_s: Draining, unloading, and loading what had to wait.
+        abort_s: Taking a generation back on all nodes, with retries.
+        converge_s: How long after the flip failed calls are repeated.
+    """
+
+    state_s: float = 5.0
+    validate_s: float = 30.0
+    stage_s: float = 600.0
+    commit_s: float = 30.0
+    routes_s: float = 10.0
+    finish_s: float = 600.0
+    abort_s: float = 10.0
+    converge_s: float = 120.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProgressEvent:
+    """One peer began, ended or failed one step: ``outcome`` is "begun", "done" or "failed", with ``detail``."""
+
+    step: str
+    peer: str
+    outcome: str
+    detail: str = ""
+
+
+Progress = Callable[[ProgressEvent], None]
+
+
+class FlipRefused(RemoteFailure):
+    """Every gateway refused the new routes, so the old ones are in force everywhere."""
+
+
+class Rollout:
+    """One generation of ``plan`` on its way to every peer of ``connection``.
+
+    Up to and including `commit` everything can be taken back with `abort`; once `flip` succeeded, only forward.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        cluster: Cluster,
+        connection: ClusterConnection,
+        *,
+        generation: int,
+        timeouts: ApplyTimeouts,
+        progress: Progress,
+    ) -> None:
+        self.generation = generation
+        self.deferred: dict[str, tuple[ReplicaKey, ...]] = {}
+        self._plan = plan
+        self._connection = connection
+        self._timeouts = timeouts
+        self._progress = progress
+        self._addresses = {node.name: node.address for node in cluster.nodes}
+
+    async def validate(self) -> None:
+        """Ask every agent whether it can run its part.
+
+        Raises:
+            InvalidInput: Some cannot; with the faults of all.
+            RemoteFailure: An agent did not answer.
+        """
+        timeout_s = self._timeouts.validate_s
+        answers = await self._everywhere(
+            "validate",
+            {n: a.validate(self._desired(n), timeout_s=timeout_s) for n, a in self._connection.agents.items()},
+        )
+        faults: list[Fault] = [fault for found in answers.values() for fault in found]
+        if faults:
+            raise InvalidInput(faults)
+
+    async def stage(self) -> None:
+        """Load what is new beside what runs, on all nodes at once; ``deferred`` then holds what must wait for memory.
+
+        Raises:
+            RemoteFailure: A node could not.
+        """
+        timeout_s = self._timeouts.stage_s
+        self.deferred = await self._everywhere(
+            "stage", {n: a.stage(self._desired(n), timeout_s=timeout_s) for n, a in self._connection.agents.items()}
+        )
+
+    async def commit(self) -> None:
+        """Let staged replicas take requests; the old ones still do.
+
+        Raises:
+            RemoteFailure: A node could not.
+        """
+        timeout_s = self._timeouts.commit_s
+        await self._everywhere(
+            "commit",
+            {n: a.commit(self.generation, timeout_s=timeout_s) for n, a in self._connection.agents.items()},
+        )
+
+    async def abort(self, before: Live) -> tuple[str, ...]:
+        """Take the generation back everywhere and check the nodes; return a line for each that is not where it was.
+
+        A peer that cannot be reached is tried again for as long as ``abort_s``.
+        """
+        agents = self._connection.agents
+        _, lost = await gather(
+            {node: self._repeat("abort", node, self._aborting(node), self._timeouts.abort_s) for node in agents}
+        )
+        found = [
+            f"{failure}; it still holds generation {self.generation}, which the next apply takes back"
+            for failure in lost.values()
+        ]
+        states, _, _ = await self._connection.states(timeout_s=self._timeouts.state_s)
+        for node, state in states.items():
+            if node not in lost and _place(state) != _place(before.agents[node]):
+                found.append(f"{node}: is at generation {state.generation}, not {before.agents[node].generation}")
+        return tuple(found)
+
+    async def flip(self) -> dict[str, RemoteFailure]:
+        """Put the new routes in force on every gateway, without the replicas that are still to be loaded.
+
+        Returns:
+            The gateways that did not answer to the end of ``converge_s``, by address; they may or may not have flipped.
+
+        Raises:
+            FlipRefused: Every gateway refused, so nothing has changed.
+        """
+        failures = await self._route("route", [key for keys in self.deferred.values() for key in keys])
+        refusals = [failure for failure in failures.values() if not failure.retryable]
+        if refusals and len(refusals) == len(self._connection.gateways):
+            raise FlipRefused(refusals[0].peer, refusals[0].problem, retryable=False)
+        return failures
+
+    async def finish(self) -> dict[str, RemoteFailure]:
+        """Drain and unload what left, load what had to wait, and then route to that as well.
+
+        An agent that fails is brought to the generation anew until ``converge_s`` is over.
+
+        Returns:
+            The peers that are not done, by node or address.
+        """
+        _, failures = await gather(
+            {
+                node: self._repeat("finish", node, self._finishing(node), self._timeouts.converge_s)
+                for node in self._connection.agents
+            }
+        )
+        if any(self.deferred.values()):
+            waiting = [key for node, keys in self.deferred.items() if node in failures for key in keys]
+            failures |= await self._route("route the rest", waiting)
+        return failures
+
+    async def left_over(self) -> tuple[str, ...]:
+        """Return what still differs from the plan, a line each; peers that do not answer included."""
+        agents, gateways, lost = await self._connection.states(timeout_s=self._timeouts.state_s)
+        found = left_over(self._plan, self.generation, Live(agents=agents, gateways=gateways))
+        return (*(str(failure) for failure in lost.values()), *found)
+
+    def _desired(self, node: str) -> DesiredState:
+        return wire.desired_state(self._plan, node, self.generation)
+
+    async def _route(self, step: str, without: list[ReplicaKey]) -> dict[str, RemoteFailure]:
+        table = wire.routing_table(self._plan, self._addresses, self.generation, without=without)
+
+        def sending(address: str) -> Callable[[], Awaitable[None]]:
+            client = self._connection.gateways[address]
+            return lambda: client.set_routes(table, timeout_s=self._timeouts.routes_s)
+
+        _, failures = await gather(
+            {
+                address: self._repeat(step, address, sending(address), self._timeouts.converge_s)
+                for address in self._connection.gateways
+            }
+        )
+        return failures
+
+    def _aborting(self, node: str) -> Callable[[], Awaitable[None]]:
+        client = self._connection.agents[node]
+        return lambda: client.abort(self.generation, timeout_s=self._timeouts.abort_s)
+
+    def _finishing(self, node: str) -> Callable[[], Awaitable[None]]:
+        """Return an attempt to finish; from the second on it looks first, for the agent may have been restarted."""
+        client = self._connection.agents[node]
+        tried = False
+
+        async def attempt() -> None:
+            nonlocal tried
+            if tried:
+                state = await client.state(timeout_s=self._timeouts.state_s)
+                if state.generation != self.generation:
+                    await client.stage(self._desired(node), timeout_s=self._timeouts.stage_s)
+                    await client.commit(self.generation, timeout_s=self._timeouts.commit_s)
+            tried = True
+            await client.finish(self.generation, timeout_s=self._timeouts.finish_s)
+
+        return attempt
+
+    async def _everywhere(self, step: str, calls: Mapping[str, Awaitable[_Answer]]) -> dict[str, _Answer]:
+        """Await one call per peer; raise the first failure when all have ended."""
+        answers, failures = await gather({node: self._tell(step, node, call) for node, call in calls.items()})
+        for failure in failures.values():
+            raise failure
+        return answers
+
+    async def _tell(self, step: str, peer: str, call: Awaitable[_Answer]) -> _Answer:
+        self._progress(ProgressEvent(step=step, peer=peer, outcome="begun"))
+        try:
+            answer = await call
+        except RemoteFailure as failure:
+            self._progress(ProgressEvent(step=step, peer=peer, outcome="failed", detail=failure.problem))
+            raise
+        self._progress(ProgressEvent(step=step, peer=peer, outcome="done"))
+        return answer
+
+    async def _repeat(self, step: str, peer: str, attempt: Callable[[], Awaitable[None]], limit_s: float) -> None:
+        """Repeat ``attempt`` with growing pauses until it succeeds, is refused twice, or ``limit_s`` is over."""
+        clock = asyncio.get_running_loop().time
+        end_s = clock() + limit_s
+        pause_s = _FIRST_PAUSE_S
+        refused = False
+        while True:
+            try:
+                return await self._tell(step, peer, attempt())
+            except RemoteFailure as failure:
+                if clock() + pause_s > end_s or (refused and not failure.retryable):
+                    raise
+                refused = refused or not failure.retryable
+            await asyncio.sleep(pause_s)
+            pause_s = min(_LONGEST_PAUSE_S, 2 * pause_s)
+
+
+def _place(state: AgentState) -> tuple[int, str]:
+    return state.generation, state.placement_digest

@@ -1,0 +1,60 @@
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from executor.infer_header import read_infer_header
+from executor.proto import open_inference_pb2 as messages
+from plans.errors import InvalidInput
+
+
+def request(service: str = "detect", tensor: bytes = b"", **parameters: float | int | str | bool) -> bytes:
+    message = messages.ModelInferRequest(model_name=service, id="7", model_version="1", raw_input_contents=[tensor])
+    message.inputs.add(name="x", datatype="FP32", shape=[1, 4])
+    message.outputs.add(name="y")
+    kinds = {bool: "bool_param", int: "int64_param", str: "string_param", float: "double_param"}
+    for name, value in parameters.items():
+        setattr(message.parameters[name], kinds[type(value)], value)
+    return message.SerializeToString()
+
+
+@given(st.text(), st.binary(max_size=300), st.none() | st.integers(1, 2**40) | st.floats(1e-3, 1e9))
+def test_service_and_deadline_are_what_a_full_parse_finds(
+    service: str, tensor: bytes, deadline_ms: float | None
+) -> None:
+    parameters = {} if deadline_ms is None else {"deadline_ms": deadline_ms}
+    header = read_infer_header(request(service, tensor, other="z", **parameters))
+    assert header.service == service
+    assert header.deadline_s == (None if deadline_ms is None else pytest.approx(deadline_ms / 1000))
+
+
+@given(st.binary(max_size=60))
+def test_any_bytes_are_read_or_refused_by_name(data: bytes) -> None:
+    try:
+        header = read_infer_header(data)
+    except InvalidInput as error:
+        assert "request" in str(error)
+    else:
+        assert isinstance(header.service, str)
+
+
+@given(st.data())
+def test_a_request_cut_short_is_never_read_as_another_service(data: st.DataObject) -> None:
+    whole = request("detect", b"tensor" * 9)
+    cut = data.draw(st.integers(0, len(whole) - 1))
+    try:
+        found = read_infer_header(whole[:cut]).service
+    except InvalidInput:
+        return
+    assert found in ("", "detect")
+
+
+def test_a_deadline_as_text_counts() -> None:
+    assert read_infer_header(request(deadline_ms="250")).deadline_s == pytest.approx(0.25)
+
+
+@pytest.mark.parametrize("value", [0, -5, float("nan"), float("inf"), "soon", True])
+def test_a_deadline_that_is_no_time_is_refused(value: float | str | bool) -> None:
+    with pytest.raises(InvalidInput, match="deadline_ms"):
+        read_infer_header(request(deadline_ms=value))
