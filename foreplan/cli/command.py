@@ -1,0 +1,116 @@
+"""The frame around every command: shared options, and errors turned into messages and exit codes.
+
+Exit codes: 0 ok, 1 error, 2 changes (with ``--detailed-exitcode``) or wrong usage, 3 infeasible, 4 stale plan, 5 apply
+failed and rolled back, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import os
+import sys
+from collections.abc import Callable
+from enum import StrEnum
+from typing import Annotated, Any, NoReturn
+
+import typer
+
+from foreplan.cli.output import Output
+
+__all__ = ["EXIT_CHANGES", "EXIT_INFEASIBLE", "command"]
+
+EXIT_ERROR = 1
+EXIT_CHANGES = 2
+EXIT_INFEASIBLE = 3
+EXIT_STALE = 4
+EXIT_ROLLED_BACK = 5
+EXIT_INTERRUPTED = 130
+
+
+class LogLevel(StrEnum):
+    """How much goes to stderr."""
+
+    debug = "debug"
+    info = "info"
+    warning = "warning"
+    error = "error"
+
+
+_SHARED = {
+    "json_output": (Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")], False),
+    "no_color": (Annotated[bool, typer.Option("--no-color", help="No colours.")], False),
+    "log_level": (Annotated[LogLevel, typer.Option("--log-level", help="What to log on stderr.")], LogLevel.warning),
+    "debug": (Annotated[bool, typer.Option("--debug", help="Show stack traces of errors.")], False),
+}
+
+
+def command(app: typer.Typer, name: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Register a function ``f(out: Output, ...)`` as the command ``name`` with the shared options."""
+
+    def register(function: Callable[..., None]) -> Callable[..., None]:
+        signature = inspect.signature(function, eval_str=True)
+        own = list(signature.parameters.values())[1:]
+        shared = [
+            inspect.Parameter(key, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+            for key, (annotation, default) in _SHARED.items()
+        ]
+
+        def run(**arguments: Any) -> None:
+            chosen = {key: arguments.pop(key) for key in _SHARED}
+            out = Output(as_json=chosen["json_output"], color=not chosen["no_color"])
+            logging.basicConfig(
+                level=chosen["log_level"].upper(),
+                format="%(asctime)s %(levelname)s %(name)s %(message)s",
+                stream=sys.stderr,
+            )
+            _guarded(function, out, arguments, debug=chosen["debug"])
+
+        run.__name__ = function.__name__
+        run.__doc__ = function.__doc__
+        parameters = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in own]
+        run.__signature__ = signature.replace(parameters=[*parameters, *shared])  # type: ignore[attr-defined]
+        run.__annotations__ = {parameter.name: parameter.annotation for parameter in [*parameters, *shared]}
+        app.command(name)(run)
+        return function
+
+    return register
+
+
+def _guarded(function: Callable[..., None], out: Output, arguments: dict[str, Any], *, debug: bool) -> None:
+    """Run a command; what Foreplan raises on purpose becomes a message, a bug becomes a request to report it."""
+    try:
+        function(out, **arguments)
+    except (typer.Exit, typer.Abort):
+        raise
+    except KeyboardInterrupt:
+        out.error("interrupted")
+        _leave(EXIT_INTERRUPTED, debug=debug)
+    except BrokenPipeError:
+        # The reader of stdout went away (`foreplan show | head`); nothing is left to say to it.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise typer.Exit(EXIT_ERROR) from None
+    except Exception as error:  # noqa: BLE001 - the edge of the process
+        text, code = _explain(error)
+        out.error(text)
+        _leave(code, debug=debug)
+
+
+def _leave(code: int, *, debug: bool) -> NoReturn:
+    if debug:
+        logging.getLogger("foreplan").error("stack trace", exc_info=True)
+    raise typer.Exit(code) from None
+
+
+def _explain(error: Exception) -> tuple[str, int]:
+    from plans.errors import ApplyRolledBack, ForeplanError, StalePlan
+
+    if isinstance(error, StalePlan):
+        return str(error), EXIT_STALE
+    if isinstance(error, ApplyRolledBack):
+        return str(error), EXIT_ROLLED_BACK
+    if isinstance(error, ForeplanError):
+        return str(error), EXIT_ERROR
+    if isinstance(error, OSError):
+        return f"{error.filename or 'operating system'}: {error.strerror or error}", EXIT_ERROR
+    return f"a bug in Foreplan: {type(error).__name__}: {error}; run again with --debug and report it", EXIT_ERROR

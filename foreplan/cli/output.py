@@ -1,0 +1,113 @@
+"""What a command says, and where: results on stdout (tables, or one JSON value), everything else on stderr."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+__all__ = ["Output", "Step"]
+
+
+class Step:
+    """A running progress bar; `update` moves it."""
+
+    def __init__(self, progress: Progress, task: Any) -> None:
+        self._progress = progress
+        self._task = task
+
+    def update(self, done: float, *, total: float | None = None, text: str | None = None) -> None:
+        """Set how much is done, and optionally of how much and what is going on."""
+        fields: dict[str, Any] = {"completed": done}
+        if total is not None:
+            fields["total"] = total
+        if text is not None:
+            fields["description"] = text
+        self._progress.update(self._task, **fields)
+
+
+class Output:
+    """Where a command's words go.
+
+    Args:
+        as_json: Print one JSON value on stdout and no tables.
+        color: Allow colour when the stream is a terminal.
+    """
+
+    def __init__(self, *, as_json: bool, color: bool) -> None:
+        self.as_json = as_json
+        self._stdout = Console(no_color=not color, highlight=False, soft_wrap=not sys.stdout.isatty())
+        self._stderr = Console(no_color=not color, highlight=False, stderr=True, soft_wrap=True)
+
+    def result(self, data: Any) -> None:
+        """Print the command's result as JSON, when JSON was asked for."""
+        if self.as_json:
+            sys.stdout.write(json.dumps(data, indent=2, allow_nan=False) + "\n")
+            sys.stdout.flush()
+
+    def say(self, text: str = "") -> None:
+        """Print a line of the human answer; nothing with ``--json``."""
+        if not self.as_json:
+            self._stdout.print(Text(text))
+
+    def note(self, text: str) -> None:
+        """Print a remark on stderr."""
+        self._stderr.print(Text(text))
+
+    def warn(self, text: str) -> None:
+        """Print a warning on stderr."""
+        self._stderr.print(Text.assemble(("warning: ", "yellow"), text))
+
+    def error(self, text: str) -> None:
+        """Print an error on stderr."""
+        self._stderr.print(Text.assemble(("error: ", "bold red"), text))
+
+    def table(self, columns: Sequence[str], rows: Iterable[Sequence[object]], *, title: str = "") -> None:
+        """Print a table: framed on a terminal, plain columns when piped; nothing with ``--json``."""
+        if self.as_json:
+            return
+        on_terminal = self._stdout.is_terminal
+        frame = box.ROUNDED if on_terminal else None
+        table = Table(title=title or None, title_justify="left", box=frame, pad_edge=on_terminal)
+        cells = [[_cell(value) for value in row] for row in rows]
+        for position, column in enumerate(columns):
+            numeric = bool(cells) and all(_numeric(row[position]) for row in cells)
+            table.add_column(column, justify="right" if numeric else "left", overflow="fold", no_wrap=not on_terminal)
+        for row in cells:
+            table.add_row(*(Text(text) for text in row))
+        width = None if on_terminal else 10_000  # never cut what a script reads
+        self._stdout.print(table, width=width)
+
+    @contextmanager
+    def progress(self, text: str, total: float | None = None) -> Iterator[Step]:
+        """Show a progress bar on stderr for as long as the block runs; off a terminal only its title."""
+        columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+        terminal = self._stderr.is_terminal
+        if not terminal and not self.as_json:
+            self.note(text)
+        with Progress(*columns, console=self._stderr, transient=True, disable=not terminal) as progress:
+            yield Step(progress, progress.add_task(text, total=total))
+
+
+def _cell(value: object) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return str(value)
+
+
+def _numeric(text: str) -> bool:
+    try:
+        float(text.rstrip("%"))
+    except ValueError:
+        return text == "-"
+    return True

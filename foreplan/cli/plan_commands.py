@@ -1,0 +1,384 @@
+"""``plan``, ``check``, ``show``, ``explain``, ``diff``, ``schema``."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from foreplan.cli.command import EXIT_CHANGES, EXIT_INFEASIBLE, command
+from foreplan.cli.options import (
+    ClusterFile,
+    CurrentFile,
+    DemandFile,
+    PlanFile,
+    ProfilesDir,
+    Seed,
+    ServicesFile,
+    TraceFile,
+    read_demand,
+)
+from foreplan.cli.output import Output
+
+if TYPE_CHECKING:
+    from planner import Infeasible, NoPlanFound
+    from plans.plan import Plan
+
+__all__ = ["register"]
+
+
+class Solver(StrEnum):
+    """A solver for the ILP."""
+
+    highs = "highs"
+    cp_sat = "cp-sat"
+    scip = "scip"
+    cbc = "cbc"
+
+
+class Blocking(StrEnum):
+    """How long another service's batch is assumed to hold a shared group."""
+
+    strict = "strict"
+    expected = "expected"
+    none = "none"
+
+
+class SchemaKind(StrEnum):
+    """A document."""
+
+    cluster = "cluster"
+    services = "services"
+    plan = "plan"
+    profile = "profile"
+    demand = "demand"
+
+
+Window = Annotated[float, typer.Option("--window", help="Window of the rates taken from --trace, seconds.", min=0.001)]
+Quantile = Annotated[
+    float, typer.Option("--quantile", help="Quantile of the demand to plan for.", min=0.001, max=0.999)
+]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands to ``app``."""
+    command(app, "plan")(make)
+    command(app, "check")(check)
+    command(app, "show")(show)
+    command(app, "explain")(explain)
+    command(app, "diff")(diff)
+    command(app, "schema")(schema)
+
+
+def make(
+    out: Output,
+    cluster: ClusterFile,
+    services: ServicesFile,
+    profiles: ProfilesDir,
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="Where the plan goes.")],
+    demand: DemandFile = None,
+    trace: TraceFile = None,
+    current: CurrentFile = None,
+    time_limit: Annotated[float, typer.Option(help="Seconds for the ILP solve.", min=0.1)] = 10.0,
+    solver: Annotated[Solver, typer.Option(help="MILP solver.")] = Solver.highs,
+    quantile: Quantile = 0.9,
+    blocking: Annotated[Blocking, typer.Option(help="Charge for sharing a group.")] = Blocking.expected,
+    headroom: Annotated[float, typer.Option(help="Share of GPU memory left free.", min=0, max=0.99)] = 0.05,
+    window: Window = 60.0,
+    seed: Seed = 1,
+) -> None:
+    """Decide which service runs where, with a proven optimality gap, and write the plan."""
+    from foreplan.planning import Inputs, make_plan
+    from planner import Settings, Solved
+    from plans.codec import write_plan
+
+    inputs = Inputs.read(
+        cluster=cluster,
+        services=services,
+        profiles=profiles,
+        demand=read_demand(demand, trace, window, out),
+        current=current,
+    )
+    settings = Settings(
+        time_limit_s=time_limit,
+        backend=solver.value,
+        quantile=quantile,
+        blocking=blocking.value,
+        headroom_ratio=headroom,
+        seed=seed,
+    )
+    with out.progress(f"solving with {solver.value}, at most {time_limit:g} s"):
+        result = make_plan(inputs, settings)
+    if not isinstance(result, Solved):
+        _no_plan(out, result)
+    write_plan(output, result.plan)
+    out.result(plan_json(result.plan, output))
+    _print_plan(out, result.plan)
+    out.say(f"wrote {output}")
+
+
+def _no_plan(out: Output, result: Infeasible | NoPlanFound) -> None:
+    from planner import Infeasible
+
+    if isinstance(result, Infeasible):
+        out.error("no plan can keep all hard constraints:")
+        for conflict in result.conflicts:
+            out.note(f"  {conflict}")
+    else:
+        out.error(f"no plan found in time: {result.detail}; raise --time-limit")
+    raise typer.Exit(EXIT_INFEASIBLE)
+
+
+def plan_json(plan: Plan, path: Path) -> dict[str, Any]:
+    """Return what ``plan --json`` prints."""
+    data = plan.model_dump(mode="json", by_alias=True)
+    kept = {key: data[key] for key in ("solver", "predicted", "unserved", "shadow_prices", "warnings")}
+    return kept | {"plan": str(path), "gpus_used": plan.gpus_used}
+
+
+def check(
+    out: Output,
+    plan: PlanFile,
+    cluster: ClusterFile,
+    services: ServicesFile,
+    profiles: ProfilesDir,
+    demand: DemandFile = None,
+) -> None:
+    """Verify a plan from its documents alone, independently of the planner."""
+    from foreplan.planning import verify
+    from plans.cluster import Cluster
+    from plans.codec import read_plan
+    from plans.demand import Demand
+    from plans.documents import read_document
+    from plans.errors import InvalidInput
+    from plans.service import Services
+    from profiles.library import ProfileLibrary
+
+    read = read_plan(plan)
+    expected = None if demand is None else read_document(demand, Demand)
+    faults = verify(
+        read,
+        read_document(cluster, Cluster),
+        read_document(services, Services),
+        ProfileLibrary.read(profiles),
+        expected,
+    )
+    out.result({"plan": str(plan), "sound": not faults, "faults": [str(fault) for fault in faults]})
+    if faults:
+        raise InvalidInput(faults)
+    out.say(f"{plan}: sound ({len(read.groups)} groups on {read.gpus_used} GPUs)")
+
+
+def show(out: Output, plan: PlanFile) -> None:
+    """Print a plan: groups, loadouts, predictions, certificate, transition."""
+    from plans.codec import read_plan
+
+    read = read_plan(plan)
+    out.result(read.model_dump(mode="json", by_alias=True))
+    _print_plan(out, read)
+
+
+def _print_plan(out: Output, plan: Plan) -> None:
+    from plans.units import format_bytes, format_seconds
+
+    solver = plan.solver
+    out.say(
+        f"{solver.status}: goodput {solver.objective:.6g} rps (weighted), proven at most {solver.bound:.6g}, gap "
+        f"{solver.gap:.3%}; {plan.gpus_used} GPUs; {solver.name}, {format_seconds(solver.wall_s)}"
+    )
+    out.table(
+        ["group", "tp", "pp", "service", "variant", "batch", "rate (rps)", "memory per GPU"],
+        [
+            [
+                group.id,
+                group.tp,
+                group.pp,
+                entry.service,
+                entry.variant,
+                entry.max_batch,
+                entry.rate_rps,
+                format_bytes(max(entry.memory_bytes)),
+            ]
+            for group in plan.groups
+            for entry in group.loadout
+        ],
+        title="Placement",
+    )
+    out.table(
+        ["service", "offered (rps)", "goodput (rps)", "attainment", "p50 (ms)", "p99 (ms)", "accuracy", "confidence"],
+        [
+            [
+                prediction.service,
+                prediction.offered_rps,
+                prediction.goodput_rps,
+                f"{prediction.attainment:.2%}",
+                None if prediction.latency_s.p50 is None else prediction.latency_s.p50 * 1000,
+                None if prediction.latency_s.p99 is None else prediction.latency_s.p99 * 1000,
+                prediction.accuracy,
+                prediction.confidence,
+            ]
+            for prediction in plan.predicted
+        ],
+        title="Predicted",
+    )
+    for left in plan.unserved:
+        out.say(f"unserved: {left.service} {left.rate_rps:.4g} rps ({left.reason}): {left.detail}")
+    for gpu_type, price in plan.shadow_prices.items():
+        out.say(f"one more {gpu_type} is worth {price:.4g} rps (weighted)")
+    if plan.transition:
+        out.table(
+            ["step", "action", "group", "service", "moves", "about"],
+            [
+                [s.step, s.action, s.group, s.service, format_bytes(s.moved_bytes), format_seconds(s.est_s)]
+                for s in plan.transition
+            ],
+            title="Transition",
+        )
+    for warning in plan.warnings:
+        out.warn(warning)
+
+
+def explain(
+    out: Output,
+    service: Annotated[str, typer.Argument(help="A service.")],
+    plan: Annotated[Path, typer.Option("--plan", metavar="FILE", help="The plan to explain.")],
+    cluster: ClusterFile,
+    services: ServicesFile,
+    profiles: ProfilesDir,
+    demand: DemandFile = None,
+    trace: TraceFile = None,
+    quantile: Quantile = 0.9,
+    window: Window = 60.0,
+) -> None:
+    """Say why a service is placed as it is: what binds, and why not otherwise."""
+    from foreplan.planning import Inputs
+    from planner import Problem, Settings
+    from planner import explain as explain_service
+    from plans.codec import read_plan
+    from plans.errors import InvalidInput
+
+    inputs = Inputs.read(
+        cluster=cluster, services=services, profiles=profiles, demand=read_demand(demand, trace, window, out)
+    )
+    names = [known.name for known in inputs.services.services]
+    if service not in names:
+        raise InvalidInput.of(f"one of {', '.join(names)}", where="command line", field="SERVICE", found=repr(service))
+    problem = Problem(
+        cluster=inputs.cluster,
+        services=inputs.services,
+        profiles=inputs.profiles,
+        demand=inputs.demand,
+        settings=Settings(quantile=quantile),
+    )
+    explanation = explain_service(problem, read_plan(plan), service)
+    out.result(explanation.to_json())
+    for line in explanation.lines():
+        out.say(line)
+
+
+def diff(
+    out: Output,
+    before: Annotated[Path, typer.Argument(metavar="A", help="The plan before.")],
+    after: Annotated[Path, typer.Argument(metavar="B", help="The plan after.")],
+    detailed_exitcode: Annotated[
+        bool, typer.Option("--detailed-exitcode", help="Exit 2 when the placement changes.")
+    ] = False,
+) -> None:
+    """Show what changes from plan A to plan B."""
+    from plans.codec import read_plan
+    from plans.diff import diff as compare
+
+    change = compare(read_plan(before), read_plan(after))
+    out.result(
+        {
+            "changes": change.changes_placement,
+            "entries": [
+                {
+                    "action": entry.action,
+                    "group": entry.group,
+                    "service": entry.service,
+                    "reloads": entry.reloads,
+                    "before": None if entry.before is None else entry.before.model_dump(mode="json", by_alias=True),
+                    "after": None if entry.after is None else entry.after.model_dump(mode="json", by_alias=True),
+                }
+                for entry in change.entries
+            ],
+            "routes": [
+                {
+                    "service": route.service,
+                    "before": [r.model_dump() for r in route.before or ()],
+                    "after": [r.model_dump() for r in route.after or ()],
+                }
+                for route in change.routes
+            ],
+        }
+    )
+    _print_diff(out, change)
+    if detailed_exitcode and change.changes_placement:
+        raise typer.Exit(EXIT_CHANGES)
+
+
+def _print_diff(out: Output, change: Any) -> None:
+    if not change.changes_placement:
+        out.say("no changes")
+        return
+    signs = {"create": "+", "update": "~", "delete": "-"}
+    counts = dict.fromkeys(signs, 0)
+    for entry in change.entries:
+        counts[entry.action] += 1
+        out.say(f"{signs[entry.action]} {entry.group} {entry.service}: {_entry_change(entry)}")
+    for route in change.routes:
+        before, after = ({r.group: r.weight for r in routes or ()} for routes in (route.before, route.after))
+        moved = [
+            f"{group} {before.get(group, 0):.0%} -> {after.get(group, 0):.0%}"
+            for group in sorted(before.keys() | after.keys())
+            if before.get(group) != after.get(group)
+        ]
+        out.say(f"~ routes {route.service}: {', '.join(moved)}")
+    out.say(
+        f"{counts['create']} to create, {counts['update']} to update, {counts['delete']} to delete, "
+        f"{len(change.routes)} services to route anew"
+    )
+
+
+def _entry_change(entry: Any) -> str:
+    if entry.before is None or entry.after is None:
+        known = entry.after or entry.before
+        return f"{known.variant}, batch {known.max_batch}, {known.rate_rps:.4g} rps"
+    parts = [
+        f"{name} {old} -> {new}"
+        for name, old, new in (
+            ("variant", entry.before.variant, entry.after.variant),
+            ("batch", entry.before.max_batch, entry.after.max_batch),
+            ("rate", f"{entry.before.rate_rps:.4g}", f"{entry.after.rate_rps:.4g} rps"),
+            ("deadline", entry.before.deadline_s, entry.after.deadline_s),
+        )
+        if str(old) != str(new).removesuffix(" rps")
+    ]
+    return ", ".join(parts or ["profile figures"]) + ("; loads weights" if entry.reloads else "")
+
+
+def schema(out: Output, kind: Annotated[SchemaKind, typer.Argument(help="Which document.")]) -> None:
+    """Write the JSON Schema of a document, so that editors can complete and check it."""
+    import json
+    import sys
+
+    from plans.cluster import Cluster
+    from plans.demand import Demand
+    from plans.documents import Document
+    from plans.plan import Plan
+    from plans.service import Services
+    from profiles.document import Profile
+
+    kinds: dict[str, type[Document]] = {
+        "cluster": Cluster,
+        "services": Services,
+        "plan": Plan,
+        "profile": Profile,
+        "demand": Demand,
+    }
+    document = kinds[kind.value]
+    written = {"$schema": "https://json-schema.org/draft/2020-12/schema"} | document.model_json_schema(by_alias=True)
+    sys.stdout.write(json.dumps(written, indent=2) + "\n")

@@ -1,0 +1,123 @@
+"""From documents to a finished plan: solve, add the transition, check it independently."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+from foreplan import __version__
+from planner import Infeasible, NoPlanFound, Problem, Settings, Solved, solve
+from plans.checker import check_plan
+from plans.cluster import Cluster
+from plans.codec import read_plan
+from plans.demand import Demand
+from plans.documents import read_document
+from plans.errors import Fault
+from plans.plan import Plan
+from plans.service import Services, check_against_cluster
+from plans.transition import transition
+from profiles.latency import LatencyModel
+from profiles.library import ProfileLibrary
+
+__all__ = ["Inputs", "make_plan", "verify"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Inputs:
+    """The documents that a plan is made from, checked against each other."""
+
+    cluster: Cluster
+    services: Services
+    profiles: ProfileLibrary
+    demand: Demand
+    current: Plan | None = None
+
+    @classmethod
+    def read(
+        cls, *, cluster: Path, services: Path, profiles: Path, demand: Demand, current: Path | None = None
+    ) -> Inputs:
+        """Read the files.
+
+        Raises:
+            InvalidInput: A file is wrong, or pins name places that the cluster does not have.
+        """
+        inventory = read_document(cluster, Cluster)
+        wanted = read_document(services, Services)
+        check_against_cluster(wanted, inventory, where=str(services))
+        return cls(
+            cluster=inventory,
+            services=wanted,
+            profiles=ProfileLibrary.read(profiles),
+            demand=demand,
+            current=None if current is None else read_plan(current),
+        )
+
+
+def make_plan(inputs: Inputs, settings: Settings) -> Solved | Infeasible | NoPlanFound:
+    """Solve, order the transition from the running plan, and have the independent checker verify the result.
+
+    Raises:
+        InvalidInput: The documents contradict each other.
+        AssertionError: The checker found a promise broken: a bug in the planner, never passed on as a plan.
+    """
+    problem = Problem(
+        cluster=inputs.cluster,
+        services=inputs.services,
+        profiles=inputs.profiles,
+        demand=inputs.demand,
+        current=inputs.current,
+        settings=settings,
+    )
+    created_at = datetime.now(UTC).isoformat(timespec="seconds")
+    result = solve(problem, created_at=created_at, tool_version=__version__)
+    if not isinstance(result, Solved):
+        return result
+    steps = transition(inputs.current, result.plan, inputs.cluster)
+    plan = result.plan.model_copy(
+        update={"transition": steps.steps, "warnings": (*result.plan.warnings, *steps.warnings)}
+    )
+    broken = verify(plan, inputs.cluster, inputs.services, inputs.profiles, inputs.demand)
+    if broken:
+        raise AssertionError("the plan breaks its promises: " + "; ".join(map(str, broken)))
+    return result.with_plan(plan)
+
+
+def verify(
+    plan: Plan, cluster: Cluster, services: Services, profiles: ProfileLibrary, demand: Demand | None = None
+) -> Sequence[Fault]:
+    """Return every promise that ``plan`` breaks; empty when it is sound.
+
+    ``demand`` is needed only where latency depends on tokens.
+    """
+    return check_plan(plan, cluster, services, _Figures(profiles=profiles, demand=demand))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Figures:
+    """The profiles as the checker asks for them."""
+
+    profiles: ProfileLibrary
+    demand: Demand | None
+
+    def _model(self, service: str, model: str, gpu_type: str, tp: int, pp: int) -> LatencyModel | None:
+        tokens = self.demand.of(service) if self.demand else None
+        return self.profiles.latency(
+            model,
+            gpu_type,
+            tp,
+            pp,
+            input_tokens=tokens.input_tokens if tokens else None,
+            output_tokens=tokens.output_tokens if tokens else None,
+        )
+
+    def memory_bytes(
+        self, service: str, model: str, gpu_type: str, tp: int, pp: int, batch: int
+    ) -> Sequence[int] | None:
+        found = self._model(service, model, gpu_type, tp, pp)
+        return None if found is None else found.peak_bytes(batch)
+
+    def latency_s(self, service: str, model: str, gpu_type: str, tp: int, pp: int, batch: int) -> float | None:
+        found = self._model(service, model, gpu_type, tp, pp)
+        return None if found is None else found.at(batch).mean_s
