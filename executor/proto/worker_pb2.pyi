@@ -67,10 +67,12 @@ class ToWorker(_message.Message):
 class FromWorker(_message.Message):
     __slots__ = ("ready", "loaded", "done", "unloaded", "failed")
     class Ready(_message.Message):
-        __slots__ = ("process",)
+        __slots__ = ("process", "variants")
         PROCESS_FIELD_NUMBER: _ClassVar[int]
+        VARIANTS_FIELD_NUMBER: _ClassVar[int]
         process: int
-        def __init__(self, process: _Optional[int] = ...) -> None: ...
+        variants: _containers.RepeatedScalarFieldContainer[str]
+        def __init__(self, process: _Optional[int] = ..., variants: _Optional[_Iterable[str]] = ...) -> None: ...
     class Loaded(_message.Message):
         __slots__ = ("call", "weight_bytes", "load_s", "first_inference_s", "inputs", "outputs")
         CALL_FIELD_NUMBER: _ClassVar[int]

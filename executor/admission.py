@@ -1,0 +1,78 @@
+"""Whether a node can run what it is asked to: every reason why not, before anything is touched."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+
+from executor.state import DesiredGroup, DesiredState
+from plans.errors import Fault
+from plans.units import format_bytes
+
+__all__ = ["NodeFacts", "placement_faults"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NodeFacts:
+    """What a node has: its name, its devices, memory of each in bytes, and the variants that its runtime knows."""
+
+    node: str
+    device_count: int
+    memory_bytes: int
+    variants: Collection[str]
+
+
+def placement_faults(desired: DesiredState, facts: NodeFacts) -> tuple[Fault, ...]:
+    """Return every reason why the node cannot run ``desired``; none when it can."""
+    return tuple(_faults(desired, facts))
+
+
+def _faults(desired: DesiredState, facts: NodeFacts) -> Iterator[Fault]:
+    if desired.node != facts.node:
+        remedy = "check the addresses in the cluster document"
+        yield Fault(field="node", found=repr(desired.node), expected=f"{facts.node!r}, this node", remedy=remedy)
+    owners: dict[int, str] = {}
+    for group in desired.groups:
+        yield from _group_faults(group, facts)
+        for gpu in group.gpus:
+            if owners.setdefault(gpu, group.id) != group.id:
+                found = f"{owners[gpu]!r} and {group.id!r}"
+                yield Fault(field=f"groups[{group.id}].gpus", found=found, expected=f"device {gpu} in one group")
+    yield from _memory_faults(desired, facts)
+
+
+def _group_faults(group: DesiredGroup, facts: NodeFacts) -> Iterator[Fault]:
+    field = f"groups[{group.id}]"
+    for gpu in group.gpus:
+        if gpu >= facts.device_count:
+            expected = f"a device from 0 to {facts.device_count - 1}"
+            remedy = "start the agent with more devices, or correct the cluster document"
+            yield Fault(field=f"{field}.gpus", found=str(gpu), expected=expected, remedy=remedy)
+    if group.tensor_parallel * group.pipeline_parallel != 1:
+        yield Fault(
+            field=field,
+            found=f"tp {group.tensor_parallel} x pp {group.pipeline_parallel}",
+            expected="tp 1 x pp 1: this runtime runs one device per group",
+            remedy="plan with profiles of tp 1 and pp 1 only",
+        )
+    for replica in group.replicas:
+        if replica.variant not in facts.variants:
+            known = ", ".join(sorted(facts.variants))
+            where = f"{field}.{replica.service}.variant"
+            remedy = "put the model's folder into the agent's model folder, or plan with known variants"
+            yield Fault(field=where, found=repr(replica.variant), expected=f"one of {known}", remedy=remedy)
+
+
+def _memory_faults(desired: DesiredState, facts: NodeFacts) -> Iterator[Fault]:
+    used: dict[int, int] = defaultdict(int)
+    for group in desired.groups:
+        for replica in group.replicas:
+            for gpu, size in zip(group.gpus, replica.memory_bytes, strict=True):
+                used[gpu] += size
+    for gpu, size in sorted(used.items()):
+        if size > facts.memory_bytes:
+            found = f"{size} bytes ({format_bytes(size)})"
+            expected = f"at most {facts.memory_bytes} bytes ({format_bytes(facts.memory_bytes)}) on device {gpu}"
+            remedy = "plan again with the memory that this node has"
+            yield Fault(field="memory_bytes", found=found, expected=expected, remedy=remedy)

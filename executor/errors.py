@@ -1,0 +1,124 @@
+"""What can go wrong between a client, an agent and its workers, and the gRPC status that says so.
+
+Under `plans.errors.ForeplanError`::
+
+    RequestRefused             a request for inference gets no result
+    ├── UnknownService         nothing of that name runs here
+    ├── Hopeless               its deadline cannot be met any more
+    ├── Displaced              it gave way to a full batch that waits behind it
+    ├── QueueFull              too many requests, or too many bytes, wait already
+    ├── ReplicaUnavailable     the replica is loading, draining, or lost its worker: another one may serve
+    └── ModelFailed            the model raised an error of its own
+    WrongGeneration            a control call is older than what was seen, or does not follow on it
+    PlacementIsPlanned         placement changes through `foreplan apply` only
+    StageFailed                something that a plan needs could not be loaded; nothing was committed
+    WorkerGone                 the worker process ended, or could not be started
+    WorkerRefused              the worker says why it could not do what it was asked
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import grpc
+
+from plans.errors import BadStoredData, ForeplanError, InvalidInput, RemoteFailure
+
+__all__ = [
+    "Displaced",
+    "Hopeless",
+    "ModelFailed",
+    "PlacementIsPlanned",
+    "QueueFull",
+    "ReplicaUnavailable",
+    "RequestRefused",
+    "STATUS",
+    "StageFailed",
+    "UnknownService",
+    "WorkerGone",
+    "WorkerRefused",
+    "WrongGeneration",
+    "status_of",
+]
+
+
+class RequestRefused(ForeplanError):
+    """A request for inference gets no result."""
+
+
+class UnknownService(RequestRefused):
+    """Nothing of that name runs here."""
+
+
+class Hopeless(RequestRefused):
+    """The request's deadline cannot be met any more."""
+
+
+class Displaced(RequestRefused):
+    """The request could only be met by a small batch while more than a full one waits behind it."""
+
+
+class QueueFull(RequestRefused):
+    """Too many requests, or too many bytes of them, wait already."""
+
+
+class ReplicaUnavailable(RequestRefused):
+    """The replica does not take requests now; another one may."""
+
+
+class ModelFailed(RequestRefused):
+    """The model raised an error of its own."""
+
+
+class WrongGeneration(ForeplanError):
+    """A control call is older than what was seen, or does not follow on it."""
+
+
+class PlacementIsPlanned(ForeplanError):
+    """A client asked for a change that only a plan can make."""
+
+
+class StageFailed(ForeplanError):
+    """Something that a plan needs could not be loaded."""
+
+
+class WorkerGone(ForeplanError):
+    """The worker process ended, or could not be started."""
+
+
+class WorkerRefused(ForeplanError):
+    """The worker could not do what it was asked.
+
+    Attributes:
+        invalid_input: Whether the fault lies with what was sent, not with the worker or its model.
+    """
+
+    def __init__(self, problem: str, *, invalid_input: bool = False) -> None:
+        self.invalid_input = invalid_input
+        super().__init__(problem)
+
+
+STATUS: Mapping[type[ForeplanError], grpc.StatusCode] = {
+    UnknownService: grpc.StatusCode.NOT_FOUND,
+    Hopeless: grpc.StatusCode.DEADLINE_EXCEEDED,
+    Displaced: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    QueueFull: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    ReplicaUnavailable: grpc.StatusCode.UNAVAILABLE,
+    ModelFailed: grpc.StatusCode.INTERNAL,
+    RequestRefused: grpc.StatusCode.UNAVAILABLE,
+    WrongGeneration: grpc.StatusCode.FAILED_PRECONDITION,
+    PlacementIsPlanned: grpc.StatusCode.FAILED_PRECONDITION,
+    StageFailed: grpc.StatusCode.ABORTED,
+    WorkerGone: grpc.StatusCode.UNAVAILABLE,
+    WorkerRefused: grpc.StatusCode.INTERNAL,
+    InvalidInput: grpc.StatusCode.INVALID_ARGUMENT,
+    RemoteFailure: grpc.StatusCode.UNAVAILABLE,
+    BadStoredData: grpc.StatusCode.DATA_LOSS,
+    ForeplanError: grpc.StatusCode.INTERNAL,
+}
+"""The gRPC status of every error; an error without an entry of its own has that of its nearest ancestor."""
+
+
+def status_of(error: ForeplanError) -> grpc.StatusCode:
+    """Return the gRPC status that tells a client of ``error``."""
+    return next(STATUS[kind] for kind in type(error).__mro__ if kind in STATUS)

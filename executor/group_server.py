@@ -1,0 +1,512 @@
+"""One GPU group at work: its queues, its worker process, and the models in it.
+
+Whenever the worker is free, `executor.dispatcher` says what to drop and what to run; the batch's inputs are copied into
+shared memory, the worker runs it, and the outputs are split back to their requests. There are two places in the shared
+memory: the next batch starts before the answers of the last one are taken out.
+
+When the worker ends, everything that waits or runs here fails at once with `ReplicaUnavailable`, so that a gateway can
+try another replica in time.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import itertools
+import logging
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+
+from executor.dispatcher import Dispatcher, DropReason, QueueLimits, Waiting
+from executor.errors import (
+    Displaced,
+    Hopeless,
+    ModelFailed,
+    ReplicaUnavailable,
+    RequestRefused,
+    WorkerGone,
+    WorkerRefused,
+)
+from executor.reconcile import GroupView, ModelPhase, ModelView, WorkerPhase
+from executor.segment import aligned, place_all
+from executor.state import DesiredReplica, ReplicaKey
+from executor.tensors import Array
+from executor.worker_link import WorkerLink, WorkerSettings
+from executor.worker_wire import Done, FromWorker, Loaded
+from plans.errors import ForeplanError, InvalidInput
+
+__all__ = ["Answer", "Counters", "GroupServer", "Pending", "backoff_s"]
+
+_log = logging.getLogger("executor.agent")
+
+_STEADY_S = 30.0
+"""A worker that lived this long is not in a circle of crashes."""
+
+
+def backoff_s(failures: int) -> float:
+    """Return the seconds to wait after ``failures`` failures in a row (at least 1): 0.2, 0.4, 0.8, … up to 30."""
+    return float(min(30.0, 0.2 * 2.0 ** min(failures - 1, 16)))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answer:
+    """The outputs of one request, and how they came about.
+
+    Attributes:
+        outputs: Arrays of shape (items, *item) by name.
+        variant: The model that ran.
+        batch_items: Items in the batch that it ran in.
+        queue_s: Seconds from submission to the start of the batch.
+        run_s: Seconds that the model ran.
+    """
+
+    outputs: Mapping[str, Array]
+    variant: str
+    batch_items: int
+    queue_s: float
+    run_s: float
+
+
+@dataclass(slots=True, eq=False)
+class Pending:
+    """A request that waits or runs, and the future that its client awaits."""
+
+    waiting: Waiting
+    inputs: Mapping[str, Array]
+    answer: asyncio.Future[Answer]
+    arrived_s: float
+
+
+@dataclass(slots=True)
+class Counters:
+    """What became of a replica's requests, and the batches it ran."""
+
+    completed: int = 0
+    dropped: int = 0
+    failed: int = 0
+    batches: int = 0
+
+
+@dataclass(slots=True)
+class _Model:
+    phase: ModelPhase
+    max_batch: int
+    memory_bytes: tuple[int, ...]
+    loaded: Loaded | None = None
+    problem: str = ""
+    failures: int = 0
+    not_before_s: float = 0.0
+
+
+@dataclass(slots=True)
+class _Region:
+    """A place in the shared memory."""
+
+    offset_bytes: int = 0
+    size_bytes: int = 0
+
+
+@dataclass(slots=True, eq=False)
+class _Running:
+    key: ReplicaKey
+    pending: list[Pending]
+    items: int
+    started_s: float
+    expected_end_s: float
+
+
+@dataclass(slots=True)
+class _Rules:
+    max_batch: int
+    latency_s: tuple[float, ...]
+
+
+@dataclass(slots=True, eq=False)
+class _Worker:
+    """What is known of the group's process."""
+
+    phase: WorkerPhase = WorkerPhase.ENDED
+    link: WorkerLink | None = None
+    problem: str = ""
+    failures: int = 0
+    not_before_s: float = 0.0
+    ready_since_s: float = 0.0
+    regions: list[_Region] = field(default_factory=lambda: [_Region(), _Region()])
+
+
+class GroupServer:
+    """Serves the replicas of one group.
+
+    Args:
+        group: Its id.
+        gpus: Its devices; the worker owns the first one.
+        settings: How its worker is started.
+        on_lost: Called with the reason when its worker ended by itself.
+        limits: Of each queue.
+        clock: The time in seconds.
+    """
+
+    def __init__(
+        self,
+        group: str,
+        gpus: tuple[int, ...],
+        settings: WorkerSettings,
+        on_lost: Callable[[str], None],
+        *,
+        limits: QueueLimits | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.id = group
+        self.gpus = gpus
+        self.counters: dict[ReplicaKey, Counters] = {}
+        self._settings = settings
+        self._on_lost = on_lost
+        self._clock = clock
+        self._worker = _Worker()
+        self._models: dict[str, _Model] = {}
+        self._dispatcher = Dispatcher(limits)
+        self._rules: dict[ReplicaKey, _Rules] = {}
+        self._numbers = itertools.count()
+        self._pending: dict[int, Pending] = {}  # by number; what waits in the dispatcher
+        self._alone: deque[Pending] = deque()  # to be run one by one, after a batch with a bad request among them
+        self._running: _Running | None = None
+        self._turn = 0
+
+    # What it is doing.
+
+    @property
+    def process_id(self) -> int | None:
+        """Process id of the worker, while it runs."""
+        return self._worker.link.process_id if self._worker.link else None
+
+    @property
+    def problem(self) -> str:
+        """Why the worker does not run; empty while it does."""
+        return self._worker.problem
+
+    def view(self) -> GroupView:
+        """Return what `executor.reconcile` must know."""
+        return GroupView(
+            id=self.id,
+            gpus=self.gpus,
+            worker=self._worker.phase,
+            not_before_s=self._worker.not_before_s,
+            models=tuple(
+                ModelView(
+                    variant=variant,
+                    phase=model.phase,
+                    max_batch=model.max_batch,
+                    memory_bytes=model.memory_bytes,
+                    not_before_s=model.not_before_s,
+                )
+                for variant, model in self._models.items()
+            ),
+        )
+
+    def loaded(self, variant: str) -> Loaded | None:
+        """Return what the worker said when it loaded ``variant``, or None when it is not loaded."""
+        model = self._models.get(variant)
+        return model.loaded if model else None
+
+    def load_problem(self, variant: str) -> str:
+        """Return why the last load of ``variant`` failed; empty when it did not."""
+        model = self._models.get(variant)
+        return model.problem if model else ""
+
+    def queued(self, key: ReplicaKey) -> int:
+        """Return how many requests of a replica wait."""
+        return self._dispatcher.queued(key) + sum(pending.waiting.key == key for pending in self._alone)
+
+    def running(self, key: ReplicaKey) -> int:
+        """Return how many requests of a replica run."""
+        return len(self._running.pending) if self._running is not None and self._running.key == key else 0
+
+    def expected_wait_s(self) -> float:
+        """Return the seconds until a request that arrives now would start: what runs, then what waits."""
+        residual_s = max(0.0, self._running.expected_end_s - self._clock()) if self._running else 0.0
+        return residual_s + self._dispatcher.work_s()
+
+    # The worker.
+
+    async def start_worker(self) -> tuple[str, ...]:
+        """Start the worker and return the variants that it knows.
+
+        Raises:
+            WorkerGone: It ended during its start; the next try is not due before a while.
+            WorkerRefused: Its runtime could not be made; likewise.
+        """
+        worker = self._worker
+        worker.phase = WorkerPhase.STARTING
+        try:
+            worker.link = await WorkerLink.start(self._settings, self.gpus[0], self._lost)
+        except (WorkerGone, WorkerRefused, OSError) as error:
+            self._note_failure(str(error))
+            if isinstance(error, OSError):
+                raise WorkerGone(f"no process could be started: {error.strerror}") from error
+            raise
+        worker.phase = WorkerPhase.READY
+        worker.problem = ""
+        worker.ready_since_s = self._clock()
+        worker.regions = [_Region(), _Region()]
+        _log.info("event=worker_ready group=%s worker=%d", self.id, worker.link.process_id)
+        return worker.link.variants
+
+    async def stop_worker(self, grace_s: float = 5.0) -> None:
+        """Let the worker finish what runs, and end it. What waits fails."""
+        link, self._worker.link = self._worker.link, None
+        self._worker.phase = WorkerPhase.STOPPING
+        self._fail_waiting("the agent stops this group")
+        if link is not None:
+            await link.stop(grace_s)
+        self._models.clear()
+        self._worker.phase = WorkerPhase.ENDED
+
+    async def load(self, variant: str, max_batch: int, memory_bytes: tuple[int, ...]) -> Loaded:
+        """Load a model, or load it again for larger batches; it goes on running meanwhile.
+
+        Raises:
+            WorkerRefused: It could not be loaded; the next try is not due before a while.
+            WorkerGone: The worker ended.
+        """
+        link = self._linked()
+        model = self._models.setdefault(
+            variant, _Model(phase=ModelPhase.LOADING, max_batch=max_batch, memory_bytes=memory_bytes)
+        )
+        before = model.max_batch
+        model.phase, model.max_batch, model.memory_bytes, model.problem = (
+            ModelPhase.LOADING,
+            max_batch,
+            memory_bytes,
+            "",
+        )
+        try:
+            loaded = await link.load(variant, max_batch)
+        except WorkerRefused as error:
+            model.failures += 1
+            model.problem = str(error)
+            model.not_before_s = self._clock() + backoff_s(model.failures)
+            model.phase = ModelPhase.FAILED
+            if model.loaded is not None:
+                model.phase, model.max_batch = ModelPhase.LOADED, before
+            raise
+        model.phase, model.loaded, model.failures = ModelPhase.LOADED, loaded, 0
+        return loaded
+
+    async def unload(self, variant: str) -> None:
+        """Take a model out of the worker.
+
+        Raises:
+            WorkerGone: The worker ended.
+        """
+        model = self._models[variant]
+        if model.loaded is not None:
+            model.phase = ModelPhase.UNLOADING
+            await self._linked().unload(variant)
+        self._models.pop(variant, None)
+
+    def _linked(self) -> WorkerLink:
+        if self._worker.link is None:
+            raise WorkerGone(self._worker.problem or "the worker does not run")
+        return self._worker.link
+
+    def _note_failure(self, reason: str) -> None:
+        worker = self._worker
+        steady = worker.ready_since_s and self._clock() - worker.ready_since_s > _STEADY_S
+        worker.failures = 1 if steady else worker.failures + 1
+        worker.phase = WorkerPhase.ENDED
+        worker.link = None
+        worker.problem = reason
+        worker.not_before_s = self._clock() + backoff_s(worker.failures)
+
+    def _lost(self, reason: str) -> None:
+        _log.error("event=worker_lost group=%s reason=%r", self.id, reason)
+        self._note_failure(reason)
+        self._models.clear()
+        self._fail_waiting(reason)
+        self._on_lost(reason)
+
+    # Requests.
+
+    def configure(self, key: ReplicaKey, settings: DesiredReplica) -> None:
+        """Open the queue of a replica, or change its rules."""
+        self.counters.setdefault(key, Counters())
+        self._rules[key] = _Rules(max_batch=settings.max_batch, latency_s=settings.batch_latency_s)
+        for waiting in self._dispatcher.configure(key, settings.max_batch, settings.batch_latency_s):
+            expected = f"a batch of at most {settings.max_batch}"
+            self._refuse(waiting, InvalidInput.of(expected, field="inputs", found=waiting.items))
+
+    def close(self, key: ReplicaKey, reason: str) -> None:
+        """Close the queue of a replica; what waits in it fails with ``reason``."""
+        for waiting in self._dispatcher.close(key):
+            self._refuse(waiting, ReplicaUnavailable(f"{key}: {reason}"))
+        self._rules.pop(key, None)
+        self.counters.pop(key, None)
+
+    def submit(self, key: ReplicaKey, inputs: Mapping[str, Array], items: int, deadline_s: float) -> Pending:
+        """Queue a request; its ``answer`` is set when it was run, dropped or failed.
+
+        Args:
+            key: The replica.
+            inputs: Arrays of shape (items, *item), checked against the model.
+            items: Items in the request.
+            deadline_s: When it must be finished, on the clock.
+
+        Raises:
+            QueueFull: Too much waits already.
+            ReplicaUnavailable: The replica is not here.
+        """
+        if key not in self._rules:
+            raise ReplicaUnavailable(f"{key} is not here")
+        waiting = Waiting(
+            number=next(self._numbers),
+            key=key,
+            deadline_s=deadline_s,
+            items=items,
+            payload_bytes=sum(array.nbytes for array in inputs.values()),
+        )
+        pending = Pending(
+            waiting=waiting,
+            inputs=inputs,
+            answer=asyncio.get_running_loop().create_future(),
+            arrived_s=self._clock(),
+        )
+        try:
+            self._dispatcher.add(waiting)
+        except RequestRefused:
+            self.counters[key].dropped += 1
+            raise
+        self._pending[waiting.number] = pending
+        self._dispatch()
+        return pending
+
+    def cancel(self, pending: Pending) -> None:
+        """Forget a request whose client went away; one that runs already runs to its end."""
+        if self._dispatcher.cancel(pending.waiting):
+            self._pending.pop(pending.waiting.number, None)
+        if pending.waiting.key in self.counters:
+            self.counters[pending.waiting.key].dropped += 1
+
+    def _dispatch(self) -> None:
+        """Start the next batch, if the worker is free and something waits."""
+        if self._running is not None or self._worker.phase is not WorkerPhase.READY:
+            return
+        while self._alone:
+            pending = self._alone.popleft()
+            if not pending.answer.done():
+                self._start(pending.waiting.key, [pending])
+                return
+        decision = self._dispatcher.decide(self._clock())
+        for drop in decision.drops:
+            key = drop.request.key
+            if drop.reason is DropReason.HOPELESS:
+                self._refuse(drop.request, Hopeless(f"{key}: the deadline cannot be met any more"))
+            else:
+                self._refuse(drop.request, Displaced(f"{key}: gave way to a full batch that waits behind it"))
+        if decision.batch is not None:
+            self._start(decision.batch.key, [self._pending.pop(waiting.number) for waiting in decision.batch.requests])
+
+    def _start(self, key: ReplicaKey, pending: list[Pending]) -> None:
+        link, loaded = self._worker.link, self.loaded(key.variant)
+        if link is None or loaded is None:
+            self._settle(pending, ReplicaUnavailable(f"{key}: its model is not loaded"))
+            return
+        items = sum(one.waiting.items for one in pending)
+        now_s = self._clock()
+        latency_s = self._rules[key].latency_s
+        self._running = _Running(
+            key=key,
+            pending=pending,
+            items=items,
+            started_s=now_s,
+            expected_end_s=now_s + latency_s[min(items, len(latency_s)) - 1],
+        )
+        future = self._send(link, loaded, key.variant, pending, items)
+        future.add_done_callback(functools.partial(self._finished, self._running, link))
+
+    def _send(
+        self, link: WorkerLink, loaded: Loaded, variant: str, pending: list[Pending], items: int
+    ) -> asyncio.Future[FromWorker]:
+        inputs = {spec.name: (spec.datatype, (items, *spec.shape)) for spec in loaded.inputs}
+        input_bytes = sum(aligned(items * spec.item_bytes) for spec in loaded.inputs)
+        output_bytes = sum(aligned(items * spec.item_bytes) for spec in loaded.outputs)
+        self._turn ^= 1
+        region = self._worker.regions[self._turn]
+        if input_bytes + output_bytes > region.size_bytes:
+            region.offset_bytes = aligned(link.segment.size_bytes)
+            region.size_bytes = max(input_bytes + output_bytes, 2 * region.size_bytes)
+            link.segment.grow(region.offset_bytes + region.size_bytes)
+        places = place_all(inputs, region.offset_bytes)
+        link.segment.write({name: [one.inputs[name] for one in pending] for name in inputs}, places)
+        return link.run(variant, places, region.offset_bytes + input_bytes, output_bytes)
+
+    def _finished(self, batch: _Running, link: WorkerLink, future: asyncio.Future[FromWorker]) -> None:
+        """Start the next batch, then hand out the answers of this one."""
+        self._running = None
+        if batch.key in self.counters:
+            self.counters[batch.key].batches += 1
+        error = future.exception()
+        if isinstance(error, WorkerRefused) and error.invalid_input and len(batch.pending) > 1:
+            _log.warning("event=batch_refused replica=%r action=run_one_by_one", str(batch.key))
+            self._alone.extend(batch.pending)
+            self._dispatch()
+            return
+        self._dispatch()
+        if error is None:
+            done = future.result()
+            assert isinstance(done, Done)
+            self._deliver(batch, done, link)
+        else:
+            self._settle(batch.pending, _request_error(batch.key, error))
+
+    def _deliver(self, batch: _Running, done: Done, link: WorkerLink) -> None:
+        outputs = {place.name: link.segment.array(place) for place in done.outputs}
+        start = 0
+        for pending in batch.pending:
+            end = start + pending.waiting.items
+            if not pending.answer.done():
+                pending.answer.set_result(
+                    Answer(
+                        outputs={name: array[start:end].copy() for name, array in outputs.items()},
+                        variant=batch.key.variant,
+                        batch_items=batch.items,
+                        queue_s=batch.started_s - pending.arrived_s,
+                        run_s=done.run_s,
+                    )
+                )
+                if batch.key in self.counters:
+                    self.counters[batch.key].completed += 1
+            start = end
+
+    def _refuse(self, waiting: Waiting, error: ForeplanError) -> None:
+        pending = self._pending.pop(waiting.number, None)
+        if pending is not None:
+            self._settle([pending], error)
+
+    def _settle(self, pending: Iterable[Pending], error: ForeplanError) -> None:
+        for one in pending:
+            counters = self.counters.get(one.waiting.key)
+            if one.answer.done():
+                continue
+            one.answer.set_exception(error)
+            if counters is not None and isinstance(error, Hopeless | Displaced):
+                counters.dropped += 1
+            elif counters is not None:
+                counters.failed += 1
+
+    def _fail_waiting(self, reason: str) -> None:
+        for waiting in self._dispatcher.clear():
+            self._refuse(waiting, ReplicaUnavailable(f"{waiting.key}: {reason}"))
+        alone, self._alone = self._alone, deque()
+        for pending in alone:
+            self._settle([pending], ReplicaUnavailable(f"{pending.waiting.key}: {reason}"))
+
+
+def _request_error(key: ReplicaKey, error: BaseException) -> ForeplanError:
+    """Return what a client is told when its batch ended with ``error``."""
+    if isinstance(error, WorkerRefused):
+        if error.invalid_input:
+            return InvalidInput.of("inputs that the model takes", where=str(key), field="inputs", found=str(error))
+        return ModelFailed(f"{key}: {error}")
+    return ReplicaUnavailable(f"{key}: {error}")

@@ -1,0 +1,116 @@
+"""The life of a replica, as a state machine without input or output.
+
+::
+
+    (new) -> LOADING -> STAGED -> SERVING -> DRAINING -> (gone)
+                |                    ^
+                +--------------------+   when it was committed before its load ended
+                |
+              FAILED -> LOADING          when it is tried again
+
+A replica is *committed* once its generation is. A load that ends before the commit leads to STAGED, one that ends after
+it straight to SERVING. A replica that leaves the plan, or whose stage is aborted, drains from whatever phase it is in.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from executor.state import DesiredReplica, Phase, ReplicaKey
+
+__all__ = ["TRANSITIONS", "Event", "Replica", "advance"]
+
+
+class Event(enum.Enum):
+    """What can happen to a replica."""
+
+    LOADED = "its model is loaded"
+    LOAD_FAILED = "its model could not be loaded"
+    WORKER_LOST = "its group's worker process ended"
+    RETRIED = "its load is tried again"
+    COMMITTED = "its generation was committed"
+    RETIRED = "it left the plan"
+
+
+TRANSITIONS: Mapping[tuple[Phase, Event], Phase] = {
+    (Phase.LOADING, Event.LOADED): Phase.STAGED,  # SERVING when committed, see `advance`
+    (Phase.LOADING, Event.LOAD_FAILED): Phase.FAILED,
+    (Phase.LOADING, Event.WORKER_LOST): Phase.FAILED,
+    (Phase.LOADING, Event.COMMITTED): Phase.LOADING,
+    (Phase.LOADING, Event.RETIRED): Phase.DRAINING,
+    (Phase.STAGED, Event.WORKER_LOST): Phase.FAILED,
+    (Phase.STAGED, Event.COMMITTED): Phase.SERVING,
+    (Phase.STAGED, Event.RETIRED): Phase.DRAINING,
+    (Phase.SERVING, Event.WORKER_LOST): Phase.FAILED,
+    (Phase.SERVING, Event.COMMITTED): Phase.SERVING,
+    (Phase.SERVING, Event.RETIRED): Phase.DRAINING,
+    (Phase.FAILED, Event.RETRIED): Phase.LOADING,
+    (Phase.FAILED, Event.WORKER_LOST): Phase.FAILED,
+    (Phase.FAILED, Event.COMMITTED): Phase.FAILED,
+    (Phase.FAILED, Event.RETIRED): Phase.DRAINING,
+    (Phase.DRAINING, Event.WORKER_LOST): Phase.DRAINING,
+    (Phase.DRAINING, Event.RETIRED): Phase.DRAINING,
+}
+"""Every move that is possible. A pair that is missing is a bug of the caller."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Replica:
+    """One replica of a node.
+
+    Attributes:
+        key: Which one.
+        gpus: Devices of its group.
+        settings: What it runs by.
+        staged: What it will run by once the staged generation is committed; None when nothing is staged for it.
+        phase: Where it is in its life.
+        committed: Whether a committed generation holds it.
+        reason: Why it failed, or is not serving yet.
+        drain_until_s: When draining ends even if requests still wait, seconds on the node's clock.
+    """
+
+    key: ReplicaKey
+    gpus: tuple[int, ...]
+    settings: DesiredReplica
+    staged: DesiredReplica | None = None
+    phase: Phase = Phase.LOADING
+    committed: bool = False
+    reason: str = ""
+    drain_until_s: float = 0.0
+
+    @property
+    def max_batch_needed(self) -> int:
+        """Largest batch that it runs now or will run after the commit."""
+        return max(self.settings.max_batch, self.staged.max_batch if self.staged else 0)
+
+    @property
+    def memory_bytes(self) -> tuple[int, ...]:
+        """Bytes per GPU of the group that it needs now or will need after the commit."""
+        if self.staged is None:
+            return self.settings.memory_bytes
+        return tuple(max(pair) for pair in zip(self.settings.memory_bytes, self.staged.memory_bytes, strict=True))
+
+
+def advance(replica: Replica, event: Event, reason: str = "") -> Replica:
+    """Return ``replica`` after ``event``.
+
+    Raises:
+        ValueError: The event cannot happen in this phase.
+    """
+    if (replica.phase, event) not in TRANSITIONS:
+        raise ValueError(f"{replica.key} is {replica.phase.value}: {event.value!r} cannot happen")
+    phase = TRANSITIONS[replica.phase, event]
+    committed = replica.committed or event is Event.COMMITTED
+    if event is Event.LOADED and committed:
+        phase = Phase.SERVING
+    settings, staged = replica.settings, replica.staged
+    if event is Event.COMMITTED and staged is not None:
+        settings, staged = staged, None
+    if event is Event.COMMITTED and phase in (Phase.FAILED, Phase.LOADING):
+        reason = replica.reason
+    return dataclasses.replace(
+        replica, phase=phase, committed=committed, settings=settings, staged=staged, reason=reason
+    )

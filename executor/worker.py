@@ -1,0 +1,218 @@
+"""The worker process of one GPU group: ``python -m executor.worker``. It owns its device, and runs what its agent says.
+
+Three threads: this one reads messages, one loads models, one runs batches; so a load holds up no batch longer than the
+two share the processor. When the agent is gone, the pipe ends and the process exits at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import importlib
+import logging
+import os
+import queue
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from executor.logs import configure_logging
+from executor.runtime.protocol import LoadedModel, Runtime, UnknownVariant
+from executor.segment import SharedSegment
+from executor.worker_wire import (
+    Done,
+    Failed,
+    FrameSplitter,
+    FromWorker,
+    Load,
+    Loaded,
+    Ready,
+    Run,
+    Stop,
+    ToWorker,
+    Unload,
+    Unloaded,
+    decode_to_worker,
+    encode_from_worker,
+)
+from plans.errors import ForeplanError, InvalidInput
+
+__all__ = ["Worker", "main", "runtime_factory"]
+
+_log = logging.getLogger("executor.worker")
+
+_READ_BYTES = 1 << 16
+
+
+class Worker:
+    """Answers the messages of one agent.
+
+    Args:
+        connection: The socket to the agent.
+        segment: The memory shared with it.
+        runtime: Loads the models.
+    """
+
+    def __init__(self, connection: socket.socket, segment: SharedSegment, runtime: Runtime) -> None:
+        self._connection = connection
+        self._segment = segment
+        self._runtime = runtime
+        self._models: dict[str, LoadedModel] = {}
+        self._sending = threading.Lock()
+        self._loads: queue.SimpleQueue[Load] = queue.SimpleQueue()
+        self._runs: queue.SimpleQueue[Run | Unload | Stop] = queue.SimpleQueue()
+
+    def serve(self) -> bool:
+        """Answer until the agent says stop (True: what ran before is finished) or is gone (False)."""
+        threading.Thread(target=self._load_all, name="load", daemon=True).start()
+        runner = threading.Thread(target=self._run_all, name="run", daemon=True)
+        runner.start()
+        self._send(Ready(process=os.getpid(), variants=tuple(self._runtime.names())))
+        stopped = self._read()
+        if stopped:
+            runner.join()
+        return stopped
+
+    def _read(self) -> bool:
+        frames = FrameSplitter()
+        while True:
+            try:
+                data = self._connection.recv(_READ_BYTES)
+            except ConnectionError:
+                return False
+            if not data:
+                return False
+            for body in frames.feed(data):
+                message = decode_to_worker(body)
+                self._accept(message)
+                if isinstance(message, Stop):
+                    return True
+
+    def _accept(self, message: ToWorker) -> None:
+        if isinstance(message, Load):
+            self._loads.put(message)
+        else:
+            self._runs.put(message)
+
+    def _load_all(self) -> None:
+        while True:
+            message = self._loads.get()
+            self._answer(message.call, functools.partial(self._load, message))
+
+    def _run_all(self) -> None:
+        while not isinstance(message := self._runs.get(), Stop):
+            if isinstance(message, Run):
+                self._answer(message.call, functools.partial(self._run, message))
+            else:
+                self._answer(message.call, functools.partial(self._unload, message))
+
+    def _answer(self, call: int, act: Callable[[], FromWorker]) -> None:
+        """Send what ``act`` returns, or why it could not. What a model raises ends its call, not the process."""
+        answer: FromWorker
+        try:
+            answer = act()
+        except InvalidInput as error:
+            answer = Failed(call=call, problem=str(error), invalid_input=True)
+        except ForeplanError as error:
+            answer = Failed(call=call, problem=str(error))
+        except Exception as error:  # noqa: BLE001 - the edge between a model's code and this process
+            _log.exception("event=call_failed call=%d", call)
+            answer = Failed(call=call, problem=f"{type(error).__name__}: {error}")
+        self._send(answer)
+
+    def _load(self, message: Load) -> Loaded:
+        model = self._runtime.load(message.variant, message.max_batch)
+        self._models[message.variant] = model
+        _log.info("event=loaded variant=%s max_batch=%d load_s=%.3f", message.variant, message.max_batch, model.load_s)
+        return Loaded(
+            call=message.call,
+            weight_bytes=model.weight_bytes,
+            load_s=model.load_s,
+            first_inference_s=model.first_inference_s,
+            inputs=tuple(model.inputs),
+            outputs=tuple(model.outputs),
+        )
+
+    def _unload(self, message: Unload) -> Unloaded:
+        self._models.pop(message.variant, None)
+        _log.info("event=unloaded variant=%s", message.variant)
+        return Unloaded(call=message.call)
+
+    def _run(self, message: Run) -> Done:
+        model = self._models.get(message.variant)
+        if model is None:
+            raise UnknownVariant.of("a loaded variant", field="variant", found=repr(message.variant))
+        inputs = {place.name: self._segment.array(place) for place in message.inputs}
+        start_s = time.perf_counter()
+        outputs = model.run(inputs)
+        run_s = time.perf_counter() - start_s
+        places = self._segment.write_outputs(outputs, message.output_offset_bytes, message.output_capacity_bytes)
+        return Done(call=message.call, outputs=places, run_s=run_s)
+
+    def _send(self, message: FromWorker) -> None:
+        try:
+            with self._sending:
+                self._connection.sendall(encode_from_worker(message))
+        except ConnectionError:
+            _log.debug("event=agent_gone")  # the reading thread sees it as well, and ends the process
+
+
+def runtime_factory(path: str) -> Callable[..., Runtime]:
+    """Return the callable that ``path`` (``module:name``) names.
+
+    Raises:
+        InvalidInput: There is no such module, or no such callable in it.
+    """
+    module, _, name = path.partition(":")
+    try:
+        factory: Any = getattr(importlib.import_module(module), name) if module and name else None
+    except (ImportError, AttributeError) as error:
+        raise InvalidInput.of("module:factory of a runtime", field="runtime", found=f"{path!r} ({error})") from error
+    if not callable(factory):
+        raise InvalidInput.of("module:factory of a runtime", field="runtime", found=repr(path))
+    made: Callable[..., Runtime] = factory
+    return made
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m executor.worker", description="Started by `foreplan agent`.")
+    parser.add_argument("--socket", type=int, required=True, help="descriptor of the socket to the agent")
+    parser.add_argument("--segment", type=int, required=True, help="descriptor of the shared memory")
+    parser.add_argument("--runtime", required=True, help="module:factory")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="fp32")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--model-dir", type=Path)
+    parser.add_argument("--log-level", default="INFO")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a worker until its agent says stop or is gone; return the exit code."""
+    options = _parser().parse_args(arguments)
+    configure_logging(options.log_level)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole terminal; the agent ends its workers
+    connection = socket.socket(fileno=options.socket)
+    try:
+        runtime = runtime_factory(options.runtime)(
+            device=options.device, dtype=options.dtype, threads=options.threads, model_dir=options.model_dir
+        )
+    except ForeplanError as error:
+        connection.sendall(encode_from_worker(Failed(call=0, problem=str(error), invalid_input=True)))
+        return 1
+    worker = Worker(connection, SharedSegment(options.segment), runtime)
+    if worker.serve():
+        return 0
+    _log.warning("event=agent_gone action=exit")
+    # A batch or a load may run for long yet, and nobody waits for its result.
+    logging.shutdown()
+    os._exit(1)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

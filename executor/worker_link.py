@@ -1,0 +1,265 @@
+"""The agent's end of one worker process: starting it, calling it, noticing its end."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import logging
+import signal
+import socket
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from executor.errors import WorkerGone, WorkerRefused
+from executor.segment import SharedSegment
+from executor.worker_wire import (
+    Failed,
+    FrameError,
+    FrameSplitter,
+    FromWorker,
+    Load,
+    Loaded,
+    Ready,
+    Run,
+    Stop,
+    TensorPlace,
+    Unload,
+    Unloaded,
+    decode_from_worker,
+    encode_to_worker,
+)
+
+__all__ = ["WorkerLink", "WorkerSettings"]
+
+_log = logging.getLogger("executor.agent")
+
+_LAST_WORDS_S = 2.0
+"""How long a worker may live on after its pipe ended."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerSettings:
+    """How workers are started.
+
+    Attributes:
+        runtime: ``module:factory`` of the runtime.
+        device: ``cpu``, or ``cuda`` for the CUDA device of the group's index.
+        dtype: Element type of weights and activations.
+        threads: Threads of one operation on the CPU.
+        model_dir: Folder of local models.
+        log_level: Of the worker's own log.
+    """
+
+    runtime: str = "executor.runtime.torch_runtime:TorchRuntime"
+    device: str = "cpu"
+    dtype: str = "fp32"
+    threads: int = 1
+    model_dir: Path | None = None
+    log_level: str = "INFO"
+
+    def device_of(self, gpu: int) -> str:
+        """Return the runtime's name of the device with index ``gpu``."""
+        return f"cuda:{gpu}" if self.device == "cuda" else self.device
+
+
+class WorkerLink(asyncio.Protocol):
+    """A running worker. Made by `start`; every call fails with `WorkerGone` once the process has ended."""
+
+    def __init__(self, segment: SharedSegment, on_end: Callable[[str], None]) -> None:
+        self.segment = segment
+        self._on_end = on_end
+        self._process: asyncio.subprocess.Process | None = None
+        self._transport: asyncio.WriteTransport | None = None
+        self._frames = FrameSplitter()
+        self._calls: dict[int, asyncio.Future[FromWorker]] = {}
+        self._numbers = itertools.count(1)
+        self._ready: asyncio.Future[FromWorker] = asyncio.get_running_loop().create_future()
+        self._ready.add_done_callback(lambda ready: ready.cancelled() or ready.exception())  # seen, if nobody waits
+        self._calls[0] = self._ready
+        self._closed = asyncio.Event()
+        self._stopping = False
+
+    @classmethod
+    async def start(cls, settings: WorkerSettings, gpu: int, on_end: Callable[[str], None]) -> WorkerLink:
+        """Start a worker for the device ``gpu`` and wait until its runtime is up.
+
+        Args:
+            settings: How to start it.
+            gpu: Index of its device.
+            on_end: Called once with the reason when the process ends without having been stopped, after start-up.
+
+        Raises:
+            WorkerRefused: The runtime could not be made; says why.
+            WorkerGone: The process ended during its start.
+        """
+        segment = SharedSegment.create()
+        ours, theirs = socket.socketpair()
+        link = cls(segment, on_end)
+        try:
+            with theirs:
+                link._process = await asyncio.create_subprocess_exec(
+                    *_command(settings, gpu, theirs.fileno(), segment.descriptor),
+                    pass_fds=(theirs.fileno(), segment.descriptor),
+                    stdin=asyncio.subprocess.DEVNULL,
+                )
+            ours.setblocking(False)
+            await asyncio.get_running_loop().create_unix_connection(lambda: link, sock=ours)
+            await asyncio.shield(link._ready)
+        except BaseException:
+            if link._transport is None:
+                ours.close()
+            await link.kill()
+            raise
+        return link
+
+    @property
+    def process_id(self) -> int:
+        """The worker's process id."""
+        assert self._process is not None
+        return self._process.pid
+
+    @property
+    def variants(self) -> tuple[str, ...]:
+        """Variants that the worker's runtime knows."""
+        ready = self._ready.result()
+        return ready.variants if isinstance(ready, Ready) else ()
+
+    async def load(self, variant: str, max_batch: int) -> Loaded:
+        """Load a variant, in place of an older load of it.
+
+        Raises:
+            WorkerRefused: It could not be loaded.
+            WorkerGone: The process ended.
+        """
+        answer = await self._call(Load(call=next(self._numbers), variant=variant, max_batch=max_batch))
+        assert isinstance(answer, Loaded)
+        return answer
+
+    async def unload(self, variant: str) -> None:
+        """Forget a variant, after the batches sent before.
+
+        Raises:
+            WorkerGone: The process ended.
+        """
+        answer = await self._call(Unload(call=next(self._numbers), variant=variant))
+        assert isinstance(answer, Unloaded)
+
+    def run(
+        self, variant: str, inputs: tuple[TensorPlace, ...], output_offset_bytes: int, output_capacity_bytes: int
+    ) -> asyncio.Future[FromWorker]:
+        """Send one batch at once; the future holds `Done`.
+
+        It fails with `WorkerRefused` when the inputs do not fit the model or the model failed, and with `WorkerGone`.
+        """
+        return self._call(
+            Run(
+                call=next(self._numbers),
+                variant=variant,
+                inputs=inputs,
+                output_offset_bytes=output_offset_bytes,
+                output_capacity_bytes=output_capacity_bytes,
+            )
+        )
+
+    async def stop(self, grace_s: float = 5.0) -> None:
+        """Let the worker finish what runs, then end it; after ``grace_s`` seconds by force."""
+        self._stopping = True
+        if self._transport is not None and not self._transport.is_closing():
+            self._transport.write(encode_to_worker(Stop()))
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._closed.wait(), grace_s)
+        await self.kill()
+
+    async def kill(self) -> None:
+        """End the process by force, if it runs, and wait until it is gone."""
+        self._stopping = True
+        if self._process is not None:
+            if self._process.returncode is None and not self._closed.is_set():
+                with contextlib.suppress(ProcessLookupError):
+                    self._process.kill()
+            await self._process.wait()
+        if self._transport is not None:
+            self._transport.close()
+        self._end("the worker was stopped")
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Note the way to send; called by the event loop."""
+        assert isinstance(transport, asyncio.WriteTransport)
+        self._transport = transport
+
+    def data_received(self, data: bytes) -> None:
+        """Give answers to those who wait for them; called by the event loop."""
+        try:
+            messages = [decode_from_worker(body) for body in self._frames.feed(data)]
+        except FrameError as error:
+            _log.error("event=bad_frame worker=%d problem=%r", self.process_id, str(error))
+            if self._process is not None and self._process.returncode is None:
+                self._process.kill()
+            return
+        for message in messages:
+            self._answered(message)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Fail everything that waits; called by the event loop when the process is gone."""
+        if self._transport is not None:
+            self._transport.close()
+        watch = asyncio.get_running_loop().create_task(self._reap())
+        self._reaping = watch  # a task needs somebody who holds it
+
+    async def _reap(self) -> None:
+        assert self._process is not None
+        try:
+            code = await asyncio.wait_for(self._process.wait(), _LAST_WORDS_S)
+        except TimeoutError:  # it closed its pipe and lives on: of no use to anybody
+            self._process.kill()
+            code = await self._process.wait()
+        self._end(_reason(code))
+
+    def _end(self, reason: str) -> None:
+        if self._closed.is_set():
+            return
+        self._closed.set()
+        started = self._ready.done() and self._ready.exception() is None
+        calls, self._calls = self._calls, {}
+        for call in calls.values():
+            if not call.done():
+                call.set_exception(WorkerGone(reason))
+        self.segment.close()
+        if started and not self._stopping:
+            self._on_end(reason)
+
+    def _call(self, message: Load | Unload | Run) -> asyncio.Future[FromWorker]:
+        answer: asyncio.Future[FromWorker] = asyncio.get_running_loop().create_future()
+        if self._transport is None or self._transport.is_closing() or self._closed.is_set():
+            answer.set_exception(WorkerGone("the worker is gone"))
+        else:
+            self._calls[message.call] = answer
+            self._transport.write(encode_to_worker(message))
+        return answer
+
+    def _answered(self, message: FromWorker) -> None:
+        number = 0 if isinstance(message, Ready) else message.call
+        call = self._calls.pop(number, None)
+        if call is None or call.done():
+            return
+        if isinstance(message, Failed):
+            call.set_exception(WorkerRefused(message.problem, invalid_input=message.invalid_input))
+        else:
+            call.set_result(message)
+
+
+def _command(settings: WorkerSettings, gpu: int, connection: int, segment: int) -> list[str]:
+    command = [sys.executable, "-m", "executor.worker", f"--socket={connection}", f"--segment={segment}"]
+    command += [f"--runtime={settings.runtime}", f"--device={settings.device_of(gpu)}", f"--dtype={settings.dtype}"]
+    command += [f"--threads={settings.threads}", f"--log-level={settings.log_level}"]
+    return command + ([f"--model-dir={settings.model_dir}"] if settings.model_dir else [])
+
+
+def _reason(code: int) -> str:
+    if code < 0:
+        with contextlib.suppress(ValueError):
+            return f"the worker was ended by {signal.Signals(-code).name}"
+    return f"the worker ended with exit code {code}"

@@ -1,0 +1,324 @@
+"""What an agent and a worker say to each other: inner types to frames of ``foreplan.worker.v1`` and back.
+
+A frame is a length (four bytes, little endian) and a protobuf message. The one module that reads or builds messages of
+that package. Tensors do not travel here; a `TensorPlace` says where in shared memory one lies.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeVar
+
+from google.protobuf.message import DecodeError
+
+from executor.proto import worker_pb2 as pb
+from executor.runtime.protocol import TensorSpec
+
+__all__ = [
+    "Done",
+    "Failed",
+    "FrameError",
+    "FrameSplitter",
+    "FromWorker",
+    "Load",
+    "Loaded",
+    "Ready",
+    "Run",
+    "Stop",
+    "TensorPlace",
+    "ToWorker",
+    "Unload",
+    "Unloaded",
+    "decode_from_worker",
+    "decode_to_worker",
+    "encode_from_worker",
+    "encode_to_worker",
+]
+
+MAX_FRAME_BYTES = 4 * 2**20
+"""Longest frame; messages name places of tensors and are far below it."""
+
+_LENGTH = struct.Struct("<I")
+
+_Message = TypeVar("_Message")
+
+
+class FrameError(Exception):
+    """The other side sent bytes that are no frame of this protocol."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TensorPlace:
+    """A tensor in shared memory: ``size_bytes`` bytes from ``offset_bytes``, row major."""
+
+    name: str
+    datatype: str
+    shape: tuple[int, ...]
+    offset_bytes: int
+    size_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Load:
+    """Load ``variant`` for batches up to ``max_batch``; a variant that is loaded already is replaced."""
+
+    call: int
+    variant: str
+    max_batch: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Unload:
+    """Forget ``variant``."""
+
+    call: int
+    variant: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Run:
+    """Run one batch; outputs go to ``output_offset_bytes``, at most ``output_capacity_bytes`` of them."""
+
+    call: int
+    variant: str
+    inputs: tuple[TensorPlace, ...]
+    output_offset_bytes: int
+    output_capacity_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stop:
+    """Finish what runs, and end."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ready:
+    """The runtime is up and knows ``variants``."""
+
+    process: int
+    variants: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Loaded:
+    """Answer to `Load`; see `executor.runtime.protocol.LoadedModel` for the figures."""
+
+    call: int
+    weight_bytes: int
+    load_s: float
+    first_inference_s: float
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Done:
+    """Answer to `Run`."""
+
+    call: int
+    outputs: tuple[TensorPlace, ...]
+    run_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Unloaded:
+    """Answer to `Unload`."""
+
+    call: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Failed:
+    """Answer to any call that could not be done; call 0 is the start of the runtime."""
+
+    call: int
+    problem: str
+    invalid_input: bool = False
+
+
+ToWorker = Load | Unload | Run | Stop
+FromWorker = Ready | Loaded | Done | Unloaded | Failed
+
+
+def encode_to_worker(message: ToWorker) -> bytes:
+    """Return the frame for a message to a worker."""
+    match message:
+        case Load():
+            body = pb.ToWorker(
+                load=pb.ToWorker.Load(call=message.call, variant=message.variant, max_batch=message.max_batch)
+            )
+        case Unload():
+            body = pb.ToWorker(unload=pb.ToWorker.Unload(call=message.call, variant=message.variant))
+        case Run():
+            body = pb.ToWorker(
+                run=pb.ToWorker.Run(
+                    call=message.call,
+                    variant=message.variant,
+                    inputs=[_place_to_proto(place) for place in message.inputs],
+                    output_offset=message.output_offset_bytes,
+                    output_capacity=message.output_capacity_bytes,
+                )
+            )
+        case Stop():
+            body = pb.ToWorker(stop=pb.ToWorker.Stop())
+    return _frame(body.SerializeToString())
+
+
+def decode_to_worker(body: bytes) -> ToWorker:
+    """Return the message to a worker in a frame's body.
+
+    Raises:
+        FrameError: It is none.
+    """
+    message = _parsed(pb.ToWorker.FromString, body)
+    match message.WhichOneof("message"):
+        case "load":
+            load = message.load
+            return Load(call=load.call, variant=load.variant, max_batch=load.max_batch)
+        case "unload":
+            return Unload(call=message.unload.call, variant=message.unload.variant)
+        case "run":
+            run = message.run
+            return Run(
+                call=run.call,
+                variant=run.variant,
+                inputs=tuple(_place_from_proto(place) for place in run.inputs),
+                output_offset_bytes=run.output_offset,
+                output_capacity_bytes=run.output_capacity,
+            )
+        case "stop":
+            return Stop()
+        case other:
+            raise FrameError(f"a message to a worker without content: {other}")
+
+
+def encode_from_worker(message: FromWorker) -> bytes:
+    """Return the frame for a message from a worker."""
+    match message:
+        case Ready():
+            body = pb.FromWorker(ready=pb.FromWorker.Ready(process=message.process, variants=message.variants))
+        case Loaded():
+            body = pb.FromWorker(
+                loaded=pb.FromWorker.Loaded(
+                    call=message.call,
+                    weight_bytes=message.weight_bytes,
+                    load_s=message.load_s,
+                    first_inference_s=message.first_inference_s,
+                    inputs=[_spec_to_proto(spec) for spec in message.inputs],
+                    outputs=[_spec_to_proto(spec) for spec in message.outputs],
+                )
+            )
+        case Done():
+            outputs = [_place_to_proto(place) for place in message.outputs]
+            body = pb.FromWorker(done=pb.FromWorker.Done(call=message.call, outputs=outputs, run_s=message.run_s))
+        case Unloaded():
+            body = pb.FromWorker(unloaded=pb.FromWorker.Unloaded(call=message.call))
+        case Failed():
+            body = pb.FromWorker(
+                failed=pb.FromWorker.Failed(
+                    call=message.call, problem=message.problem, invalid_input=message.invalid_input
+                )
+            )
+    return _frame(body.SerializeToString())
+
+
+def decode_from_worker(body: bytes) -> FromWorker:
+    """Return the message from a worker in a frame's body.
+
+    Raises:
+        FrameError: It is none.
+    """
+    message = _parsed(pb.FromWorker.FromString, body)
+    match message.WhichOneof("message"):
+        case "ready":
+            return Ready(process=message.ready.process, variants=tuple(message.ready.variants))
+        case "loaded":
+            loaded = message.loaded
+            return Loaded(
+                call=loaded.call,
+                weight_bytes=loaded.weight_bytes,
+                load_s=loaded.load_s,
+                first_inference_s=loaded.first_inference_s,
+                inputs=tuple(_spec_from_proto(spec) for spec in loaded.inputs),
+                outputs=tuple(_spec_from_proto(spec) for spec in loaded.outputs),
+            )
+        case "done":
+            done = message.done
+            outputs = tuple(_place_from_proto(place) for place in done.outputs)
+            return Done(call=done.call, outputs=outputs, run_s=done.run_s)
+        case "unloaded":
+            return Unloaded(call=message.unloaded.call)
+        case "failed":
+            failed = message.failed
+            return Failed(call=failed.call, problem=failed.problem, invalid_input=failed.invalid_input)
+        case other:
+            raise FrameError(f"a message from a worker without content: {other}")
+
+
+class FrameSplitter:
+    """Cuts a stream of bytes into the bodies of frames."""
+
+    def __init__(self) -> None:
+        self._held = bytearray()
+
+    def feed(self, data: bytes) -> list[bytes]:
+        """Take the next bytes of the stream and return the bodies that are complete now.
+
+        Raises:
+            FrameError: A frame is longer than `MAX_FRAME_BYTES`.
+        """
+        self._held += data
+        bodies = []
+        start = 0
+        while len(self._held) - start >= _LENGTH.size:
+            (length,) = _LENGTH.unpack_from(self._held, start)
+            if length > MAX_FRAME_BYTES:
+                raise FrameError(f"a frame of {length} bytes, more than {MAX_FRAME_BYTES}")
+            end = start + _LENGTH.size + length
+            if len(self._held) < end:
+                break
+            bodies.append(bytes(self._held[start + _LENGTH.size : end]))
+            start = end
+        del self._held[:start]
+        return bodies
+
+
+def _frame(body: bytes) -> bytes:
+    return _LENGTH.pack(len(body)) + body
+
+
+def _parsed(parse: Callable[[bytes], _Message], body: bytes) -> _Message:
+    try:
+        return parse(body)
+    except DecodeError as error:
+        raise FrameError(str(error)) from error
+
+
+def _place_to_proto(place: TensorPlace) -> pb.TensorRef:
+    return pb.TensorRef(
+        name=place.name,
+        datatype=place.datatype,
+        shape=place.shape,
+        offset=place.offset_bytes,
+        size=place.size_bytes,
+    )
+
+
+def _place_from_proto(message: pb.TensorRef) -> TensorPlace:
+    return TensorPlace(
+        name=message.name,
+        datatype=message.datatype,
+        shape=tuple(message.shape),
+        offset_bytes=message.offset,
+        size_bytes=message.size,
+    )
+
+
+def _spec_to_proto(spec: TensorSpec) -> pb.FromWorker.TensorSpec:
+    return pb.FromWorker.TensorSpec(name=spec.name, datatype=spec.datatype, shape=spec.shape)
+
+
+def _spec_from_proto(message: pb.FromWorker.TensorSpec) -> TensorSpec:
+    return TensorSpec(name=message.name, datatype=message.datatype, shape=tuple(message.shape))
