@@ -148,7 +148,7 @@ class LatencyModel:
         if batch < 1:
             raise ValueError(f"a batch has at least 1 item, not {batch}")
         used = (curve.at(batch) if curve else 0.0 for curve in self._working)
-        return tuple(weight + math.ceil(more) for weight, more in zip(self._weight_bytes, used, strict=True))
+        return tuple(weight + math.ceil(round(more, 3)) for weight, more in zip(self._weight_bytes, used, strict=True))
 
     def stage_latency_table(self, max_batch: int) -> tuple[tuple[float, ...], ...]:
         """Return the seconds that a batch of b holds each stage, in row b - 1; shape (max_batch, pp)."""

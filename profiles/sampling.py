@@ -16,7 +16,7 @@ _LEAST_SAMPLES = {0.95: 20, 0.99: 100}
 
 
 def nearest_rank(ordered: Sequence[float], level: float) -> float:
-    """Return the smallest sample that at least a share ``level`` of the samples does not exceed; ``ordered`` is sorted."""
+    """Return the smallest of the sorted samples that at least a share ``level`` of them does not exceed."""
     return ordered[max(0, math.ceil(level * len(ordered) - 1e-9) - 1)]
 
 

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
 from safetensors import SafetensorError
+from safetensors.torch import load_file
 from transformers import PreTrainedModel  # the heavy part of transformers: paid at import, not in the first load
+from transformers.models.auto import modeling_auto
 
 from executor.runtime.protocol import TensorSpec
 from plans.errors import Fault, InvalidInput
@@ -17,11 +21,11 @@ __all__ = ["load_folder", "local_names"]
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
-_HEADS = {
-    "ForImageClassification": transformers.AutoModelForImageClassification,
-    "ForSemanticSegmentation": transformers.AutoModelForSemanticSegmentation,
-    "ForObjectDetection": transformers.AutoModelForObjectDetection,
-    "ForSequenceClassification": transformers.AutoModelForSequenceClassification,
+_HEADS: Mapping[str, Any] = {
+    "ForImageClassification": modeling_auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING,
+    "ForSemanticSegmentation": modeling_auto.MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING,
+    "ForObjectDetection": modeling_auto.MODEL_FOR_OBJECT_DETECTION_MAPPING,
+    "ForSequenceClassification": modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
 }
 _ANSWERS = {"ForObjectDetection": ("logits", "pred_boxes")}
 _LONGEST_TEXT = 128
@@ -47,39 +51,40 @@ def local_names(model_dir: Path) -> tuple[str, ...]:
 def load_folder(model_dir: Path, name: str) -> tuple[PreTrainedModel, tuple[TensorSpec, ...], tuple[str, ...]]:
     """Read the model in ``model_dir / name``: the module, its inputs per item, and the names of its outputs.
 
-    ``config.json`` decides the architecture, through transformers' auto classes: no code from the folder runs, and
-    weights come from ``*.safetensors`` alone.
+    ``config.json`` decides the architecture, through transformers' tables: no code from the folder runs. All
+    ``*.safetensors`` of the folder together are the weights; nothing else there is looked at, so no index, adapter or
+    link can lead elsewhere.
 
     Raises:
         InvalidInput: The configuration names no architecture known here, the weights are missing, lie outside
             ``model_dir``, are damaged, or are not those of the architecture.
     """
-    folder = model_dir.resolve() / name
-    _check_files(model_dir.resolve(), folder)
-    try:
-        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (ValueError, OSError, KeyError) as error:
-        raise InvalidInput.of(
-            "a configuration that transformers knows", where=folder / "config.json", found=str(error).splitlines()[0]
-        ) from error
+    root = model_dir.resolve()
+    folder = root / name
+    weights = _weight_files(root, folder)
+    config = _config(folder)
     head = _head(config, folder)
     try:
-        module, report = _HEADS[head].from_pretrained(
-            folder,
-            config=config,
-            local_files_only=True,
-            use_safetensors=True,
-            trust_remote_code=False,
-            output_loading_info=True,
+        module, report = _HEADS[head][type(config)].from_pretrained(
+            None, config=config, state_dict=_tensors(weights), output_loading_info=True
         )
-    except (ValueError, OSError, RuntimeError, SafetensorError) as error:
-        problem = str(error).splitlines()[0]
-        raise InvalidInput.of("safetensors weights of this architecture", where=folder, found=problem) from error
+    except (ValueError, RuntimeError, KeyError) as error:
+        problem = _first_line(error)
+        raise InvalidInput.of("weights of the architecture in config.json", where=folder, found=problem) from error
     _check_weights(report, folder)
     return module, _inputs(config, module.main_input_name, folder), _ANSWERS.get(head, ("logits",))
 
 
-def _check_files(root: Path, folder: Path) -> None:
+def _config(folder: Path) -> Any:
+    try:
+        return transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (ValueError, OSError, KeyError, TypeError) as error:
+        raise InvalidInput.of(
+            "a configuration that transformers knows", where=folder / "config.json", found=_first_line(error)
+        ) from error
+
+
+def _weight_files(root: Path, folder: Path) -> list[Path]:
     weights = sorted(folder.glob("*.safetensors"))
     if not weights:
         raise InvalidInput.of(
@@ -87,17 +92,41 @@ def _check_files(root: Path, folder: Path) -> None:
         )
     faults = [
         Fault(where=str(path), found=f"a link to {path.resolve()}", expected=f"a file inside {root}")
-        for path in (folder / "config.json", *weights)
+        for path in weights
         if not path.resolve().is_relative_to(root)
     ]
     if faults:
         raise InvalidInput(faults)
+    return weights
+
+
+def _tensors(weights: list[Path]) -> dict[str, torch.Tensor]:
+    tensors: dict[str, torch.Tensor] = {}
+    faults = []
+    for path in weights:
+        try:
+            read = load_file(path)
+        except (SafetensorError, OSError) as error:
+            faults.append(Fault(where=str(path), found=_first_line(error), expected="whole safetensors weights"))
+            continue
+        twice = sorted(read.keys() & tensors.keys())
+        if twice:
+            expected = "every tensor in one file of the folder"
+            faults.append(Fault(where=str(path), found=f"{_some(twice)} again", expected=expected))
+        tensors.update(read)
+    if faults:
+        raise InvalidInput(faults)
+    return tensors
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _head(config: Any, folder: Path) -> str:
     stated = (config.architectures or [""])[0]
     for head in _HEADS:
-        if stated.endswith(head):
+        if stated.endswith(head) and type(config) in _HEADS[head]:
             return head
     raise InvalidInput.of(
         "an architecture that ends in " + ", ".join(_HEADS),

@@ -1,0 +1,191 @@
+from __future__ import annotations
+
+import contextlib
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import BertConfig, BertForSequenceClassification, ResNetConfig, ResNetForImageClassification
+
+from executor.runtime.protocol import UnknownVariant
+from executor.runtime.torch_runtime import TorchRuntime
+from plans.errors import InvalidInput
+from tests.executor.runtime.contract import RuntimeContract
+
+
+def save_bert(folder: Path) -> BertForSequenceClassification:
+    torch.manual_seed(3)
+    config = BertConfig(
+        vocab_size=50, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32,
+        max_position_embeddings=24,
+    )  # fmt: skip
+    module = BertForSequenceClassification(config).eval()
+    module.save_pretrained(folder)
+    return module
+
+
+@pytest.fixture
+def models(tmp_path: Path) -> Path:
+    """A folder of one good model, ``tiny``."""
+    root = tmp_path / "models"
+    root.mkdir()
+    save_bert(root / "tiny")
+    return root
+
+
+def refused(models: Path, name: str = "tiny") -> str:
+    with pytest.raises(InvalidInput) as caught:
+        TorchRuntime(model_dir=models).load(name, 1)
+    return str(caught.value)
+
+
+class TestLocalModel(RuntimeContract):
+    @pytest.fixture(scope="class")
+    @classmethod
+    def runtime(cls, tmp_path_factory: pytest.TempPathFactory) -> TorchRuntime:
+        root = tmp_path_factory.mktemp("models")
+        save_bert(root / "tiny")
+        torch.manual_seed(3)
+        config = ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic")
+        ResNetForImageClassification(config).save_pretrained(root / "little-resnet")
+        return TorchRuntime(model_dir=root)
+
+    @pytest.fixture(scope="class", params=["tiny", "little-resnet"])
+    @classmethod
+    def variant(cls, request: pytest.FixtureRequest) -> str:
+        return str(request.param)
+
+
+def test_a_missing_folder_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InvalidInput, match="a folder of models"):
+        TorchRuntime(model_dir=tmp_path / "nowhere")
+
+
+def test_weights_come_from_the_file(models: Path) -> None:
+    model = TorchRuntime(model_dir=models).load("tiny", 2)
+    inputs = model.example(2)
+    with torch.inference_mode():
+        expected = save_bert(models / "again")(input_ids=torch.from_numpy(inputs["input_ids"])).logits.numpy()
+    assert model.run(inputs)["logits"] == pytest.approx(expected, abs=1e-6)
+    assert model.inputs[0].shape == (24,)
+
+
+def test_a_local_model_goes_before_the_registry(models: Path) -> None:
+    (models / "tiny").rename(models / "resnet-18")
+    assert TorchRuntime(model_dir=models).load("resnet-18", 1).inputs[0].name == "input_ids"
+
+
+def test_pickled_weights_are_never_read(models: Path) -> None:
+    weights = models / "tiny" / "model.safetensors"
+    torch.save(load_file(weights), models / "tiny" / "pytorch_model.bin")
+    weights.unlink()
+    assert "weights as *.safetensors" in refused(models)
+
+
+def test_truncated_weights_are_refused(models: Path) -> None:
+    weights = models / "tiny" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    assert "safetensors weights" in refused(models)
+
+
+@pytest.mark.parametrize("change", ["missing", "unknown", "misshapen"])
+def test_weights_of_another_architecture_are_refused(models: Path, change: str) -> None:
+    path = models / "tiny" / "model.safetensors"
+    tensors = load_file(path)
+    if change == "missing":
+        del tensors["classifier.weight"]
+    elif change == "unknown":
+        tensors["stranger"] = torch.zeros(2)
+    else:
+        tensors["classifier.weight"] = torch.zeros(7, 16)
+    save_file(tensors, path, metadata={"format": "pt"})
+    assert refused(models)
+
+
+def test_weights_may_be_spread_over_files(models: Path) -> None:
+    path = models / "tiny" / "model.safetensors"
+    whole = TorchRuntime(model_dir=models).load("tiny", 1)
+    tensors = load_file(path)
+    path.unlink()
+    names = sorted(tensors)
+    save_file({name: tensors[name] for name in names[:5]}, models / "tiny" / "a.safetensors")
+    save_file({name: tensors[name] for name in names[5:]}, models / "tiny" / "b.safetensors")
+    spread = TorchRuntime(model_dir=models).load("tiny", 1)
+    assert np.array_equal(spread.run(spread.example(1))["logits"], whole.run(whole.example(1))["logits"])
+
+
+def test_a_tensor_in_two_files_is_refused(models: Path) -> None:
+    save_file({"classifier.weight": torch.zeros(2, 16)}, models / "tiny" / "zz.safetensors")
+    assert "found classifier.weight again" in refused(models)
+
+
+def change_config(models: Path, **fields: object) -> None:
+    path = models / "tiny" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
+
+
+def test_an_architecture_without_a_head_for_serving_is_refused(models: Path) -> None:
+    change_config(models, architectures=["BertForMaskedLM"])
+    assert "architectures: found 'BertForMaskedLM'" in refused(models)
+
+
+def test_an_unknown_model_type_is_refused(models: Path) -> None:
+    change_config(models, model_type="martian")
+    assert "a configuration that transformers knows" in refused(models)
+
+
+def test_a_configuration_that_is_no_json_is_refused(models: Path) -> None:
+    (models / "tiny" / "config.json").write_text("{")
+    assert "a configuration that transformers knows" in refused(models)
+
+
+def test_code_in_the_folder_is_never_run(models: Path, tmp_path: Path) -> None:
+    ran = tmp_path / "ran"
+    (models / "tiny" / "custom.py").write_text(f"open({str(ran)!r}, 'w').close()\nclass C: pass\n")
+    change_config(models, auto_map={"AutoConfig": "custom.C", "AutoModelForSequenceClassification": "custom.C"})
+    with contextlib.suppress(InvalidInput):
+        TorchRuntime(model_dir=models).load("tiny", 1)
+    assert not ran.exists()
+
+
+def test_a_link_out_of_the_folder_is_no_model(models: Path, tmp_path: Path) -> None:
+    save_bert(tmp_path / "outside")
+    (models / "linked").symlink_to(tmp_path / "outside")
+    assert "linked" not in TorchRuntime(model_dir=models).names()
+    with pytest.raises(UnknownVariant):
+        TorchRuntime(model_dir=models).load("linked", 1)
+
+
+def test_weights_that_are_a_link_out_of_the_folder_are_refused(models: Path, tmp_path: Path) -> None:
+    weights = models / "tiny" / "model.safetensors"
+    weights.rename(tmp_path / "elsewhere.safetensors")
+    weights.symlink_to(tmp_path / "elsewhere.safetensors")
+    assert "expected a file inside" in refused(models)
+
+
+def test_a_shard_index_cannot_lead_out_of_the_folder(models: Path, tmp_path: Path) -> None:
+    path = models / "tiny" / "model.safetensors"
+    tensors = load_file(path)
+    path.rename(tmp_path / "outside.safetensors")
+    save_file({"decoy": torch.zeros(1)}, models / "tiny" / "decoy.safetensors")
+    index = {"metadata": {}, "weight_map": dict.fromkeys(tensors, "../../outside.safetensors")}
+    (models / "tiny" / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert refused(models)
+
+
+def test_folders_that_are_no_models_are_not_listed(models: Path) -> None:
+    (models / "notes").mkdir()
+    (models / ".hidden").mkdir()
+    (models / ".hidden" / "config.json").write_text("{}")
+    (models / "file").write_text("")
+    listed = set(TorchRuntime(model_dir=models).names())
+    assert "tiny" in listed
+    assert not listed & {"notes", ".hidden", "file"}
+
+
+def test_examples_stay_inside_a_small_vocabulary(models: Path) -> None:
+    model = TorchRuntime(model_dir=models).load("tiny", 64)
+    assert int(np.max(model.example(64)["input_ids"])) < 50
