@@ -7,6 +7,7 @@ status, before or after the method had its effect.
 
 from __future__ import annotations
 
+import asyncio
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from typing import Any, Self
@@ -38,6 +39,7 @@ class _Scripted:
     def __init__(self) -> None:
         self.address = ""
         self.calls: list[str] = []
+        self.held: dict[str, asyncio.Event] = {}
         self._failures: dict[str, list[tuple[grpc.StatusCode, bool]]] = defaultdict(list)
         self._server: grpc.aio.Server | None = None
 
@@ -63,8 +65,17 @@ class _Scripted:
     def fail(self, method: str, status: grpc.StatusCode, *, times: int = 1, after_effect: bool = False) -> None:
         self._failures[method] += [(status, after_effect)] * times
 
+    def heal(self) -> None:
+        self._failures.clear()
+
+    def hold(self, method: str) -> asyncio.Event:
+        """Let calls of ``method`` wait until the event returned is set."""
+        return self.held.setdefault(method, asyncio.Event())
+
     async def answer(self, method: str, context: Any, effect: Callable[[], Any]) -> Any:
         self.calls.append(method)
+        if method in self.held:
+            await self.held[method].wait()
         status, after_effect = self._failures[method].pop(0) if self._failures[method] else (None, False)
         if status is not None and not after_effect:
             await context.abort(status, f"{method} fails on purpose")
@@ -88,6 +99,8 @@ class FakeAgent(_Scripted, control_pb2_grpc.AgentServicer):
         self.faults: list[Fault] = []
         self.served: list[tuple[str, bytes]] = []
         self.infer_status: grpc.StatusCode | None = None
+        self.infer_waits_for: asyncio.Event | None = None
+        self.remaining_s: list[float | None] = []
 
     def register(self, server: grpc.aio.Server) -> None:
         control_pb2_grpc.add_AgentServicer_to_server(self, server)
@@ -188,6 +201,9 @@ class FakeAgent(_Scripted, control_pb2_grpc.AgentServicer):
     async def _infer(self, request: bytes, context: Any) -> bytes:
         metadata = dict(context.invocation_metadata())
         self.served.append((metadata[GROUP_METADATA], request))
+        self.remaining_s.append(context.time_remaining())
+        if self.infer_waits_for is not None:
+            await self.infer_waits_for.wait()
         if self.infer_status is not None:
             await context.abort(self.infer_status, f"{self.node} answers so on purpose")
         asked = inference.ModelInferRequest.FromString(request)

@@ -1,0 +1,444 @@
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import asynccontextmanager
+from typing import Any, NamedTuple
+
+import grpc
+import pytest
+
+from executor.controller import Applied, ApplyTimeouts, NoChanges, ProgressEvent, WouldApply, apply
+from executor.state import Phase, ReplicaKey
+from plans.cluster import Cluster
+from plans.errors import ApplyRolledBack, Fault, InvalidInput, RemoteFailure, StalePlan
+from plans.plan import Group, LoadoutEntry, Plan, Prior, Route, SolverReport
+from tests.executor.fake_agent import FakeAgent, FakeGateway
+
+Code = grpc.StatusCode
+QUICK = ApplyTimeouts(state_s=2.0, abort_s=0.25, converge_s=0.25)
+NODES = ("a", "b", "c")
+
+
+def plan(placement: dict[str, str], *, prior: Plan | None = None) -> Plan:
+    """A plan that runs ``placement``: group to variant, all of one service, routed in equal shares."""
+    groups = tuple(
+        Group(
+            id=group,
+            node=group.split("/")[0],
+            gpus=(int(group.split("/")[1]),),
+            loadout=(
+                LoadoutEntry(
+                    service="chat",
+                    variant=variant,
+                    max_batch=1,
+                    rate_rps=1.0,
+                    memory_bytes=(1,),
+                    deadline_s=0.5,
+                    stage_latency_s=((0.01,),),
+                ),
+            ),
+        )
+        for group, variant in placement.items()
+    )
+    routes = tuple(Route(group=group, weight=1 / len(placement)) for group in placement)
+    return Plan(
+        solver=SolverReport(name="t", status="optimal", objective=1, bound=1, gap=0, wall_s=0, seed=0),
+        groups=groups,
+        routes={"chat": routes} if routes else {},
+        prior=Prior(generation=1, digest=prior.placement_digest) if prior else None,
+    )
+
+
+FIRST = plan({"a/0": "v1", "b/0": "v1"})
+SECOND = plan({"a/0": "v2", "b/0": "v1", "b/1": "v2"}, prior=FIRST)
+
+
+class Site(NamedTuple):
+    """Three fake agents and two fake gateways, with the cluster document that names them."""
+
+    agents: dict[str, FakeAgent]
+    gateways: list[FakeGateway]
+
+    @property
+    def cluster(self) -> Cluster:
+        return Cluster.model_validate(
+            {
+                "gpu_types": {"cpu": {"memory": "1GiB"}},
+                "nodes": [
+                    {"name": name, "address": agent.address, "gpus": {"type": "cpu", "count": 2}}
+                    for name, agent in self.agents.items()
+                ],
+            }
+        )
+
+    async def apply(self, wanted: Plan, **options: Any) -> Any:
+        addresses = [gateway.address for gateway in self.gateways]
+        return await apply(wanted, self.cluster, addresses, **({"timeouts": QUICK} | options))
+
+    @property
+    def generations(self) -> set[int]:
+        return {peer.generation for peer in (*self.agents.values(), *self.gateways)}
+
+    def running(self, node: str) -> dict[str, Phase]:
+        return {f"{key.group} {key.variant}": phase for key, phase in self.agents[node].phases.items()}
+
+    def routed(self) -> list[set[str]]:
+        """Groups that each gateway routes to, after checking that its weights sum to 1."""
+        found = []
+        for gateway in self.gateways:
+            services = gateway.table.services if gateway.table else ()
+            for routes in services:
+                assert sum(target.weight for target in routes.targets) == pytest.approx(1.0)
+            found.append({target.group for routes in services for target in routes.targets})
+        return found
+
+    def assert_runs(self, wanted: Plan, generation: int) -> None:
+        """Everything, everywhere, is as ``wanted`` says, and nothing else is left."""
+        assert self.generations == {generation}
+        for node, agent in self.agents.items():
+            expected = {
+                f"{group.id} {entry.variant}": Phase.SERVING
+                for group in wanted.groups
+                if group.node == node
+                for entry in group.loadout
+            }
+            assert self.running(node) == expected
+            assert agent.staged is None
+        assert self.routed() == [{group.id for group in wanted.groups}] * len(self.gateways)
+
+
+@asynccontextmanager
+async def site() -> AsyncIterator[Site]:
+    made = Site(
+        {name: await FakeAgent(name).start() for name in NODES}, [await FakeGateway().start() for _ in range(2)]
+    )
+    try:
+        yield made
+    finally:
+        await asyncio.gather(*(peer.kill() for peer in (*made.agents.values(), *made.gateways)))
+
+
+def run(scenario: Callable[[Site], Coroutine[Any, Any, None]]) -> None:
+    async def limited() -> None:
+        async with asyncio.timeout(30), site() as made:
+            await scenario(made)
+
+    asyncio.run(limited())
+
+
+class TestApply:
+    def test_a_first_plan_reaches_every_node_and_gateway(self) -> None:
+        async def scenario(made: Site) -> None:
+            result = await made.apply(FIRST)
+            assert isinstance(result, Applied)
+            assert (result.generation, result.placement_digest, result.deferred) == (1, FIRST.placement_digest, ())
+            made.assert_runs(FIRST, 1)
+            assert made.agents["c"].generation == 1  # a node without work takes part in the generation
+
+        run(scenario)
+
+    def test_the_next_plan_loads_beside_flips_and_unloads(self) -> None:
+        async def scenario(made: Site) -> None:
+            await made.apply(FIRST)
+            result = await made.apply(SECOND)
+            assert isinstance(result, Applied)
+            made.assert_runs(SECOND, 2)
+            assert {(str(change.key), change.action) for change in result.changes} == {
+                ("chat (v1) on a/0", "unload"),
+                ("chat (v2) on a/0", "load"),
+                ("chat (v1) on b/0", "keep"),
+                ("chat (v2) on b/1", "load"),
+            }
+            assert made.agents["a"].calls.index("Commit") < made.agents["a"].calls.index("Finish")
+
+        run(scenario)
+
+    def test_applying_what_is_live_changes_nothing(self) -> None:
+        async def scenario(made: Site) -> None:
+            await made.apply(FIRST)
+            calls = [list(agent.calls) for agent in made.agents.values()]
+            result = await made.apply(FIRST)
+            assert result == NoChanges(generation=1, placement_digest=FIRST.placement_digest)
+            assert [[*before, "GetState"] for before in calls] == [agent.calls for agent in made.agents.values()]
+
+        run(scenario)
+
+    def test_an_empty_plan_empties_the_cluster(self) -> None:
+        async def scenario(made: Site) -> None:
+            await made.apply(FIRST)
+            nothing = plan({}, prior=FIRST)
+            await made.apply(nothing)
+            assert made.generations == {2}
+            assert [made.running(node) for node in NODES] == [{}, {}, {}]
+            assert made.gateways[0].table is not None
+            assert made.gateways[0].table.services == ()
+
+        run(scenario)
+
+    def test_what_must_wait_for_memory_is_routed_to_only_after_it_is_loaded(self) -> None:
+        async def scenario(made: Site) -> None:
+            await made.apply(FIRST)
+            waiting = ReplicaKey(group="a/0", service="chat", variant="v2")
+            made.agents["a"].no_room_for = {waiting}
+            result = await made.apply(SECOND)
+            assert result.deferred == (waiting,)
+            made.assert_runs(SECOND, 2)
+            flip, final = made.gateways[0].tables[1:]
+            assert [{target.group for target in table.services[0].targets} for table in (flip, final)] == [
+                {"b/0", "b/1"},
+                {"a/0", "b/0", "b/1"},
+            ]
+
+        run(scenario)
+
+    def test_a_dry_run_tells_the_changes_and_makes_none(self) -> None:
+        async def scenario(made: Site) -> None:
+            await made.apply(FIRST)
+            result = await made.apply(SECOND, dry_run=True)
+            assert isinstance(result, WouldApply)
+            assert result.generation == 2
+            assert {change.action for change in result.changes} == {"load", "keep", "unload"}
+            made.assert_runs(FIRST, 1)
+
+        run(scenario)
+
+    def test_progress_names_every_step_on_every_peer_in_order(self) -> None:
+        async def scenario(made: Site) -> None:
+            events: list[ProgressEvent] = []
+            await made.apply(FIRST, progress=events.append)
+            steps = list(dict.fromkeys(event.step for event in events))
+            assert steps == ["validate", "stage", "commit", "route", "finish"]
+            done = [(event.step, event.peer) for event in events if event.outcome == "done"]
+            assert len(done) == 4 * len(NODES) + 2
+
+        run(scenario)
+
+    def test_a_stored_plan_is_applied_anew_on_what_is_live(self) -> None:
+        async def scenario(made: Site) -> None:
+            await made.apply(FIRST)
+            await made.apply(SECOND)
+            with pytest.raises(StalePlan):
+                await made.apply(FIRST)
+            await made.apply(FIRST, prior=Prior(generation=2, digest=SECOND.placement_digest))
+            made.assert_runs(FIRST, 3)
+
+        run(scenario)
+
+
+class TestRefused:
+    def test_a_plan_made_against_something_else_than_what_is_live_is_stale(self) -> None:
+        async def scenario(made: Site) -> None:
+            with pytest.raises(StalePlan, match="nothing is live"):
+                await made.apply(SECOND)
+            await made.apply(FIRST)
+            with pytest.raises(StalePlan, match=r"an empty cluster.*generation 1.*--current"):
+                await made.apply(plan({"c/0": "v1"}))
+            made.assert_runs(FIRST, 1)
+
+        run(scenario)
+
+    def test_a_plan_for_another_cluster_is_refused_with_every_fault_before_any_call(self) -> None:
+        async def scenario(made: Site) -> None:
+            with pytest.raises(InvalidInput) as caught:
+                await made.apply(plan({"a/7": "v1", "elsewhere/0": "v1"}))
+            assert [fault.field for fault in caught.value.faults] == ["groups[0].gpus", "groups[1].node"]
+            assert all("another cluster" in fault.remedy for fault in caught.value.faults)
+            assert not made.agents["a"].calls
+
+        run(scenario)
+
+    def test_what_nodes_object_to_is_told_all_at_once_and_nothing_is_staged(self) -> None:
+        async def scenario(made: Site) -> None:
+            for node in ("a", "b"):
+                made.agents[node].faults = [Fault(field="groups[0]", found="9 GiB", expected="at most 1 GiB")]
+            with pytest.raises(InvalidInput) as caught:
+                await made.apply(FIRST)
+            assert [fault.where.split(" at ")[0] for fault in caught.value.faults] == ["agent of a", "agent of b"]
+            assert made.generations == {0}
+            assert not any("Stage" in agent.calls for agent in made.agents.values())
+
+        run(scenario)
+
+    def test_dead_peers_are_all_named_with_what_to_do(self) -> None:
+        async def scenario(made: Site) -> None:
+            await made.agents["b"].kill()
+            await made.gateways[1].kill()
+            with pytest.raises(RemoteFailure) as caught:
+                await made.apply(FIRST)
+            text = str(caught.value)
+            assert made.agents["b"].address in text
+            assert made.gateways[1].address in text
+            assert "foreplan agent" in text
+            assert made.agents["a"].generation == 0
+
+        run(scenario)
+
+    def test_an_agent_that_is_another_node_is_not_given_work(self) -> None:
+        async def scenario(made: Site) -> None:
+            made.agents["b"].node = "elsewhere"
+            with pytest.raises(RemoteFailure, match="that of node 'elsewhere'"):
+                await made.apply(FIRST)
+
+        run(scenario)
+
+    @pytest.mark.parametrize("gateways", [[], ["nowhere"]])
+    def test_gateways_must_be_named_by_address(self, gateways: list[str]) -> None:
+        async def scenario(made: Site) -> None:
+            with pytest.raises(InvalidInput, match="--gateway"):
+                await apply(FIRST, made.cluster, gateways)
+
+        run(scenario)
+
+
+class TestRollBack:
+    @pytest.mark.parametrize("after_effect", [False, True], ids=["before its effect", "after its effect"])
+    @pytest.mark.parametrize("method", ["Validate", "Stage", "Commit"])
+    @pytest.mark.parametrize("status", [Code.INTERNAL, Code.UNAVAILABLE])
+    def test_a_failure_before_the_flip_leaves_everything_as_it_was(
+        self, method: str, status: Code, after_effect: bool
+    ) -> None:
+        async def scenario(made: Site) -> None:
+            await made.apply(FIRST)
+            made.agents["b"].fail(method, status, after_effect=after_effect)
+            with pytest.raises(ApplyRolledBack, match=f"agent of b at .*{status.name}.*back where it was") as caught:
+                await made.apply(SECOND)
+            assert isinstance(caught.value.__cause__, RemoteFailure)
+            made.assert_runs(FIRST, 1)
+            await made.apply(SECOND)
+            made.assert_runs(SECOND, 2)
+
+        run(scenario)
+
+    def test_routes_that_every_gateway_refuses_are_taken_back(self) -> None:
+        async def scenario(made: Site) -> None:
+            await made.apply(FIRST)
+            for gateway in made.gateways:
+                gateway.fail("SetRoutes", Code.INVALID_ARGUMENT, times=2)
+            with pytest.raises(ApplyRolledBack, match="INVALID_ARGUMENT"):
+                await made.apply(SECOND)
+            made.assert_runs(FIRST, 1)
+
+        run(scenario)
+
+    def test_a_node_that_cannot_be_taken_back_is_named_and_the_next_apply_mends_it(self) -> None:
+        async def scenario(made: Site) -> None:
+            await made.apply(FIRST)
+            made.agents["b"].fail("Commit", Code.INTERNAL)
+            made.agents["a"].fail("Abort", Code.INTERNAL, times=9)
+            with pytest.raises(ApplyRolledBack, match="taken back, except: agent of a at"):
+                await made.apply(SECOND)
+            assert made.agents["a"].generation == 2
+            await made.apply(SECOND)
+            made.assert_runs(SECOND, 3)
+
+        run(scenario)
+
+    def test_an_apply_that_is_cancelled_takes_everything_back(self) -> None:
+        async def scenario(made: Site) -> None:
+            await made.apply(FIRST)
+            committed = asyncio.Event()
+
+            def progress(event: ProgressEvent) -> None:
+                if (event.step, event.peer, event.outcome) == ("commit", "a", "done"):
+                    committed.set()
+
+            go_on = made.agents["b"].hold("Commit")
+            task = asyncio.create_task(made.apply(SECOND, progress=progress))
+            await committed.wait()
+            task.cancel()
+            go_on.set()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+            made.assert_runs(FIRST, 1)
+
+        run(scenario)
+
+
+class TestForwardOnly:
+    @pytest.mark.parametrize("after_effect", [False, True])
+    def test_a_gateway_that_stumbles_is_tried_again(self, after_effect: bool) -> None:
+        async def scenario(made: Site) -> None:
+            await made.apply(FIRST)
+            made.gateways[0].fail("SetRoutes", Code.UNAVAILABLE, after_effect=after_effect)
+            await made.apply(SECOND)
+            made.assert_runs(SECOND, 2)
+
+        run(scenario)
+
+    def test_an_agent_that_stumbles_after_the_flip_is_tried_again(self) -> None:
+        async def scenario(made: Site) -> None:
+            await made.apply(FIRST)
+            made.agents["b"].fail("Finish", Code.UNAVAILABLE)
+            await made.apply(SECOND)
+            made.assert_runs(SECOND, 2)
+
+        run(scenario)
+
+    def test_an_agent_that_lost_its_state_after_the_flip_is_brought_to_the_plan_anew(self) -> None:
+        async def scenario(made: Site) -> None:
+            await made.apply(FIRST)
+            agent = made.agents["b"]
+
+            def progress(event: ProgressEvent) -> None:
+                if event.step == "route" and event.outcome == "done":
+                    agent.generation, agent.digest, agent.desired, agent.before = 0, "", None, None
+                    agent.phases = {}
+
+            await made.apply(SECOND, progress=progress)
+            made.assert_runs(SECOND, 2)
+
+        run(scenario)
+
+    def test_a_gateway_that_never_flips_keeps_the_old_replicas_and_running_again_goes_on(self) -> None:
+        async def scenario(made: Site) -> None:
+            await made.apply(FIRST)
+            made.gateways[1].fail("SetRoutes", Code.UNAVAILABLE, times=9)
+            with pytest.raises(RemoteFailure, match="again to go on from here") as caught:
+                await made.apply(SECOND)
+            assert caught.value.retryable
+            assert made.gateways[1].address in str(caught.value)
+            assert "a/0 v1" in made.running("a")  # the gateway that did not flip still sends there
+            made.gateways[1].heal()
+            result = await made.apply(SECOND)
+            assert isinstance(result, NoChanges)
+            assert any("routes generation 1" in line for line in result.converged)
+            made.assert_runs(SECOND, 3)
+
+        run(scenario)
+
+    def test_an_agent_that_dies_after_the_flip_is_named_and_mended_by_the_next_apply(self) -> None:
+        async def scenario(made: Site) -> None:
+            await made.apply(FIRST)
+            made.agents["b"].fail("Finish", Code.UNAVAILABLE, times=99)
+            with pytest.raises(RemoteFailure, match=r"agent of b at .*again to go on"):
+                await made.apply(SECOND)
+            assert made.generations == {2}
+            made.agents["b"].heal()
+            made.agents["b"].phases.pop(ReplicaKey(group="b/1", service="chat", variant="v2"))
+            result = await made.apply(SECOND)
+            assert isinstance(result, NoChanges)
+            made.assert_runs(SECOND, 3)
+
+        run(scenario)
+
+    def test_a_gateway_that_lost_its_routes_gets_them_back(self) -> None:
+        async def scenario(made: Site) -> None:
+            await made.apply(FIRST)
+            made.gateways[0].tables.clear()
+            result = await made.apply(FIRST)
+            assert isinstance(result, NoChanges)
+            assert len(result.converged) == 1
+            made.assert_runs(FIRST, 2)
+
+        run(scenario)
+
+    def test_an_apply_cut_short_between_commits_and_flip_does_not_make_other_plans_stale(self) -> None:
+        async def scenario(made: Site) -> None:
+            await made.apply(FIRST)
+            made.agents["a"].generation, made.agents["a"].digest = 2, SECOND.placement_digest
+            other = plan({"c/0": "v1"}, prior=FIRST)
+            await made.apply(other)
+            made.assert_runs(other, 3)
+
+        run(scenario)
