@@ -102,7 +102,7 @@ def read_azure_functions(
             cells, there are fewer functions than asked for, or an argument is out of range.
     """
     files, notes = _days(source)
-    rejections = Rejections()
+    rejections = Rejections("cells")
     cells = 0
     parsed: dict[int, tuple[list[Key], Counts]] = {}
     for day, path in files.items():

@@ -41,9 +41,14 @@ class Read(Generic[Value]):
 
 
 class Rejections:
-    """Collects rejected rows while a reader works, and decides at the end whether there are too many."""
+    """Collects rejected rows while a reader works, and decides at the end whether there are too many.
 
-    def __init__(self) -> None:
+    Args:
+        unit: What is counted, in the plural.
+    """
+
+    def __init__(self, unit: str = "rows") -> None:
+        self._unit = unit
         self._reasons: Counter[str] = Counter()
         self._first: list[Fault] = []
 
@@ -93,8 +98,8 @@ class Rejections:
             return
         summary = Fault(
             where=where,
-            found=f"{self.total} of {rows} rows rejected",
+            found=f"{self.total} of {rows} {self._unit} rejected",
             expected=f"at most {max_rejected_ratio:.2%}",
-            remedy="repair the rows below, or allow a higher ratio of rejected rows",
+            remedy=f"repair the {self._unit} below, or allow a higher ratio of rejected {self._unit}",
         )
         raise InvalidInput([summary, *sorted(self._first, key=lambda fault: (fault.where, fault.line or 0))])

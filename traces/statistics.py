@@ -89,8 +89,9 @@ def burstiness_cv(trace: RequestTrace) -> dict[str, float]:
     arrival_s = trace.arrival_s
     order = np.argsort(trace.codes, kind="stable")
     ends = np.cumsum(np.bincount(trace.codes, minlength=len(trace.services)))
-    for service, first, last in zip(trace.services, np.r_[0, ends[:-1]], ends, strict=True):
-        gaps_s = np.diff(arrival_s[order[first:last]])
+    for index, service in enumerate(trace.services):
+        first = ends[index - 1] if index else 0
+        gaps_s = np.diff(arrival_s[order[first : ends[index]]])
         if gaps_s.size >= _LEAST_GAPS and (mean_s := float(gaps_s.mean())) > 0:
             result[service] = float(gaps_s.std()) / mean_s
     return result
