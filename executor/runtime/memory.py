@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import weakref
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -12,7 +13,23 @@ from torch.utils._pytree import tree_iter
 
 from profiles.memory import resident_growth_bytes
 
-__all__ = ["peak_growth_bytes"]
+__all__ = ["keep_freed_memory", "peak_growth_bytes"]
+
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of mallopt(3)
+_KEPT_BYTES = 2**30
+
+
+def keep_freed_memory() -> bool:
+    """Let the C library keep blocks of up to 1 GiB that were freed, for the next batch; say whether it can.
+
+    By default glibc maps every block above 32 MiB afresh, and the kernel clears each page of it again: that doubles the
+    latency of the convolutions of a large batch on a CPU. A setting of the whole process, and of no use for blocks that
+    a thread other than the main one asks for.
+    """
+    adjust = getattr(ctypes.CDLL(None), "mallopt", None)  # glibc has it, musl and macOS do not
+    if adjust is None:
+        return False
+    return bool(adjust(_M_MMAP_THRESHOLD, _KEPT_BYTES) and adjust(_M_TRIM_THRESHOLD, _KEPT_BYTES))
 
 
 def peak_growth_bytes(action: Callable[[], object], device: torch.device) -> int:

@@ -17,7 +17,7 @@ import transformers
 from numpy.typing import NDArray
 
 from executor.runtime.local_models import load_folder, local_names
-from executor.runtime.memory import peak_growth_bytes
+from executor.runtime.memory import keep_freed_memory, peak_growth_bytes
 from executor.runtime.protocol import InvalidTensor, OutOfDeviceMemory, TensorSpec, UnknownVariant, batch_of
 from executor.runtime.registry import REGISTRY
 from plans.errors import Fault, InvalidInput
@@ -88,6 +88,8 @@ class TorchRuntime:
         if max_batch < 1:
             raise InvalidInput.of("at least 1", where=variant, field="max_batch", found=max_batch)
         torch.set_num_threads(self._threads)
+        if self._device.type == "cpu":
+            keep_freed_memory()
         start = time.perf_counter()
         with _quiet_transformers(), _out_of_memory_named(variant, max_batch):
             module, inputs, wanted = self._build(variant)

@@ -34,3 +34,10 @@ def test_the_work_runs_exactly_once() -> None:
     runs: list[int] = []
     memory.resident_growth_bytes(lambda: runs.append(1))
     assert runs == [1]
+
+
+def test_memory_that_earlier_work_freed_counts_again() -> None:
+    blocks = [np.ones(SIZE_BYTES // 1024, dtype=np.uint8) for _ in range(1024)]  # too small to be mapped one by one
+    del blocks
+    grown = memory.resident_growth_bytes(lambda: [np.ones(SIZE_BYTES // 1024, dtype=np.uint8) for _ in range(1024)])
+    assert grown > SIZE_BYTES // 2
