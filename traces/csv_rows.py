@@ -106,6 +106,7 @@ def read_csv_rows(path: Path) -> CsvRows:
         InvalidInput: The file cannot be read, is empty, is no UTF-8 text, is damaged, or its last row is cut short.
     """
     data = read_bytes(path)
+    _check_text(data, path)
     metadata, columns, header_line = _header(data, path)
     names = [str(index) for index in range(len(columns))]
     malformed: list[Fault] = []
@@ -132,7 +133,7 @@ def read_csv_rows(path: Path) -> CsvRows:
         )
     except pa.ArrowInvalid as error:
         if "Empty CSV" not in str(error):
-            raise InvalidInput([_unreadable(data, path, error)]) from error
+            raise InvalidInput.of("a CSV file", where=path, found=str(error).splitlines()[0]) from error
         cells = pa.table({name: pa.array([], pa.string()) for name in names})
     ends_cleanly = data.endswith((b"\n", b"\r"))
     if malformed and not ends_cleanly and skipped[-1] == header_line + cells.num_rows + len(skipped):
@@ -163,13 +164,14 @@ def _header(data: bytes, path: Path) -> tuple[dict[str, str], tuple[str, ...], i
     raise InvalidInput.of("a CSV file with a header", where=path, found="no header", remedy="the file may be cut short")
 
 
-def _unreadable(data: bytes, path: Path, error: pa.ArrowInvalid) -> Fault:
+def _check_text(data: bytes, path: Path) -> None:
+    """Refuse what is no UTF-8 before pyarrow sees it: its handler of bad rows cannot."""
     try:
         data.decode()
-    except UnicodeDecodeError as problem:
-        line = data.count(b"\n", 0, problem.start) + 1
-        return Fault(where=str(path), line=line, found="bytes that are no UTF-8 text", expected="CSV in UTF-8")
-    return Fault(where=str(path), found=str(error).splitlines()[0], expected="a CSV file")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        fault = Fault(where=str(path), line=line, found="bytes that are no UTF-8 text", expected="CSV in UTF-8")
+        raise InvalidInput([fault]) from error
 
 
 def _cut_short(fault: Fault) -> Fault:

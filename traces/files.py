@@ -202,7 +202,9 @@ def _read_parquet(path: Path) -> _Raw:
     if faults:
         raise InvalidInput(faults)
     try:
-        frame = pq.read_table(path).to_pandas()
+        table = pq.read_table(path)
+        table.validate(full=True)
+        frame = table.to_pandas()
     except (pa.ArrowException, OSError) as error:
         raise _damaged_parquet(path, error) from error
     pairs = {
@@ -216,9 +218,11 @@ def _read_parquet(path: Path) -> _Raw:
 
 def _parquet_schema(path: Path) -> pa.Schema:
     try:
-        return pq.read_schema(path)
-    except (pa.ArrowException, OSError) as error:
+        schema = pq.read_schema(path)
+        schema.names  # noqa: B018  # decodes the names, which may be no text
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise _damaged_parquet(path, error) from error
+    return schema
 
 
 def _damaged_parquet(path: Path, error: Exception) -> InvalidInput:

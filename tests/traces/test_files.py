@@ -1,3 +1,4 @@
+import contextlib
 import gzip
 
 import numpy as np
@@ -270,3 +271,38 @@ def test_a_header_of_no_known_kind_is_refused(tmp_path):
 def test_the_kind_of_parquet_is_told_from_its_schema(tmp_path):
     write_trace(tmp_path / "t.parquet", synthesise({"a": Poisson(rate_rps=5)}, duration_s=2, seed=1).rates(1.0))
     assert trace_kind(tmp_path / "t.parquet") == "rates"
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+@given(data=st.data())
+@on_files
+def test_a_file_with_damaged_bytes_is_read_or_refused_by_name(tmp_path, suffix, data):
+    """Law: whatever the bytes, reading gives a trace or InvalidInput."""
+    path = tmp_path / f"t{suffix}"
+    write_trace(path, synthesise({"a": Poisson(rate_rps=5)}, duration_s=20, seed=1))
+    whole = bytearray(path.read_bytes())
+    for _ in range(data.draw(st.integers(1, 5))):
+        place = data.draw(st.integers(0, len(whole) - 1))
+        whole[place : place + data.draw(st.integers(0, 3))] = data.draw(st.binary(max_size=3))
+    path.write_bytes(whole)
+    for read in (trace_kind, read_request_trace):
+        with contextlib.suppress(InvalidInput):
+            read(path)
+
+
+def test_parquet_text_that_is_no_utf8_is_refused(tmp_path):
+    path = tmp_path / "t.parquet"
+    pq.write_table(pa.table({"arrival_s": [1.0], "service": ["abcd"]}), path, compression="none", use_dictionary=False)
+    path.write_bytes(path.read_bytes().replace(b"abcd", b"ab\xff\xfe"))
+    assert fault_of(lambda: read_request_trace(path))[0].expected == "a whole Parquet file"
+
+
+def test_a_gzip_cut_before_its_header_ends_has_no_kind(tmp_path):
+    path = written(tmp_path, gzip.compress(GOOD.encode())[:15], "t.csv.gz")
+    assert "gzip" in fault_of(lambda: trace_kind(path))[0].expected
+    assert fault_of(lambda: trace_kind(tmp_path / "none.csv"))
+
+
+def test_a_service_name_that_is_quoted_over_two_lines_is_a_bad_row(tmp_path):
+    read = read_request_trace(written(tmp_path, GOOD + '5,"a\nb"\n'), max_rejected_ratio=0.1)
+    assert read.rejected == 1

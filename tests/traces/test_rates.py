@@ -156,3 +156,10 @@ def test_traces_of_different_windows_do_not_merge():
 def test_selecting_an_unknown_service_is_refused():
     assert "'z'" in faults_of(lambda: rates_of([1]).select(["z"]))[0]
     assert rates_of([1], [2]).select(["b"]).counts().tolist() == [[2]]
+
+
+def test_a_trace_says_what_it_holds_and_equals_only_traces():
+    trace = rates_of([1, 2])
+    assert repr(trace) == "RateTrace(2 windows of 60 s, 1 services)"
+    assert trace != "trace"
+    assert trace != rates_of([1, 2], window_s=30.0)

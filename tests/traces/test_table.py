@@ -219,3 +219,10 @@ def test_sorting_brings_rows_in_any_order_into_the_order_of_arrival(trace, rando
     random.shuffle(order)
     shuffled = RequestTrace.sorting(trace.frame.iloc[order], duration_s=trace.duration_s)
     assert shuffled.arrival_s.tolist() == trace.arrival_s.tolist()
+
+
+def test_a_trace_says_what_it_holds_and_equals_only_traces():
+    trace = trace_of([1.0, 2.0])
+    assert repr(trace) == "RequestTrace(2 requests, 1 services, 2 s)"
+    assert trace != "trace"
+    assert trace != trace_of([1.0, 2.0], duration_s=3.0)
