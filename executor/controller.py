@@ -13,13 +13,25 @@ from dataclasses import dataclass
 
 from executor.apply_plan import Fresh, InForce, Live, ReplicaChange, Stale, assess, changes, check_plan
 from executor.cluster_connection import ClusterConnection
+from executor.cluster_status import ClusterStatus, status
 from executor.rollout import ApplyTimeouts, Progress, ProgressEvent, Rollout
 from executor.state import ReplicaKey
 from plans.cluster import Cluster
 from plans.errors import ApplyRolledBack, RemoteFailure, StalePlan
 from plans.plan import Plan, Prior
 
-__all__ = ["Applied", "ApplyResult", "ApplyTimeouts", "NoChanges", "Progress", "ProgressEvent", "WouldApply", "apply"]
+__all__ = [
+    "Applied",
+    "ApplyResult",
+    "ApplyTimeouts",
+    "ClusterStatus",
+    "NoChanges",
+    "Progress",
+    "ProgressEvent",
+    "WouldApply",
+    "apply",
+    "status",
+]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,7 +89,7 @@ async def apply(
         cluster: The inventory, with the address of every agent.
         gateways: ``host:port`` of each gateway.
         prior: What the plan follows, in place of its own ``prior``: a stored plan is applied anew by passing what is
-            live (`executor.cluster_status.status` says).
+            live (`status` says).
         dry_run: Check everything, and say what would happen.
         timeouts: Limits of the calls.
         progress: Told about each step on each peer.

@@ -10,6 +10,7 @@ import grpc
 import grpc.aio
 
 from executor.control_client import AgentClient, channel_options
+from executor.infer_header import group_mark
 from executor.routing import NodeView, view_of
 from executor.state import Backend
 from plans.errors import RemoteFailure
@@ -72,13 +73,13 @@ class Peer:
         await self._channel.close(grace_s)
 
     async def infer(self, request: bytes, group: str, timeout_s: float) -> bytes:
-        """Send a serialised ``ModelInferRequest`` to ``group``, and return the answer as it came.
+        """Send a serialised ``ModelInferRequest`` to ``group``; return the answer, with the group added.
 
         Raises:
             grpc.aio.AioRpcError: The call ended with a status other than OK.
         """
         answer: bytes = await self._infer(request, timeout=timeout_s, metadata=((GROUP_METADATA, group),))
-        return answer
+        return answer + group_mark(group)
 
     async def metadata(self, request: bytes, group: str, timeout_s: float) -> bytes:
         """Send a serialised ``ModelMetadataRequest``, as `infer` does."""

@@ -1,7 +1,7 @@
-"""What the gateway must know of an inference request, read without touching its tensors.
+"""What the gateway must know of a request, and the load client of an answer, read without touching their tensors.
 
-Inputs are most of a request's bytes and the gateway only passes them on, so this walks over the top-level fields of the
-message and hands the few small ones to the generated parser. Field numbers: executor/proto/open_inference.proto.
+Tensors are most of the bytes and are only passed on, so this walks over the top-level fields of the message and hands
+the few small ones to the generated parser. Field numbers: executor/proto/open_inference.proto, alike for both.
 """
 
 from __future__ import annotations
@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from google.protobuf.message import DecodeError
 
 from executor.proto import open_inference_pb2 as messages
+from executor.tensors import parameter
 from plans.errors import InvalidInput
 
-__all__ = ["InferHeader", "read_infer_header"]
+__all__ = ["AnswerHeader", "InferHeader", "group_mark", "read_answer_header", "read_infer_header"]
 
 _MODEL_NAME, _PARAMETERS = 1, 4
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
@@ -26,6 +27,16 @@ class InferHeader:
 
     service: str
     deadline_s: float | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AnswerHeader:
+    """What an answer's parameters say about how it was served; None where they do not."""
+
+    batch_size: int | None
+    run_s: float | None
+    variant: str | None
+    group: str | None
 
 
 def read_infer_header(request: bytes) -> InferHeader:
@@ -41,14 +52,44 @@ def read_infer_header(request: bytes) -> InferHeader:
     return InferHeader(service=header.model_name, deadline_s=_deadline_s(header))
 
 
-def _deadline_s(header: messages.ModelInferRequest) -> float | None:
-    if "deadline_ms" not in header.parameters:
-        return None
-    parameter = header.parameters["deadline_ms"]
-    kind = parameter.WhichOneof("parameter_choice")
-    value = getattr(parameter, kind) if kind else None
+def read_answer_header(answer: bytes) -> AnswerHeader:
+    """Read the header of a serialised ``ModelInferResponse``.
+
+    Raises:
+        InvalidInput: The bytes are no such message.
+    """
     try:
-        deadline_ms = float(value) if not isinstance(value, bool | None) else math.nan
+        header = messages.ModelInferResponse.FromString(_small_fields(answer))
+    except (DecodeError, IndexError, ValueError) as error:
+        raise InvalidInput.of("a ModelInferResponse", where="answer", found="other bytes") from error
+    batch_size = parameter(header.parameters, "batch_size")
+    run_s = parameter(header.parameters, "run_s")
+    variant = parameter(header.parameters, "variant")
+    group = parameter(header.parameters, "group")
+    return AnswerHeader(
+        batch_size=int(batch_size) if isinstance(batch_size, int | float) and batch_size >= 1 else None,
+        run_s=float(run_s) if isinstance(run_s, int | float) else None,
+        variant=variant if isinstance(variant, str) else None,
+        group=group if isinstance(group, str) else None,
+    )
+
+
+def group_mark(group: str) -> bytes:
+    """Return bytes which, behind a serialised ``ModelInferResponse``, give it the parameter ``group``.
+
+    A protobuf message may be continued by appending fields, so nothing of the answer has to be parsed.
+    """
+    mark = messages.ModelInferResponse()
+    mark.parameters["group"].string_param = group
+    return mark.SerializeToString()
+
+
+def _deadline_s(header: messages.ModelInferRequest) -> float | None:
+    value = parameter(header.parameters, "deadline_ms")
+    if value is None:
+        return None
+    try:
+        deadline_ms = math.nan if isinstance(value, bool) else float(value)
     except ValueError:
         deadline_ms = math.nan
     if not (math.isfinite(deadline_ms) and deadline_ms > 0):
@@ -59,7 +100,7 @@ def _deadline_s(header: messages.ModelInferRequest) -> float | None:
 
 
 def _small_fields(request: bytes) -> bytes:
-    """Return the model name and parameters of ``request`` as a message of their own."""
+    """Return the model name and parameters of a request or an answer as a message of their own."""
     kept = bytearray()
     position, end = 0, len(request)
     while position < end:

@@ -119,6 +119,8 @@ class TestForwarding:
                 assert [answer.raw_output_contents[0] for answer in answers] == [bytes([n]) for n in range(8)]
                 assert Counter(group for agent in (a, b) for group, _ in agent.served) == {"a/0": 6, "b/0": 2}
                 assert a.served[0][1] == request(data=b"\0").SerializeToString()
+                assert {answer.parameters["group"].string_param for answer in answers} == {"a/0", "b/0"}
+                assert {answer.parameters["variant"].string_param for answer in answers} == {"a", "b"}
 
         run(scenario())
 
