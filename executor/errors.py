@@ -38,8 +38,11 @@ __all__ = [
     "WorkerGone",
     "WorkerRefused",
     "WrongGeneration",
+    "details_of",
     "status_of",
 ]
+
+_DETAILS_LENGTH = 2000
 
 
 class RequestRefused(ForeplanError):
@@ -122,3 +125,9 @@ STATUS: Mapping[type[ForeplanError], grpc.StatusCode] = {
 def status_of(error: ForeplanError) -> grpc.StatusCode:
     """Return the gRPC status that tells a client of ``error``."""
     return next(STATUS[kind] for kind in type(error).__mro__ if kind in STATUS)
+
+
+def details_of(error: ForeplanError) -> str:
+    """Return the message of ``error`` as gRPC can carry it: trailers are headers, and long ones are refused."""
+    text = str(error)
+    return text if len(text) <= _DETAILS_LENGTH else f"{text[: _DETAILS_LENGTH - 2]} …"

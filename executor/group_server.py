@@ -215,6 +215,11 @@ class GroupServer:
         model = self._models.get(variant)
         return model.problem if model else ""
 
+    def retry_now(self, variant: str) -> None:
+        """Forget that loads of ``variant`` failed, so that the next try is due at once."""
+        if model := self._models.get(variant):
+            model.problem, model.failures, model.not_before_s = "", 0, 0.0
+
     def queued(self, key: ReplicaKey) -> int:
         """Return how many requests of a replica wait."""
         return self._dispatcher.queued(key) + sum(pending.waiting.key == key for pending in self._alone)

@@ -104,8 +104,9 @@ class SharedSegment:
 
     def close(self) -> None:
         """Give the memory back once the last array over it is gone."""
-        self._map = None
-        os.close(self.descriptor)
+        descriptor, self.descriptor, self._map = self.descriptor, -1, None
+        if descriptor >= 0:
+            os.close(descriptor)
 
     def _mapping(self, end_bytes: int) -> mmap.mmap:
         if self._map is None or len(self._map) < end_bytes:

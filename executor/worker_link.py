@@ -167,11 +167,13 @@ class WorkerLink(asyncio.Protocol):
     async def stop(self, grace_s: float = 5.0) -> None:
         """Let the worker finish what runs, then end it; after ``grace_s`` seconds by force."""
         self._stopping = True
-        if self._transport is not None and not self._transport.is_closing():
-            self._transport.write(encode_to_worker(Stop()))
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._closed.wait(), grace_s)
-        await self.kill()
+        try:
+            if self._transport is not None and not self._transport.is_closing():
+                self._transport.write(encode_to_worker(Stop()))
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(self._closed.wait(), grace_s)
+        finally:
+            await self.kill()
 
     async def kill(self) -> None:
         """End the process by force, if it runs, and wait until it is gone."""

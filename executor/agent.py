@@ -1,0 +1,227 @@
+"""The process on each node: ``foreplan agent``."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import importlib.metadata
+import logging
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import grpc
+import grpc.aio
+from grpc_health.v1 import _async as aio_health
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from executor.agent_control import AgentServicer
+from executor.agent_inference import InferenceServicer
+from executor.journal import Journal
+from executor.node import Node, NodeSettings
+from executor.proto import control_pb2, control_pb2_grpc, open_inference_pb2, open_inference_pb2_grpc
+from executor.state import Phase
+from executor.tensors import TensorLimits
+from executor.worker_link import WorkerSettings
+from plans.errors import Fault, InvalidInput
+
+__all__ = ["AgentConfig", "serve_agent"]
+
+_log = logging.getLogger("executor.agent")
+
+_Status = health_pb2.HealthCheckResponse
+
+_STOP_GRACE_S = 2.0
+"""How long calls may go on once the agent was told to stop."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AgentConfig:
+    """What an agent is told at its start.
+
+    Attributes:
+        node: Name of the node.
+        address: ``host:port`` to listen on; port 0 takes a free one.
+        device_count: Devices of the node, numbered from 0.
+        memory_bytes: Memory of one device.
+        state_dir: Folder of the journal, made when missing.
+        device: ``cpu`` or ``cuda``.
+        runtime: ``module:factory`` of the runtime.
+        dtype: Element type of weights and activations.
+        threads: Threads that one device's worker may use for one operation on the CPU.
+        model_dir: Folder of local models, or None.
+        max_message_bytes: Largest message taken or sent.
+        drain_s: How long a replica that left the plan may go on answering what it has taken.
+        log_level: Of the workers.
+
+    Raises:
+        InvalidInput: A value is impossible; with every fault.
+    """
+
+    node: str
+    address: str
+    device_count: int
+    memory_bytes: int
+    state_dir: Path
+    device: str = "cpu"
+    runtime: str = "executor.runtime.torch_runtime:TorchRuntime"
+    dtype: str = "fp32"
+    threads: int = 1
+    model_dir: Path | None = None
+    max_message_bytes: int = 64 * 2**20
+    drain_s: float = 30.0
+    log_level: str = "INFO"
+
+    def __post_init__(self) -> None:
+        faults = [
+            Fault(field=name, found=str(getattr(self, name)), expected="at least 1")
+            for name in ("device_count", "memory_bytes", "threads", "max_message_bytes")
+            if getattr(self, name) < 1
+        ]
+        if not self.node:
+            faults.append(Fault(field="node", found="''", expected="the name of the node in the cluster document"))
+        if self.drain_s < 0:
+            faults.append(Fault(field="drain_s", found=str(self.drain_s), expected="at least 0 seconds"))
+        if faults:
+            raise InvalidInput(faults)
+
+
+async def serve_agent(
+    config: AgentConfig,
+    *,
+    on_ready: Callable[[int], None] = lambda port: None,
+    stop: asyncio.Event | None = None,
+) -> None:
+    """Run an agent until it gets SIGTERM or SIGINT, or ``stop`` is set; then end its workers and return.
+
+    Args:
+        config: What the agent is.
+        on_ready: Called with the port once the agent listens. Models may still be loading then.
+        stop: Ends the agent from the same process.
+
+    Raises:
+        InvalidInput: The address cannot be listened on, or the state folder cannot be used.
+        BadStoredData: The journal is damaged.
+    """
+    stopping = stop or asyncio.Event()
+    version = importlib.metadata.version("foreplan")
+    checks = aio_health.HealthServicer()
+    readiness = _Readiness(checks)
+    node = Node(
+        NodeSettings(
+            node=config.node,
+            device_count=config.device_count,
+            memory_bytes=config.memory_bytes,
+            drain_s=config.drain_s,
+            worker=WorkerSettings(
+                runtime=config.runtime,
+                device=config.device,
+                dtype=config.dtype,
+                threads=config.threads,
+                model_dir=config.model_dir,
+                log_level=config.log_level,
+            ),
+        ),
+        Journal(config.state_dir),
+        on_change=lambda: readiness.update(node),
+    )
+    server = _server(config, node, checks, version)
+    with _signals(stopping):
+        try:
+            port = _bind(server, config.address)
+            await node.start()
+            await checks.set("", _Status.SERVING)
+            await server.start()
+            _log.info("event=agent_listening node=%s port=%d", config.node, port)
+            on_ready(port)
+            await stopping.wait()
+            _log.info("event=agent_stopping node=%s", config.node)
+            await checks.enter_graceful_shutdown()
+        finally:
+            await server.stop(_STOP_GRACE_S)
+            await node.stop()
+            await readiness.close()
+
+
+def _server(config: AgentConfig, node: Node, checks: aio_health.HealthServicer, version: str) -> grpc.aio.Server:
+    server = grpc.aio.server(
+        options=[
+            ("grpc.so_reuseport", 0),  # or a second agent would silently share the port
+            ("grpc.max_receive_message_length", config.max_message_bytes),
+            ("grpc.max_send_message_length", config.max_message_bytes),
+        ]
+    )
+    control_pb2_grpc.add_AgentServicer_to_server(AgentServicer(node, version=version), server)  # type: ignore[no-untyped-call]
+    limits = TensorLimits(total_bytes=config.max_message_bytes)
+    inference = InferenceServicer(node, version=version, limits=limits)
+    register = open_inference_pb2_grpc.add_GRPCInferenceServiceServicer_to_server
+    register(inference, server)  # type: ignore[no-untyped-call]
+    health_pb2_grpc.add_HealthServicer_to_server(checks, server)
+    names = (
+        control_pb2.DESCRIPTOR.services_by_name["Agent"].full_name,
+        open_inference_pb2.DESCRIPTOR.services_by_name["GRPCInferenceService"].full_name,
+        health.SERVICE_NAME,
+        reflection.SERVICE_NAME,
+    )
+    reflection.enable_server_reflection(names, server)
+    return server
+
+
+def _bind(server: grpc.aio.Server, address: str) -> int:
+    try:
+        port = server.add_insecure_port(address)
+    except RuntimeError as error:
+        raise _unusable(address) from error
+    if port == 0:
+        raise _unusable(address)
+    return int(port)
+
+
+def _unusable(address: str) -> InvalidInput:
+    remedy = "stop what listens there, or choose another address"
+    return InvalidInput.of("an address of this machine with a free port", field="address", found=address, remedy=remedy)
+
+
+@contextlib.contextmanager
+def _signals(stopping: asyncio.Event) -> Iterator[None]:
+    """Set ``stopping`` on SIGTERM and SIGINT, where this thread may listen to signals."""
+    loop = asyncio.get_running_loop()
+    signals = (signal.SIGTERM, signal.SIGINT) if threading.current_thread() is threading.main_thread() else ()
+    for number in signals:
+        loop.add_signal_handler(number, stopping.set)
+    try:
+        yield
+    finally:
+        for number in signals:
+            loop.remove_signal_handler(number)
+
+
+class _Readiness:
+    """Keeps grpc.health.v1 in step with what serves; the empty name is the process, and serves from the start."""
+
+    def __init__(self, checks: aio_health.HealthServicer) -> None:
+        self._checks = checks
+        self._told: dict[str, int] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def update(self, node: Node) -> None:
+        """Tell what changed."""
+        now = dict.fromkeys(self._told, _Status.SERVICE_UNKNOWN)
+        for key, replica in node.replicas.items():
+            if replica.phase is Phase.SERVING:
+                now[key.service] = _Status.SERVING
+            elif now.get(key.service) != _Status.SERVING:
+                now[key.service] = _Status.NOT_SERVING
+        for service, status in now.items():
+            if self._told.get(service) != status:
+                task = asyncio.get_running_loop().create_task(self._checks.set(service, status))
+                self._tasks.add(task)
+                task.add_done_callback(self._tasks.discard)
+        self._told = now
+
+    async def close(self) -> None:
+        """Wait for what is being told."""
+        await asyncio.gather(*self._tasks)

@@ -1,0 +1,217 @@
+"""The agent's data plane: the Open Inference Protocol over the replicas of one node.
+
+A model name is the name of a service. A gateway names the group in the metadata ``foreplan-group``; without it the
+agent picks its least loaded replica.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import time
+from collections.abc import Callable
+from typing import Any
+
+import grpc.aio
+
+from executor.errors import PlacementIsPlanned, RequestRefused, UnknownService, details_of, status_of
+from executor.node import Node
+from executor.proto import open_inference_pb2 as pb
+from executor.proto import open_inference_pb2_grpc as pb_grpc
+from executor.replica import Replica
+from executor.runtime.protocol import TensorSpec, batch_of
+from executor.state import Phase
+from executor.tensors import TensorLimits, decode_inputs, encode_response, parameter
+from executor.worker_wire import Loaded
+from plans.errors import ForeplanError, InvalidInput
+
+__all__ = ["GROUP_METADATA", "InferenceServicer", "deadline_in_s"]
+
+GROUP_METADATA = "foreplan-group"
+"""Metadata key by which a gateway names the GPU group that shall run a request."""
+
+MODEL_VERSION = "1"
+"""The one version of every service."""
+
+Context = grpc.aio.ServicerContext[Any, Any]
+
+
+def deadline_in_s(request: pb.ModelInferRequest, time_remaining_s: float | None, default_s: float) -> float:
+    """Return the seconds that a request may take from its arrival.
+
+    The sooner of the gRPC timeout and the parameter ``deadline_ms`` (a number of milliseconds), or ``default_s`` when
+    it carries neither.
+
+    Raises:
+        InvalidInput: ``deadline_ms`` is no number above 0.
+    """
+    value = parameter(request.parameters, "deadline_ms")
+    given_s = [] if time_remaining_s is None else [time_remaining_s]
+    if value is not None:
+        if isinstance(value, bool | str) or not 0 < value < math.inf:
+            expected = "milliseconds above 0, as an integer or a double"
+            raise InvalidInput.of(expected, field="parameters.deadline_ms", found=repr(value))
+        given_s.append(value / 1000)
+    return min(given_s, default=default_s)
+
+
+class InferenceServicer(pb_grpc.GRPCInferenceServiceServicer):
+    """Answers clients and gateways for one node.
+
+    Args:
+        node: The node.
+        version: Of Foreplan, for ``ServerMetadata``.
+        limits: What one request may hold.
+        clock: The clock of the node's groups.
+    """
+
+    def __init__(
+        self,
+        node: Node,
+        *,
+        version: str,
+        limits: TensorLimits | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._node = node
+        self._version = version
+        self._limits = limits or TensorLimits()
+        self._clock = clock
+
+    async def ServerLive(self, request: pb.ServerLiveRequest, context: Context) -> pb.ServerLiveResponse:  # noqa: N802
+        """True: the process answers."""
+        return pb.ServerLiveResponse(live=True)
+
+    async def ServerReady(self, request: pb.ServerReadyRequest, context: Context) -> pb.ServerReadyResponse:  # noqa: N802
+        """True once everything that is committed serves."""
+        return pb.ServerReadyResponse(ready=self._node.ready)
+
+    async def ServerMetadata(  # noqa: N802
+        self, request: pb.ServerMetadataRequest, context: Context
+    ) -> pb.ServerMetadataResponse:
+        """Name and version of this server."""
+        return pb.ServerMetadataResponse(
+            name="foreplan-agent", version=self._version, extensions=["model_repository", "parameters"]
+        )
+
+    async def ModelReady(self, request: pb.ModelReadyRequest, context: Context) -> pb.ModelReadyResponse:  # noqa: N802
+        """True while a replica of the service serves; an unknown name is not ready."""
+        try:
+            self._chosen(request.name, request.version, None)
+        except RequestRefused:
+            return pb.ModelReadyResponse(ready=False)
+        return pb.ModelReadyResponse(ready=True)
+
+    async def ModelMetadata(  # noqa: N802
+        self, request: pb.ModelMetadataRequest, context: Context
+    ) -> pb.ModelMetadataResponse:
+        """Inputs and outputs of the service; the first dimension, of any size, is the batch."""
+        try:
+            _, loaded = self._chosen(request.name, request.version, _group_in(context))
+        except ForeplanError as error:
+            return await context.abort(status_of(error), details_of(error))
+        return pb.ModelMetadataResponse(
+            name=request.name,
+            versions=[MODEL_VERSION],
+            platform="foreplan",
+            inputs=[_metadata(spec) for spec in loaded.inputs],
+            outputs=[_metadata(spec) for spec in loaded.outputs],
+        )
+
+    async def RepositoryIndex(  # noqa: N802
+        self, request: pb.RepositoryIndexRequest, context: Context
+    ) -> pb.RepositoryIndexResponse:
+        """Every service of the node with its state, and why it is not ready."""
+        services = dict.fromkeys(key.service for key in self._node.replicas)
+        index = [self._index_of(service) for service in services]
+        ready = [one for one in index if one.state == "READY" or not request.ready]
+        return pb.RepositoryIndexResponse(models=ready)
+
+    async def RepositoryModelLoad(  # noqa: N802
+        self, request: pb.RepositoryModelLoadRequest, context: Context
+    ) -> pb.RepositoryModelLoadResponse:
+        """Do nothing for a service that is ready; anything else takes a plan."""
+        try:
+            self._chosen(request.model_name, "", None)
+        except RequestRefused as error:
+            problem = f"{error}; placement follows the plan: change it and run `foreplan apply`"
+            return await context.abort(status_of(PlacementIsPlanned()), problem)
+        return pb.RepositoryModelLoadResponse()
+
+    async def RepositoryModelUnload(  # noqa: N802
+        self, request: pb.RepositoryModelUnloadRequest, context: Context
+    ) -> pb.RepositoryModelUnloadResponse:
+        """Refuse: what runs here follows the plan."""
+        problem = (
+            f"{request.model_name!r} is not unloaded by clients: leave it out of the plan and run `foreplan apply`"
+        )
+        return await context.abort(status_of(PlacementIsPlanned()), problem)
+
+    async def ModelInfer(self, request: pb.ModelInferRequest, context: Context) -> pb.ModelInferResponse:  # noqa: N802
+        """Run one request, batched with others where that serves all deadlines."""
+        arrived_s = self._clock()
+        try:
+            return await self._infer(request, arrived_s, context.time_remaining(), _group_in(context))
+        except ForeplanError as error:
+            return await context.abort(status_of(error), details_of(error))
+
+    async def _infer(
+        self, request: pb.ModelInferRequest, arrived_s: float, time_remaining_s: float | None, group: str | None
+    ) -> pb.ModelInferResponse:
+        replica, loaded = self._chosen(request.model_name, request.model_version, group)
+        wanted = {output.name for output in request.outputs}
+        if unknown := wanted - {spec.name for spec in loaded.outputs}:
+            known = ", ".join(spec.name for spec in loaded.outputs)
+            raise InvalidInput.of(f"some of {known}", field="outputs", found=", ".join(sorted(unknown)))
+        inputs = decode_inputs(request, self._limits)
+        items = batch_of(inputs, loaded.inputs, max_batch=replica.settings.max_batch, where=request.model_name)
+        deadline_s = arrived_s + deadline_in_s(request, time_remaining_s, replica.settings.deadline_s)
+        server = self._node.groups[replica.key.group]
+        pending = server.submit(replica.key, inputs, items, deadline_s)
+        try:
+            answer = await pending.answer
+        except asyncio.CancelledError:  # the client gave up, or its deadline passed
+            server.cancel(pending)
+            raise
+        return encode_response(
+            request.model_name,
+            {name: array for name, array in answer.outputs.items() if not wanted or name in wanted},
+            request_id=request.id,
+            version=MODEL_VERSION,
+            parameters={
+                "batch_size": answer.batch_items,
+                "queue_s": answer.queue_s,
+                "run_s": answer.run_s,
+                "variant": answer.variant,
+            },
+        )
+
+    def _chosen(self, service: str, version: str, group: str | None) -> tuple[Replica, Loaded]:
+        """Return the replica for a request, and what its worker said when it loaded the model."""
+        if version not in ("", MODEL_VERSION):
+            raise UnknownService(f"service {service!r} has version {MODEL_VERSION} only, not {version!r}")
+        replica = self._node.choose(service, group)
+        loaded = self._node.groups[replica.key.group].loaded(replica.key.variant)
+        if loaded is None:
+            raise RequestRefused(f"{replica.key}: its model is not loaded")
+        return replica, loaded
+
+    def _index_of(self, service: str) -> pb.RepositoryIndexResponse.ModelIndex:
+        mine = [replica for replica in self._node.replicas.values() if replica.key.service == service]
+        phases = {replica.phase for replica in mine}
+        if Phase.SERVING in phases:
+            return pb.RepositoryIndexResponse.ModelIndex(name=service, version=MODEL_VERSION, state="READY")
+        state = "LOADING" if phases & {Phase.LOADING, Phase.STAGED} else "UNAVAILABLE"
+        reason = "; ".join(f"{replica.phase.value} {replica.reason}".strip() for replica in mine)
+        return pb.RepositoryIndexResponse.ModelIndex(name=service, version=MODEL_VERSION, state=state, reason=reason)
+
+
+def _group_in(context: Context) -> str | None:
+    for key, value in context.invocation_metadata() or ():
+        if key == GROUP_METADATA:
+            return value if isinstance(value, str) else value.decode(errors="replace")
+    return None
+
+
+def _metadata(spec: TensorSpec) -> pb.ModelMetadataResponse.TensorMetadata:
+    return pb.ModelMetadataResponse.TensorMetadata(name=spec.name, datatype=spec.datatype, shape=[-1, *spec.shape])
