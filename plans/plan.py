@@ -182,7 +182,9 @@ class TransitionStep(Document):
     action: Literal["load", "route", "drain", "unload"]
     group: str = ""
     service: str = ""
-    moved_bytes: int = Field(default=0, ge=0, validation_alias=AliasChoices("bytes", "moved_bytes"))
+    moved_bytes: int = Field(
+        default=0, ge=0, validation_alias=AliasChoices("bytes", "moved_bytes"), serialization_alias="bytes"
+    )
     est_s: float = Field(default=0.0, ge=0)
 
 

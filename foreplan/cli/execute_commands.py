@@ -1,11 +1,304 @@
-"""``agent``, ``gateway``, ``apply``, ``status``, ``rollback``, ``load``, ``demo``."""
+"""``agent``, ``gateway``, ``apply``, ``rollback``, ``status``, ``load`` and ``demo``."""
 
 from __future__ import annotations
 
+import asyncio
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
 import typer
 
+from foreplan.cli.command import command
+from foreplan.cli.evaluate_commands import RequestsFile, print_summary
+from foreplan.cli.options import ClusterFile, Gateways, PlanFile, Seed, ServicesFile, read_requests
+from foreplan.cli.output import Output, Step
+
+if TYPE_CHECKING:
+    from executor.controller import ApplyResult, ProgressEvent
+    from plans.cluster import Cluster
+    from plans.plan import Plan, Prior
+
 __all__ = ["register"]
+
+StoreDir = Annotated[
+    Path | None, typer.Option("--store", metavar="DIR", help="Plan store: keeps every plan that was applied.")
+]
+StateDir = Annotated[Path, typer.Option("--state-dir", metavar="DIR", help="Where state that survives a kill is kept.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything, change nothing, say what would happen.")]
 
 
 def register(app: typer.Typer) -> None:
     """Add the commands to ``app``."""
+    command(app, "agent")(agent)
+    command(app, "gateway")(gateway)
+    command(app, "apply")(apply)
+    command(app, "rollback")(rollback)
+    command(app, "status")(status)
+    command(app, "load")(load)
+    command(app, "demo")(demo)
+
+
+def agent(
+    out: Output,
+    cluster: ClusterFile,
+    node: Annotated[str, typer.Option(metavar="NAME", help="Which node of the cluster this is.")],
+    state_dir: StateDir,
+    listen: Annotated[str | None, typer.Option(metavar="HOST:PORT", help="Instead of the node's address.")] = None,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    dtype: Annotated[str, typer.Option(help="fp32, bf16 or fp16.")] = "fp32",
+    threads: Annotated[int, typer.Option(help="CPU threads of one device's worker.", min=1)] = 1,
+    model_dir: Annotated[Path | None, typer.Option(metavar="DIR", help="Folder of local models (safetensors).")] = None,
+    runtime: Annotated[
+        str, typer.Option(metavar="MODULE:FACTORY", help="What runs the models.")
+    ] = "executor.runtime.torch_runtime:TorchRuntime",
+) -> None:
+    """Run the agent of one node: hosts workers, loads models, serves requests. Stops on SIGTERM."""
+    from executor.agent import AgentConfig, serve_agent
+    from executor.logs import configure_logging
+    from plans.cluster import Cluster
+    from plans.documents import read_document
+    from plans.errors import InvalidInput
+
+    inventory = read_document(cluster, Cluster)
+    known = {one.name: one for one in inventory.nodes}
+    if node not in known:
+        raise InvalidInput.of(f"one of {', '.join(known)}", where=cluster, field="--node", found=repr(node))
+    address = listen or known[node].address
+    if not address:
+        raise InvalidInput.of("an address for the node, or --listen", where=cluster, field=node, found="none")
+    configure_logging()
+    config = AgentConfig(
+        node=node,
+        address=address,
+        device_count=known[node].gpus.count,
+        memory_bytes=inventory.gpu_type_of(node).memory_bytes,
+        state_dir=state_dir,
+        device=device,
+        runtime=runtime,
+        dtype=dtype,
+        threads=threads,
+        model_dir=model_dir,
+    )
+    host = address.rpartition(":")[0]
+    asyncio.run(serve_agent(config, on_ready=lambda port: _ready(out, "agent", f"{host}:{port}", node)))
+
+
+def gateway(
+    out: Output,
+    listen: Annotated[str, typer.Option(metavar="HOST:PORT", help="Where to listen.")],
+    state_dir: StateDir,
+) -> None:
+    """Run a gateway: the front door that routes requests by the plan in force. Stops on SIGTERM."""
+    from executor.gateway import GatewayConfig, serve_gateway
+    from executor.logs import configure_logging
+
+    configure_logging()
+    config = GatewayConfig(listen=listen, state_dir=state_dir)
+    asyncio.run(serve_gateway(config, lambda address: _ready(out, "gateway", address)))
+
+
+def _ready(out: Output, role: str, address: str, name: str = "") -> None:
+    """Say that a server listens: one line, or one JSON value, which a supervisor can wait for."""
+    out.result({"ready": role, "node": name, "address": address})
+    out.say(f"{role} {name} listens on {address}".replace("  ", " "))
+    out.flush()
+
+
+def apply(
+    out: Output,
+    plan: PlanFile,
+    cluster: ClusterFile,
+    gateway: Gateways,
+    store: StoreDir = None,
+    dry_run: DryRun = False,
+) -> None:
+    """Bring all nodes and gateways to a plan, all or nothing."""
+    from plans.cluster import Cluster
+    from plans.codec import read_plan
+    from plans.documents import read_document
+
+    _apply(out, read_plan(plan), read_document(cluster, Cluster), gateway, store, dry_run=dry_run)
+
+
+def rollback(
+    out: Output,
+    cluster: ClusterFile,
+    gateway: Gateways,
+    store: Annotated[Path, typer.Option("--store", metavar="DIR", help="The plan store.")],
+    generation: Annotated[
+        int | None, typer.Argument(metavar="[GENERATION]", help="Which; the one before the current when left out.")
+    ] = None,
+    dry_run: DryRun = False,
+) -> None:
+    """Apply a plan of the store again, whatever is live."""
+    from executor.cluster_status import status as observe
+    from plans.cluster import Cluster
+    from plans.documents import read_document
+    from plans.errors import InvalidInput
+    from plans.store import PlanStore
+
+    plans = PlanStore(store)
+    if generation is None:
+        older = [one.generation for one in plans.generations()][:-1]
+        if not older:
+            raise InvalidInput.of("at least two generations in the store", where=store, found="none before the current")
+        generation = older[-1]
+    plan = plans.get(plans.generation(generation).name)
+    inventory = read_document(cluster, Cluster)
+    live = asyncio.run(observe(inventory, gateway)).live
+    out.say(f"rolling back to the plan of generation {generation}")
+    _apply(out, plan, inventory, gateway, store, dry_run=dry_run, prior=live)
+
+
+def _apply(
+    out: Output,
+    plan: Plan,
+    cluster: Cluster,
+    gateways: list[str],
+    store: Path | None,
+    *,
+    dry_run: bool,
+    prior: Prior | None = None,
+) -> None:
+    from executor.controller import Applied
+    from executor.controller import apply as bring
+    from plans.store import PlanStore
+
+    with out.progress("applying the plan") as step:
+        result = asyncio.run(
+            bring(plan, cluster, gateways, prior=prior, dry_run=dry_run, progress=lambda event: _event(step, event))
+        )
+    if store is not None and isinstance(result, Applied):
+        applied_at = datetime.now(UTC).isoformat(timespec="seconds")
+        PlanStore(store).record(result.generation, plan, applied_at=applied_at)
+    _print_applied(out, result)
+
+
+def _event(step: Step, event: ProgressEvent) -> None:
+    step.update(0, text=f"{event.step} {event.peer}: {event.outcome} {event.detail}".rstrip())
+
+
+def _print_applied(out: Output, result: ApplyResult) -> None:
+    from executor.controller import Applied, NoChanges
+
+    changes = () if isinstance(result, NoChanges) else result.changes
+    deferred = result.deferred if isinstance(result, Applied) else ()
+    outcome = "no changes" if isinstance(result, NoChanges) else "applied" if isinstance(result, Applied) else "dry run"
+    out.result(
+        {
+            "outcome": outcome,
+            "generation": result.generation,
+            "placement_digest": result.placement_digest,
+            "changes": [{"node": c.node, "action": c.action} | _key_json(c.key) for c in changes],
+            "deferred": [_key_json(key) for key in deferred],
+        }
+    )
+    signs = {"load": "+", "unload": "-", "keep": " "}
+    for change in changes:
+        out.say(f"{signs[change.action]} {change.key.group} {change.key.service} ({change.key.variant})")
+    for key in deferred:
+        out.warn(f"{key.group} {key.service} had to wait until the memory of what it replaces was free")
+    if isinstance(result, NoChanges):
+        for line in result.converged:
+            out.say(f"put right: {line}")
+        out.say(f"no changes: the plan is live as generation {result.generation}")
+    elif isinstance(result, Applied):
+        out.say(f"applied as generation {result.generation} in {result.wall_s:.1f} s")
+    else:
+        out.say(f"dry run: nothing was changed; this would become generation {result.generation}")
+
+
+def _key_json(key: Any) -> dict[str, str]:
+    return {"group": key.group, "service": key.service, "variant": key.variant}
+
+
+def status(out: Output, cluster: ClusterFile, gateway: Gateways) -> None:
+    """Show what is live, replica by replica, and the reason for each difference from the plan in force."""
+    from executor.cluster_status import status as observe
+    from plans.cluster import Cluster
+    from plans.documents import read_document
+
+    found = asyncio.run(observe(read_document(cluster, Cluster), gateway))
+    out.result(found.to_json())
+    out.say(f"generation {found.live.generation} is live" if found.live else "nothing is live")
+    out.table(
+        ["peer", "address", "generation", "ready", "problem"],
+        [[p.name, p.address, p.generation, p.ready, p.problem] for p in (*found.agents, *found.gateways)],
+    )
+    out.table(
+        ["group", "service", "variant", "desired", "phase", "queued", "completed", "dropped", "failed", "problem"],
+        [
+            [one.group, one.service, one.variant, one.desired, one.phase.value if one.phase else None]
+            + (
+                [one.state.queued, one.state.completed, one.state.dropped, one.state.failed]
+                if one.state
+                else [None] * 4
+            )
+            + [one.problem]
+            for one in found.replicas
+        ],
+    )
+
+
+def load(
+    out: Output,
+    trace: Annotated[Path, typer.Option("--trace", metavar="FILE", help="Request trace to replay.")],
+    services: ServicesFile,
+    gateway: Annotated[str, typer.Option("--gateway", metavar="HOST:PORT", help="The gateway.")],
+    speed: Annotated[float, typer.Option(help="Trace seconds per second.", min=0.001)] = 1.0,
+    connections: Annotated[int, typer.Option(help="Connections to the gateway.", min=1)] = 1,
+    gpus: Annotated[int, typer.Option(help="GPUs that the plan uses, for GPU-hours.", min=0)] = 0,
+    requests: RequestsFile = None,
+    seed: Seed = 0,
+) -> None:
+    """Replay a trace against a live gateway, open loop, and count what became of every request."""
+    from executor.load import LoadOptions, replay
+    from foreplan.runs import write_requests
+    from plans.documents import read_document
+    from plans.service import Services
+
+    arrivals = read_requests(trace, out)
+    with out.progress(f"replaying {len(arrivals)} requests", total=len(arrivals)) as step:
+        how = LoadOptions(
+            speed=speed,
+            connections=connections,
+            seed=seed,
+            gpus=gpus,
+            on_progress=lambda done, total: step.update(done, total=total),
+        )
+        result = asyncio.run(replay(arrivals, gateway, read_document(services, Services), how))
+    for warning in result.warnings:
+        out.warn(warning)
+    if requests is not None:
+        write_requests(requests, result.requests)
+    out.result(result.summary.to_json())
+    print_summary(out, result.summary)
+
+
+def demo(
+    out: Output,
+    trace: Annotated[
+        Path | None,
+        typer.Option("--trace", metavar="FILE", help="A day, or a folder of days, in Azure Functions 2019 format."),
+    ] = None,
+    folder: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="Where everything goes.")] = Path(
+        "demo"
+    ),
+    windows: Annotated[int, typer.Option(help="Minutes of the trace to replay, at ten times speed.", min=1)] = 10,
+    seed: Seed = 1,
+) -> None:
+    """Do the whole job on this machine: profile, forecast, plan, apply, replay, evaluate, report."""
+    from foreplan.demo import run_demo
+
+    result = run_demo(out, folder, trace=trace, windows=windows, seed=seed)
+    out.result(result.to_json())
+    rows = []
+    for prediction in result.plan.predicted:
+        found = [result.runs[label].summary.service(prediction.service) for label in ("simulated", "measured")]
+        shares = [prediction.attainment, *(one.attainment for one in found)]
+        rows.append(
+            [prediction.service, *("-" if share is None else f"{share:.1%}" for share in shares), found[1].mean_batch]
+        )
+    out.table(["service", "predicted", "simulated", "measured", "mean batch"], rows, title="Attainment")
+    out.say(f"wrote {result.report} after {result.wall_s:.0f} s")

@@ -16,6 +16,8 @@ from rich.text import Text
 
 __all__ = ["Output", "Step"]
 
+_UNCUT = 100_000
+
 
 class Step:
     """A running progress bar; `update` moves it."""
@@ -44,7 +46,9 @@ class Output:
 
     def __init__(self, *, as_json: bool, color: bool) -> None:
         self.as_json = as_json
-        self._stdout = Console(no_color=not color, highlight=False, soft_wrap=not sys.stdout.isatty())
+        piped = not sys.stdout.isatty()
+        width = _UNCUT if piped else None  # never cut what a script reads
+        self._stdout = Console(no_color=not color, highlight=False, soft_wrap=piped, width=width)
         self._stderr = Console(no_color=not color, highlight=False, stderr=True, soft_wrap=True)
 
     def result(self, data: Any) -> None:
@@ -52,6 +56,10 @@ class Output:
         if self.as_json:
             sys.stdout.write(json.dumps(data, indent=2, allow_nan=False) + "\n")
             sys.stdout.flush()
+
+    def flush(self) -> None:
+        """Push out what was said, for whoever reads the other end of a pipe."""
+        sys.stdout.flush()
 
     def say(self, text: str = "") -> None:
         """Print a line of the human answer; nothing with ``--json``."""
@@ -83,8 +91,7 @@ class Output:
             table.add_column(column, justify="right" if numeric else "left", overflow="fold", no_wrap=not on_terminal)
         for row in cells:
             table.add_row(*(Text(text) for text in row))
-        width = None if on_terminal else 10_000  # never cut what a script reads
-        self._stdout.print(table, width=width)
+        self._stdout.print(table)
 
     @contextmanager
     def progress(self, text: str, total: float | None = None) -> Iterator[Step]:

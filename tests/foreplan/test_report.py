@@ -1,0 +1,128 @@
+from __future__ import annotations
+
+import re
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from evaluator import evaluate
+from foreplan.report import Content, Run, render
+from foreplan.report.content import timeline
+from plans import Demand, Services
+from profiles.document import Profile
+from profiles.library import ProfileLibrary
+from tests.plans.strategies import cluster, entry, group, plan
+from traces.table import RequestTrace
+
+
+def prediction(service):
+    return {
+        "service": service,
+        "offered_rps": 20.0,
+        "goodput_rps": 19.0,
+        "attainment": 0.95,
+        "latency_s": {"p50": 0.01, "p99": None},
+        "accuracy": 0.9,
+        "confidence": "measured",
+    }
+
+
+PLAN = plan(
+    [group("node-0", (0, 1), [entry("detect", 2), entry("segment", 2)]), group("node-1", (2,), [entry("detect")])],
+    predicted=(prediction("detect"), prediction("segment")),
+    unserved=({"service": "segment", "rate_rps": 3.0, "reason": "memory", "detail": "<needs> 3 GiB"},),
+    warnings=("a & b",),
+)
+SERVICES = Services.model_validate(
+    {
+        "services": [
+            {"name": name, "slo": {"deadline": 0.5}, "variants": [{"model": f"{name}-model"}]}
+            for name in ("detect", "segment")
+        ]
+    }
+)
+
+
+def full_content():
+    rng = np.random.default_rng(0)
+    frame = pd.DataFrame({"arrival_s": np.sort(rng.uniform(0, 30, 300)), "service": ["detect", "segment"] * 150})
+    trace = RequestTrace(frame)
+    result = evaluate(PLAN, SERVICES, trace)
+    runs = {label: Run(summary=result.summary, requests=result.requests) for label in ("simulated", "measured")}
+    rates = trace.rates(5.0)
+    quantiles = {"0.1": 1.0, "0.9": 9.0}
+    demand = Demand.model_validate(
+        {
+            "window_s": 5,
+            "method": "test method",
+            "services": [
+                {"service": name, "rate_rps": [{"mean": 5.0, "quantiles": quantiles}] * 6}
+                for name in ("detect", "segment")
+            ],
+        }
+    )
+    rows = [
+        {
+            "batch": b,
+            "latency_s": {"mean": 0.01 * b},
+            "stage_latency_s": [0.01 * b],
+            "weight_bytes": [60],
+            "peak_bytes": [100],
+        }
+        for b in (1, 2)
+    ]
+    profiles = ProfileLibrary(
+        Profile.model_validate({"model": f"{name}-model", "gpu_type": "tiny", "source": "measured", "rows": rows})
+        for name in ("detect", "segment")
+    )
+    return Content(
+        title="A <title>",
+        facts={"machine": "m"},
+        plan=PLAN,
+        cluster=cluster(),
+        services=SERVICES,
+        profiles=profiles,
+        demand=demand,
+        history=rates,
+        actual=rates,
+        runs=runs,
+        remarks=("oversubscribed",),
+    )
+
+
+def test_the_page_holds_everything_it_needs():
+    page = render(full_content())
+    outside_scripts = re.sub(r"<script.*?</script>", "", page, flags=re.DOTALL)
+    assert not re.search(r"""(src|href)=["']?(https?:)?//""", outside_scripts)
+    assert "<script src" not in page
+    for text in ("node-0/1", "node-1/3", "idle", "simulated load", "test method", "oversubscribed", "detect-model"):
+        assert text in page
+
+
+def test_text_from_documents_cannot_become_markup():
+    page = render(full_content())
+    assert "A &lt;title&gt;" in page
+    assert "&lt;needs&gt; 3 GiB" in page
+    assert "a &amp; b" in page
+
+
+def test_a_plan_alone_makes_a_page_too():
+    page = render(Content(title="t", plan=plan([]), cluster=cluster()))
+    assert "Placement" in page
+    assert "Forecast against actual" not in page
+
+
+def test_a_timeline_counts_every_request_once():
+    requests = full_content().runs["measured"].requests
+    counts = timeline(requests, bin_s=1.0, end_s=30.0)
+    assert counts.offered_rps.sum() == len(requests)
+    assert counts.good_rps.sum() == (requests["outcome"] == "good").sum()
+    assert (counts.good_rps <= counts.offered_rps).all()
+
+
+@pytest.mark.parametrize("bin_s", [0.5, 7.0])
+def test_a_timeline_is_in_requests_per_second_whatever_the_bin(bin_s):
+    requests = full_content().runs["measured"].requests
+    counts = timeline(requests, bin_s=bin_s, end_s=30.0)
+    assert counts.offered_rps.sum() * bin_s == pytest.approx(len(requests))
