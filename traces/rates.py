@@ -25,6 +25,8 @@ from traces.columns import RATE_COLUMNS, duplicated_windows, off_grid
 
 __all__ = ["RateTrace"]
 
+_ROUNDING = 1e-12  # relative error of a running sum that may not cost a request
+
 
 @dataclass(frozen=True, slots=True, init=False, eq=False, repr=False)
 class RateTrace:
@@ -225,9 +227,9 @@ class RateTrace:
         frame = self._frame
         exact = pd.Series(frame["count"].to_numpy() * factor_of_row)
         total = exact.groupby(self.codes).cumsum()
-        upto = pd.Series(np.floor(total + 1e-9 * np.maximum(total, 1.0)))
+        upto = pd.Series(np.floor(total + _ROUNDING * np.maximum(total, 1.0)))
         scaled = upto.groupby(self.codes).diff().fillna(upto)
-        return RateTrace(frame.assign(count=np.minimum(scaled.to_numpy(), np.ceil(exact.to_numpy()))), self.window_s)
+        return RateTrace(frame.assign(count=scaled.to_numpy()), self.window_s)
 
     def capped(self, peak_rps: float) -> RateTrace:
         """Return the trace with each service scaled down, if need be, until its busiest window is at most ``peak_rps``.

@@ -306,3 +306,8 @@ def test_a_gzip_cut_before_its_header_ends_has_no_kind(tmp_path):
 def test_a_service_name_that_is_quoted_over_two_lines_is_a_bad_row(tmp_path):
     read = read_request_trace(written(tmp_path, GOOD + '5,"a\nb"\n'), max_rejected_ratio=0.1)
     assert read.rejected == 1
+
+
+def test_exactly_the_allowed_ratio_of_bad_rows_is_allowed(tmp_path):
+    rows = "".join(f"{i},a\n" for i in range(99)) + "x,a\n"
+    assert read_request_trace(written(tmp_path, "arrival_s,service\n" + rows), max_rejected_ratio=0.01).rejected == 1

@@ -163,3 +163,11 @@ def test_a_trace_says_what_it_holds_and_equals_only_traces():
     assert repr(trace) == "RateTrace(2 windows of 60 s, 1 services)"
     assert trace != "trace"
     assert trace != rates_of([1, 2], window_s=30.0)
+
+
+def test_rounding_of_the_running_sum_costs_no_request():
+    assert rates_of([1] * 10).scaled(0.1).counts().tolist() == [[0] * 9 + [1]]
+
+
+def test_large_counts_are_scaled_to_the_last_request():
+    assert rates_of([3 * 10**9] * 4).scaled(1 / 3).counts().tolist() == [[10**9] * 4]

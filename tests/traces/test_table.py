@@ -226,3 +226,10 @@ def test_a_trace_says_what_it_holds_and_equals_only_traces():
     assert repr(trace) == "RequestTrace(2 requests, 1 services, 2 s)"
     assert trace != "trace"
     assert trace != trace_of([1.0, 2.0], duration_s=3.0)
+
+
+def test_copies_spread_over_the_gap_that_follows_their_original():
+    scaled = trace_of([0.0, 10.0, 20.0], duration_s=30.0).scaled(3.0, 1)
+    assert scaled.rates(10.0).counts().tolist() == [[3, 3, 3]]
+    assert len(set(scaled.arrival_s)) == 9
+    assert {0.0, 10.0, 20.0} < set(scaled.arrival_s)
