@@ -60,7 +60,8 @@ def forecast_figure(demand: Demand, history: RateTrace | None, actual: RateTrace
         for trace, name, color in ((history, "history", "#9aa7b4"), (actual, "actual", SOURCES["measured"])):
             if trace is not None and service.service in trace.services:
                 x, y = _steps(trace, service.service)
-                figure.add_scatter(x=x, y=y, name=name, legendgroup=name, line={"color": color, "shape": "hv"}, **where)
+                line = {"color": color, "shape": "hv"}
+                figure.add_scatter(x=x, y=y, name=name, legendgroup=name, mode="lines", line=line, **where)
         _add_band(figure, demand, service, where)
     figure.update_yaxes(title_text="requests/s", rangemode="tozero")
     figure.update_xaxes(title_text="minutes", row=len(services), col=1)
@@ -76,12 +77,15 @@ def _add_band(figure: Any, demand: Demand, service: ServiceDemand, where: Mappin
     if len(levels) >= 2:
         low, high = ([rate.quantiles[level] for rate in service.rate_rps] for level in (levels[0], levels[-1]))
         name = f"forecast {float(levels[0]):.0%} to {float(levels[-1]):.0%}"
-        line = {"width": 0, "shape": "hv"}
-        figure.add_scatter(x=x, y=[*low, low[-1]], line=line, hoverinfo="skip", **{**where, "showlegend": False})
+        line: dict[str, Any] = {"width": 0, "shape": "hv"}
+        band: dict[str, Any] = {"mode": "lines", "line": line}
+        figure.add_scatter(x=x, y=[*low, low[-1]], hoverinfo="skip", **band, **{**where, "showlegend": False})
         fill = {"fill": "tonexty", "fillcolor": "rgba(47,109,179,0.18)"}
-        figure.add_scatter(x=x, y=[*high, high[-1]], name=name, legendgroup=name, line=line, **fill, **where)
+        figure.add_scatter(x=x, y=[*high, high[-1]], name=name, legendgroup=name, **band, **fill, **where)
     line = {"color": SOURCES["simulated"], "shape": "hv"}
-    figure.add_scatter(x=x, y=[*mean, mean[-1]], name="forecast mean", legendgroup="mean", line=line, **where)
+    figure.add_scatter(
+        x=x, y=[*mean, mean[-1]], name="forecast mean", legendgroup="mean", mode="lines", line=line, **where
+    )
 
 
 def _steps(trace: RateTrace, service: str) -> tuple[Any, Any]:
@@ -165,8 +169,8 @@ def _styled(figure: Any, height: int) -> Any:
     figure.update_layout(
         height=height,
         template="plotly_white",
-        margin={"l": 60, "r": 20, "t": 40, "b": 45},
+        margin={"l": 60, "r": 20, "t": 70, "b": 45},
         font={"family": "system-ui, sans-serif", "size": 13},
-        legend={"orientation": "h", "yanchor": "bottom", "y": 1.06, "xanchor": "right", "x": 1},
+        legend={"orientation": "h", "yref": "container", "yanchor": "top", "y": 0.985, "xanchor": "right", "x": 1},
     )
     return figure

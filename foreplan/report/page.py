@@ -27,7 +27,8 @@ p.lead{margin:0 0 12px;color:#51606f} .muted{color:#6b7987;font-size:13px}
 table{border-collapse:collapse;width:100%;font-size:14px} th,td{padding:5px 10px;border-bottom:1px solid #e6ebef}
 th{text-align:left;font-weight:600;color:#3d4b59} td.n,th.n{text-align:right;font-variant-numeric:tabular-nums}
 .nodes{display:flex;flex-wrap:wrap;gap:14px} .node{background:#fff;border:1px solid #dfe5ea;border-radius:8px;
-padding:12px 14px;flex:1 1 320px} .node header{margin-bottom:8px} .devices{display:flex;flex-wrap:wrap;gap:10px}
+padding:12px 14px;flex:1 1 320px} .node header{margin-bottom:8px} .devices{display:flex;flex-wrap:wrap;gap:10px;
+align-items:flex-start}
 .device{flex:1 1 230px;border:1px solid #cfd8df;border-radius:6px;padding:8px 10px;background:#fafbfc}
 .device.idle{background:#f0f2f4;border-style:dashed} .device-name{font-weight:600;font-size:13px}
 .chip{border-left:5px solid;background:#fff;border-radius:3px;padding:3px 8px;margin:6px 0;display:flex;
@@ -164,7 +165,7 @@ def _certificate(content: Content) -> str:
 
 
 def _plot(figure: Any) -> str:
-    html: str = to_html(figure, include_plotlyjs=False, full_html=False, config={"displaylogo": False})
+    html: str = to_html(figure, include_plotlyjs=False, full_html=False, config={"displayModeBar": False})
     return f'<div class="card" style="margin-top:12px">{html}</div>'
 
 

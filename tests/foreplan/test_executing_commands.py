@@ -1,0 +1,158 @@
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+
+import psutil
+import pytest
+
+from tests.foreplan.workspace import ROOT, Workspace
+
+FAKE = ["--runtime", "tests.executor.fake_runtime:FakeRuntime"]
+
+
+class Server:
+    """A ``foreplan agent`` or ``gateway`` in the background."""
+
+    def __init__(self, workspace, *arguments):
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "foreplan", *arguments],
+            cwd=workspace.folder,
+            env={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin", "HOME": str(workspace.folder)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        )
+        assert "listens on" in self.process.stdout.readline()
+
+    def stop(self, number=signal.SIGTERM):
+        self.process.send_signal(number)
+        code = self.process.wait(30)
+        self.process.stdout.close()
+        return code
+
+
+def start_agent(workspace, name):
+    return Server(
+        workspace, "agent", "--cluster", "cluster.yaml", "--node", f"node-{name}", "--state-dir", f"state-{name}", *FAKE
+    )
+
+
+def start_gateway(workspace):
+    return Server(workspace, "gateway", "--listen", workspace.gateway, "--state-dir", "state-gateway")
+
+
+@pytest.fixture(scope="module")
+def live(tmp_path_factory):
+    workspace = Workspace.make(tmp_path_factory.mktemp("live"))
+    workspace.plan()
+    workspace.run("trace", "synth", "--service", "fast=20", "--service", "slow=5", "--duration", 3, "-o", "t.csv")
+    servers = [start_agent(workspace, "a"), start_agent(workspace, "b"), start_gateway(workspace)]
+    yield workspace
+    assert [server.stop() for server in servers] == [0, 0, 0]
+
+
+def where(workspace):
+    return ["--cluster", "cluster.yaml", "--gateway", workspace.gateway]
+
+
+def test_a_plan_is_applied_served_replaced_and_rolled_back(live):
+    dry = json.loads(live.run("apply", "plan.json", *where(live), "--dry-run", "--json").stdout)
+    assert dry["outcome"] == "dry run"
+    assert json.loads(live.run("status", *where(live), "--json").stdout)["generation"] == 0
+
+    applied = json.loads(live.run("apply", "plan.json", *where(live), "--store", "store", "--json").stdout)
+    assert (applied["outcome"], applied["generation"]) == ("applied", 1)
+    again = json.loads(live.run("apply", "plan.json", *where(live), "--store", "store", "--json").stdout)
+    assert (again["outcome"], again["generation"]) == ("no changes", 1)
+
+    flags = ["--services", "services.yaml", "--gateway", live.gateway, "--requests", "m.parquet", "--json"]
+    result = json.loads(live.run("load", "--trace", "t.csv", *flags).stdout)
+    assert result["attainment"] > 0.9
+    assert sum(one["offered"] for one in result["services"]) == result["requests"]
+
+    live.change("services.yaml", "deadline: 1s", "deadline: 900ms")
+    live.plan("--current", "plan.json", output="next.json")
+    live.change("services.yaml", "deadline: 900ms", "deadline: 1s")
+    live.change("demand.json", '"mean": 8.0', '"mean": 9.0')
+    live.plan(output="unaware.json")
+    stale = live.run("apply", "unaware.json", *where(live), code=4)
+    assert "generation 1" in stale.stderr
+
+    applied = json.loads(live.run("apply", "next.json", *where(live), "--store", "store", "--json").stdout)
+    assert applied["generation"] == 2
+    live.run("rollback", "1", *where(live), "--store", "store")
+    status = json.loads(live.run("status", *where(live), "--json").stdout)
+    assert status["healthy"]
+    assert status["generation"] == 3
+    digest = json.loads(live.run("apply", "plan.json", *where(live), "--json").stdout)["placement_digest"]
+    assert digest == status["placement_digest"]
+
+
+def test_a_port_in_use_is_named(live):
+    flags = ["--cluster", "cluster.yaml", "--node", "node-a", "--state-dir", "other", *FAKE]
+    result = live.run("agent", *flags, code=1)
+    assert "127.0.0.1" in result.stderr
+    assert "free" in result.stderr
+    result = live.run("gateway", "--listen", live.gateway, "--state-dir", "other", code=1)
+    assert live.gateway in result.stderr
+
+
+def test_an_unknown_node_is_named(live):
+    result = live.run("agent", "--cluster", "cluster.yaml", "--node", "node-z", "--state-dir", "other", code=1)
+    assert "expected one of node-a, node-b" in result.stderr
+
+
+def test_a_plan_for_another_cluster_is_refused(live):
+    document = json.loads((live.folder / "plan.json").read_text().replace("node-a", "node-x"))
+    (live.folder / "foreign.json").write_text(json.dumps(document))
+    result = live.run("apply", "foreign.json", *where(live), code=1)
+    assert "node-x" in result.stderr
+
+
+def test_a_dead_agent_is_named_with_its_address(tmp_path):
+    workspace = Workspace.make(tmp_path)
+    workspace.plan()
+    servers = [start_agent(workspace, "a"), start_gateway(workspace)]
+    try:
+        result = workspace.run("apply", "plan.json", *where(workspace), code=1)
+        assert "node-b" in result.stderr
+        status = json.loads(workspace.run("status", *where(workspace), "--json").stdout)
+        assert not status["healthy"]
+        assert status["generation"] == 0
+    finally:
+        for server in servers:
+            server.stop()
+
+
+def test_a_gateway_that_is_not_there_is_named(tmp_path):
+    workspace = Workspace.make(tmp_path)
+    workspace.run("trace", "synth", "--service", "fast=20", "--duration", 1, "-o", "t.csv")
+    flags = ["--services", "services.yaml", "--gateway", workspace.gateway]
+    assert workspace.gateway in workspace.run("load", "--trace", "t.csv", *flags, code=1).stderr
+
+
+def test_killed_servers_come_back_to_the_plan_in_force(tmp_path):
+    workspace = Workspace.make(tmp_path)
+    workspace.plan()
+    workspace.run("trace", "synth", "--service", "fast=20", "--service", "slow=5", "--duration", 2, "-o", "t.csv")
+    servers = [start_agent(workspace, "a"), start_agent(workspace, "b"), start_gateway(workspace)]
+    try:
+        workspace.run("apply", "plan.json", *where(workspace))
+        for server in servers:
+            server.stop(signal.SIGKILL)
+        servers = [start_agent(workspace, "a"), start_agent(workspace, "b"), start_gateway(workspace)]
+        assert "no changes" in workspace.run("apply", "plan.json", *where(workspace)).stdout
+        flags = ["--services", "services.yaml", "--gateway", workspace.gateway, "--json"]
+        assert json.loads(workspace.run("load", "--trace", "t.csv", *flags).stdout)["attainment"] > 0.9
+    finally:
+        for server in servers:
+            server.stop()
+    assert not _left_behind(tmp_path)
+
+
+def _left_behind(folder):
+    """Return processes that still work in ``folder``."""
+    return [process.pid for process in psutil.process_iter(["cwd"]) if process.info["cwd"] == str(folder)]
