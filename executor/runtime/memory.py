@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_iter
 
 from profiles.memory import resident_growth_bytes
 
-__all__ = ["keep_freed_memory", "peak_growth_bytes"]
+__all__ = ["keep_freed_memory", "peak_growth_bytes", "peak_tensor_bytes"]
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of mallopt(3)
 _KEPT_BYTES = 2**30
@@ -36,9 +36,9 @@ def peak_growth_bytes(action: Callable[[], object], device: torch.device) -> int
     """Run ``action`` once and return the bytes that it took on top of what was held before, at the peak.
 
     Warm up first: what is set up lazily, and the pages of a library's code, count where they show for the first time.
-    On CUDA that is what the caching allocator counted. On the CPU it is the larger of two views: the tensors alive at
-    once between operations (exact and repeatable, but blind to what a kernel takes inside), and the growth of the
-    resident set (which sees everything, but not memory that the process still held from earlier work).
+    On CUDA that is what the caching allocator counted. On the CPU it is the larger of `peak_tensor_bytes` and the
+    growth of the resident set, which sees what kernels take inside and what the allocator loses to fragments, but not
+    memory that the process still held from earlier work.
     """
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -47,14 +47,20 @@ def peak_growth_bytes(action: Callable[[], object], device: torch.device) -> int
         action()
         torch.cuda.synchronize(device)
         return max(0, torch.cuda.max_memory_allocated(device) - before)
+    tensor_bytes: list[int] = []
+    resident_bytes = resident_growth_bytes(lambda: tensor_bytes.append(peak_tensor_bytes(action)))
+    return max(resident_bytes, *tensor_bytes)
+
+
+def peak_tensor_bytes(action: Callable[[], object]) -> int:
+    """Run ``action`` once and return the most bytes of tensors made by it that were alive at once, between operations.
+
+    Exact and repeatable, whatever the allocator does; what a kernel takes inside an operation does not show.
+    """
     tensors = _LiveTensors()
-
-    def counted() -> None:
-        with tensors:
-            action()
-
-    resident_bytes = resident_growth_bytes(counted)
-    return max(tensors.peak_bytes, resident_bytes)
+    with tensors:
+        action()
+    return tensors.peak_bytes
 
 
 class _LiveTensors(TorchDispatchMode):  # type: ignore[no-untyped-call]

@@ -3,12 +3,12 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 
-from executor.runtime.memory import peak_growth_bytes
+from executor.runtime.memory import peak_growth_bytes, peak_tensor_bytes
 
-CPU = torch.device("cpu")
 MIB = 2**20
 
 FAULTS = """
@@ -38,27 +38,35 @@ def test_a_large_block_that_is_kept_is_not_mapped_again() -> None:
 
 def test_tensors_alive_at_once_count_and_tensors_one_after_the_other_do_not() -> None:
     def together() -> torch.Tensor:
-        first = torch.zeros(4 * MIB)
-        return torch.cat([first, first + 1])  # 16 + 16 + 32 MiB
+        first = torch.zeros(MIB)
+        return torch.cat([first, first + 1])  # 4 + 4 + 8 MiB
 
     def in_turn() -> None:
         for _ in range(4):
-            torch.zeros(4 * MIB)
+            torch.zeros(MIB)
 
-    together()  # pages of the library itself come in with its first use
-    assert 64 * MIB <= peak_growth_bytes(together, CPU) < 96 * MIB
-    assert 16 * MIB <= peak_growth_bytes(in_turn, CPU) < 48 * MIB  # the allocator need not find the same hole again
+    assert peak_tensor_bytes(together) == 16 * MIB
+    assert peak_tensor_bytes(in_turn) == 4 * MIB
 
 
 def test_views_and_results_in_place_are_not_counted_twice() -> None:
-    def work() -> None:
-        tensor = torch.zeros(4 * MIB)
-        tensor.add_(1).view(2, -1).t().mul_(2)
-
-    work()
-    assert 16 * MIB <= peak_growth_bytes(work, CPU) < 32 * MIB
+    assert peak_tensor_bytes(lambda: torch.zeros(2, MIB).add_(1).view(MIB, 2).t().mul_(2)) == 8 * MIB
 
 
 def test_tensors_that_were_there_before_do_not_count() -> None:
-    tensor = torch.zeros(16 * MIB).add_(1)
-    assert peak_growth_bytes(lambda: tensor.add_(1), CPU) < 16 * MIB
+    tensor = torch.zeros(MIB)
+    assert peak_tensor_bytes(lambda: tensor.add_(1)) == 0
+
+
+def test_the_peak_covers_tensors_and_what_is_taken_beside_them() -> None:
+    def work() -> tuple[torch.Tensor, np.ndarray]:
+        return torch.ones(8 * MIB), np.ones(32 * MIB, dtype=np.uint8)  # 32 + 32 MiB
+
+    work()
+    assert 60 * MIB <= peak_growth_bytes(work, torch.device("cpu")) < 160 * MIB
+
+
+def test_the_work_runs_exactly_once() -> None:
+    runs: list[int] = []
+    peak_growth_bytes(lambda: runs.append(1), torch.device("cpu"))
+    assert runs == [1]
