@@ -1,0 +1,59 @@
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from executor.admission import NodeFacts, placement_faults
+from executor.state import DesiredGroup
+from tests.executor.running_agent import desired, replica
+
+FACTS = NodeFacts(node="node-a", device_count=2, memory_bytes=250, variants=("fake-double",))
+
+
+def faults(state):
+    return [str(fault) for fault in placement_faults(state, FACTS)]
+
+
+def test_a_state_that_fits_has_no_faults():
+    assert faults(desired(1, g0=[replica("a"), replica("b")], g1=[replica("a")])) == []
+
+
+def test_memory_is_summed_over_the_replicas_of_a_device():
+    assert faults(desired(1, g0=[replica("a"), replica("b", memory_bytes=(150,))])) == []
+    found = faults(desired(1, g0=[replica("a"), replica("b", memory_bytes=(151,))]))
+    assert len(found) == 1
+    assert "251 bytes" in found[0]
+    assert "device 0" in found[0]
+
+
+@pytest.mark.parametrize(
+    ("state", "says"),
+    [
+        (desired(1, g2=[replica("a")]), "a device from 0 to 1"),
+        (desired(1, g0=[replica("a", "yolo")]), "'yolo', expected one of fake-double"),
+        (dataclasses.replace(desired(1), node="node-b"), "'node-b', expected 'node-a'"),
+    ],
+)
+def test_what_the_node_does_not_have_is_named(state, says):
+    found = faults(state)
+    assert len(found) == 1
+    assert says in found[0]
+
+
+def test_a_group_of_several_devices_is_beyond_this_runtime():
+    group = DesiredGroup(id="node-a/0-1", gpus=(0, 1), tensor_parallel=2, replicas=(replica("a", memory_bytes=(1, 1)),))
+    found = faults(dataclasses.replace(desired(1), groups=(group,)))
+    assert len(found) == 1
+    assert "one device per group" in found[0]
+
+
+def test_a_device_in_two_groups_is_a_fault():
+    group = DesiredGroup(id="other", gpus=(0,))
+    state = desired(1, g0=[replica("a")])
+    assert "device 0 in one group" in faults(dataclasses.replace(state, groups=(*state.groups, group)))[0]
+
+
+def test_all_faults_are_found_at_once():
+    state = desired(1, g2=[replica("a", "yolo", memory_bytes=(999,))])
+    assert len(faults(state)) == 3

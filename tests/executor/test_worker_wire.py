@@ -1,0 +1,86 @@
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from executor import worker_wire as wire
+from executor.proto import worker_pb2
+from executor.runtime.protocol import NUMPY_TYPES, TensorSpec
+
+names = st.text(max_size=8)
+counts = st.integers(0, 2**62)
+shapes = st.lists(st.integers(0, 2**40), max_size=4).map(tuple)
+datatypes = st.sampled_from(sorted(NUMPY_TYPES))
+places = st.lists(
+    st.builds(wire.TensorPlace, name=names, datatype=datatypes, shape=shapes, offset_bytes=counts, size_bytes=counts),
+    max_size=3,
+).map(tuple)
+specs = st.lists(st.builds(TensorSpec, names, datatypes, shapes), max_size=3).map(tuple)
+seconds = st.floats(0, 1e6)
+
+to_worker = st.one_of(
+    st.builds(wire.Load, call=counts, variant=names, max_batch=st.integers(1, 4096)),
+    st.builds(wire.Unload, call=counts, variant=names),
+    st.builds(
+        wire.Run,
+        call=counts,
+        variant=names,
+        inputs=places,
+        output_offset_bytes=counts,
+        output_capacity_bytes=counts,
+    ),
+    st.just(wire.Stop()),
+)
+from_worker = st.one_of(
+    st.builds(wire.Ready, process=st.integers(1, 2**22), variants=st.lists(names, max_size=3).map(tuple)),
+    st.builds(
+        wire.Loaded,
+        call=counts,
+        weight_bytes=counts,
+        load_s=seconds,
+        first_inference_s=seconds,
+        inputs=specs,
+        outputs=specs,
+    ),
+    st.builds(wire.Done, call=counts, outputs=places, run_s=seconds),
+    st.builds(wire.Unloaded, call=counts),
+    st.builds(wire.Failed, call=counts, problem=names, invalid_input=st.booleans()),
+)
+
+
+def cut(data, sizes):
+    """Cut ``data`` into pieces of these sizes, and the rest."""
+    pieces = []
+    for size in sizes:
+        pieces.append(data[:size])
+        data = data[size:]
+    return [*pieces, data]
+
+
+@given(st.lists(to_worker, max_size=4), st.lists(st.integers(0, 20), max_size=8))
+def test_messages_to_a_worker_survive_any_cutting_of_the_stream(messages, sizes):
+    splitter = wire.FrameSplitter()
+    stream = b"".join(wire.encode_to_worker(message) for message in messages)
+    bodies = [body for piece in cut(stream, sizes) for body in splitter.feed(piece)]
+    assert [wire.decode_to_worker(body) for body in bodies] == messages
+
+
+@given(st.lists(from_worker, max_size=4), st.lists(st.integers(0, 20), max_size=8))
+def test_messages_from_a_worker_survive_any_cutting_of_the_stream(messages, sizes):
+    splitter = wire.FrameSplitter()
+    stream = b"".join(wire.encode_from_worker(message) for message in messages)
+    bodies = [body for piece in cut(stream, sizes) for body in splitter.feed(piece)]
+    assert [wire.decode_from_worker(body) for body in bodies] == messages
+
+
+@pytest.mark.parametrize("decode", [wire.decode_to_worker, wire.decode_from_worker])
+@pytest.mark.parametrize("body", [b"\xff\xff\xff", worker_pb2.ToWorker().SerializeToString()])
+def test_a_body_that_is_no_message_is_refused(decode, body):
+    with pytest.raises(wire.FrameError):
+        decode(body)
+
+
+def test_a_frame_of_absurd_length_is_refused_before_it_is_read():
+    with pytest.raises(wire.FrameError, match="4294967295 bytes"):
+        wire.FrameSplitter().feed(b"\xff\xff\xff\xff")
