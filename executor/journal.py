@@ -57,6 +57,10 @@ class Journal:
             stream.write(b"%s %s\n%08x %d\n" % (_MAGIC, _VERSION, zlib.crc32(body), len(body)))
             stream.write(body)
 
+    def clear(self) -> None:
+        """Forget what is stored."""
+        self.path.unlink(missing_ok=True)
+
     def read(self) -> DesiredState | None:
         """Return what is stored, or None when nothing was ever committed.
 

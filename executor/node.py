@@ -87,6 +87,8 @@ class Node:
         self.settings = settings
         self.committed: DesiredState | None = None
         self.staged: DesiredState | None = None
+        self._before: DesiredState | None = None
+        self._can_take_back = False
         self.groups: dict[str, GroupServer] = {}
         self.replicas: dict[ReplicaKey, Replica] = {}
         self._journal = journal
@@ -204,6 +206,7 @@ class Node:
                 done = "" if self._stage_done or staged is None else ", and not loaded yet"
                 raise WrongGeneration(f"generation {generation} cannot be committed: {held} staged here{done}")
             await asyncio.to_thread(self._journal.write, staged)
+            self._before, self._can_take_back = self.committed, True
             self.committed = staged
             if self.staged is staged:
                 self.staged = None
@@ -225,6 +228,7 @@ class Node:
         if generation != self.generation or self.committed is None:
             raise WrongGeneration(f"generation {generation} cannot be finished: {self.generation} is committed here")
         wanted = self.committed
+        self._before, self._can_take_back = None, False
         keep = {*_keys(wanted), *_keys(self.staged)}
         self._retire([key for key in self.replicas if key not in keep])
         self._kick()
@@ -236,19 +240,42 @@ class Node:
         return generation
 
     async def abort(self, generation: int) -> int:
-        """Drop what is staged under ``generation``; return the committed generation. Nothing staged is fine.
+        """Take ``generation`` back, staged or committed; return the committed generation. Unknown to this node is fine.
+
+        What was committed comes back as it was, since nothing of what ran before it is unloaded until `finish`.
 
         Raises:
-            WrongGeneration: It is committed already, or older than that.
+            WrongGeneration: It is finished, or was committed before this agent was started; or it is older than that.
         """
         self._refuse_older(generation)
         if generation == self.generation:
-            raise WrongGeneration(f"generation {generation} is committed here: it can only be followed by another")
-        if self.staged is not None and self.staged.generation == generation:
-            _log.info("event=aborted generation=%d", generation)
+            await self._take_back(generation)
+        elif self.staged is not None and self.staged.generation == generation:
             self._drop_stage()
-            await self._until(lambda: not self._of_phase(Phase.DRAINING))
+        else:
+            return self.generation
+        _log.info("event=aborted generation=%d", generation)
+        await self._until(lambda: not self._of_phase(Phase.DRAINING))
         return self.generation
+
+    async def _take_back(self, generation: int) -> None:
+        """Make the state before the last commit the committed one again."""
+        async with self._committing:
+            if not self._can_take_back:
+                raise WrongGeneration(f"generation {generation} is in use here: it can only be followed by another")
+            before = self._before
+            if before is None:
+                await asyncio.to_thread(self._journal.clear)
+            else:
+                await asyncio.to_thread(self._journal.write, before)
+            self.committed, self._before, self._can_take_back = before, None, False
+            groups = before.groups if before else ()
+            earlier = {group.key_of(wanted): wanted for group in groups for wanted in group.replicas}
+            for key, wanted in earlier.items():
+                self.replicas[key] = dataclasses.replace(self.replicas[key], settings=wanted, staged=None)
+                self.groups[key.group].configure(key, wanted)
+            self._retire([key for key in self.replicas if key not in earlier])
+        self._kick()
 
     def _refuse_older(self, generation: int) -> None:
         seen = max(self.generation, self.staged.generation if self.staged else 0)
