@@ -22,35 +22,16 @@ from executor.apply_plan import (
 from executor.state import AgentState, GatewayState, Phase, ReplicaKey, ReplicaState, TargetState
 from plans.cluster import Cluster
 from plans.errors import InvalidInput
-from plans.plan import Group, LoadoutEntry, Plan, Prior, Route, SolverReport
+from plans.plan import Plan, Prior
+from tests.executor.placements import placement
 
 NODES = ("a", "b", "c")
 GROUPS = [f"{node}/{gpu}" for node in NODES for gpu in (0, 1)]
 
 
-def plan(placement: dict[str, tuple[str, ...]]) -> Plan:
-    """A plan that runs ``placement``: group to services, each as variant "v"."""
-    entry = {"variant": "v", "max_batch": 1, "rate_rps": 1.0, "memory_bytes": (1,), "deadline_s": 1.0}
-    groups = tuple(
-        Group(
-            id=group,
-            node=group[0],
-            gpus=(int(group[-1]),),
-            loadout=tuple(
-                LoadoutEntry.model_validate({**entry, "service": service, "stage_latency_s": ((0.1,),)})
-                for service in services
-            ),
-        )
-        for group, services in placement.items()
-    )
-    hosts = {service: [group for group, here in placement.items() if service in here] for service in ("s", "t")}
-    routes = {
-        service: tuple(Route(group=group, weight=1 / len(groups)) for group in groups)
-        for service, groups in hosts.items()
-        if groups
-    }
-    report = SolverReport(name="t", status="optimal", objective=1, bound=1, gap=0, wall_s=0, seed=0)
-    return Plan(solver=report, groups=groups, routes=routes)
+def plan(groups: dict[str, tuple[str, ...]]) -> Plan:
+    """A plan that runs ``groups``: group to services, each as variant "v"."""
+    return placement({group: dict.fromkeys(services, "v") for group, services in groups.items()}, max_batch=1)
 
 
 def running(wanted: Plan, generation: int) -> Live:

@@ -12,42 +12,18 @@ from executor.controller import Applied, ApplyTimeouts, NoChanges, ProgressEvent
 from executor.state import Phase, ReplicaKey
 from plans.cluster import Cluster
 from plans.errors import ApplyRolledBack, Fault, InvalidInput, RemoteFailure, StalePlan
-from plans.plan import Group, LoadoutEntry, Plan, Prior, Route, SolverReport
+from plans.plan import Plan, Prior
 from tests.executor.fake_agent import FakeAgent, FakeGateway
+from tests.executor.placements import placement
 
 Code = grpc.StatusCode
 QUICK = ApplyTimeouts(state_s=2.0, abort_s=0.25, converge_s=0.25)
 NODES = ("a", "b", "c")
 
 
-def plan(placement: dict[str, str], *, prior: Plan | None = None) -> Plan:
-    """A plan that runs ``placement``: group to variant, all of one service, routed in equal shares."""
-    groups = tuple(
-        Group(
-            id=group,
-            node=group.split("/")[0],
-            gpus=(int(group.split("/")[1]),),
-            loadout=(
-                LoadoutEntry(
-                    service="chat",
-                    variant=variant,
-                    max_batch=1,
-                    rate_rps=1.0,
-                    memory_bytes=(1,),
-                    deadline_s=0.5,
-                    stage_latency_s=((0.01,),),
-                ),
-            ),
-        )
-        for group, variant in placement.items()
-    )
-    routes = tuple(Route(group=group, weight=1 / len(placement)) for group in placement)
-    return Plan(
-        solver=SolverReport(name="t", status="optimal", objective=1, bound=1, gap=0, wall_s=0, seed=0),
-        groups=groups,
-        routes={"chat": routes} if routes else {},
-        prior=Prior(generation=1, digest=prior.placement_digest) if prior else None,
-    )
+def plan(groups: dict[str, str], *, prior: Plan | None = None) -> Plan:
+    """A plan that runs one service: group to variant."""
+    return placement({group: {"chat": variant} for group, variant in groups.items()}, prior=prior, max_batch=1)
 
 
 FIRST = plan({"a/0": "v1", "b/0": "v1"})

@@ -1,0 +1,156 @@
+"""Agents of the fake runtime and gateways as processes of their own, for tests that kill them.
+
+As a program (``python -m tests.executor.peer_process agent|gateway ...``) it runs one and prints the address that it
+listens on; as a module it starts such programs and sees to it that they end.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import psutil
+
+from plans.cluster import Cluster
+
+ROOT = Path(__file__).resolve().parents[2]
+FAKE_RUNTIME = "tests.executor.fake_runtime:FakeRuntime"
+_END_S = 20.0
+
+
+class PeerProcess:
+    """One process; `start` again after `kill` listens on the same address with the same state."""
+
+    def __init__(self, kind: str, folder: Path, *, node: str = "") -> None:
+        self.kind = kind
+        self.node = node
+        self.folder = folder
+        self.address = "127.0.0.1:0"
+        self._process: subprocess.Popen[str] | None = None
+
+    def start(self) -> PeerProcess:
+        if self._process is not None:
+            self._reap()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        arguments = [self.kind, "--listen", self.address, "--state-dir", str(self.folder), "--node", self.node]
+        with (self.folder / "log").open("a") as log:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "tests.executor.peer_process", *arguments],
+                cwd=ROOT,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+            )
+        assert self._process.stdout is not None
+        self.address = self._process.stdout.readline().strip()
+        assert self.address, (self.folder / "log").read_text()
+        return self
+
+    @property
+    def process(self) -> subprocess.Popen[str]:
+        assert self._process is not None
+        return self._process
+
+    def children(self) -> list[psutil.Process]:
+        return psutil.Process(self.process.pid).children(recursive=True)
+
+    def kill(self) -> None:
+        """End it at once, as a crash does; its workers have to notice by themselves."""
+        children = self.children()
+        self.process.kill()
+        self._reap()
+        _, alive = psutil.wait_procs(children, timeout=_END_S)
+        assert not alive, f"workers outlived their agent: {alive}"
+
+    def stop(self) -> int:
+        """Ask it to end, and return its exit status."""
+        self.process.send_signal(signal.SIGTERM)
+        self.process.wait(_END_S)
+        return self._reap()
+
+    def end(self) -> None:
+        """Leave nothing behind, whatever state it is in."""
+        if self._process is not None and self._process.poll() is None:
+            with suppress(psutil.NoSuchProcess):
+                for child in self.children():
+                    child.kill()
+            self._process.kill()
+        if self._process is not None:
+            self._reap()
+
+    def _reap(self) -> int:
+        code = self.process.wait(_END_S)
+        assert self.process.stdout is not None
+        self.process.stdout.close()
+        return code
+
+
+@contextmanager
+def processes(*peers: PeerProcess) -> Iterator[None]:
+    """Start ``peers``; all are gone afterwards."""
+    try:
+        for peer in peers:
+            peer.start()
+        yield
+    finally:
+        for peer in peers:
+            peer.end()
+
+
+def cluster_of(*agents: PeerProcess) -> Cluster:
+    """Return the cluster document for agents that run; each node has two devices of 1 GiB."""
+    return Cluster.model_validate(
+        {
+            "gpu_types": {"cpu": {"memory": "1GiB"}},
+            "nodes": [
+                {"name": agent.node, "address": agent.address, "gpus": {"type": "cpu", "count": 2}} for agent in agents
+            ],
+        }
+    )
+
+
+def main() -> None:
+    """Run one peer until SIGTERM."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("kind", choices=["agent", "gateway"])
+    parser.add_argument("--listen", required=True)
+    parser.add_argument("--state-dir", type=Path, required=True)
+    parser.add_argument("--node", required=True)
+    chosen = parser.parse_args()
+    asyncio.run(_gateway(chosen) if chosen.kind == "gateway" else _agent(chosen))
+
+
+async def _agent(chosen: argparse.Namespace) -> None:
+    from executor.agent import AgentConfig, serve_agent
+
+    config = AgentConfig(
+        node=chosen.node,
+        address=chosen.listen,
+        device_count=2,
+        memory_bytes=2**30,
+        state_dir=chosen.state_dir,
+        runtime=FAKE_RUNTIME,
+        drain_s=5.0,
+    )
+    await serve_agent(config, on_ready=lambda port: _say(f"127.0.0.1:{port}"))
+
+
+async def _gateway(chosen: argparse.Namespace) -> None:
+    from executor.gateway import GatewayConfig, serve_gateway
+
+    await serve_gateway(GatewayConfig(listen=chosen.listen, state_dir=chosen.state_dir), on_ready=_say)
+
+
+def _say(address: str) -> None:
+    sys.stdout.write(f"{address}\n")
+    sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main()
