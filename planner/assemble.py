@@ -1,0 +1,155 @@
+"""From a placement to the plan document."""
+
+from __future__ import annotations
+
+import math
+
+from planner.lexicographic import TierOutcome
+from planner.prediction import latency_model, predict
+from planner.space import Placed, Placement, PlanningSpace
+from planner.unserved import unserved
+from plans.documents import canonical_digest
+from plans.plan import Group, LoadoutEntry, Plan, Prior, Route, SolverReport, Tier
+
+__all__ = ["assemble", "solver_report"]
+
+
+def assemble(
+    space: PlanningSpace,
+    placement: Placement,
+    report: SolverReport,
+    *,
+    shadow_prices: dict[str, float],
+    warnings: tuple[str, ...],
+    created_at: str,
+    tool_version: str,
+) -> Plan:
+    """Return the plan of ``placement``; its transition is left empty, for `plans.transition` to fill."""
+    problem = space.problem
+    running = problem.current
+    left_out = unserved(space, placement)
+    predicted = predict(space, placement)
+    notes = [*warnings, *_warnings(space, placement)]
+    notes += [
+        f"{each.service}: {each.rate_rps:.4g} of {space.offered_rps[space.names.index(each.service)]:.4g} rps "
+        f"are not served ({each.reason}): {each.detail}"
+        for each in left_out
+    ]
+    return Plan(
+        tool_version=tool_version,
+        created_at=created_at,
+        inputs={
+            "cluster": canonical_digest([problem.cluster]),
+            "services": canonical_digest([problem.services]),
+            "profiles": problem.profiles.digest,
+            "demand": canonical_digest([problem.demand]),
+        },
+        prior=_prior(running),
+        solver=report,
+        groups=_groups(space, placement),
+        routes=_routes(space, placement),
+        predicted=predicted,
+        shadow_prices=shadow_prices,
+        unserved=left_out,
+        warnings=tuple(notes),
+    )
+
+
+def solver_report(space: PlanningSpace, tiers: tuple[TierOutcome, ...], wall_s: float) -> SolverReport:
+    """Return the certificate: the first tier's, with every tier beside it."""
+    first = tiers[0]
+    return SolverReport(
+        name=space.problem.settings.backend,
+        status="optimal" if first.gap <= 1e-6 else "feasible",
+        objective=first.value,
+        bound=first.bound,
+        gap=first.gap,
+        wall_s=wall_s,
+        seed=space.problem.settings.seed,
+        tiers=tuple(
+            Tier(name=tier.objective.name, objective=tier.value, bound=tier.bound, gap=tier.gap)
+            for tier in tiers
+            if math.isfinite(tier.bound)
+        ),
+    )
+
+
+def _prior(running: Plan | None) -> Prior | None:
+    """Return a reference to the running plan. Its generation is the store's business: one after its own prior."""
+    if running is None:
+        return None
+    generation = 1 if running.prior is None else running.prior.generation + 1
+    return Prior(generation=generation, digest=running.placement_digest)
+
+
+def _groups(space: PlanningSpace, placement: Placement) -> tuple[Group, ...]:
+    loadouts: dict[int, list[LoadoutEntry]] = {}
+    for placed in placement:
+        loadouts.setdefault(placed.group, []).append(_entry(space, placed))
+    return tuple(
+        Group(
+            id=space.groups[position].id,
+            node=space.groups[position].node,
+            gpus=space.groups[position].gpus,
+            tp=space.groups[position].tp,
+            pp=space.groups[position].pp,
+            loadout=tuple(sorted(entries, key=lambda entry: space.names.index(entry.service))),
+        )
+        for position, entries in loadouts.items()
+    )
+
+
+def _entry(space: PlanningSpace, placed: Placed) -> LoadoutEntry:
+    option = space.options[placed.option]
+    return LoadoutEntry(
+        service=option.service,
+        variant=option.variant,
+        max_batch=option.batch,
+        multi_frame=option.multi_frame,
+        rate_rps=_rate_rps(space, placed),
+        memory_bytes=tuple(size for size in option.memory_bytes for _ in range(option.tp)),
+        weight_bytes=option.weight_bytes,
+        load_s=option.load_s,
+        deadline_s=option.deadline_s,
+        stage_latency_s=latency_model(space, option).stage_latency_table(option.batch),
+    )
+
+
+def _rate_rps(space: PlanningSpace, placed: Placed) -> float:
+    return placed.share * float(space.sustained_rps[placed.option])
+
+
+def _routes(space: PlanningSpace, placement: Placement) -> dict[str, tuple[Route, ...]]:
+    """Return the routing weights: shares of the rate, or equal where nothing is served yet; they sum to exactly 1."""
+    rates: dict[str, list[tuple[str, float]]] = {}
+    for placed in placement:
+        service = space.options[placed.option].service
+        rates.setdefault(service, []).append((space.groups[placed.group].id, _rate_rps(space, placed)))
+    return {name: _weights(rates[name]) for name in space.names if name in rates}
+
+
+def _weights(rates: list[tuple[str, float]]) -> tuple[Route, ...]:
+    total = math.fsum(rate for _, rate in rates)
+    if total <= 0:
+        rates, total = [(group, 1.0) for group, _ in rates], float(len(rates))
+    weights = [(group, rate / total) for group, rate in rates if rate / total > 1e-9]
+    # The largest takes what rounding leaves.
+    largest = max(range(len(weights)), key=lambda index: weights[index][1])
+    rest = math.fsum(weight for index, (_, weight) in enumerate(weights) if index != largest)
+    weights[largest] = (weights[largest][0], 1.0 - rest)
+    return tuple(Route(group=group, weight=weight) for group, weight in weights)
+
+
+def _warnings(space: PlanningSpace, placement: Placement) -> list[str]:
+    found: dict[str, None] = {}
+    for placed in placement:
+        option = space.options[placed.option]
+        where = f"{option.service}: {option.variant} on {option.gpu_type} at batch {option.batch}"
+        if option.confidence in ("extrapolated", "modelled"):
+            found[f"{where} rests on {option.confidence} latencies; measure it with `foreplan profile run`"] = None
+        if option.at_floor and placed.share > 0:
+            found[
+                f"{where} is planned for {option.utilisation:.0%} utilisation, more than the tail bound allows for an "
+                f"attainment of {space.problem.services.service(option.service).slo.attainment:g}"
+            ] = None
+    return list(found)

@@ -1,0 +1,62 @@
+"""Spreading rates evenly once the placement is decided: full groups are late groups."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from planner.backend import Budget, Solution, Solver
+from planner.linear import ModelBuilder
+from planner.space import Placed, Placement, PlanningSpace
+
+__all__ = ["balance"]
+
+_SEGMENTS = ((0.3, 1.0), (0.2, 2.0), (0.15, 4.0), (0.15, 8.0), (0.1, 16.0), (np.inf, 32.0))
+"""Width of each segment of utilisation, and the price of a unit of it: rising, so that peaks are levelled first."""
+
+
+def balance(space: PlanningSpace, placement: Placement, solver: Solver, budget: Budget) -> Placement:
+    """Return ``placement`` with the same replicas, rates per service and variant, and more even utilisations.
+
+    Minimises the sum over groups of a convex, piecewise linear price of utilisation (section 6 of
+    docs/formulation.md), so wherever two groups can trade load, the fuller one gives.
+    """
+    if not placement:
+        return placement
+    builder = ModelBuilder()
+    options = [placed.option for placed in placement]
+    cap = space.share_cap[options]
+    share = builder.add_variables([f"share[{index}]" for index in range(len(placement))], upper=cap, integer=False)
+    groups = np.array([placed.group for placed in placement])
+    utilisation = np.array([space.options[option].utilisation for option in options])
+    widths = np.array([width for width, _ in _SEGMENTS])
+    prices: list[float] = []
+    for group in np.unique(groups):
+        segments = builder.add_variables(
+            [f"load[{group},{i}]" for i in range(len(widths))], upper=widths, integer=False
+        )
+        mine = np.flatnonzero(groups == group)
+        builder.add_row(f"compute[{group}]", share[mine], np.ones(len(mine)), upper=1.0)
+        builder.add_row(
+            f"load[{group}]",
+            np.concatenate([share[mine], segments]),
+            np.concatenate([utilisation[mine], -np.ones(len(segments))]),
+            lower=0.0,
+            upper=0.0,
+        )
+        prices.extend(price for _, price in _SEGMENTS)
+    kinds = [(int(space.service_of[option]), float(space.accuracy[option])) for option in options]
+    rates = space.sustained_rps[options]
+    for kind in sorted(set(kinds)):
+        mine = np.array([index for index, each in enumerate(kinds) if each == kind])
+        total = float(sum(rates[index] * placement[index].share for index in mine))
+        scale = max(total, 1e-9)
+        builder.add_row(f"rate{kind}", share[mine], rates[mine] / scale, lower=total / scale, upper=total / scale)
+    model = builder.build()
+    model = model.with_objective(np.concatenate([np.zeros(len(placement)), np.array(prices)]), maximise=False)
+    answer = solver.solve(model, budget)
+    if not isinstance(answer, Solution):
+        return placement
+    values = np.clip(answer.values[share], 0.0, 1.0)
+    return tuple(
+        Placed(placed.group, placed.option, float(value)) for placed, value in zip(placement, values, strict=True)
+    )

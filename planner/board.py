@@ -1,0 +1,105 @@
+"""A placement in the making: what is where, and what still fits. The working state of the heuristics."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from planner.linear import Floats
+from planner.space import Placed, Placement, PlanningSpace
+
+__all__ = ["NEGLIGIBLE", "Board"]
+
+NEGLIGIBLE = 1e-6
+"""Compute share that is not worth a replica."""
+
+
+class Board:
+    """Groups with what was placed on them; keeps memory, compute, blocking, budgets and GPU exclusivity.
+
+    Attributes:
+        space: The planning space.
+        compute_left: Shape (group,): share of each group's compute that is free.
+        remaining_rps: Shape (service,): demand not served yet.
+    """
+
+    def __init__(self, space: PlanningSpace) -> None:
+        self.space = space
+        groups, options = len(space.groups), len(space.options)
+        self.compute_left: Floats = np.ones(groups)
+        self.remaining_rps: Floats = space.offered_rps.copy()
+        self.used: NDArray[np.bool_] = np.zeros(groups, dtype=bool)
+        self._memory_used = np.zeros((groups, space.memory.shape[1]))
+        self._open = np.ones(groups, dtype=bool)
+        self._barred = np.ones((groups, options), dtype=bool)
+        for position, group in enumerate(space.groups):
+            self._barred[position, list(group.options)] = False
+        self._gpus = np.array([group.tp * group.pp for group in space.groups], dtype=np.int64)
+        self._budget_left = space.max_gpus.copy()
+        self._overlaps = _overlaps(space)
+        self._share: dict[tuple[int, int], float] = {}
+
+    def fits(self, option: int) -> NDArray[np.bool_]:
+        """Return the groups that ``option`` could join, shape (group,); what compute is left there does not count."""
+        memory = (self._memory_used + self.space.memory[option] <= 1.0 + 1e-9).all(axis=1)
+        affordable = self._gpus <= self._budget_left[self.space.service_of[option]]
+        fitting: NDArray[np.bool_] = self._open & ~self._barred[:, option] & memory & affordable
+        return fitting
+
+    def open_groups(self) -> NDArray[np.bool_]:
+        """Return the groups none of whose GPUs is in another used group, shape (group,)."""
+        return self._open.copy()
+
+    def memory_left(self) -> Floats:
+        """Return the share of memory that is free on the fullest stage of each group, shape (group,)."""
+        left: Floats = 1.0 - self._memory_used.max(axis=1)
+        return left
+
+    def place(self, group: int, option: int, share: float) -> None:
+        """Put ``option`` on ``group``, which must fit, and give it ``share`` of the compute."""
+        service = self.space.service_of[option]
+        self._share[group, option] = 0.0
+        self._memory_used[group] += self.space.memory[option]
+        self._barred[group] |= self.space.conflicts[option] | (self.space.service_of == service)
+        self._budget_left[service] -= self._gpus[group]
+        self.used[group] = True
+        for other in self._overlaps.get(group, ()):
+            self._open[other] = False
+        self.feed(group, option, share)
+
+    def feed(self, group: int, option: int, share: float) -> None:
+        """Give ``option``, which runs on ``group``, ``share`` more of the compute."""
+        self._share[group, option] += share
+        self.compute_left[group] -= share
+        service = self.space.service_of[option]
+        self.remaining_rps[service] = max(0.0, self.remaining_rps[service] - share * self.space.sustained_rps[option])
+
+    def running(self) -> list[tuple[int, int]]:
+        """Return the (group, option) pairs placed so far, in order."""
+        return list(self._share)
+
+    def replicas(self, service: int) -> int:
+        """Return how many groups run ``service``."""
+        return sum(1 for _, option in self._share if self.space.service_of[option] == service)
+
+    def wanted_share(self, option: int) -> float:
+        """Return the compute share with which ``option`` would serve what remains of its service's demand."""
+        return float(self.remaining_rps[self.space.service_of[option]] / self.space.sustained_rps[option])
+
+    def placement(self) -> Placement:
+        """Return what stands on the board."""
+        return tuple(sorted(Placed(group, option, min(share, 1.0)) for (group, option), share in self._share.items()))
+
+
+def _overlaps(space: PlanningSpace) -> dict[int, tuple[int, ...]]:
+    """Return, for each group that shares a GPU with others, those others."""
+    holders: dict[tuple[str, int], list[int]] = {}
+    for position, group in enumerate(space.groups):
+        for gpu in group.gpus:
+            holders.setdefault((group.node, gpu), []).append(position)
+    found: dict[int, set[int]] = {}
+    for places in holders.values():
+        for place in places:
+            if len(places) > 1:
+                found.setdefault(place, set()).update(places)
+    return {place: tuple(sorted(others - {place})) for place, others in found.items()}

@@ -1,0 +1,254 @@
+"""Why the plan treats a service as it does: what binds, and what speaks against the alternatives."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from planner.board import Board
+from planner.option import Option
+from planner.problem import Problem, check
+from planner.space import Placed, Placement, PlanningSpace, build_space
+from planner.unserved import binding
+from plans.errors import InvalidInput
+from plans.plan import Confidence, Plan
+from plans.units import format_bytes, format_seconds
+from profiles.latency import worst
+
+__all__ = ["Alternative", "Explanation", "Replica", "explain"]
+
+_MOST_LINES = 6
+"""Alternatives of one kind that are listed, so that the answer fits a screen."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Replica:
+    """Where the service runs, and how: utilisation is that of the whole group."""
+
+    group: str
+    variant: str
+    max_batch: int
+    rate_rps: float
+    most_rps: float
+    utilisation: float
+    utilisation_limit: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Alternative:
+    """Something the plan does not do, and the reason with its numbers."""
+
+    what: str
+    why_not: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Explanation:
+    """The answer to ``explain SERVICE``.
+
+    Attributes:
+        service: Name of the service.
+        offered_rps: Rate that was planned for.
+        served_rps: Rate that the plan serves.
+        binding: What keeps the service from more; ``served in full`` when nothing does.
+        replicas: Where it runs.
+        parallelisms: The other parallelisms, and why not those.
+        places: The nodes and GPU types where it does not run, and why not there.
+        variants: The other variants, and why not those.
+        confidence: The least trustworthy profile that the answer rests on; None when the service runs nowhere.
+        shadow_prices: Weighted requests per second that one more GPU of each type is worth.
+    """
+
+    service: str
+    offered_rps: float
+    served_rps: float
+    binding: str
+    replicas: tuple[Replica, ...]
+    parallelisms: tuple[Alternative, ...]
+    places: tuple[Alternative, ...]
+    variants: tuple[Alternative, ...]
+    confidence: Confidence | None
+    shadow_prices: dict[str, float]
+
+
+def explain(problem: Problem, plan: Plan, service: str) -> Explanation:
+    """Explain what ``plan``, made from ``problem``, does about ``service``.
+
+    Raises:
+        InvalidInput: There is no such service, or the documents contradict each other.
+    """
+    check(problem)
+    if service not in {each.name for each in problem.services.services}:
+        known = ", ".join(each.name for each in problem.services.services)
+        raise InvalidInput.of(f"one of the services {known}", where="explain", field="service", found=repr(service))
+    space = build_space(problem)
+    placement = placement_of(space, plan)
+    index = space.names.index(service)
+    mine = [placed for placed in placement if space.service_of[placed.option] == index]
+    served = float(space.served_rps(placement)[index])
+    offered = float(space.offered_rps[index])
+    full = served >= offered * (1 - 1e-6)
+    running = [space.options[placed.option] for placed in mine]
+    return Explanation(
+        service=service,
+        offered_rps=offered,
+        served_rps=served,
+        binding="served in full" if full else _binding(space, placement, index),
+        replicas=tuple(_replica(space, placement, placed) for placed in mine),
+        parallelisms=_parallelisms(space, index, running),
+        places=_places(space, placement, index, mine),
+        variants=_variants(space, service, running),
+        confidence=worst(*(option.confidence for option in running)) if running else None,
+        shadow_prices=dict(plan.shadow_prices),
+    )
+
+
+def placement_of(space: PlanningSpace, plan: Plan) -> Placement:
+    """Return ``plan`` as a placement.
+
+    Raises:
+        InvalidInput: The plan runs something that the documents do not offer: it was made from others.
+    """
+    place_of = {(group.node, group.gpus, group.tp, group.pp): index for index, group in enumerate(space.groups)}
+    option_of = {option.key: index for index, option in enumerate(space.options)}
+    placement = []
+    for group in plan.groups:
+        place = place_of.get((group.node, group.gpus, group.tp, group.pp))
+        kind = None if place is None else space.groups[place].gpu_type
+        for entry in group.loadout:
+            key = (entry.service, entry.variant, str(kind), group.tp, group.pp, entry.max_batch)
+            if place is None or key not in option_of:
+                raise InvalidInput.of(
+                    "a plan made from these documents",
+                    where="plan",
+                    field=f"groups ({group.id}).{entry.service}",
+                    found=f"{entry.variant} at batch {entry.max_batch}, which they do not offer",
+                    remedy="pass the documents that the plan was made from",
+                )
+            option = option_of[key]
+            placement.append(Placed(place, option, entry.rate_rps / float(space.sustained_rps[option])))
+    return tuple(sorted(placement))
+
+
+def _binding(space: PlanningSpace, placement: Placement, service: int) -> str:
+    found = binding(space, placement, service)
+    return f"{found.reason}: {found.detail}"
+
+
+def _replica(space: PlanningSpace, placement: Placement, placed: Placed) -> Replica:
+    option = space.options[placed.option]
+    together = [each for each in placement if each.group == placed.group]
+    return Replica(
+        group=space.groups[placed.group].id,
+        variant=option.variant,
+        max_batch=option.batch,
+        rate_rps=placed.share * option.sustained_rps,
+        most_rps=option.sustained_rps,
+        utilisation=sum(each.share * space.options[each.option].utilisation for each in together),
+        utilisation_limit=option.utilisation,
+    )
+
+
+def _parallelisms(space: PlanningSpace, service: int, running: list[Option]) -> tuple[Alternative, ...]:
+    """Compare the rate per GPU of every parallelism that is not used with the best one that is."""
+    mine = [option for option in space.options if space.names[service] == option.service]
+    used = {(option.gpu_type, option.tp, option.pp) for option in running}
+    best = max((option.sustained_rps / option.gpus for option in running), default=None)
+    found = []
+    for kind in sorted({(option.gpu_type, option.tp, option.pp) for option in mine} - used):
+        option = max((each for each in mine if (each.gpu_type, each.tp, each.pp) == kind), key=_rate_per_gpu)
+        rate = f"{_rate_per_gpu(option):.4g} rps per GPU ({option.variant}, batch {option.batch})"
+        why = rate if best is None else f"{rate} against {best:.4g} as placed"
+        found.append(Alternative(what=f"tp {kind[1]}, pp {kind[2]} on {kind[0]}", why_not=why))
+    rejected = {
+        (each.gpu_type, each.tp, each.pp): each
+        for each in space.catalogue.rejections
+        if each.service in space.names and each.service == space.names[service]
+    }
+    for kind, rejection in sorted(rejected.items()):
+        if kind not in used and kind not in {(option.gpu_type, option.tp, option.pp) for option in mine}:
+            found.append(
+                Alternative(
+                    what=f"tp {kind[1]}, pp {kind[2]} on {kind[0]}",
+                    why_not=f"no option works: {_short(rejection.reason, rejection.needed, rejection.available)}",
+                )
+            )
+    return tuple(found[:_MOST_LINES])
+
+
+def _places(space: PlanningSpace, placement: Placement, service: int, mine: list[Placed]) -> tuple[Alternative, ...]:
+    """Say for every node without the service what is in the way there."""
+    board = Board(space)
+    for placed in placement:
+        board.place(placed.group, placed.option, placed.share)
+    hosts = {space.groups[placed.group].node for placed in mine}
+    document = space.problem.services.service(space.names[service])
+    options = np.flatnonzero(space.service_of == service)
+    found = []
+    for node in space.problem.cluster.nodes:
+        if node.name in hosts:
+            continue
+        homes = [
+            index
+            for index, group in enumerate(space.groups)
+            if group.node == node.name and set(group.options) & set(options.tolist())
+        ]
+        if not any(document.allows(node.name, (gpu,)) for gpu in range(node.gpus.count)):
+            why = "pin or forbid rules it out"
+        elif not homes:
+            why = f"no option works on {node.gpus.type}"
+        else:
+            why = _in_the_way(space, board, homes, options)
+        found.append(Alternative(what=node.name, why_not=why))
+    return tuple(found[:_MOST_LINES])
+
+
+def _in_the_way(space: PlanningSpace, board: Board, homes: list[int], options: np.ndarray) -> str:
+    left = float(board.compute_left[homes].max())
+    room = float(board.memory_left()[homes].max())
+    needed = float(space.memory[options].max(axis=1).min())
+    if left < 0.01:
+        return "its GPUs are planned to their limit of utilisation"
+    if room < needed:
+        return f"{room:.0%} of memory free at most, the smallest option needs {needed:.0%}"
+    if not any(board.fits(int(option))[homes].any() for option in options):
+        return "what runs there would block it, or be blocked by it, beyond a deadline; or max_gpus is reached"
+    return f"not needed: {left:.0%} of its compute would be free"
+
+
+def _variants(space: PlanningSpace, service: str, running: list[Option]) -> tuple[Alternative, ...]:
+    used = {option.variant for option in running}
+    document = space.problem.services.service(service)
+    best = max((option.sustained_rps / option.gpus for option in running), default=None)
+    found = []
+    for variant in document.variants:
+        if variant.model in used:
+            continue
+        options = [option for option in space.catalogue.of(service) if option.variant == variant.model]
+        rejected = [
+            each for each in space.catalogue.rejections if each.service == service and each.variant == variant.model
+        ]
+        if options:
+            option = max(options, key=_rate_per_gpu)
+            why = f"accuracy {variant.accuracy:.4g}, {_rate_per_gpu(option):.4g} rps per GPU"
+            why += "" if best is None else f" against {best:.4g} as placed"
+        elif rejected:
+            closest = min(rejected, key=lambda each: each.needed / max(each.available, 1e-12))
+            why = _short(closest.reason, closest.needed, closest.available)
+        else:
+            why = "dominated by another option, or without a profile on the GPU types present"
+        found.append(Alternative(what=variant.model, why_not=why))
+    return tuple(found[:_MOST_LINES])
+
+
+def _rate_per_gpu(option: Option) -> float:
+    return option.sustained_rps / option.gpus
+
+
+def _short(reason: str, needed: float, available: float) -> str:
+    if reason == "memory":
+        return f"memory: {format_bytes(needed)} needed, {format_bytes(available)} usable per GPU"
+    if reason == "latency":
+        return f"latency: {format_seconds(needed)} against a deadline of {format_seconds(available)}"
+    return f"accuracy: {available:.4g} is below min_accuracy {needed:.4g}"

@@ -1,0 +1,392 @@
+"""Solving the objectives in their order, each with a proven bound, within one time budget.
+
+Each objective is solved in up to three stages that stop as soon as the gap is closed:
+
+1. over classes of interchangeable groups: few variables, no symmetry, a bound that holds for the exact model too;
+2. the counts of stage 1 packed onto groups, with the rates made optimal by a linear program;
+3. the exact model over single groups, first with the options that the stages before used, then with all.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from planner.backend import Budget, InfeasibleModel, Solution, Solver, local_solver, solver
+from planner.board import NEGLIGIBLE
+from planner.formulation import Formulation
+from planner.greedy import Target, greedy, pack, running
+from planner.linear import Floats, LinearModel
+from planner.neighbourhood import neighbourhoods
+from planner.objective import GOODPUT, Kept, Objective, gap_of, tiers, with_kept
+from planner.space import Placed, Placement, PlanningSpace
+
+__all__ = ["Exhausted", "Outcome", "Search", "TierOutcome", "Unsatisfiable"]
+
+_LARGEST_EXACT_MODEL = 40_000
+"""Pairs of group and option up to which the exact model is worth building."""
+
+_SMALL_EXACT_MODEL = 600
+"""The same for the objectives after the first, whose gap is no certificate: larger ones are searched locally."""
+
+_NEIGHBOURHOOD_PAIRS = 100
+"""Pairs that one neighbourhood decides about: mostly solved in tens of milliseconds."""
+
+_NEIGHBOURHOOD_NODES = 50
+"""Nodes of the search tree for one neighbourhood; a limit in seconds would make the plan depend on the machine."""
+
+_NEIGHBOURHOOD_GAP = 1e-3
+"""Gap at which one neighbourhood counts as solved."""
+
+_LATER_GAP = 0.01
+"""Gap at which the local search leaves an objective after the first."""
+
+_LATER_ROUNDS = 16
+"""Neighbourhoods for an objective after the first."""
+
+_STALLED_ROUNDS = 5
+"""Neighbourhoods without a gain after which an objective is left as it is."""
+
+_TIER_SHARE = (0.55, 0.5, 0.6, 0.9)
+"""Share of the time left that each objective may take."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TierOutcome:
+    """One objective: its value, its bound, and whether the time ran out."""
+
+    objective: Objective
+    value: float
+    bound: float
+    timed_out: bool
+
+    @property
+    def gap(self) -> float:
+        """Relative distance between value and bound."""
+        return gap_of(self.value, self.bound)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """The best placement found, and its certificate per objective."""
+
+    placement: Placement
+    tiers: tuple[TierOutcome, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Unsatisfiable:
+    """Proven: no placement satisfies the constraints."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Exhausted:
+    """No placement found in time, and no proof that there is none; a bound on the first objective, when known."""
+
+    bound: float | None
+
+
+class Search:
+    """The lexicographic search over one planning space."""
+
+    def __init__(self, space: PlanningSpace, clock: Callable[[], float], ends_at_s: float) -> None:
+        self._space = space
+        self._settings = space.problem.settings
+        self._clock = clock
+        self._ends_at_s = ends_at_s
+        self._solver: Solver = solver(self._settings.backend)
+        self._local_solver = local_solver(self._settings.backend)
+        # CP-SAT rounds continuous variables, so linear programs go to HiGHS then.
+        self._linear_solver = solver("highs") if self._settings.backend == "cp-sat" else self._solver
+        self._over_classes = Formulation(space, space.classes)
+        self._symmetric = any(each.count > 1 for each in space.classes)
+        self._exact: Formulation | None = None
+        self._used_options: frozenset[int] = frozenset()
+
+    def run(self) -> Outcome | Unsatisfiable | Exhausted:
+        """Solve every objective in turn."""
+        best = self._start()
+        kept: tuple[Kept, ...] = ()
+        outcomes: list[TierOutcome] = []
+        for position, objective in enumerate(tiers(self._space)):
+            tier = _Tier(objective=objective, kept=kept, best=best, ends_at_s=self._tier_end(position))
+            proven_infeasible = self._solve_tier(tier)
+            if tier.best is None:
+                return Unsatisfiable() if proven_infeasible else Exhausted(bound=tier.known_bound)
+            best = tier.best
+            value = objective.value(self._space, best)
+            outcomes.append(
+                TierOutcome(objective=objective, value=value, bound=tier.bound_for(value), timed_out=tier.timed_out)
+            )
+            kept = (*kept, Kept(objective=objective, limit=objective.limit(value, self._settings.tolerance)))
+        assert best is not None
+        return Outcome(placement=best, tiers=tuple(outcomes))
+
+    def tier_value(self, placement: Placement) -> tuple[float, ...]:
+        """Return the value of every objective for ``placement``, larger is better."""
+        return tuple(each.value(self._space, placement) * (1 if each.maximise else -1) for each in tiers(self._space))
+
+    def best_rates(
+        self, pairs: list[tuple[int, int]], objective: Objective, kept: tuple[Kept, ...]
+    ) -> Placement | None:
+        """Return ``pairs`` (group, option) with the rates best for ``objective``; None when none keep ``kept``."""
+        places = sorted({group for group, _ in pairs})
+        position = {group: index for index, group in enumerate(places)}
+        chosen = [self._space.singles[group] for group in places]
+        fixed = Formulation(self._space, chosen, sorted((position[group], option) for group, option in pairs))
+        model = with_kept(fixed, objective, kept)
+        lower = model.lower.copy()
+        lower[fixed.use] = 1.0
+        lower[fixed.run] = 1.0
+        answer = self._linear_solver.solve(
+            model.with_bounds(lower, model.upper).relaxed(),
+            Budget(time_limit_s=max(1.0, self._ends_at_s - self._clock()), seed=self._settings.seed),
+        )
+        return fixed.decode(answer.values) if isinstance(answer, Solution) else None
+
+    def _start(self) -> Placement | None:
+        """Return the better of the greedy and the running plan, both with optimal rates."""
+        best: Placement | None = None
+        for placement in (running(self._space), greedy(self._space)):
+            if placement is None:
+                continue
+            rated = self.best_rates(_pairs(placement), GOODPUT, ()) or placement
+            if best is None or self.tier_value(rated) > self.tier_value(best):
+                best = rated
+        return best
+
+    def _tier_end(self, position: int) -> float:
+        now = self._clock()
+        return now + max(0.0, self._ends_at_s - now) * _TIER_SHARE[min(position, len(_TIER_SHARE) - 1)]
+
+    def _solve_tier(self, tier: _Tier) -> bool:
+        """Improve ``tier`` until its gap is closed or its time is over; True when proven infeasible."""
+        if tier.best is not None:
+            self._offer(tier, self.best_rates(_pairs(tier.best), tier.objective, tier.kept))
+        if self._symmetric:
+            targets = self._solve_classes(tier)
+            if targets is None:
+                return True
+            self._used_options = frozenset(option for _, option, _, _ in targets)
+            self._pack(tier, targets)
+            if self._closed(tier):
+                return False
+            if self._clock() < tier.ends_at_s and (not tier.kept or tier.best is None):
+                self._solve_groups(tier, self._promising(tier, targets), proves=False)
+                if self._closed(tier):
+                    return False
+        everything = sum(len(each.options) for each in self._space.singles)
+        first = not tier.kept
+        if everything > (_LARGEST_EXACT_MODEL if first else _SMALL_EXACT_MODEL) and tier.best is not None:
+            self._search_neighbourhoods(tier)
+            tier.timed_out = True
+            return False
+        if self._clock() < tier.ends_at_s or tier.best is None:
+            return self._solve_groups(tier, None, proves=True)
+        tier.timed_out = True
+        return False
+
+    def _search_neighbourhoods(self, tier: _Tier) -> None:
+        """Free a few groups at a time and solve them exactly, until nothing was gained for some rounds."""
+        generator = np.random.default_rng(self._settings.seed)
+        target = _LATER_GAP if tier.kept else 0.0
+        most_stalled, most_rounds = (_STALLED_ROUNDS, _LATER_ROUNDS) if tier.kept else (10**9, 10**9)
+        rounds = stalled = 0
+        while (
+            tier.best is not None and stalled < most_stalled and rounds < most_rounds and not self._closed(tier, target)
+        ):
+            best = tier.best
+            options = self._options_to_consider(best, everything=stalled % 3 == 2)
+            for free, stays in neighbourhoods(self._space, best, options, generator, most_pairs=_NEIGHBOURHOOD_PAIRS):
+                if self._clock() >= tier.ends_at_s:
+                    return
+                self._solve_neighbourhood(tier, free, stays)
+                break
+            rounds += 1
+            stalled = stalled + 1 if tier.best is best else 0
+
+    def _solve_neighbourhood(self, tier: _Tier, free: list[tuple[int, int]], stays: list[tuple[int, int]]) -> None:
+        places = sorted({group for group, _ in (*free, *stays)})
+        position = {group: index for index, group in enumerate(places)}
+        pairs = sorted((position[group], option) for group, option in (*free, *stays))
+        singles = [self._space.singles[group] for group in places]
+        formulation = Formulation(self._space, singles, pairs, ordered=False)
+        model = with_kept(formulation, tier.objective, tier.kept)
+        lower = model.lower.copy()
+        fixed = {(position[group], option) for group, option in stays}
+        lower[formulation.run[[index for index, pair in enumerate(pairs) if pair in fixed]]] = 1.0
+        model = model.with_bounds(lower, model.upper)
+        budget = Budget(
+            time_limit_s=max(0.05, tier.ends_at_s - self._clock()),
+            gap=max(self._settings.gap, _NEIGHBOURHOOD_GAP),
+            seed=self._settings.seed,
+            node_limit=_NEIGHBOURHOOD_NODES,
+        )
+        answer = self._local_solver.solve(model, budget, _verified(formulation, model, tier.best))
+        if isinstance(answer, Solution):
+            self._offer(tier, formulation.decode(answer.values))
+
+    def _options_to_consider(self, placement: Placement, *, everything: bool) -> list[frozenset[int]]:
+        """Return per group all its options, or only those that ``placement`` or the classes' model uses somewhere."""
+        if everything:
+            return [frozenset(group.options) for group in self._space.groups]
+        used = self._used_options | {placed.option for placed in placement}
+        return [frozenset(used & set(group.options)) for group in self._space.groups]
+
+    def _closed(self, tier: _Tier, gap: float = 0.0) -> bool:
+        if tier.best is None:
+            return False
+        value = tier.objective.value(self._space, tier.best)
+        return gap_of(value, tier.bound_for(value)) <= max(self._settings.gap, gap, 1e-7)
+
+    def _solve_classes(self, tier: _Tier) -> list[Target] | None:
+        """Bound ``tier`` over classes; return what to pack, or None when even this relaxation is infeasible."""
+        over = self._over_classes
+        model = with_kept(over, tier.objective, tier.kept)
+        time_limit_s = max(0.05, 0.4 * (tier.ends_at_s - self._clock()))
+        budget = Budget(time_limit_s=time_limit_s, gap=self._settings.gap / 4, seed=self._settings.seed)
+        answer = self._solver.solve(model, budget)
+        if isinstance(answer, InfeasibleModel):
+            return None
+        if not isinstance(answer, Solution):
+            tier.tighten(answer.bound)
+            return []
+        tier.tighten(answer.bound)
+        return _targets(over, answer.values)
+
+    def _pack(self, tier: _Tier, targets: list[Target]) -> None:
+        for order in ("memory", "share", "density"):
+            placement = pack(self._space, targets, order)
+            if placement is not None:
+                self._offer(tier, self.best_rates(_pairs(placement), tier.objective, tier.kept))
+            if self._closed(tier):
+                return
+
+    def _promising(self, tier: _Tier, targets: list[Target]) -> list[tuple[int, int]]:
+        """Return the (group, option) pairs of the exact model that the stages before found worth using."""
+        pairs = {(placed.group, placed.option) for placed in tier.best or ()}
+        by_class: dict[int, set[int]] = {place: set() for place in range(len(self._space.classes))}
+        for place, option, _, _ in targets:
+            by_class[place].add(option)
+        class_of = {member: place for place, each in enumerate(self._space.classes) for member in each.members}
+        for group, option in list(pairs):
+            by_class[class_of[group]].add(option)
+        for place, options in by_class.items():
+            pairs.update((group, option) for group in self._space.classes[place].members for option in options)
+        return sorted(pairs)
+
+    def _solve_groups(self, tier: _Tier, pairs: list[tuple[int, int]] | None, *, proves: bool) -> bool:
+        """Solve the model over single groups; True when it proves infeasibility."""
+        if pairs is None:
+            if self._exact is None:
+                self._exact = Formulation(self._space, self._space.singles)
+            formulation = self._exact
+        else:
+            formulation = Formulation(self._space, self._space.singles, pairs)
+        model = with_kept(formulation, tier.objective, tier.kept)
+        left_s = tier.ends_at_s - self._clock()
+        time_limit_s = max(0.05, left_s if proves else 0.5 * left_s)
+        budget = Budget(time_limit_s=time_limit_s, gap=self._settings.gap, seed=self._settings.seed)
+        answer = self._solver.solve(model, budget, _verified(formulation, model, self._ordered(tier.best)))
+        if isinstance(answer, InfeasibleModel):
+            return proves and tier.best is None
+        tier.timed_out = proves and not (isinstance(answer, Solution) and answer.stopped != "limit")
+        if proves:
+            tier.tighten(answer.bound)
+        if isinstance(answer, Solution):
+            found = formulation.decode(answer.values)
+            self._offer(tier, self.best_rates(_pairs(found), tier.objective, tier.kept) or found)
+        return False
+
+    def _ordered(self, placement: Placement | None) -> Placement | None:
+        """Return ``placement`` with interchangeable groups filled from the first on, as the symmetry rows ask."""
+        if placement is None or self._space.problem.current is not None:
+            return placement
+        alone = self._over_classes.sole_groups()
+        renamed: dict[int, int] = {}
+        for each in self._space.classes:
+            members = [member for member in each.members if member in alone]
+            used = sorted({placed.group for placed in placement} & set(members))
+            renamed.update(zip(used, members, strict=False))
+        return tuple(sorted(Placed(renamed.get(each.group, each.group), each.option, each.share) for each in placement))
+
+    def _offer(self, tier: _Tier, placement: Placement | None) -> None:
+        """Take ``placement`` when it keeps the earlier objectives and is better in this one."""
+        if placement is None:
+            return
+        trimmed = _trimmed(self._space, placement)
+        if not all(each.holds(each.objective.value(self._space, trimmed)) for each in tier.kept):
+            return
+        value = tier.objective.value(self._space, trimmed)
+        if tier.best is None or tier.objective.better(value, tier.objective.value(self._space, tier.best)):
+            tier.best = trimmed
+
+
+@dataclass(slots=True, kw_only=True)
+class _Tier:
+    """State of one objective while it is solved."""
+
+    objective: Objective
+    kept: tuple[Kept, ...]
+    best: Placement | None
+    ends_at_s: float
+    known_bound: float | None = None
+    timed_out: bool = False
+
+    def tighten(self, bound: float | None) -> None:
+        if bound is None or not math.isfinite(bound):
+            return
+        if self.known_bound is None:
+            self.known_bound = bound
+        else:
+            self.known_bound = min(self.known_bound, bound) if self.objective.maximise else max(self.known_bound, bound)
+
+    def bound_for(self, value: float) -> float:
+        """Return the bound, which by rounding may not be worse than ``value``."""
+        if self.known_bound is None:
+            return math.inf if self.objective.maximise else 0.0
+        return max(self.known_bound, value) if self.objective.maximise else min(self.known_bound, value)
+
+
+def _verified(formulation: Formulation, model: LinearModel, placement: Placement | None) -> Floats | None:
+    """Return ``placement`` as a complete hint, checked to be feasible in ``model``; None otherwise."""
+    if placement is None:
+        return None
+    try:
+        values = formulation.encode(placement)
+    except KeyError:
+        return None
+    return values if model.violation(values) <= 1e-6 else None
+
+
+def _pairs(placement: Placement) -> list[tuple[int, int]]:
+    return [(placed.group, placed.option) for placed in placement]
+
+
+def _targets(over: Formulation, values: Floats) -> list[Target]:
+    chosen = np.flatnonzero((values[over.share] > NEGLIGIBLE) | (values[over.run] > 0.5))
+    return [
+        (
+            int(over.pair_class[pair]),
+            int(over.pair_option[pair]),
+            float(values[over.share[pair]]),
+            round(values[over.run[pair]]),
+        )
+        for pair in chosen
+    ]
+
+
+def _trimmed(space: PlanningSpace, placement: Placement) -> Placement:
+    """Return ``placement`` without replicas that serve nothing, as far as the minimum replicas allow."""
+    counts = np.bincount([space.service_of[each.option] for each in placement], minlength=len(space.names))
+    kept = []
+    for each in placement:
+        service = space.service_of[each.option]
+        if each.share <= NEGLIGIBLE and counts[service] > space.min_replicas[service]:
+            counts[service] -= 1
+        else:
+            kept.append(each)
+    return tuple(kept)

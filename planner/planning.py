@@ -1,0 +1,140 @@
+"""Planning from problem to plan: the one entry point, pure but for the clock it is given."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from planner.assemble import assemble, solver_report
+from planner.backend import Budget, solver
+from planner.balance import balance
+from planner.conflict import Conflict, find_conflicts
+from planner.formulation import Formulation
+from planner.lexicographic import Exhausted, Search, Unsatisfiable
+from planner.linear import LinearModel
+from planner.problem import Problem, check
+from planner.shadow import shadow_prices
+from planner.space import PlanningSpace, build_space
+from plans.plan import Plan
+
+__all__ = ["Infeasible", "NoPlanFound", "Report", "Solved", "exact_model", "solve"]
+
+_SEARCH_SHARE = 0.9
+"""Share of the time limit that the search may take; the rest is for rates, prices and the document."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Report:
+    """How the plan came about.
+
+    Attributes:
+        options: Options that could be placed.
+        pruned: Options left out because another is at least as good in everything.
+        rejected: Options that do not fit, miss the deadline, or are below the minimum accuracy.
+        groups: Candidate groups.
+        classes: Classes of interchangeable groups.
+        timed_out: Names of the objectives that were left with a gap, for want of time or of rounds.
+    """
+
+    options: int
+    pruned: int
+    rejected: int
+    groups: int
+    classes: int
+    timed_out: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Solved:
+    """A plan, with its certificate in ``plan.solver``."""
+
+    plan: Plan
+    report: Report
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Infeasible:
+    """Proven: no plan satisfies the hard constraints; ``conflicts`` cannot hold together."""
+
+    conflicts: tuple[Conflict, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NoPlanFound:
+    """The time ran out before any plan was found, and before a proof that there is none."""
+
+    bound: float | None
+    detail: str
+
+
+def solve(
+    problem: Problem, *, created_at: str = "", clock: Callable[[], float] = time.monotonic
+) -> Solved | Infeasible | NoPlanFound:
+    """Plan ``problem`` within its time limit.
+
+    The same problem and seed give the same plan as long as no time limit strikes (``solver.wall_s`` apart).
+
+    Args:
+        problem: What to plan.
+        created_at: Time stamp to put into the plan, as text.
+        clock: Monotonic clock, seconds.
+
+    Raises:
+        InvalidInput: The documents contradict each other; all faults at once.
+    """
+    started_s = clock()
+    warnings = check(problem)
+    settings = problem.settings
+    space = build_space(problem)
+    search = Search(space, clock, started_s + _SEARCH_SHARE * settings.time_limit_s)
+    outcome = search.run()
+    ends_at_s = started_s + settings.time_limit_s
+    if isinstance(outcome, Unsatisfiable):
+        # Finding out why is worth as much time again.
+        return Infeasible(conflicts=find_conflicts(space, clock, clock() + settings.time_limit_s))
+    if isinstance(outcome, Exhausted):
+        return NoPlanFound(
+            bound=outcome.bound,
+            detail=f"{settings.time_limit_s:g} s did not suffice to place the minimum replicas of every service",
+        )
+    # Linear programs: HiGHS for them even when CP-SAT, which rounds continuous variables, does the search.
+    linear = solver("highs" if settings.backend == "cp-sat" else settings.backend)
+    budget = Budget(time_limit_s=max(0.5, ends_at_s - clock()), seed=settings.seed)
+    placement = balance(space, outcome.placement, linear, budget)
+    prices = shadow_prices(space, linear, replace(budget, time_limit_s=max(0.5, ends_at_s - clock())))
+    plan = assemble(
+        space,
+        placement,
+        solver_report(space, outcome.tiers, clock() - started_s),
+        shadow_prices=prices,
+        warnings=warnings,
+        created_at=created_at,
+        tool_version=importlib.metadata.version("foreplan"),
+    )
+    open_tiers = tuple(tier.objective.name for tier in outcome.tiers if tier.timed_out)
+    return Solved(plan=plan, report=_report(space, open_tiers))
+
+
+def exact_model(problem: Problem) -> LinearModel:
+    """Return the model over single groups with the first objective, for export and for second opinions.
+
+    Raises:
+        InvalidInput: The documents contradict each other.
+    """
+    check(problem)
+    space = build_space(problem)
+    formulation = Formulation(space, space.singles)
+    return formulation.model.with_objective(formulation.goodput(), maximise=True)
+
+
+def _report(space: PlanningSpace, timed_out: tuple[str, ...]) -> Report:
+    return Report(
+        options=len(space.options),
+        pruned=space.catalogue.pruned,
+        rejected=len(space.catalogue.rejections),
+        groups=len(space.groups),
+        classes=len(space.classes),
+        timed_out=timed_out,
+    )

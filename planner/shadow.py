@@ -1,0 +1,35 @@
+"""Shadow prices: what one more GPU of a type would be worth."""
+
+from __future__ import annotations
+
+from planner.backend import Budget, Solution, Solver
+from planner.formulation import Formulation
+from planner.space import PlanningSpace
+
+__all__ = ["shadow_prices"]
+
+
+def shadow_prices(space: PlanningSpace, solver: Solver, budget: Budget) -> dict[str, float]:
+    """Return, per GPU type, the weighted requests per second that one more GPU of it adds to the linear relaxation.
+
+    The relaxation is solved again with one more GPU (and one more group of every class of that type), rather than
+    read off the duals: those are not unique at a degenerate optimum, and a difference means the same everywhere. A
+    type for which a solver has no answer in time is left out.
+    """
+    base = _relaxation(space, solver, budget, None)
+    if base is None:
+        return {}
+    prices = {}
+    for gpu_type in sorted({each.gpu_type for each in space.classes}):
+        more = _relaxation(space, solver, budget, gpu_type)
+        if more is not None:
+            gain = max(0.0, more - base)
+            prices[gpu_type] = gain if gain > 1e-7 * max(1.0, base) else 0.0
+    return prices
+
+
+def _relaxation(space: PlanningSpace, solver: Solver, budget: Budget, extra_gpu_type: str | None) -> float | None:
+    formulation = Formulation(space, space.classes, extra_gpu_type=extra_gpu_type)
+    model = formulation.model.with_objective(formulation.goodput(), maximise=True).relaxed()
+    answer = solver.solve(model, budget)
+    return answer.objective if isinstance(answer, Solution) else None

@@ -1,0 +1,157 @@
+"""The planning space: a problem reduced to options, groups and arrays, from which models and heuristics are built."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from planner.groups import CandidateGroup, GroupClass, candidate_groups, group_classes, singletons
+from planner.linear import Floats, Integers
+from planner.option import Catalogue, Option, build_catalogue
+from planner.problem import Problem, offered_rps
+
+__all__ = ["Placed", "Placement", "PlanningSpace", "build_space"]
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Placed:
+    """An option on a group, both by position, with the share of the group's compute that it is given, in [0, 1]."""
+
+    group: int
+    option: int
+    share: float
+
+
+Placement = tuple[Placed, ...]
+"""A whole placement, sorted."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlanningSpace:
+    """Everything that models and heuristics need to know of a problem.
+
+    Attributes:
+        problem: Where it all comes from.
+        catalogue: The options.
+        groups: The candidate groups.
+        classes: Classes of interchangeable groups.
+        singles: One class per group.
+        names: The services' names, in the order of the document; positions in it stand for services below.
+        offered_rps: Shape (service,): rate to plan for.
+        weight: Shape (service,).
+        min_replicas: Shape (service,).
+        max_gpus: Shape (service,), infinite without a budget.
+        service_of: Shape (option,).
+        sustained_rps: Shape (option,).
+        share_cap: Shape (option,): compute share that serves the whole demand, at most 1.
+        accuracy: Shape (option,).
+        hold_s: Shape (option,).
+        slack_s: Shape (option,).
+        moved_bytes: Shape (option,): weights that a load moves.
+        memory: Shape (option, stage): share of a GPU's usable memory; 0 beyond the option's stages.
+        cost: Shape (group,): cost of its GPUs per hour.
+        kept: Pairs (group, option) that need no load, because the group runs that variant for that service already.
+        conflicts: Shape (option, option): pairs that may not share a group.
+    """
+
+    problem: Problem
+    catalogue: Catalogue
+    groups: tuple[CandidateGroup, ...]
+    classes: tuple[GroupClass, ...]
+    singles: tuple[GroupClass, ...]
+    names: tuple[str, ...]
+    offered_rps: Floats
+    weight: Floats
+    min_replicas: Integers
+    max_gpus: Floats
+    service_of: Integers
+    sustained_rps: Floats
+    share_cap: Floats
+    accuracy: Floats
+    hold_s: Floats
+    slack_s: Floats
+    moved_bytes: Floats
+    memory: Floats
+    cost: Floats
+    kept: frozenset[tuple[int, int]]
+    conflicts: NDArray[np.bool_]
+
+    @property
+    def options(self) -> tuple[Option, ...]:
+        """The options of the catalogue."""
+        return self.catalogue.options
+
+    def served_rps(self, placement: Iterable[Placed]) -> Floats:
+        """Return the rate that ``placement`` serves within the SLO, shape (service,)."""
+        served = np.zeros(len(self.names))
+        for placed in placement:
+            served[self.service_of[placed.option]] += placed.share * self.sustained_rps[placed.option]
+        return served
+
+    def gpu_count(self, gpu_type: str) -> int:
+        """Return how many GPUs of ``gpu_type`` the cluster has."""
+        return sum(node.gpus.count for node in self.problem.cluster.nodes if node.gpus.type == gpu_type)
+
+
+def build_space(problem: Problem) -> PlanningSpace:
+    """Reduce ``problem`` to arrays. Costs options squared per service, and options times groups."""
+    catalogue = build_catalogue(problem)
+    options = catalogue.options
+    services = problem.services.services
+    groups = candidate_groups(problem, options)
+    position = {service.name: index for index, service in enumerate(services)}
+    offered = np.array(
+        [offered_rps(service, problem.demand.of(service.name), problem.settings.quantile) for service in services]
+    )
+    service_of = np.array([position[option.service] for option in options], dtype=np.int64)
+    sustained = np.array([option.sustained_rps for option in options])
+    types = problem.cluster.gpu_types
+    usable = [types[option.gpu_type].memory_bytes * (1.0 - problem.settings.headroom_ratio) for option in options]
+    memory = np.zeros((len(options), max((option.pp for option in options), default=1)))
+    for index, option in enumerate(options):
+        memory[index, : option.pp] = np.array(option.memory_bytes) / usable[index]
+    hold_s = np.array([option.hold_s for option in options])
+    slack_s = np.array([option.slack_s for option in options])
+    blocked = problem.settings.blocking_factor * hold_s[None, :] > slack_s[:, None]
+    return PlanningSpace(
+        problem=problem,
+        catalogue=catalogue,
+        groups=groups,
+        classes=group_classes(groups),
+        singles=singletons(groups),
+        names=tuple(position),
+        offered_rps=offered,
+        weight=np.array([service.weight for service in services]),
+        min_replicas=np.array([service.min_replicas for service in services], dtype=np.int64),
+        max_gpus=np.array([np.inf if service.max_gpus is None else float(service.max_gpus) for service in services]),
+        service_of=service_of,
+        sustained_rps=sustained,
+        share_cap=np.minimum(1.0, offered[service_of] / sustained) if options else np.zeros(0),
+        accuracy=np.array([option.accuracy for option in options]),
+        hold_s=hold_s,
+        slack_s=slack_s,
+        moved_bytes=np.array([float(option.weight_bytes) for option in options]),
+        memory=memory,
+        cost=np.array([types[group.gpu_type].cost_per_hour * group.tp * group.pp for group in groups]),
+        kept=_kept(problem, groups, options),
+        conflicts=(blocked | blocked.T) & (service_of[:, None] != service_of[None, :]),
+    )
+
+
+def _kept(
+    problem: Problem, groups: tuple[CandidateGroup, ...], options: tuple[Option, ...]
+) -> frozenset[tuple[int, int]]:
+    running = {
+        (group.node, group.gpus, group.tp, group.pp): {(entry.service, entry.variant) for entry in group.loadout}
+        for group in (problem.current.groups if problem.current else ())
+    }
+    return frozenset(
+        (position, index)
+        for position, group in enumerate(groups)
+        for index in group.options
+        if (options[index].service, options[index].variant)
+        in running.get((group.node, group.gpus, group.tp, group.pp), set())
+    )
