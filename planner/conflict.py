@@ -23,6 +23,9 @@ class Conflict:
     field: str
     detail: str
 
+    def __str__(self) -> str:
+        return f"{self.service}.{self.field}: {self.detail}"
+
 
 def find_conflicts(space: PlanningSpace, clock: Callable[[], float], ends_at_s: float) -> tuple[Conflict, ...]:
     """Return a set of constraints that cannot hold together.

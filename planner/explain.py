@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -71,6 +73,35 @@ class Explanation:
     confidence: Confidence | None
     shadow_prices: dict[str, float]
 
+    def to_json(self) -> dict[str, Any]:
+        """Return the explanation as plain data."""
+        return asdict(self)
+
+    def lines(self) -> Iterator[str]:
+        """Yield the explanation as lines of text, at most about forty."""
+        yield f"{self.service}: {self.served_rps:.4g} of {self.offered_rps:.4g} rps are served"
+        yield f"what binds: {self.binding}"
+        for replica in self.replicas[:_MOST_LINES]:
+            yield (
+                f"  on {replica.group}: {replica.variant} at batch {replica.max_batch}, {replica.rate_rps:.4g} rps of at "
+                f"most {replica.most_rps:.4g}; the group is used to {replica.utilisation:.0%}, "
+                f"the service bears {replica.utilisation_limit:.0%}"
+            )
+        if len(self.replicas) > _MOST_LINES:
+            yield f"  and on {len(self.replicas) - _MOST_LINES} more groups"
+        for title, alternatives in (
+            ("why not another variant", self.variants),
+            ("why not another parallelism or GPU type", self.parallelisms),
+            ("why not another node", self.places),
+        ):
+            if alternatives:
+                yield f"{title}:"
+                yield from (f"  {each.what}: {each.why_not}" for each in alternatives)
+        for gpu_type, price in sorted(self.shadow_prices.items()):
+            yield f"one more {gpu_type} is worth {price:.4g} weighted rps"
+        if self.confidence is not None:
+            yield f"this rests on profiles that are {self.confidence}"
+
 
 def explain(problem: Problem, plan: Plan, service: str) -> Explanation:
     """Explain what ``plan``, made from ``problem``, does about ``service``.
@@ -78,6 +109,7 @@ def explain(problem: Problem, plan: Plan, service: str) -> Explanation:
     Raises:
         InvalidInput: There is no such service, or the documents contradict each other.
     """
+    problem = replace(problem, current=plan)
     check(problem)
     if service not in {each.name for each in problem.services.services}:
         known = ", ".join(each.name for each in problem.services.services)
@@ -124,7 +156,7 @@ def placement_of(space: PlanningSpace, plan: Plan) -> Placement:
                     where="plan",
                     field=f"groups ({group.id}).{entry.service}",
                     found=f"{entry.variant} at batch {entry.max_batch}, which they do not offer",
-                    remedy="pass the documents that the plan was made from",
+                    remedy="pass the documents and settings that the plan was made from",
                 )
             option = option_of[key]
             placement.append(Placed(place, option, entry.rate_rps / float(space.sustained_rps[option])))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -53,6 +52,10 @@ class Solved:
     plan: Plan
     report: Report
 
+    def with_plan(self, plan: Plan) -> Solved:
+        """Return the same result with ``plan`` in place of its plan, for callers that fill in the transition."""
+        return replace(self, plan=plan)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Infeasible:
@@ -70,7 +73,11 @@ class NoPlanFound:
 
 
 def solve(
-    problem: Problem, *, created_at: str = "", clock: Callable[[], float] = time.monotonic
+    problem: Problem,
+    *,
+    created_at: str = "",
+    tool_version: str = "",
+    clock: Callable[[], float] = time.monotonic,
 ) -> Solved | Infeasible | NoPlanFound:
     """Plan ``problem`` within its time limit.
 
@@ -79,6 +86,7 @@ def solve(
     Args:
         problem: What to plan.
         created_at: Time stamp to put into the plan, as text.
+        tool_version: Version of Foreplan to put into the plan.
         clock: Monotonic clock, seconds.
 
     Raises:
@@ -111,7 +119,7 @@ def solve(
         shadow_prices=prices,
         warnings=warnings,
         created_at=created_at,
-        tool_version=importlib.metadata.version("foreplan"),
+        tool_version=tool_version,
     )
     open_tiers = tuple(tier.objective.name for tier in outcome.tiers if tier.timed_out)
     return Solved(plan=plan, report=_report(space, open_tiers))
