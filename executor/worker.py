@@ -197,17 +197,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     configure_logging(options.log_level)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole terminal; the agent ends its workers
-    connection = socket.socket(fileno=options.socket)
-    try:
-        runtime = runtime_factory(options.runtime)(
-            device=options.device, dtype=options.dtype, threads=options.threads, model_dir=options.model_dir
-        )
-    except ForeplanError as error:
-        connection.sendall(encode_from_worker(Failed(call=0, problem=str(error), invalid_input=True)))
-        return 1
-    worker = Worker(connection, SharedSegment(options.segment), runtime)
-    if worker.serve():
-        return 0
+    with socket.socket(fileno=options.socket) as connection:
+        try:
+            runtime = runtime_factory(options.runtime)(
+                device=options.device, dtype=options.dtype, threads=options.threads, model_dir=options.model_dir
+            )
+        except ForeplanError as error:
+            connection.sendall(encode_from_worker(Failed(call=0, problem=str(error), invalid_input=True)))
+            return 1
+        if Worker(connection, SharedSegment(options.segment), runtime).serve():
+            return 0
     _log.warning("event=agent_gone action=exit")
     # A batch or a load may run for long yet, and nobody waits for its result.
     logging.shutdown()

@@ -1,0 +1,147 @@
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import threading
+
+import numpy as np
+import pytest
+
+from executor.segment import SharedSegment, place_all
+from executor.worker import Worker, runtime_factory
+from executor.worker_wire import (
+    Done,
+    Failed,
+    FrameSplitter,
+    Load,
+    Loaded,
+    Ready,
+    Run,
+    Stop,
+    Unload,
+    Unloaded,
+    decode_from_worker,
+    encode_to_worker,
+)
+from plans.errors import InvalidInput
+from tests.executor.running_agent import WAIT_S
+from tests.executor.scripted_runtime import ScriptedRuntime
+
+
+class Agent:
+    """The other end of a worker that runs in a thread of this process."""
+
+    def __init__(self, connection, segment):
+        self.connection = connection
+        self.segment = segment
+        self.frames = FrameSplitter()
+        self.held = []
+
+    def say(self, message):
+        self.connection.sendall(encode_to_worker(message))
+
+    def hear(self):
+        while not self.held:
+            data = self.connection.recv(1 << 16)
+            assert data, "the worker is gone"
+            self.held += [decode_from_worker(body) for body in self.frames.feed(data)]
+        return self.held.pop(0)
+
+    def ask(self, message):
+        self.say(message)
+        return self.hear()
+
+
+@contextlib.contextmanager
+def worker(folder):
+    ours, theirs = socket.socketpair()
+    ours.settimeout(WAIT_S)
+    segment = SharedSegment.create()
+    segment.grow(1 << 16)
+    theirs_segment = SharedSegment(os.dup(segment.descriptor))
+    ended = []
+    served = Worker(theirs, theirs_segment, ScriptedRuntime(model_dir=folder))
+    thread = threading.Thread(target=lambda: ended.append(served.serve()))
+    thread.start()
+    agent = Agent(ours, segment)
+    try:
+        ready = agent.hear()
+        assert isinstance(ready, Ready)
+        assert ready.process == os.getpid()
+        yield agent, ended, thread
+    finally:
+        with contextlib.suppress(OSError):
+            ours.shutdown(socket.SHUT_RDWR)
+        thread.join(WAIT_S)
+        for held in (ours, theirs, segment, theirs_segment):
+            held.close()
+
+
+def run(call, variant, values, segment):
+    array = np.asarray(values, np.float32)
+    places = place_all({"x": ("FP32", array.shape)}, 0)
+    segment.write({"x": [array]}, places)
+    return Run(call=call, variant=variant, inputs=places, output_offset_bytes=4096, output_capacity_bytes=4096)
+
+
+def test_outputs_lie_where_the_agent_said(tmp_path):
+    with worker(tmp_path) as (agent, _, _):
+        loaded = agent.ask(Load(call=1, variant="twice", max_batch=2))
+        assert isinstance(loaded, Loaded)
+        assert loaded.weight_bytes == 1024
+        done = agent.ask(run(2, "twice", [[1, 2, 3, 4], [5, 6, 7, 8]], agent.segment))
+        assert isinstance(done, Done)
+        assert (done.call, done.outputs[0].offset_bytes) == (2, 4096)
+        np.testing.assert_array_equal(agent.segment.array(done.outputs[0]), [[2, 4, 6, 8], [10, 12, 14, 16]])
+
+
+def test_a_batch_beyond_what_was_loaded_for_is_the_callers_fault(tmp_path):
+    with worker(tmp_path) as (agent, _, _):
+        agent.ask(Load(call=1, variant="twice", max_batch=1))
+        answer = agent.ask(run(2, "twice", [[1, 2, 3, 4]] * 2, agent.segment))
+        assert isinstance(answer, Failed)
+        assert answer.invalid_input
+        agent.ask(Load(call=3, variant="twice", max_batch=2))
+        assert isinstance(agent.ask(run(4, "twice", [[1, 2, 3, 4]] * 2, agent.segment)), Done)
+
+
+def test_an_unloaded_variant_does_not_run(tmp_path):
+    with worker(tmp_path) as (agent, _, _):
+        agent.ask(Load(call=1, variant="twice", max_batch=1))
+        assert agent.ask(Unload(call=2, variant="twice")) == Unloaded(call=2)
+        assert isinstance(agent.ask(run(3, "twice", [[1, 2, 3, 4]], agent.segment)), Failed)
+
+
+def test_what_a_model_raises_is_told_with_its_type(tmp_path):
+    with worker(tmp_path) as (agent, _, _):
+        agent.ask(Load(call=1, variant="raises", max_batch=1))
+        assert agent.ask(run(2, "raises", [[1, 2, 3, 4]], agent.segment)) == Failed(
+            call=2, problem="RuntimeError: raised on purpose"
+        )
+        assert agent.ask(Load(call=3, variant="no-memory", max_batch=1)) == Failed(
+            call=3, problem="no-memory does not fit"
+        )
+
+
+def test_a_stop_comes_after_the_batches_sent_before(tmp_path):
+    with worker(tmp_path) as (agent, ended, thread):
+        agent.ask(Load(call=1, variant="twice", max_batch=1))
+        agent.say(run(2, "twice", [[1, 2, 3, 4]], agent.segment))
+        agent.say(Stop())
+        assert isinstance(agent.hear(), Done)
+        thread.join(WAIT_S)
+        assert ended == [True]
+
+
+def test_the_end_of_the_pipe_ends_the_worker(tmp_path):
+    with worker(tmp_path) as (agent, ended, thread):
+        agent.connection.shutdown(socket.SHUT_RDWR)
+        thread.join(WAIT_S)
+        assert ended == [False]
+
+
+@pytest.mark.parametrize("path", ["", "os", "os:", ":path", "os:nothing", "no.module:x", "os:name"])
+def test_a_path_that_names_no_factory_is_refused(path):
+    with pytest.raises(InvalidInput, match="module:factory"):
+        runtime_factory(path)
