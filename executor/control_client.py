@@ -25,7 +25,11 @@ _PASSING = {
 
 
 def channel_options(max_message_bytes: int) -> list[tuple[str, Any]]:
-    """Return the options of every channel of the executor: message limits, and quick reconnects to a restarted peer."""
+    """Return the options of every channel of the executor.
+
+    Message limits; quick reconnects to a peer that was restarted; and a connection of its own for each channel, since a
+    shared one would hand the failed attempts of a channel closed earlier on to the next.
+    """
     return [
         ("grpc.max_send_message_length", max_message_bytes),
         ("grpc.max_receive_message_length", max_message_bytes),
@@ -33,6 +37,7 @@ def channel_options(max_message_bytes: int) -> list[tuple[str, Any]]:
         ("grpc.min_reconnect_backoff_ms", 100),
         ("grpc.max_reconnect_backoff_ms", 500),
         ("grpc.enable_retries", 0),
+        ("grpc.use_local_subchannel_pool", 1),
     ]
 
 

@@ -99,7 +99,8 @@ async def replay(
     """
     how = options or LoadOptions()
     _check(trace, services, how)
-    channels = [_open(gateway, number, how) for number in range(how.connections)]
+    options_of_channel = channel_options(how.max_message_bytes)
+    channels = [grpc.aio.insecure_channel(gateway, options=options_of_channel) for _ in range(how.connections)]
     try:
         requests = await build_requests(channels[0], gateway, trace.services, payloads=how.payloads, seed=how.seed)
         run = _Run(trace, _deadlines_s(trace, services), requests, channels, how)
@@ -177,11 +178,6 @@ class _Run:
         while True:
             self._on_progress(self._ended, len(self.trace))
             await asyncio.sleep(_TICK_S)
-
-
-def _open(gateway: str, number: int, how: LoadOptions) -> grpc.aio.Channel:
-    apart = [("grpc.use_local_subchannel_pool", 1), ("foreplan.connection", number)]
-    return grpc.aio.insecure_channel(gateway, options=[*channel_options(how.max_message_bytes), *apart])
 
 
 def _check(trace: RequestTrace, services: Services, how: LoadOptions) -> None:

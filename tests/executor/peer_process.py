@@ -35,6 +35,10 @@ class PeerProcess:
         self._process: subprocess.Popen[str] | None = None
 
     def start(self) -> PeerProcess:
+        self.launch()
+        return self.wait_until_it_listens()
+
+    def launch(self) -> None:
         if self._process is not None:
             self._reap()
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -47,10 +51,16 @@ class PeerProcess:
                 stderr=log,
                 text=True,
             )
-        assert self._process.stdout is not None
-        self.address = self._process.stdout.readline().strip()
+
+    def wait_until_it_listens(self) -> PeerProcess:
+        assert self.process.stdout is not None
+        self.address = self.process.stdout.readline().strip()
         assert self.address, (self.folder / "log").read_text()
         return self
+
+    @property
+    def alive(self) -> bool:
+        return self._process is not None and self._process.poll() is None
 
     @property
     def process(self) -> subprocess.Popen[str]:
@@ -76,11 +86,11 @@ class PeerProcess:
 
     def end(self) -> None:
         """Leave nothing behind, whatever state it is in."""
-        if self._process is not None and self._process.poll() is None:
+        if self.alive:
             with suppress(psutil.NoSuchProcess):
                 for child in self.children():
                     child.kill()
-            self._process.kill()
+            self.process.kill()
         if self._process is not None:
             self._reap()
 
@@ -96,7 +106,9 @@ def processes(*peers: PeerProcess) -> Iterator[None]:
     """Start ``peers``; all are gone afterwards."""
     try:
         for peer in peers:
-            peer.start()
+            peer.launch()
+        for peer in peers:
+            peer.wait_until_it_listens()
         yield
     finally:
         for peer in peers:

@@ -6,7 +6,6 @@ import asyncio
 import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,7 +14,6 @@ import pytest
 
 from executor.controller import Applied, ApplyTimeouts, NoChanges, ProgressEvent, apply, status
 from executor.load import LoadOptions, LoadResult, replay
-from executor.rollout import Progress
 from plans.errors import ApplyRolledBack, InvalidInput, RemoteFailure
 from plans.plan import Plan
 from plans.service import Services
@@ -36,9 +34,13 @@ class Site:
     b: PeerProcess
     gateway: PeerProcess
 
-    def apply(self, wanted: Plan, progress: Progress = lambda _: None) -> Any:
+    def apply(self, wanted: Plan, **options: Any) -> Any:
         cluster = cluster_of(self.a, self.b)
-        return asyncio.run(apply(wanted, cluster, [self.gateway.address], timeouts=TIMEOUTS, progress=progress))
+        return asyncio.run(apply(wanted, cluster, [self.gateway.address], timeouts=TIMEOUTS, **options))
+
+    @property
+    def generation(self) -> int:
+        return self.status().live.generation
 
     def status(self) -> Any:
         return asyncio.run(status(cluster_of(self.a, self.b), [self.gateway.address]))
@@ -69,33 +71,44 @@ class Site:
         )
 
 
-@pytest.fixture
-def site(tmp_path: Path) -> Iterator[Site]:
+@pytest.fixture(scope="module")
+def peers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
+    folder = tmp_path_factory.mktemp("site")
     made = Site(
-        a=PeerProcess("agent", tmp_path / "a", node="a"),
-        b=PeerProcess("agent", tmp_path / "b", node="b"),
-        gateway=PeerProcess("gateway", tmp_path / "gateway"),
+        a=PeerProcess("agent", folder / "a", node="a"),
+        b=PeerProcess("agent", folder / "b", node="b"),
+        gateway=PeerProcess("gateway", folder / "gateway"),
     )
     with processes(made.a, made.b, made.gateway):
         yield made
+
+
+@pytest.fixture
+def site(peers: Site) -> Site:
+    """Two agents and a gateway that run `BOTH`, whatever the test before left."""
+    for peer in (peers.a, peers.b, peers.gateway):
+        if not peer.alive:
+            peer.start()
+    peers.apply(BOTH, prior=peers.status().live)
+    peers.until_healthy()
+    return peers
 
 
 def kill(process: Any) -> Callable[[], None]:
     return lambda: process.send_signal(signal.SIGKILL)
 
 
-def test_a_plan_is_applied_served_replaced_and_emptied(site: Site) -> None:
-    assert isinstance(site.apply(BOTH), Applied)
+def test_a_plan_is_served_replaced_and_emptied(site: Site) -> None:
+    generation = site.generation
     result = site.load(60, 200.0)
     assert set(result.requests["outcome"]) == {"good"}
     assert result.requests["group"].value_counts().to_dict() == {"a/0": 30, "b/0": 30}
     assert set(result.requests["variant"]) == {"fake-double"}
     assert (result.requests["batch_size"] >= 1).all()
-    assert site.apply(BOTH) == NoChanges(generation=1, placement_digest=BOTH.placement_digest)
-    site.until_healthy()
+    assert site.apply(BOTH) == NoChanges(generation=generation, placement_digest=BOTH.placement_digest)
 
     moved = placement({"a/1": {"chat": "fake-double"}}, prior=BOTH)
-    assert site.apply(moved).generation == 2
+    assert site.apply(moved).generation == generation + 1
     assert set(site.load(10, 200.0).requests["group"]) == {"a/1"}
     assert {replica.group for replica in site.status().replicas} == {"a/1"}
 
@@ -108,28 +121,27 @@ def test_a_plan_is_applied_served_replaced_and_emptied(site: Site) -> None:
 
 def test_what_does_not_fit_beside_the_old_is_loaded_after_it(site: Site) -> None:
     big = 700 * 2**20
-    before = placement({"a/0": {"chat": "fake-double"}}, memory_bytes=big)
-    after = placement({"a/0": {"chat": "fake-slow-20"}}, prior=before, memory_bytes=big)
+    before = placement({"a/1": {"chat": "fake-double"}}, prior=BOTH, memory_bytes=big)
+    after = placement({"a/1": {"chat": "fake-slow-20"}}, prior=before, memory_bytes=big)
     site.apply(before)
     result = site.apply(after)
-    assert [str(key) for key in result.deferred] == ["chat (fake-slow-20) on a/0"]
+    assert [str(key) for key in result.deferred] == ["chat (fake-slow-20) on a/1"]
     assert set(site.load(4, 50.0).requests["variant"]) == {"fake-slow-20"}
 
 
 def test_what_a_node_cannot_run_is_refused_and_what_runs_goes_on(site: Site) -> None:
-    site.apply(BOTH)
+    generation = site.generation
     wrong = placement({"a/0": {"chat": "no-such-model"}, "b/1": {"chat": "nor-this"}}, prior=BOTH)
     with pytest.raises(InvalidInput) as caught:
         site.apply(wrong)
     assert {fault.found for fault in caught.value.faults} == {"'no-such-model'", "'nor-this'"}
     with pytest.raises(InvalidInput, match="memory"):
         site.apply(placement({"a/0": {"chat": "fake-double"}}, prior=BOTH, memory_bytes=2 * 2**30))
-    assert site.status().live.generation == 1
+    assert site.generation == generation
     assert set(site.load(4, 100.0).requests["outcome"]) == {"good"}
 
 
 def test_requests_of_a_killed_agent_are_answered_by_the_other(site: Site) -> None:
-    site.apply(BOTH)
     result = site.load(120, 100.0, {20: kill(site.a.process)})
     assert set(result.requests["outcome"]) == {"good"}
     late = result.requests.tail(20)
@@ -139,7 +151,6 @@ def test_requests_of_a_killed_agent_are_answered_by_the_other(site: Site) -> Non
 
 
 def test_requests_of_a_killed_worker_are_answered_by_the_other_and_it_comes_back(site: Site) -> None:
-    site.apply(BOTH)
     (worker,) = site.a.children()
     result = site.load(120, 100.0, {20: kill(worker)})
     assert set(result.requests["outcome"]) == {"good"}
@@ -148,7 +159,6 @@ def test_requests_of_a_killed_worker_are_answered_by_the_other_and_it_comes_back
 
 
 def test_a_killed_gateway_fails_requests_and_goes_on_with_its_routes_after_a_restart(site: Site) -> None:
-    site.apply(BOTH)
     result = site.load(120, 100.0, {20: kill(site.gateway.process)})
     counts = result.requests["outcome"].value_counts()
     assert counts["good"] >= 20
@@ -163,7 +173,7 @@ def test_a_killed_gateway_fails_requests_and_goes_on_with_its_routes_after_a_res
 
 
 def test_killed_agents_take_up_their_plan_after_a_restart(site: Site) -> None:
-    site.apply(BOTH)
+    generation = site.generation
     site.a.kill()
     site.b.kill()
     with pytest.raises(RemoteFailure, match="nothing was changed"):
@@ -172,12 +182,12 @@ def test_killed_agents_take_up_their_plan_after_a_restart(site: Site) -> None:
     site.b.start()
     site.until_healthy()
     assert set(site.load(4, 100.0).requests["outcome"]) == {"good"}
-    assert site.apply(BOTH) == NoChanges(generation=1, placement_digest=BOTH.placement_digest)
+    assert site.apply(BOTH) == NoChanges(generation=generation, placement_digest=BOTH.placement_digest)
 
 
 @pytest.mark.parametrize("step", ["stage", "commit"])
 def test_an_agent_that_dies_before_the_flip_rolls_the_apply_back(site: Site, step: str) -> None:
-    site.apply(BOTH)
+    generation = site.generation
     after = placement({"a/1": {"chat": "fake-double"}, "b/1": {"chat": "fake-double"}}, prior=BOTH)
 
     def progress(event: ProgressEvent) -> None:
@@ -186,18 +196,17 @@ def test_an_agent_that_dies_before_the_flip_rolls_the_apply_back(site: Site, ste
             site.b.process.wait()
 
     with pytest.raises(ApplyRolledBack, match="agent of b"):
-        site.apply(after, progress)
+        site.apply(after, progress=progress)
     found = site.status()
-    assert found.agents[0].generation == 1
+    assert found.agents[0].generation == generation
     assert {replica.group for replica in found.replicas if replica.node == "a"} == {"a/0"}
     assert set(site.load(4, 100.0).requests["group"]) == {"a/0"}
     site.b.start()
-    assert site.apply(after).generation >= 2
+    assert site.apply(after).generation > generation
     assert set(site.load(4, 100.0).requests["group"]) == {"a/1", "b/1"}
 
 
 def test_an_agent_that_dies_after_the_flip_is_brought_to_the_plan_when_it_is_back(site: Site) -> None:
-    site.apply(BOTH)
     after = placement({"a/1": {"chat": "fake-double"}, "b/1": {"chat": "fake-double"}}, prior=BOTH)
 
     pid = site.b.process.pid
@@ -210,6 +219,6 @@ def test_an_agent_that_dies_after_the_flip_is_brought_to_the_plan_when_it_is_bac
             elif event.outcome == "failed":
                 site.b.start()
 
-    assert isinstance(site.apply(after, progress), Applied)
+    assert isinstance(site.apply(after, progress=progress), Applied)
     site.until_healthy()
     assert {replica.group for replica in site.status().replicas} == {"a/1", "b/1"}
