@@ -210,7 +210,7 @@ class _Readiness:
     def update(self, node: Node) -> None:
         """Tell what changed."""
         now = dict.fromkeys(self._told, _Status.SERVICE_UNKNOWN)
-        for key, replica in node.replicas.items():
+        for key, replica in node.upkeep.replicas.items():
             if replica.phase is Phase.SERVING:
                 now[key.service] = _Status.SERVING
             elif now.get(key.service) != _Status.SERVING:

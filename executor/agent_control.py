@@ -76,14 +76,14 @@ class AgentServicer(pb_grpc.AgentServicer):
     def state(self) -> AgentState:
         """Return the state of the node."""
         node = self._node
-        workers = [group.process_id for group in node.groups.values()]
+        workers = [group.process_id for group in node.upkeep.groups.values()]
         return AgentState(
             node=node.settings.node,
             version=self._version,
             generation=node.generation,
             placement_digest=node.committed.placement_digest if node.committed else "",
             staged_generation=node.staged.generation if node.staged else 0,
-            replicas=node.states(),
+            replicas=node.upkeep.states(),
             device=node.settings.worker.device,
             device_count=node.settings.device_count,
             resident_bytes=resident_bytes([os.getpid(), *(worker for worker in workers if worker is not None)]),

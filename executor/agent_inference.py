@@ -122,7 +122,7 @@ class InferenceServicer(pb_grpc.GRPCInferenceServiceServicer):
         self, request: pb.RepositoryIndexRequest, context: Context
     ) -> pb.RepositoryIndexResponse:
         """Every service of the node with its state, and why it is not ready."""
-        services = dict.fromkeys(key.service for key in self._node.replicas)
+        services = dict.fromkeys(key.service for key in self._node.upkeep.replicas)
         index = [self._index_of(service) for service in services]
         ready = [one for one in index if one.state == "READY" or not request.ready]
         return pb.RepositoryIndexResponse(models=ready)
@@ -166,7 +166,7 @@ class InferenceServicer(pb_grpc.GRPCInferenceServiceServicer):
         inputs = decode_inputs(request, self._limits)
         items = batch_of(inputs, loaded.inputs, max_batch=replica.settings.max_batch, where=request.model_name)
         deadline_s = arrived_s + deadline_in_s(request, time_remaining_s, replica.settings.deadline_s)
-        server = self._node.groups[replica.key.group]
+        server = self._node.upkeep.groups[replica.key.group]
         pending = server.submit(replica.key, inputs, items, deadline_s)
         try:
             answer = await pending.answer
@@ -191,13 +191,13 @@ class InferenceServicer(pb_grpc.GRPCInferenceServiceServicer):
         if version not in ("", MODEL_VERSION):
             raise UnknownService(f"service {service!r} has version {MODEL_VERSION} only, not {version!r}")
         replica = self._node.choose(service, group)
-        loaded = self._node.groups[replica.key.group].loaded(replica.key.variant)
+        loaded = self._node.upkeep.groups[replica.key.group].worker.loaded(replica.key.variant)
         if loaded is None:
             raise RequestRefused(f"{replica.key}: its model is not loaded")
         return replica, loaded
 
     def _index_of(self, service: str) -> pb.RepositoryIndexResponse.ModelIndex:
-        mine = [replica for replica in self._node.replicas.values() if replica.key.service == service]
+        mine = [replica for replica in self._node.upkeep.replicas.values() if replica.key.service == service]
         phases = {replica.phase for replica in mine}
         if Phase.SERVING in phases:
             return pb.RepositoryIndexResponse.ModelIndex(name=service, version=MODEL_VERSION, state="READY")

@@ -17,7 +17,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from executor.dispatcher import Dispatcher, DropReason, QueueLimits, Waiting
 from executor.errors import (
@@ -26,10 +26,10 @@ from executor.errors import (
     ModelFailed,
     ReplicaUnavailable,
     RequestRefused,
-    WorkerGone,
     WorkerRefused,
 )
-from executor.reconcile import GroupView, ModelPhase, ModelView, WorkerPhase
+from executor.group_worker import GroupWorker
+from executor.reconcile import WorkerPhase
 from executor.segment import aligned, place_all
 from executor.state import DesiredReplica, ReplicaKey
 from executor.tensors import Array
@@ -37,17 +37,9 @@ from executor.worker_link import WorkerLink, WorkerSettings
 from executor.worker_wire import Done, FromWorker, Loaded
 from plans.errors import ForeplanError, InvalidInput
 
-__all__ = ["Answer", "Counters", "GroupServer", "Pending", "backoff_s"]
+__all__ = ["Answer", "Counters", "GroupServer", "Pending"]
 
 _log = logging.getLogger("executor.agent")
-
-_STEADY_S = 30.0
-"""A worker that lived this long is not in a circle of crashes."""
-
-
-def backoff_s(failures: int) -> float:
-    """Return the seconds to wait after ``failures`` failures in a row (at least 1): 0.2, 0.4, 0.8, … up to 30."""
-    return float(min(30.0, 0.2 * 2.0 ** min(failures - 1, 16)))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,17 +82,6 @@ class Counters:
 
 
 @dataclass(slots=True)
-class _Model:
-    phase: ModelPhase
-    max_batch: int
-    memory_bytes: tuple[int, ...]
-    loaded: Loaded | None = None
-    problem: str = ""
-    failures: int = 0
-    not_before_s: float = 0.0
-
-
-@dataclass(slots=True)
 class _Region:
     """A place in the shared memory."""
 
@@ -121,19 +102,6 @@ class _Running:
 class _Rules:
     max_batch: int
     latency_s: tuple[float, ...]
-
-
-@dataclass(slots=True, eq=False)
-class _Worker:
-    """What is known of the group's process."""
-
-    phase: WorkerPhase = WorkerPhase.ENDED
-    link: WorkerLink | None = None
-    problem: str = ""
-    failures: int = 0
-    not_before_s: float = 0.0
-    ready_since_s: float = 0.0
-    regions: list[_Region] = field(default_factory=lambda: [_Region(), _Region()])
 
 
 class GroupServer:
@@ -160,18 +128,17 @@ class GroupServer:
     ) -> None:
         self.id = group
         self.gpus = gpus
+        self.worker = GroupWorker(group, gpus, settings, self._lost, clock=clock)
         self.counters: dict[ReplicaKey, Counters] = {}
-        self._settings = settings
         self._on_lost = on_lost
         self._clock = clock
-        self._worker = _Worker()
-        self._models: dict[str, _Model] = {}
         self._dispatcher = Dispatcher(limits)
         self._rules: dict[ReplicaKey, _Rules] = {}
         self._numbers = itertools.count()
         self._pending: dict[int, Pending] = {}  # by number; what waits in the dispatcher
         self._alone: deque[Pending] = deque()  # to be run one by one, after a batch with a bad request among them
         self._running: _Running | None = None
+        self._regions = (_Region(), _Region())
         self._turn = 0
 
     # What it is doing.
@@ -179,46 +146,7 @@ class GroupServer:
     @property
     def process_id(self) -> int | None:
         """Process id of the worker, while it runs."""
-        return self._worker.link.process_id if self._worker.link else None
-
-    @property
-    def problem(self) -> str:
-        """Why the worker does not run; empty while it does."""
-        return self._worker.problem
-
-    def view(self) -> GroupView:
-        """Return what `executor.reconcile` must know."""
-        return GroupView(
-            id=self.id,
-            gpus=self.gpus,
-            worker=self._worker.phase,
-            not_before_s=self._worker.not_before_s,
-            models=tuple(
-                ModelView(
-                    variant=variant,
-                    phase=model.phase,
-                    max_batch=model.max_batch,
-                    memory_bytes=model.memory_bytes,
-                    not_before_s=model.not_before_s,
-                )
-                for variant, model in self._models.items()
-            ),
-        )
-
-    def loaded(self, variant: str) -> Loaded | None:
-        """Return what the worker said when it loaded ``variant``, or None when it is not loaded."""
-        model = self._models.get(variant)
-        return model.loaded if model else None
-
-    def load_problem(self, variant: str) -> str:
-        """Return why the last load of ``variant`` failed; empty when it did not."""
-        model = self._models.get(variant)
-        return model.problem if model else ""
-
-    def retry_now(self, variant: str) -> None:
-        """Forget that loads of ``variant`` failed, so that the next try is due at once."""
-        if model := self._models.get(variant):
-            model.problem, model.failures, model.not_before_s = "", 0, 0.0
+        return self.worker.link.process_id if self.worker.link else None
 
     def queued(self, key: ReplicaKey) -> int:
         """Return how many requests of a replica wait."""
@@ -235,100 +163,23 @@ class GroupServer:
 
     # The worker.
 
-    async def start_worker(self) -> tuple[str, ...]:
-        """Start the worker and return the variants that it knows.
+    async def start_worker(self, spare: WorkerLink | None) -> tuple[str, ...]:
+        """Take the process ``spare``, or start one; return the variants that it knows.
 
         Raises:
-            WorkerGone: It ended during its start; the next try is not due before a while.
-            WorkerRefused: Its runtime could not be made; likewise.
+            WorkerGone: It ended during its start.
+            WorkerRefused: Its runtime could not be made.
         """
-        worker = self._worker
-        worker.phase = WorkerPhase.STARTING
-        try:
-            worker.link = await WorkerLink.start(self._settings, self.gpus[0], self._lost)
-        except (WorkerGone, WorkerRefused, OSError) as error:
-            self._note_failure(str(error))
-            if isinstance(error, OSError):
-                raise WorkerGone(f"no process could be started: {error.strerror}") from error
-            raise
-        worker.phase = WorkerPhase.READY
-        worker.problem = ""
-        worker.ready_since_s = self._clock()
-        worker.regions = [_Region(), _Region()]
-        _log.info("event=worker_ready group=%s worker=%d", self.id, worker.link.process_id)
-        return worker.link.variants
+        variants = await self.worker.start(spare)
+        self._regions = (_Region(), _Region())
+        return variants
 
     async def stop_worker(self, grace_s: float = 5.0) -> None:
         """Let the worker finish what runs, and end it. What waits fails."""
-        link, self._worker.link = self._worker.link, None
-        self._worker.phase = WorkerPhase.STOPPING
         self._fail_waiting("the agent stops this group")
-        if link is not None:
-            await link.stop(grace_s)
-        self._models.clear()
-        self._worker.phase = WorkerPhase.ENDED
-
-    async def load(self, variant: str, max_batch: int, memory_bytes: tuple[int, ...]) -> Loaded:
-        """Load a model, or load it again for larger batches; it goes on running meanwhile.
-
-        Raises:
-            WorkerRefused: It could not be loaded; the next try is not due before a while.
-            WorkerGone: The worker ended.
-        """
-        link = self._linked()
-        model = self._models.setdefault(
-            variant, _Model(phase=ModelPhase.LOADING, max_batch=max_batch, memory_bytes=memory_bytes)
-        )
-        before = model.max_batch
-        model.phase, model.max_batch, model.memory_bytes, model.problem = (
-            ModelPhase.LOADING,
-            max_batch,
-            memory_bytes,
-            "",
-        )
-        try:
-            loaded = await link.load(variant, max_batch)
-        except WorkerRefused as error:
-            model.failures += 1
-            model.problem = str(error)
-            model.not_before_s = self._clock() + backoff_s(model.failures)
-            model.phase = ModelPhase.FAILED
-            if model.loaded is not None:
-                model.phase, model.max_batch = ModelPhase.LOADED, before
-            raise
-        model.phase, model.loaded, model.failures = ModelPhase.LOADED, loaded, 0
-        return loaded
-
-    async def unload(self, variant: str) -> None:
-        """Take a model out of the worker.
-
-        Raises:
-            WorkerGone: The worker ended.
-        """
-        model = self._models[variant]
-        if model.loaded is not None:
-            model.phase = ModelPhase.UNLOADING
-            await self._linked().unload(variant)
-        self._models.pop(variant, None)
-
-    def _linked(self) -> WorkerLink:
-        if self._worker.link is None:
-            raise WorkerGone(self._worker.problem or "the worker does not run")
-        return self._worker.link
-
-    def _note_failure(self, reason: str) -> None:
-        worker = self._worker
-        steady = worker.ready_since_s and self._clock() - worker.ready_since_s > _STEADY_S
-        worker.failures = 1 if steady else worker.failures + 1
-        worker.phase = WorkerPhase.ENDED
-        worker.link = None
-        worker.problem = reason
-        worker.not_before_s = self._clock() + backoff_s(worker.failures)
+        await self.worker.stop(grace_s)
 
     def _lost(self, reason: str) -> None:
-        _log.error("event=worker_lost group=%s reason=%r", self.id, reason)
-        self._note_failure(reason)
-        self._models.clear()
         self._fail_waiting(reason)
         self._on_lost(reason)
 
@@ -395,7 +246,7 @@ class GroupServer:
 
     def _dispatch(self) -> None:
         """Start the next batch, if the worker is free and something waits."""
-        if self._running is not None or self._worker.phase is not WorkerPhase.READY:
+        if self._running is not None or self.worker.phase is not WorkerPhase.READY:
             return
         while self._alone:
             pending = self._alone.popleft()
@@ -413,7 +264,7 @@ class GroupServer:
             self._start(decision.batch.key, [self._pending.pop(waiting.number) for waiting in decision.batch.requests])
 
     def _start(self, key: ReplicaKey, pending: list[Pending]) -> None:
-        link, loaded = self._worker.link, self.loaded(key.variant)
+        link, loaded = self.worker.link, self.worker.loaded(key.variant)
         if link is None or loaded is None:
             self._settle(pending, ReplicaUnavailable(f"{key}: its model is not loaded"))
             return
@@ -437,7 +288,7 @@ class GroupServer:
         input_bytes = sum(aligned(items * spec.item_bytes) for spec in loaded.inputs)
         output_bytes = sum(aligned(items * spec.item_bytes) for spec in loaded.outputs)
         self._turn ^= 1
-        region = self._worker.regions[self._turn]
+        region = self._regions[self._turn]
         if input_bytes + output_bytes > region.size_bytes:
             region.offset_bytes = aligned(link.segment.size_bytes)
             region.size_bytes = max(input_bytes + output_bytes, 2 * region.size_bytes)

@@ -66,11 +66,16 @@ class WorkerSettings:
 
 
 class WorkerLink(asyncio.Protocol):
-    """A running worker. Made by `start`; every call fails with `WorkerGone` once the process has ended."""
+    """A running worker. Made by `start`; every call fails with `WorkerGone` once the process has ended.
+
+    Attributes:
+        segment: The memory shared with it.
+        on_end: Called with the reason when the process ends by itself after its start.
+    """
 
     def __init__(self, segment: SharedSegment, on_end: Callable[[str], None]) -> None:
         self.segment = segment
-        self._on_end = on_end
+        self.on_end = on_end
         self._process: asyncio.subprocess.Process | None = None
         self._transport: asyncio.WriteTransport | None = None
         self._frames = FrameSplitter()
@@ -120,6 +125,11 @@ class WorkerLink(asyncio.Protocol):
         """The worker's process id."""
         assert self._process is not None
         return self._process.pid
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether the process has ended, or is about to."""
+        return self._transport is None or self._transport.is_closing() or self._closed.is_set()
 
     @property
     def variants(self) -> tuple[str, ...]:
@@ -231,11 +241,11 @@ class WorkerLink(asyncio.Protocol):
                 call.set_exception(WorkerGone(reason))
         self.segment.close()
         if started and not self._stopping:
-            self._on_end(reason)
+            self.on_end(reason)
 
     def _call(self, message: Load | Unload | Run) -> asyncio.Future[FromWorker]:
         answer: asyncio.Future[FromWorker] = asyncio.get_running_loop().create_future()
-        if self._transport is None or self._transport.is_closing() or self._closed.is_set():
+        if self._transport is None or self.is_closed:
             answer.set_exception(WorkerGone("the worker is gone"))
         else:
             self._calls[message.call] = answer

@@ -14,7 +14,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from executor import wire
-from executor.group_server import backoff_s
+from executor.group_worker import backoff_s
 from executor.journal import Journal
 from executor.proto import control_pb2
 from executor.proto import open_inference_pb2 as pb
