@@ -94,7 +94,7 @@ class Peer:
             state = await self._agent.state(timeout_s=self._timing.poll_timeout_s)
             view = view_of(self.backend.node, state)
         except RemoteFailure as error:
-            view = NodeView(problem=f"its agent gives no state: {error}")
+            view = NodeView(problem=f"its agent gives no state: {error}", doubtful=_is_slow(error))
         if turn > self._answered:
             self._answered = turn
             self._on_view(self.backend, view)
@@ -118,3 +118,8 @@ class Peer:
                 self._on_view(self.backend, NodeView(problem=f"the connection to {self.backend.address} broke"))
             if state is _UP:
                 self._wake.set()
+
+
+def _is_slow(error: RemoteFailure) -> bool:
+    cause = error.__cause__
+    return isinstance(cause, grpc.aio.AioRpcError) and cause.code() is grpc.StatusCode.DEADLINE_EXCEEDED

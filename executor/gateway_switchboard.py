@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable
 
 from executor.gateway_journal import RoutingJournal
@@ -11,6 +12,8 @@ from executor.routing import NodeView, Router
 from executor.state import Backend, RoutingTable
 
 __all__ = ["Switchboard"]
+
+_log = logging.getLogger("executor.gateway")
 
 
 class Switchboard:
@@ -37,6 +40,7 @@ class Switchboard:
         self._max_message_bytes = max_message_bytes
         self._on_change = on_change
         self._peers: dict[str, Peer] = {}
+        self._problems: dict[Backend, str] = {}
         self._leaving: set[asyncio.Task[None]] = set()
         self._installing = asyncio.Lock()
 
@@ -48,6 +52,7 @@ class Switchboard:
         """
         table = self._journal.read()
         if table is not None:
+            _log.info("event=restored generation=%d services=%d", table.generation, len(table.services))
             self._put_in_force(table, self._new_peers(table))
 
     async def install(self, table: RoutingTable) -> None:
@@ -66,6 +71,7 @@ class Switchboard:
                 await asyncio.gather(*(peer.close(0.0) for peer in fresh.values()))
                 raise
             self._put_in_force(table, fresh)
+            _log.info("event=routed generation=%d services=%d", table.generation, len(table.services))
 
     def peer(self, node: str) -> Peer | None:
         """Return the peer of ``node``; None when no table in force names it."""
@@ -73,6 +79,7 @@ class Switchboard:
 
     def suspect(self, service: str, group: str, problem: str) -> None:
         """Take a target out of the rotation until its agent is heard again."""
+        _log.warning("event=suspected service=%s group=%s problem=%r", service, group, problem)
         self.router.suspect(service, group, problem)
         self._on_change()
 
@@ -96,6 +103,7 @@ class Switchboard:
         named = {backend.node for backend in table.backends}
         gone = [peer for node, peer in self._peers.items() if node not in named or node in fresh]
         self._peers = {node: peers[node] for node in named}
+        self._problems = {backend: problem for backend, problem in self._problems.items() if backend in table.backends}
         self.router.install(table)
         for peer in fresh.values():
             peer.start()
@@ -107,6 +115,10 @@ class Switchboard:
         self._on_change()
 
     def _observe(self, backend: Backend, view: NodeView) -> None:
+        if self._problems.get(backend, "") != view.problem:
+            self._problems[backend] = view.problem
+            state = "lost" if view.problem else "found"
+            _log.warning("event=%s node=%s address=%s problem=%r", state, backend.node, backend.address, view.problem)
         self.router.observe(backend, view)
         self._on_change()
 

@@ -1,7 +1,8 @@
 """Where requests go: the routing table, and the rotation over its targets. No input or output here.
 
 The share of a target is its weight in the plan. A target that is not healthy counts as weight 0, so the others take its
-requests in proportion to their weights (`plans.dispatch.next_replica`: smooth weighted round robin).
+requests in proportion to their weights (`plans.dispatch.next_replica`: smooth weighted round robin). When none is
+healthy, those that are only in doubt, because their agent is slow to answer, are better than none.
 """
 
 from __future__ import annotations
@@ -39,10 +40,12 @@ class NodeView:
 
     Attributes:
         problem: Why the node cannot be used at all; empty when its agent answers.
+        doubtful: Whether the problem is only that its agent did not answer in time: it may be busy, or gone.
         replicas: For each replica that the agent reports, why it takes no requests; empty when it serves.
     """
 
     problem: str = ""
+    doubtful: bool = False
     replicas: Mapping[ReplicaKey, str] = field(default_factory=dict)
 
     def problem_of(self, service: str, target: Target) -> str:
@@ -70,19 +73,29 @@ def _problem(replica: ReplicaState) -> str:
 class _Rotation:
     """The targets of one service with their credit and health."""
 
-    __slots__ = ("credit", "failed", "problems", "routes", "sent", "weights")
+    __slots__ = ("credit", "doubtful", "failed", "problems", "routes", "sent", "weights")
 
     def __init__(self, routes: ServiceRoutes) -> None:
         self.routes = routes
         self.credit = [0.0] * len(routes.targets)
         self.problems = ["not reached yet"] * len(routes.targets)
         self.weights = [0.0] * len(routes.targets)
+        self.doubtful = [0.0] * len(routes.targets)
         self.sent = [0] * len(routes.targets)
         self.failed = [0] * len(routes.targets)
 
-    def judge(self, position: int, problem: str) -> None:
+    def judge(self, position: int, problem: str, *, doubtful: bool = False) -> None:
+        was_healthy = not self.problems[position] or self.doubtful[position] > 0
+        weight = self.routes.targets[position].weight
         self.problems[position] = problem
-        self.weights[position] = 0.0 if problem else self.routes.targets[position].weight
+        self.weights[position] = 0.0 if problem else weight
+        self.doubtful[position] = weight if doubtful and was_healthy else 0.0
+
+    def next(self, weights: list[float], without: str) -> int:
+        if without:
+            groups = (target.group for target in self.routes.targets)
+            weights = [0.0 if group == without else weight for group, weight in zip(groups, weights, strict=True)]
+        return next_replica(weights, self.credit)
 
 
 class Router:
@@ -159,15 +172,13 @@ class Router:
         return rotation.routes if rotation else None
 
     def choose(self, service: str, *, without: str = "") -> Target | None:
-        """Return the healthy target whose turn it is, passing over the group ``without``; None when there is none."""
+        """Return the target whose turn it is, passing over the group ``without``; None when none can be used."""
         rotation = self._rotations.get(service)
         if rotation is None:
             return None
-        weights = rotation.weights
-        if without:
-            groups = (target.group for target in rotation.routes.targets)
-            weights = [0.0 if group == without else weight for group, weight in zip(groups, weights, strict=True)]
-        position = next_replica(weights, rotation.credit)
+        position = rotation.next(rotation.weights, without)
+        if position < 0:
+            position = rotation.next(rotation.doubtful, without)
         if position < 0:
             return None
         rotation.sent[position] += 1
@@ -207,4 +218,4 @@ class Router:
         for service, rotation in self._rotations.items():
             for position, target in enumerate(rotation.routes.targets):
                 if target.node == node:
-                    rotation.judge(position, view.problem_of(service, target))
+                    rotation.judge(position, view.problem_of(service, target), doubtful=view.doubtful)

@@ -106,6 +106,20 @@ class TestHealth:
         router.observe(Backend(node="n0", address="h:0"), serving(0))
         assert {target.group for _ in range(6) if (target := router.choose("chat"))} == {"n0/0", "n1/0"}
 
+    def test_a_slow_agent_gets_requests_only_when_nothing_better_is_there(self) -> None:
+        router = router_of([0.5, 0.5], {0, 1})
+        slow = NodeView(problem="did not answer in time", doubtful=True)
+        router.observe(Backend(node="n0", address="h:0"), slow)
+        assert {target.group for _ in range(4) if (target := router.choose("chat"))} == {"n1/0"}
+        assert not next(router.health()).healthy
+        router.observe(Backend(node="n1", address="h:1"), NodeView(problem="the connection broke"))
+        assert {target.group for _ in range(4) if (target := router.choose("chat"))} == {"n0/0"}
+        router.observe(Backend(node="n0", address="h:0"), slow)
+        assert router.choose("chat") is not None
+        router.observe(Backend(node="n0", address="h:0"), NodeView(problem="the connection broke"))
+        router.observe(Backend(node="n0", address="h:0"), slow)
+        assert router.choose("chat") is None
+
     def test_no_target_is_used_before_its_agent_has_answered(self) -> None:
         router = Router()
         router.install(table(1.0))
