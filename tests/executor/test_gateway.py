@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import signal
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import asynccontextmanager
@@ -21,6 +22,7 @@ from executor.proto import open_inference_pb2_grpc as inference_grpc
 from executor.state import Backend, GatewayState, ReplicaKey, RoutingTable, ServiceRoutes, Target
 from plans.errors import BadStoredData, InvalidInput, RemoteFailure
 from tests.executor.fake_agent import FakeAgent
+from tests.executor.peer_process import PeerProcess, processes
 
 Code = grpc.StatusCode
 
@@ -32,6 +34,12 @@ class Door(NamedTuple):
     channel: grpc.aio.Channel
     control: GatewayClient
     inference: inference_grpc.GRPCInferenceServiceStub
+
+    @classmethod
+    def to(cls, address: str) -> Door:
+        channel = grpc.aio.insecure_channel(address)
+        stub = inference_grpc.GRPCInferenceServiceStub(channel)
+        return cls(address, channel, GatewayClient(channel, address), stub)
 
     async def state(self) -> GatewayState:
         return await self.control.state(timeout_s=5)
@@ -64,9 +72,10 @@ def request(
 @asynccontextmanager
 async def door(tmp_path: Path, **options: Any) -> AsyncIterator[Door]:
     config = GatewayConfig(listen="127.0.0.1:0", state_dir=tmp_path, **options)
-    async with running_gateway(config) as address, grpc.aio.insecure_channel(address) as channel:
-        stub = inference_grpc.GRPCInferenceServiceStub(channel)
-        yield Door(address, channel, GatewayClient(channel, address), stub)
+    async with running_gateway(config) as address:
+        front = Door.to(address)
+        async with front.channel:
+            yield front
 
 
 @asynccontextmanager
@@ -477,3 +486,36 @@ class TestListening:
                     pass
 
         run(scenario())
+
+
+class TestStopping:
+    def test_requests_in_flight_are_answered_before_it_ends(self, tmp_path: Path) -> None:
+        async def scenario() -> None:
+            async with agents("a") as (a,):
+                a.infer_waits_for = asyncio.Event()
+                serving = running_gateway(GatewayConfig(listen="127.0.0.1:0", state_dir=tmp_path))
+                front = Door.to(await serving.__aenter__())
+                await front.control.set_routes(table(a), timeout_s=5)
+                early = asyncio.ensure_future(front.infer())
+                while not a.served:
+                    await asyncio.sleep(0)
+                ending = asyncio.create_task(serving.__aexit__(None, None, None))
+                async with asyncio.timeout(5):
+                    while True:
+                        try:
+                            await front.inference.ServerLive(inference.ServerLiveRequest(), timeout=1)
+                        except grpc.aio.AioRpcError:
+                            break
+                a.infer_waits_for.set()
+                assert (await early).id == "7"
+                await ending
+                await front.channel.close()
+
+        run(scenario())
+
+    @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+    def test_a_signal_ends_the_process_with_status_0(self, tmp_path: Path, number: signal.Signals) -> None:
+        gateway = PeerProcess("gateway", tmp_path)
+        with processes(gateway):
+            gateway.process.send_signal(number)
+            assert gateway.process.wait(20) == 0
