@@ -102,3 +102,14 @@ def test_the_error_beyond_the_grid_grows_with_the_distance(means: dict[int, floa
 def test_a_pooled_point_owns_up_to_its_distance_from_the_measurement() -> None:
     curve = fit({1: 2.0, 2: 1.0})
     assert curve.error_ratio(1) == pytest.approx(0.5 / 1.5)
+
+
+def test_the_error_between_two_points_alone_is_the_distance_to_the_farther_of_them() -> None:
+    curve = fit({1: 1.0, 5: 3.0})
+    assert curve.error_ratio(2) == pytest.approx((3.0 - 1.5) / 1.5)
+
+
+def test_the_error_beyond_the_grid_counts_the_slope_that_was_not_taken() -> None:
+    straight, bent = fit({1: 1.0, 2: 2.0, 4: 4.0}), fit({1: 3.0, 2: 3.0, 4: 4.0})
+    assert straight.error_ratio(8) == pytest.approx(straight.margin_ratio(8))
+    assert bent.error_ratio(8) > bent.margin_ratio(8) + 0.05

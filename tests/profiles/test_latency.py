@@ -188,3 +188,25 @@ def test_rows_without_tokens_serve_any_number_but_not_as_measured() -> None:
 def test_the_worst_confidence_wins() -> None:
     assert worst("interpolated", "measured") == "interpolated"
     assert worst("modelled", "extrapolated", "measured") == "modelled"
+
+
+def test_p99_beyond_the_grid_is_no_less_than_the_mean_even_where_it_rises_more_slowly() -> None:
+    estimate = LatencyModel(profile(row(1, 0.1, p99=0.5), row(2, 0.4, p99=0.5)), 1, 1).at(8)
+    assert estimate.p99_s == estimate.mean_s > 2.0
+
+
+def test_a_p95_stands_for_a_missing_p99() -> None:
+    statistics = LatencyStatistics(mean=0.1, p50=0.1, p95=0.12)
+    estimate = LatencyModel(profile(row(1, 0.1, latency_s=statistics)), 1, 1).at(1)
+    assert (estimate.p99_s, estimate.confidence) == (pytest.approx(0.12), "interpolated")
+
+
+def test_where_rows_contradict_each_other_the_better_measured_one_counts_for_more() -> None:
+    fitted = LatencyModel(profile(row(1, 2.0, samples=10), row(2, 1.0, samples=90)), 1, 1)
+    assert fitted.at(1).mean_s == fitted.at(2).mean_s == pytest.approx(1.1)
+
+
+def test_scaling_for_more_tokens_adds_to_the_error() -> None:
+    rows = profile(row(1, 1.0, input_tokens=100, samples=1000))
+    known, scaled = (LatencyModel(rows, 1, 1, tokens).at(1) for tokens in (100, 150))
+    assert scaled.error_ratio == pytest.approx(known.error_ratio + 0.5)
