@@ -1,12 +1,48 @@
-"""Runs a plan on real nodes and serves requests there.
+"""Running a plan on real nodes, and serving requests there.
 
-Processes: `agent` (one per node), `worker` (one per GPU group, started by the agent), `gateway` (the front door).
-Clients of theirs: `controller` (``apply``, ``status``) and `load` (replays a trace). `state` is the vocabulary, `wire`
-and `tensors` convert it to messages and back, `runtime` runs the models.
+Modules, by process:
 
-Pure rules, without input or output: `routing`, `apply_plan`, `reconcile`, `replica`, `dispatcher`, `admission`.
+- agent (one per node): `agent` starts it; `agent_control` and `agent_inference` answer its callers; `node` moves it
+  from generation to generation, `upkeep` brings about what is wanted as `reconcile` and `replica` say, `admission`
+  checks, `journal` remembers; `group_server` and `dispatcher` queue and batch; `group_worker`, `spare_worker` and
+  `worker_link` run workers.
+- worker (one per GPU group): `worker`, over `worker_wire` and the shared memory of `segment`; `runtime` loads and runs
+  models.
+- gateway (the front door): `gateway`, with `routing` and the other ``gateway_`` modules.
+- controller: `controller`, with `apply_plan`, `rollout` and `cluster_status`; `load` replays a trace against a gateway.
 
-Nothing is imported here: an agent needs no pandas, a load client no torch, and a command that prints help neither.
+`state` holds the vocabulary of all of them, `wire` and `tensors` its forms on the network, `errors` what can go wrong.
+Start at the module of the process; this package imports only the vocabulary, so that a worker is up quickly.
 """
 
-__all__: list[str] = []
+from executor.state import (
+    AgentState,
+    Backend,
+    DesiredGroup,
+    DesiredReplica,
+    DesiredState,
+    GatewayState,
+    Phase,
+    ReplicaKey,
+    ReplicaState,
+    RoutingTable,
+    ServiceRoutes,
+    Target,
+    TargetState,
+)
+
+__all__ = [
+    "AgentState",
+    "ReplicaState",
+    "ReplicaKey",
+    "Phase",
+    "DesiredState",
+    "DesiredGroup",
+    "DesiredReplica",
+    "GatewayState",
+    "TargetState",
+    "RoutingTable",
+    "ServiceRoutes",
+    "Target",
+    "Backend",
+]

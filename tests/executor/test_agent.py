@@ -14,7 +14,6 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from executor import wire
-from executor.group_worker import backoff_s
 from executor.journal import Journal
 from executor.proto import control_pb2
 from executor.proto import open_inference_pb2 as pb
@@ -376,11 +375,6 @@ def test_a_worker_that_dies_in_every_batch_shows_as_failed_with_its_reason(tmp_p
             await agent.until_phase("s", Phase.SERVING)
 
     asyncio.run(scenario())
-
-
-def test_the_wait_after_failures_doubles_up_to_a_bound():
-    assert [backoff_s(failures) for failures in (1, 2, 3)] == [0.2, 0.4, 0.8]
-    assert backoff_s(1000) == 30.0
 
 
 # The journal.
