@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
@@ -119,7 +119,7 @@ def make(
     out.say(f"wrote {output}")
 
 
-def _no_plan(out: Output, result: Infeasible | NoPlanFound) -> None:
+def _no_plan(out: Output, result: Infeasible | NoPlanFound) -> NoReturn:
     from planner import Infeasible
 
     if isinstance(result, Infeasible):

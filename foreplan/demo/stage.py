@@ -30,6 +30,7 @@ _VARIANTS = {
     "segment": (("segformer-b0", 1.0),),
     "moderate": (("bert-small-16", 1.0),),
 }
+_REPLICAS = {"classify": 1, "segment": 1, "moderate": 2}
 
 DAY_WINDOWS = 1440
 """Windows of a day: the trace has one a minute, whatever the speed of its replay."""
@@ -104,17 +105,17 @@ def free_ports(count: int) -> list[int]:
 
 
 def make_services(profiles: ProfileLibrary) -> Services:
-    """Return the demo's services with deadlines that this machine can meet: eight times the best model's latency."""
+    """Return the demo's services with deadlines that this machine can meet: ten times the best model's latency."""
     services = []
     for name, variants in _VARIANTS.items():
-        deadline_s = max(0.15, 8 * _latency_s(profiles, variants[0][0]))
+        deadline_s = max(0.3, 10 * _latency_s(profiles, variants[0][0]))
         services.append(
             {
                 "name": name,
                 "class": "latency",
                 "slo": {"deadline": round(deadline_s, 3), "attainment": 0.95},
                 "variants": [{"model": model, "accuracy": accuracy} for model, accuracy in variants],
-                "min_replicas": 1,
+                "min_replicas": _REPLICAS[name],
             }
         )
     return Services.model_validate({"services": services})
