@@ -10,7 +10,7 @@ from planner.space import Placed, Placement, PlanningSpace
 
 __all__ = ["balance"]
 
-_SEGMENTS = ((0.3, 1.0), (0.2, 2.0), (0.15, 4.0), (0.15, 8.0), (0.1, 16.0), (np.inf, 32.0))
+_SEGMENTS = tuple((0.05, float((step + 1) ** 2)) for step in range(20))
 """Width of each segment of utilisation, and the price of a unit of it: rising, so that peaks are levelled first."""
 
 

@@ -83,8 +83,8 @@ class Explanation:
         yield f"what binds: {self.binding}"
         for replica in self.replicas[:_MOST_LINES]:
             yield (
-                f"  on {replica.group}: {replica.variant} at batch {replica.max_batch}, {replica.rate_rps:.4g} rps of at "
-                f"most {replica.most_rps:.4g}; the group is used to {replica.utilisation:.0%}, "
+                f"  on {replica.group}: {replica.variant} at batch {replica.max_batch}, {replica.rate_rps:.4g} rps of "
+                f"at most {replica.most_rps:.4g}; the group is used to {replica.utilisation:.0%}, "
                 f"the service bears {replica.utilisation_limit:.0%}"
             )
         if len(self.replicas) > _MOST_LINES:

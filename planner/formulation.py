@@ -151,11 +151,12 @@ class Formulation:
             services = self.space.service_of[options]
             # Options of the same service that clash with at least the same others join the left side.
             alike = np.flatnonzero((services == services[index]) & clashes[:, others].all(axis=1))
-            key = (alike.tobytes(), others.tobytes())
+            most = float(len(np.unique(services[others])))
+            # With one service on either side the row is the same seen from both.
+            key = tuple(sorted([*alike, *others])) if most == 1 else (*alike, -1, *others)
             if key in done:
                 continue
             done.add(key)
-            most = float(len(np.unique(services[others])))
             values = np.concatenate([np.full(len(alike), most), np.ones(len(others))])
             name = f"blocking.{index}"
             self._at_most_use(name, place, pairs[np.concatenate([alike, others])], values, times=most)

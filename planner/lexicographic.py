@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -21,7 +21,7 @@ from planner.formulation import Formulation
 from planner.greedy import Target, greedy, pack, running
 from planner.linear import Floats, LinearModel
 from planner.neighbourhood import neighbourhoods
-from planner.objective import GOODPUT, Kept, Objective, gap_of, tiers, with_kept
+from planner.objective import ACCURACY, GOODPUT, Kept, Objective, gap_of, tiers, with_kept
 from planner.space import Placed, Placement, PlanningSpace
 
 __all__ = ["Exhausted", "Outcome", "Search", "TierOutcome", "Unsatisfiable"]
@@ -99,8 +99,6 @@ class Search:
         self._ends_at_s = ends_at_s
         self._solver: Solver = solver(self._settings.backend)
         self._local_solver = local_solver(self._settings.backend)
-        # CP-SAT rounds continuous variables, so linear programs go to HiGHS then.
-        self._linear_solver = solver("highs") if self._settings.backend == "cp-sat" else self._solver
         self._over_classes = Formulation(space, space.classes)
         self._symmetric = any(each.count > 1 for each in space.classes)
         self._exact: Formulation | None = None
@@ -123,7 +121,30 @@ class Search:
             )
             kept = (*kept, Kept(objective=objective, limit=objective.limit(value, self._settings.tolerance)))
         assert best is not None
-        return Outcome(placement=best, tiers=tuple(outcomes))
+        final = self._recovered(best)
+        return Outcome(placement=final, tiers=tuple(self._certified(each, final) for each in outcomes))
+
+    def _recovered(self, placement: Placement) -> Placement:
+        """Return ``placement`` with what tolerance cost goodput and accuracy, where that can be had back for free."""
+        for objective, other in ((GOODPUT, ACCURACY), (ACCURACY, GOODPUT)):
+            kept = (Kept(objective=other, limit=other.value(self._space, placement) * (1 - 1e-9)),)
+            rated = self.best_rates(_pairs(placement), objective, kept)
+            if rated is None:
+                continue
+            better = _trimmed(self._space, rated)
+            gains = objective.better(objective.value(self._space, better), objective.value(self._space, placement))
+            if gains and kept[0].holds(other.value(self._space, better)):
+                placement = better
+        return placement
+
+    def _certified(self, outcome: TierOutcome, placement: Placement) -> TierOutcome:
+        """Return ``outcome`` with the value of the final ``placement``, which later objectives may have lowered.
+
+        A bound may fall short of it by the rounding of the solver only.
+        """
+        value = outcome.objective.value(self._space, placement)
+        worst = max if outcome.objective.maximise else min
+        return replace(outcome, value=value, bound=worst(outcome.bound, value))
 
     def tier_value(self, placement: Placement) -> tuple[float, ...]:
         """Return the value of every objective for ``placement``, larger is better."""
@@ -141,7 +162,7 @@ class Search:
         lower = model.lower.copy()
         lower[fixed.use] = 1.0
         lower[fixed.run] = 1.0
-        answer = self._linear_solver.solve(
+        answer = self._solver.solve(
             model.with_bounds(lower, model.upper).relaxed(),
             Budget(time_limit_s=max(1.0, self._ends_at_s - self._clock()), seed=self._settings.seed),
         )

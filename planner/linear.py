@@ -163,9 +163,11 @@ class ModelBuilder:
         upper: float = np.inf,
     ) -> None:
         """Add ``lower <= sum of values * variables <= upper``."""
+        coefficients = np.asarray(values, dtype=np.float64)
+        used = np.flatnonzero(coefficients)
         self._rows.append(name)
-        self._columns.append(np.asarray(columns, dtype=np.int64))
-        self._values.append(np.asarray(values, dtype=np.float64))
+        self._columns.append(np.asarray(columns, dtype=np.int64)[used])
+        self._values.append(coefficients[used])
         self._row_lower.append(lower)
         self._row_upper.append(upper)
 

@@ -1,4 +1,4 @@
-"""Solving through OR-Tools MathOpt: HiGHS, CP-SAT or SCIP."""
+"""Solving through OR-Tools MathOpt: HiGHS or SCIP."""
 
 from __future__ import annotations
 
@@ -19,7 +19,6 @@ __all__ = ["MathOptSolver"]
 
 _TYPES = {
     "highs": mathopt.SolverType.HIGHS,
-    "cp-sat": mathopt.SolverType.CP_SAT,
     "scip": mathopt.SolverType.GSCIP,
 }
 _OPTIMAL_GAP = 1e-6
@@ -29,7 +28,7 @@ _OPTIMAL_GAP = 1e-6
 class MathOptSolver:
     """One of the solvers that MathOpt reaches, on one thread."""
 
-    def __init__(self, name: Literal["highs", "cp-sat", "scip"], *, cuts: bool = True) -> None:
+    def __init__(self, name: Literal["highs", "scip"], *, cuts: bool = True) -> None:
         self.name: Backend = name
         self._cuts = cuts
 
@@ -69,7 +68,7 @@ class MathOptSolver:
         )
         if not self._cuts:
             parameters.cuts = mathopt.Emphasis.OFF
-        if budget.node_limit is not None and self.name != "cp-sat":
+        if budget.node_limit is not None:
             parameters.node_limit = budget.node_limit
         if self.name == "highs":
             parameters.highs.int_options["threads"] = 1

@@ -168,20 +168,19 @@ def _of_model(
     parallelism: tuple[int, int],
     model: LatencyModel,
 ) -> Iterator[Option | Rejection]:
-    """Yield what each batch of the grid leads to, and of the batches below the grid only when none of those works."""
-    grid, below = _batches(model.batches, _running_batches(problem, service.name, variant.model, gpu_type, parallelism))
-    found = [_judge(problem, service, variant, demand, gpu_type, parallelism, model, batch) for batch in grid]
-    yield from found
-    if not any(isinstance(each, Option) for each in found):
-        for batch in below:
-            yield _judge(problem, service, variant, demand, gpu_type, parallelism, model, batch)
+    """Yield what each batch leads to.
+
+    Batches outside the grid are left out: nobody measured them, and below it the latency model grants no gain.
+    """
+    running = _running_batches(problem, service.name, variant.model, gpu_type, parallelism)
+    for batch in _batches(model.batches, running):
+        yield _judge(problem, service, variant, demand, gpu_type, parallelism, model, batch)
 
 
-def _batches(grid: tuple[int, ...], running: Iterable[int]) -> tuple[list[int], list[int]]:
-    smallest, largest = grid[0], grid[-1]
-    powers = [2**exponent for exponent in range(largest.bit_length())]
-    inside = {batch for batch in (*powers, *running) if smallest <= batch <= largest}
-    return sorted(inside | set(grid)), [batch for batch in powers if batch < smallest]
+def _batches(grid: tuple[int, ...], running: Iterable[int]) -> list[int]:
+    """Return the grid, the powers of two inside it, and the batches in use that lie inside it."""
+    powers = [2**exponent for exponent in range(grid[-1].bit_length())]
+    return sorted({batch for batch in (*powers, *running) if grid[0] <= batch <= grid[-1]} | set(grid))
 
 
 def _judge(

@@ -107,8 +107,7 @@ def solve(
             bound=outcome.bound,
             detail=f"{settings.time_limit_s:g} s did not suffice to place the minimum replicas of every service",
         )
-    # Linear programs: HiGHS for them even when CP-SAT, which rounds continuous variables, does the search.
-    linear = solver("highs" if settings.backend == "cp-sat" else settings.backend)
+    linear = solver(settings.backend)
     budget = Budget(time_limit_s=max(0.5, ends_at_s - clock()), seed=settings.seed)
     placement = balance(space, outcome.placement, linear, budget)
     prices = shadow_prices(space, linear, replace(budget, time_limit_s=max(0.5, ends_at_s - clock())))

@@ -61,7 +61,7 @@ def _translate(model: LinearModel, hint: Floats | None) -> tuple[Any, list[Any]]
     """Return the model as CBC gets it: always minimised, so that the bounds in its log have one sign."""
     problem = pulp.LpProblem("foreplan", pulp.LpMinimize)
     variables = [
-        pulp.LpVariable(
+        problem.add_variable(
             f"v{column}",
             float(model.lower[column]),
             float(model.upper[column]) if math.isfinite(model.upper[column]) else None,

@@ -9,8 +9,12 @@ from plans.errors import Fault, InvalidInput
 
 __all__ = ["Backend", "Blocking", "Settings"]
 
-Backend = Literal["highs", "cp-sat", "scip", "cbc"]
-"""A solver: the first three through MathOpt, CBC through PuLP as the independent second opinion."""
+Backend = Literal["highs", "scip", "cbc"]
+"""A solver: the first two through MathOpt, CBC through PuLP as the independent second opinion.
+
+CP-SAT is not among them: it knows integers only, and MathOpt's rounding of the compute shares made it refuse models
+and call feasible ones infeasible (OR-Tools 9.15).
+"""
 
 Blocking = Literal["strict", "expected", "none"]
 """How much of a batch that holds a stage a request is charged with: all of it, half (its mean residual), none."""
@@ -29,9 +33,8 @@ class Settings:
         max_utilisation: Highest utilisation that a group is planned for, in (0, 1].
         min_utilisation: Utilisation that an option is granted even when the tail bound allows less; a warning says so.
         blocking: See `Blocking`.
-        tolerance: Share of an objective that may be given up for the objectives after it.
-        gap: Relative gap at which an objective counts as solved. Below ``tolerance`` a smaller one changes nothing
-            that the next objective may not undo.
+        tolerance: Share of an objective that may be given up for the objectives after it. It counts into the gap.
+        gap: Relative gap at which an objective counts as solved.
         parallelisms: The (tp, pp) to consider; None is every one that the profiles offer.
 
     Raises:
@@ -46,7 +49,7 @@ class Settings:
     max_utilisation: float = 0.9
     min_utilisation: float = 0.25
     blocking: Blocking = "expected"
-    tolerance: float = 1e-3
+    tolerance: float = 1e-4
     gap: float = 5e-4
     parallelisms: tuple[tuple[int, int], ...] | None = None
 

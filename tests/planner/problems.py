@@ -1,0 +1,219 @@
+"""Planning problems for tests: generated ones, and a town that uses almost every feature."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from planner.problem import Problem
+from planner.settings import Settings
+from plans.cluster import Cluster, GpuType, Node, NodeGpus
+from plans.demand import Demand, Rate, ServiceDemand
+from plans.service import (
+    FrequencyService,
+    FrequencySlo,
+    GenerationService,
+    GenerationSlo,
+    LatencyService,
+    LatencySlo,
+    Service,
+    Services,
+    Variant,
+)
+from profiles.document import LatencyStatistics, Profile, ProfileMeta, Row
+from profiles.library import ProfileLibrary
+
+MIB = 2**20
+GIB = 2**30
+
+QUIET = Settings(gap=0.0, tolerance=1e-7, time_limit_s=20.0)
+"""Exact, with time to spare."""
+
+
+def cluster(*nodes: tuple[str, str, int], memory_gib: float = 16, cost: float = 1.0) -> Cluster:
+    """Return a cluster of (node, GPU type, count); the k-th type has k times the memory and cost of the first."""
+    types = list(dict.fromkeys(gpu_type for _, gpu_type, _ in nodes))
+    return Cluster(
+        gpu_types={
+            name: GpuType(memory_bytes=int(memory_gib * GIB * (index + 1)), cost_per_hour=cost * (index + 1))
+            for index, name in enumerate(types)
+        },
+        nodes=tuple(Node(name=name, gpus=NodeGpus(type=kind, count=count)) for name, kind, count in nodes),
+    )
+
+
+def profile(
+    model: str,
+    gpu_type: str = "gpu",
+    *,
+    base_s: float = 0.01,
+    growth: float = 0.5,
+    weights_gib: float = 2.0,
+    batches: tuple[int, ...] = (1, 2, 4, 8),
+    parallelisms: tuple[tuple[int, int], ...] = ((1, 1),),
+    source: str = "measured",
+) -> Profile:
+    """Return a profile whose batch of b takes ``base_s * (1 + growth * (b - 1))``, spread over tp * pp GPUs."""
+    rows = []
+    for tp, pp in parallelisms:
+        for batch in batches:
+            latency = base_s * (1 + growth * (batch - 1)) / tp
+            weight = int(weights_gib * GIB / (tp * pp))
+            rows.append(
+                Row(
+                    tp=tp,
+                    pp=pp,
+                    batch=batch,
+                    latency_s=LatencyStatistics(mean=latency, p50=latency, p95=latency, p99=latency),
+                    stage_latency_s=(latency / pp,) * pp,
+                    weight_bytes=(weight,) * pp,
+                    peak_bytes=(weight + batch * 16 * MIB,) * pp,
+                    load_s=1.0,
+                    samples=100,
+                )
+            )
+    return Profile(model=model, gpu_type=gpu_type, source=source, meta=ProfileMeta(), rows=tuple(rows))  # type: ignore[arg-type]
+
+
+def latency_service(name: str, *models: tuple[str, float], deadline_s: float = 0.2, **fields: object) -> LatencyService:
+    """Return a service with (model, accuracy) variants."""
+    return LatencyService(
+        name=name,
+        slo=LatencySlo(deadline_s=deadline_s),
+        variants=tuple(Variant(model=model, accuracy=accuracy) for model, accuracy in models),
+        **fields,  # type: ignore[arg-type]
+    )
+
+
+def demand(**rates: float) -> Demand:
+    """Return one window of Poisson demand."""
+    return Demand(
+        window_s=60.0,
+        services=tuple(ServiceDemand(service=name, rate_rps=(Rate(mean=rate),)) for name, rate in rates.items()),
+    )
+
+
+def problem(
+    inventory: Cluster,
+    services: list[Service],
+    profiles: list[Profile],
+    wanted: Demand,
+    *,
+    settings: Settings = QUIET,
+    current: object = None,
+) -> Problem:
+    """Return the problem of these documents."""
+    return Problem(
+        cluster=inventory,
+        services=Services(services=tuple(services)),
+        profiles=ProfileLibrary(profiles),
+        demand=wanted,
+        settings=settings,
+        current=current,  # type: ignore[arg-type]
+    )
+
+
+def generated(
+    seed: int,
+    *,
+    services: int = 3,
+    nodes: int = 2,
+    gpus: int = 1,
+    types: int = 1,
+    load: float = 1.0,
+    batches: tuple[int, ...] = (1, 4),
+    parallelisms: tuple[tuple[int, int], ...] = ((1, 1),),
+    settings: Settings = QUIET,
+) -> Problem:
+    """Return a seeded random problem with tight memory, mixed deadlines, weights, budgets and minimum replicas."""
+    rng = np.random.default_rng(seed)
+    names = [f"type{index}" for index in range(types)]
+    inventory = cluster(*((f"node{index}", names[index % types], gpus) for index in range(nodes)), memory_gib=8)
+    profiles, offered, rates = [], [], {}
+    for index in range(services):
+        base_s = float(rng.uniform(0.005, 0.04))
+        variants = []
+        for rank, cost in enumerate((1.0, 0.5)):
+            model = f"model{index}{'ab'[rank]}"
+            variants.append((model, round(0.9 - 0.1 * rank - float(rng.uniform(0, 0.05)), 3)))
+            weights_gib = float(rng.uniform(1.0, 6.0)) * cost
+            growth = float(rng.uniform(0.2, 0.8))
+            profiles.extend(
+                profile(
+                    model,
+                    name,
+                    base_s=base_s * cost * (1.0, 0.6)[number % 2],
+                    growth=growth,
+                    weights_gib=weights_gib,
+                    batches=batches,
+                    parallelisms=parallelisms,
+                )
+                for number, name in enumerate(names)
+            )
+        offered.append(
+            latency_service(
+                f"s{index}",
+                *variants,
+                deadline_s=base_s * float(rng.uniform(2.0, 10.0)),
+                weight=float(rng.choice([1.0, 2.0, 3.0])),
+                min_replicas=int(rng.random() < 0.2),
+                max_gpus=int(rng.integers(1, nodes * gpus + 1)) if rng.random() < 0.3 else None,
+            )
+        )
+        rates[f"s{index}"] = float(rng.uniform(0.2, 2.0)) * load * nodes * gpus / services / base_s
+    return problem(inventory, list(offered), profiles, demand(**rates), settings=settings)
+
+
+def town(*, settings: Settings = QUIET) -> Problem:
+    """Return a problem with almost every feature.
+
+    Two GPU types, nodes with several GPUs, tensor and pipeline parallelism, all three request classes, variants with a
+    minimum accuracy, a budget, a pin, a forbid, minimum replicas, weights, bursts and quantiles.
+    """
+    small = {"batches": (1, 2, 4, 8)}
+    wide = {"batches": (1, 4, 8), "parallelisms": ((1, 1), (2, 1), (1, 2))}
+    profiles = [
+        profile(model, gpu_type, base_s=base_s * speed, weights_gib=weights, **shape)  # type: ignore[arg-type]
+        for model, base_s, weights, shape in (
+            ("eye-large", 0.020, 5.0, small),
+            ("eye-small", 0.008, 1.5, small),
+            ("road", 0.012, 2.0, small),
+            ("talk", 0.300, 14.0, wide),
+            ("words", 0.004, 0.5, small),
+        )
+        for gpu_type, speed in (("slow", 1.0), ("quick", 0.5))
+    ]
+    services: list[Service] = [
+        latency_service(
+            "detect",
+            ("eye-large", 0.61),
+            ("eye-small", 0.55),
+            deadline_s=0.15,
+            weight=2.0,
+            min_accuracy=0.5,
+            min_replicas=2,
+            max_gpus=3,
+        ),
+        FrequencyService(
+            name="street", slo=FrequencySlo(fps=10, jitter_s=0.02), variants=(Variant(model="road"),), pin=("east",)
+        ),
+        GenerationService(
+            name="chat",
+            slo=GenerationSlo(ttft_s=0.5, tpot_s=0.02),
+            variants=(Variant(model="talk"),),
+            forbid=("west/0",),
+        ),
+        latency_service("read", ("words", 0.9), deadline_s=0.05),
+    ]
+    wanted = Demand(
+        window_s=60.0,
+        services=(
+            ServiceDemand(
+                service="detect", burstiness_cv=2.0, rate_rps=(Rate(mean=80.0, quantiles={"0.5": 75.0, "0.9": 120.0}),)
+            ),
+            ServiceDemand(service="street", streams=6, rate_rps=(Rate(mean=60.0),)),
+            ServiceDemand(service="chat", rate_rps=(Rate(mean=3.0),), output_tokens=100),
+            ServiceDemand(service="read", rate_rps=(Rate(mean=40.0),)),
+        ),
+    )
+    inventory = cluster(("west", "slow", 2), ("east", "quick", 4), memory_gib=12, cost=1.5)
+    return problem(inventory, services, profiles, wanted, settings=settings)

@@ -1,0 +1,160 @@
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from planner import Solved, explain, solve
+from planner.problem import Problem
+from plans.errors import InvalidInput
+from plans.plan import Unserved
+from plans.service import Service
+from tests.planner.problems import cluster, demand, latency_service, problem, profile, town
+
+
+def outcome(wanted: Problem) -> tuple[Unserved, ...]:
+    result = solve(wanted)
+    assert isinstance(result, Solved)
+    return result.plan.unserved
+
+
+def crowd(*services: Service, **rates: float) -> Problem:
+    return problem(
+        cluster(("a", "gpu", 1), ("b", "gpu", 1)),
+        list(services),
+        [profile("m"), profile("heavy", weights_gib=15.0), profile("huge", weights_gib=40.0), profile("tiny")],
+        demand(**rates),
+    )
+
+
+def test_too_large_a_model_is_unserved_for_memory() -> None:
+    (left,) = outcome(crowd(latency_service("s", ("huge", 1.0)), s=5.0))
+    assert (left.service, left.rate_rps, left.reason) == ("s", 5.0, "memory")
+    assert "40" in left.detail
+    assert "usable" in left.detail
+
+
+def test_too_tight_a_deadline_is_unserved_for_latency() -> None:
+    (left,) = outcome(crowd(latency_service("s", ("m", 1.0), deadline_s=0.005), s=5.0))
+    assert left.reason == "latency"
+    assert "5 ms" in left.detail
+
+
+def test_full_groups_are_unserved_for_compute() -> None:
+    (left,) = outcome(crowd(latency_service("s", ("m", 1.0)), s=5000.0))
+    assert left.reason == "compute"
+    assert left.rate_rps < 5000.0
+
+
+def test_a_spent_budget_is_unserved_for_budget() -> None:
+    (left,) = outcome(crowd(latency_service("s", ("m", 1.0), max_gpus=1), s=250.0))
+    assert left.reason == "budget"
+    assert "max_gpus" in left.detail
+
+
+def test_a_forbid_of_everything_is_unserved_for_budget() -> None:
+    (left,) = outcome(crowd(latency_service("s", ("m", 1.0), forbid=("a", "b")), s=1.0))
+    assert left.reason == "budget"
+    assert "pin and forbid" in left.detail
+
+
+def test_no_variant_that_is_accurate_and_profiled_is_unserved_for_accuracy() -> None:
+    (left,) = outcome(crowd(latency_service("s", ("ghost", 0.9), ("m", 0.5), min_accuracy=0.8), s=1.0))
+    assert left.reason == "accuracy"
+    assert "min_accuracy is 0.8" in left.detail
+
+
+def test_memory_taken_by_others_is_unserved_for_memory() -> None:
+    left = outcome(
+        crowd(
+            latency_service("first", ("heavy", 1.0), weight=5.0),
+            latency_service("second", ("heavy", 1.0), weight=5.0),
+            latency_service("late", ("m", 1.0)),
+            first=10.0,
+            second=10.0,
+            late=10.0,
+        )
+    )
+    assert [(each.service, each.reason) for each in left] == [("late", "memory")]
+    assert "of their memory free" in left[0].detail
+
+
+def test_blocking_neighbours_are_unserved_for_latency() -> None:
+    left = outcome(
+        problem(
+            cluster(("a", "gpu", 1)),
+            [
+                latency_service("long", ("n", 1.0), deadline_s=5.0, weight=9.0),
+                latency_service("short", ("m", 1.0), deadline_s=0.02),
+            ],
+            [profile("m"), profile("n", base_s=0.2, batches=(1,))],
+            demand(long=1.0, short=1.0),
+        )
+    )
+    assert [(each.service, each.reason) for each in left] == [("short", "latency")]
+
+
+@pytest.mark.parametrize("service", ["detect", "street", "chat", "read"])
+def test_an_explanation_fits_a_screen_and_is_plain_data(service: str) -> None:
+    wanted = town()
+    result = solve(wanted)
+    assert isinstance(result, Solved)
+    found = explain(wanted, result.plan, service)
+    lines = list(found.lines())
+    assert 3 <= len(lines) <= 40
+    assert json.loads(json.dumps(found.to_json()))["service"] == service
+    assert found.served_rps == pytest.approx(found.offered_rps, rel=1e-5)
+    assert found.binding == "served in full"
+    assert found.confidence is not None
+    stated = [entry.rate_rps for group in result.plan.groups for entry in group.loadout if entry.service == service]
+    assert sum(replica.rate_rps for replica in found.replicas) == pytest.approx(sum(stated))
+
+
+def test_an_explanation_names_the_pin_the_forbid_and_the_other_variant() -> None:
+    wanted = town()
+    result = solve(wanted)
+    assert isinstance(result, Solved)
+    street = explain(wanted, result.plan, "street")
+    assert ("west", "pin or forbid rules it out") in {(each.what, each.why_not) for each in street.places}
+    detect = explain(wanted, result.plan, "detect")
+    variants = {replica.variant for replica in detect.replicas}
+    assert {each.what for each in detect.variants} == {"eye-large", "eye-small"} - variants
+    chat = explain(wanted, result.plan, "chat")
+    assert any("tp 2" in each.what for each in chat.parallelisms)
+
+
+def test_what_binds_is_what_the_plan_says() -> None:
+    wanted = crowd(latency_service("s", ("m", 1.0), max_gpus=1), s=250.0)
+    result = solve(wanted)
+    assert isinstance(result, Solved)
+    (left,) = result.plan.unserved
+    assert explain(wanted, result.plan, "s").binding == f"{left.reason}: {left.detail}"
+
+
+def test_a_service_that_runs_nowhere_is_explained_too() -> None:
+    wanted = crowd(latency_service("s", ("huge", 1.0)), s=5.0)
+    result = solve(wanted)
+    assert isinstance(result, Solved)
+    found = explain(wanted, result.plan, "s")
+    assert found.replicas == ()
+    assert found.confidence is None
+    assert found.binding.startswith("memory")
+    assert any("memory" in each.why_not for each in found.variants)
+
+
+def test_an_unknown_service_is_an_error_that_lists_the_known_ones() -> None:
+    wanted = crowd(latency_service("s", ("m", 1.0)), s=1.0)
+    result = solve(wanted)
+    assert isinstance(result, Solved)
+    with pytest.raises(InvalidInput, match="one of the services s"):
+        explain(wanted, result.plan, "nope")
+
+
+def test_a_plan_from_other_documents_is_an_error() -> None:
+    wanted = crowd(latency_service("s", ("m", 1.0)), s=1.0)
+    result = solve(wanted)
+    assert isinstance(result, Solved)
+    other = replace(wanted, services=crowd(latency_service("s", ("tiny", 1.0)), s=1.0).services)
+    with pytest.raises(InvalidInput, match="a plan made from these documents"):
+        explain(other, result.plan, "s")

@@ -1,0 +1,152 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from planner import exact_model
+from planner.backend import Budget, Solution, solver
+from planner.formulation import Formulation
+from planner.greedy import greedy
+from planner.objective import ACCURACY, BYTES_MOVED, GOODPUT, GPU_COST, Kept, with_kept
+from planner.space import Placed, build_space
+from tests.planner.conftest import Golden
+from tests.planner.problems import cluster, demand, generated, latency_service, problem, profile, town
+
+CITED = (
+    "4.1",
+    "4.2",
+    "4.3",
+    "4.4",
+    "4.5",
+    "4.6",
+    "4.7",
+    "4.8",
+    "4.9",
+    "4.10",
+    "4.11",
+    "5.1",
+    "5.2",
+    "5.3",
+    "5.4",
+    "5.5",
+)
+
+
+def small() -> Formulation:
+    """Two services that block each other at large batches, one with a budget and a replica, on two alike GPUs."""
+    wanted = problem(
+        cluster(("a", "gpu", 2)),
+        [
+            latency_service("x", ("m", 0.9), deadline_s=0.045, weight=2.0, max_gpus=1, min_replicas=1),
+            latency_service("y", ("n", 0.8), deadline_s=0.3),
+        ],
+        [profile("m", batches=(1, 4), weights_gib=9.0), profile("n", batches=(1, 4), base_s=0.02, weights_gib=5.0)],
+        demand(x=50.0, y=20.0),
+    )
+    space = build_space(wanted)
+    return Formulation(space, space.singles)
+
+
+def test_the_lp_text_of_a_small_problem_is_as_before(golden: Golden) -> None:
+    formulation = small()
+    golden.check("planner_small.lp", formulation.model.with_objective(formulation.goodput(), maximise=True).lp_text())
+
+
+def test_every_constraint_and_objective_is_cited_in_code_and_stated_in_the_document() -> None:
+    root = Path(__file__).parents[2]
+    document = (root / "docs" / "formulation.md").read_text()
+    code = "".join((root / "planner" / f"{name}.py").read_text() for name in ("formulation", "objective"))
+    for number in CITED:
+        assert f"({number})" in document, number
+        assert f"({number})" in code, number
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_model_over_classes_bounds_the_exact_one(seed: int) -> None:
+    space = build_space(generated(seed, nodes=3, load=3.0))
+    objectives = []
+    for classes in (space.classes, space.singles):
+        formulation = Formulation(space, classes)
+        model = formulation.model.with_objective(formulation.goodput(), maximise=True)
+        answer = solver("highs").solve(model, Budget(time_limit_s=20))
+        objectives.append(answer.objective if isinstance(answer, Solution) else None)
+    over_classes, exact = objectives
+    assert over_classes is not None or exact is None
+    if over_classes is not None and exact is not None:
+        assert over_classes >= exact * (1 - 1e-6)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_packing_rows_cut_no_integer_solution(seed: int) -> None:
+    space = build_space(generated(seed, services=4, nodes=1, load=2.0))
+    formulation = Formulation(space, space.singles)
+    model = formulation.model.with_objective(formulation.goodput(), maximise=True)
+    keep = np.array([not name.startswith("packing") for name in model.rows])
+    entries = keep[model.row_of]
+    without = type(model)(
+        variables=model.variables,
+        lower=model.lower,
+        upper=model.upper,
+        integer=model.integer,
+        rows=tuple(name for name, kept in zip(model.rows, keep, strict=True) if kept),
+        row_lower=model.row_lower[keep],
+        row_upper=model.row_upper[keep],
+        row_of=(np.cumsum(keep) - 1)[model.row_of[entries]],
+        column_of=model.column_of[entries],
+        value_of=model.value_of[entries],
+        objective=model.objective,
+    )
+    budget = Budget(time_limit_s=20)
+    answers = [solver("highs").solve(each, budget) for each in (model, without)]
+    relaxed = [solver("highs").solve(each.relaxed(), budget) for each in (model, without)]
+    values = [answer.objective for answer in answers if isinstance(answer, Solution)]
+    bounds = [answer.objective for answer in relaxed if isinstance(answer, Solution)]
+    assert values[:1] == pytest.approx(values[1:], rel=1e-6)
+    if len(bounds) == 2:
+        assert bounds[0] <= bounds[1] * (1 + 1e-9)
+
+
+def test_decode_after_encode_is_the_identity() -> None:
+    space = build_space(town())
+    placement = greedy(space)
+    assert placement is not None
+    formulation = Formulation(space, space.singles, ordered=False)
+    values = formulation.encode(placement)
+    assert formulation.decode(values) == placement
+    assert formulation.model.violation(values) < 1e-6
+
+
+def test_objectives_of_the_model_and_of_the_placement_agree() -> None:
+    space = build_space(town())
+    placement = greedy(space)
+    assert placement is not None
+    formulation = Formulation(space, space.singles, ordered=False)
+    values = formulation.encode(placement)
+    for objective in (GOODPUT, ACCURACY, GPU_COST, BYTES_MOVED):
+        assert objective.coefficients(formulation) @ values == pytest.approx(objective.value(space, placement))
+
+
+def test_a_hint_with_a_pair_that_the_model_lacks_is_refused() -> None:
+    space = build_space(town())
+    first = space.groups[0].options[0]
+    narrow = Formulation(space, space.singles, [(0, first)])
+    with pytest.raises(KeyError):
+        narrow.encode((Placed(0, space.groups[0].options[1], 0.5),))
+
+
+def test_kept_objectives_are_rows() -> None:
+    formulation = small()
+    model = with_kept(formulation, ACCURACY, (Kept(objective=GOODPUT, limit=10.0), Kept(objective=GPU_COST, limit=1.0)))
+    assert model.rows[-2:] == ("keep.goodput", "keep.gpu-cost")
+    assert model.row_lower[-2] == 10.0
+    assert model.row_upper[-1] == 1.0
+
+
+def test_the_exported_model_is_the_exact_one_with_goodput() -> None:
+    model = exact_model(town())
+    assert model.maximise
+    assert model.integer.any()
+    assert "served_detect" not in model.lp_text()
+    assert "served(detect)" in model.lp_text()
