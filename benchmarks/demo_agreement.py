@@ -1,7 +1,7 @@
 """How far simulation and measurement are apart in the demo: attainment per service, average of three runs.
 
-Runs ``foreplan demo --json`` three times and prints, per service, the attainment predicted, simulated and measured in each
-run, and the mean of measured minus simulated. Run it on an otherwise idle machine: on two cores, the demo uses both.
+Runs ``foreplan demo --json`` three times and prints, per service, the attainment predicted, simulated and measured in
+each run, and the mean of measured minus simulated. Run it on an otherwise idle machine: the demo uses all cores.
 """
 
 from __future__ import annotations

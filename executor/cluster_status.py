@@ -36,7 +36,8 @@ class ReplicaStatus:
         group: Its GPU group.
         service: Its service.
         variant: Its model; empty when only a gateway knows of the replica.
-        desired: Whether it shall run: by the plan given, else by the routes in force.
+        desired: Whether it shall run: by the plan given, else by the routes in force, and by what an agent at the same
+            placement was told (a replica without a route stands by).
         phase: What its agent reports; None when it reports nothing.
         routed_by: Gateways that would send requests to it now.
         problem: Why desired and observed differ; empty when they do not.
@@ -158,11 +159,14 @@ def _replicas(
             targets.add((target.group, target.service))
             if target.healthy:
                 routed[target.group, target.service].append(address)
+    digests = {door.placement_digest for door in doors.values()}
     found = []
     for node in cluster.nodes:
         agent = agents.get(node.name)
         observed = {replica.key: replica for replica in agent.replicas} if agent else {}
         wanted = set(replicas_of(plan, node.name)) if plan else _routed_keys(targets, node.name, observed)
+        if plan is None and agent and agent.placement_digest in digests:
+            wanted |= {key for key, replica in observed.items() if replica.phase is not Phase.DRAINING}
         for key in sorted(observed.keys() | wanted):
             state = observed.get(key)
             found.append(

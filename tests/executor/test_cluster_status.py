@@ -66,12 +66,17 @@ def test_each_difference_gives_its_reason() -> None:
     problems = {entry.group: entry.problem for entry in found.replicas}
     assert problems == {
         "a/0": "it is failed: out of memory",
-        "a/1": "it is not part of the plan",
+        "a/1": "",  # part of the placement, without a route: it stands by
         "b/0": "its agent does not run it; run `foreplan apply` again",
         "b/1": "it has left the plan and drains",
     }
     assert not found.healthy
     assert found.agents[0].problem == "is not ready: see its replicas"
+
+
+def test_what_an_agent_of_another_placement_runs_is_not_part_of_the_plan() -> None:
+    found = seen([agent("a", replica("a/0")), agent("b", replica("b/1"), generation=1)], gateway("a/0"))
+    assert {entry.group: entry.problem for entry in found.replicas}["b/1"] == "it is not part of the plan"
 
 
 def test_peers_that_do_not_answer_are_named_and_their_replicas_are_still_listed() -> None:
