@@ -17,9 +17,10 @@ import torch
 from executor.runtime.memory import keep_freed_memory
 if sys.argv[1] == "keep" and not keep_freed_memory():
     sys.exit("no mallopt")
-torch.ones(16 * 2**20)
+for _ in range(16):
+    torch.ones(16 * 2**20)  # until the allocator has found its holes
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-for _ in range(8):
+for _ in range(16):
     torch.ones(16 * 2**20)  # 64 MiB, 16384 pages
 print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
@@ -33,7 +34,7 @@ def page_faults(mode: str) -> int:
 
 
 def test_a_large_block_that_is_kept_is_not_mapped_again() -> None:
-    assert page_faults("keep") < page_faults("drop") / 4
+    assert page_faults("keep") < page_faults("drop") / 2
 
 
 def test_tensors_alive_at_once_count_and_tensors_one_after_the_other_do_not() -> None:
