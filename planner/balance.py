@@ -10,8 +10,9 @@ from planner.space import Placed, Placement, PlanningSpace
 
 __all__ = ["balance"]
 
-_SEGMENTS = tuple((0.05, float((step + 1) ** 2)) for step in range(20))
-"""Width of each segment of utilisation, and the price of a unit of it: rising, so that peaks are levelled first."""
+_EDGES = np.concatenate([[0.0], np.geomspace(1e-4, 1.0, 41)])
+"""Ends of the segments of utilisation, each a quarter longer than the one before, so that idle groups are told apart
+as well as busy ones. A unit of a segment costs its upper end: rising, so that peaks are levelled first."""
 
 
 def balance(space: PlanningSpace, placement: Placement, solver: Solver, budget: Budget) -> Placement:
@@ -28,7 +29,7 @@ def balance(space: PlanningSpace, placement: Placement, solver: Solver, budget: 
     share = builder.add_variables([f"share[{index}]" for index in range(len(placement))], upper=cap, integer=False)
     groups = np.array([placed.group for placed in placement])
     utilisation = np.array([space.options[option].utilisation for option in options])
-    widths = np.array([width for width, _ in _SEGMENTS])
+    widths = np.diff(_EDGES)
     prices: list[float] = []
     for group in np.unique(groups):
         segments = builder.add_variables(
@@ -43,7 +44,7 @@ def balance(space: PlanningSpace, placement: Placement, solver: Solver, budget: 
             lower=0.0,
             upper=0.0,
         )
-        prices.extend(price for _, price in _SEGMENTS)
+        prices.extend(_EDGES[1:])
     kinds = [(int(space.service_of[option]), float(space.accuracy[option])) for option in options]
     rates = space.sustained_rps[options]
     for kind in sorted(set(kinds)):
