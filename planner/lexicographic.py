@@ -30,7 +30,7 @@ _LARGEST_EXACT_MODEL = 40_000
 """Pairs of group and option up to which the exact model is worth building."""
 
 _SMALL_EXACT_MODEL = 600
-"""The same for the objectives after the first, whose gap is no certificate: larger ones are searched locally."""
+"""Pairs up to which the exact model is solved at once; larger ones are searched locally first."""
 
 _NEIGHBOURHOOD_PAIRS = 100
 """Pairs that one neighbourhood decides about: mostly solved in tens of milliseconds."""
@@ -44,6 +44,12 @@ _NEIGHBOURHOOD_GAP = 1e-3
 _LATER_GAP = 0.01
 """Gap at which the local search leaves an objective after the first."""
 
+_STALLED_GAPS = 10
+"""Times the gap asked for: when the local search stalls within that, the first objective is left as it is."""
+
+_FIRST_ROUNDS = 200
+"""Neighbourhoods for the first objective."""
+
 _LATER_ROUNDS = 16
 """Neighbourhoods for an objective after the first."""
 
@@ -56,12 +62,12 @@ _TIER_SHARE = (0.55, 0.5, 0.6, 0.9)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TierOutcome:
-    """One objective: its value, its bound, and whether the time ran out."""
+    """One objective: its value, its bound, and whether it was left with a gap."""
 
     objective: Objective
     value: float
     bound: float
-    timed_out: bool
+    open: bool
 
     @property
     def gap(self) -> float:
@@ -100,7 +106,6 @@ class Search:
         self._solver: Solver = solver(self._settings.backend)
         self._local_solver = local_solver(self._settings.backend)
         self._over_classes = Formulation(space, space.classes)
-        self._symmetric = any(each.count > 1 for each in space.classes)
         self._exact: Formulation | None = None
         self._used_options: frozenset[int] = frozenset()
 
@@ -110,15 +115,19 @@ class Search:
         kept: tuple[Kept, ...] = ()
         outcomes: list[TierOutcome] = []
         for position, objective in enumerate(tiers(self._space)):
-            tier = _Tier(objective=objective, kept=kept, best=best, ends_at_s=self._tier_end(position))
+            tier = _Tier(
+                objective=objective,
+                kept=kept,
+                best=best,
+                ends_at_s=self._tier_end(position),
+                known_bound=objective.trivial_bound(self._space),
+            )
             proven_infeasible = self._solve_tier(tier)
             if tier.best is None:
                 return Unsatisfiable() if proven_infeasible else Exhausted(bound=tier.known_bound)
             best = tier.best
             value = objective.value(self._space, best)
-            outcomes.append(
-                TierOutcome(objective=objective, value=value, bound=tier.bound_for(value), timed_out=tier.timed_out)
-            )
+            outcomes.append(TierOutcome(objective=objective, value=value, bound=tier.bound_for(value), open=tier.open))
             kept = (*kept, Kept(objective=objective, limit=objective.limit(value, self._settings.tolerance)))
         assert best is not None
         final = self._recovered(best)
@@ -184,41 +193,36 @@ class Search:
         return now + max(0.0, self._ends_at_s - now) * _TIER_SHARE[min(position, len(_TIER_SHARE) - 1)]
 
     def _solve_tier(self, tier: _Tier) -> bool:
-        """Improve ``tier`` until its gap is closed or its time is over; True when proven infeasible."""
+        """Improve ``tier`` until its gap is closed, progress stalls or its time is over; True when proven infeasible."""
         if tier.best is not None:
             self._offer(tier, self.best_rates(_pairs(tier.best), tier.objective, tier.kept))
-        if self._symmetric:
-            targets = self._solve_classes(tier)
-            if targets is None:
-                return True
-            self._used_options = frozenset(option for _, option, _, _ in targets)
-            self._pack(tier, targets)
-            if self._closed(tier):
-                return False
-            if self._clock() < tier.ends_at_s and (not tier.kept or tier.best is None):
-                self._solve_groups(tier, self._promising(tier, targets), proves=False)
-                if self._closed(tier):
-                    return False
-        everything = sum(len(each.options) for each in self._space.singles)
-        first = not tier.kept
-        if everything > (_LARGEST_EXACT_MODEL if first else _SMALL_EXACT_MODEL) and tier.best is not None:
-            self._search_neighbourhoods(tier)
-            tier.timed_out = True
+        targets = self._solve_classes(tier)
+        if targets is None:
+            return True
+        self._used_options = frozenset(option for _, option, _, _ in targets)
+        self._pack(tier, targets)
+        if tier.best is None:
+            self._solve_groups(tier, self._promising(tier, targets), proves=False)
+        if self._closed(tier):
             return False
-        if self._clock() < tier.ends_at_s or tier.best is None:
-            return self._solve_groups(tier, None, proves=True)
-        tier.timed_out = True
-        return False
+        pairs = sum(len(each.options) for each in self._space.singles)
+        if pairs > _SMALL_EXACT_MODEL and tier.best is not None:
+            self._search_neighbourhoods(tier)
+            good_enough = bool(tier.kept) or self._closed(tier, _STALLED_GAPS * self._settings.gap)
+            if good_enough or pairs > _LARGEST_EXACT_MODEL or self._clock() >= tier.ends_at_s:
+                tier.open = not self._closed(tier)
+                return False
+        return self._solve_groups(tier, None, proves=True)
 
     def _search_neighbourhoods(self, tier: _Tier) -> None:
         """Free a few groups at a time and solve them exactly, until nothing was gained for some rounds."""
         generator = np.random.default_rng(self._settings.seed)
         target = _LATER_GAP if tier.kept else 0.0
-        most_stalled, most_rounds = (_STALLED_ROUNDS, _LATER_ROUNDS) if tier.kept else (10**9, 10**9)
+        most_rounds = _LATER_ROUNDS if tier.kept else _FIRST_ROUNDS
         rounds = stalled = 0
-        while (
-            tier.best is not None and stalled < most_stalled and rounds < most_rounds and not self._closed(tier, target)
-        ):
+        while tier.best is not None and stalled < _STALLED_ROUNDS and rounds < most_rounds:
+            if self._closed(tier, target):
+                return
             best = tier.best
             options = self._options_to_consider(best, everything=stalled % 3 == 2)
             for free, stays in neighbourhoods(self._space, best, options, generator, most_pairs=_NEIGHBOURHOOD_PAIRS):
@@ -314,7 +318,7 @@ class Search:
         answer = self._solver.solve(model, budget, _verified(formulation, model, self._ordered(tier.best)))
         if isinstance(answer, InfeasibleModel):
             return proves and tier.best is None
-        tier.timed_out = proves and not (isinstance(answer, Solution) and answer.stopped != "limit")
+        tier.open = proves and not (isinstance(answer, Solution) and answer.stopped != "limit")
         if proves:
             tier.tighten(answer.bound)
         if isinstance(answer, Solution):
@@ -354,21 +358,15 @@ class _Tier:
     kept: tuple[Kept, ...]
     best: Placement | None
     ends_at_s: float
-    known_bound: float | None = None
-    timed_out: bool = False
+    known_bound: float
+    open: bool = False
 
     def tighten(self, bound: float | None) -> None:
-        if bound is None or not math.isfinite(bound):
-            return
-        if self.known_bound is None:
-            self.known_bound = bound
-        else:
+        if bound is not None and math.isfinite(bound):
             self.known_bound = min(self.known_bound, bound) if self.objective.maximise else max(self.known_bound, bound)
 
     def bound_for(self, value: float) -> float:
         """Return the bound, which by rounding may not be worse than ``value``."""
-        if self.known_bound is None:
-            return math.inf if self.objective.maximise else 0.0
         return max(self.known_bound, value) if self.objective.maximise else min(self.known_bound, value)
 
 

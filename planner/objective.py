@@ -16,12 +16,16 @@ __all__ = ["ACCURACY", "BYTES_MOVED", "GOODPUT", "GPU_COST", "Kept", "Objective"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Objective:
-    """One objective: its name, its sense, its coefficients in a model, and its value for a placement."""
+    """One objective: its name, its sense, its coefficients in a model, its value for a placement, and a bound on it.
+
+    ``trivial_bound`` is what no placement can beat, whatever the solver may find out.
+    """
 
     name: str
     maximise: bool
     coefficients: Callable[[Formulation], Floats]
     value: Callable[[PlanningSpace, Placement], float]
+    trivial_bound: Callable[[PlanningSpace], float]
 
     def better(self, value: float, other: float) -> bool:
         """Say whether ``value`` is better than ``other`` by more than rounding."""
@@ -90,14 +94,50 @@ def _bytes_moved(space: PlanningSpace, placement: Placement) -> float:
     return sum(float(space.moved_bytes[option]) / 2**30 for option in moved)
 
 
-GOODPUT = Objective(name="goodput", maximise=True, coefficients=Formulation.goodput, value=_goodput)
+def _whole_demand(space: PlanningSpace) -> float:
+    return float(space.weight @ space.offered_rps)
+
+
+def _perfect(space: PlanningSpace) -> float:
+    return float(space.offered_rps.sum() * space.accuracy.max(initial=0.0))
+
+
+def _nothing(space: PlanningSpace) -> float:  # noqa: ARG001 - the objectives share one signature
+    return 0.0
+
+
+GOODPUT = Objective(
+    name="goodput",
+    maximise=True,
+    coefficients=Formulation.goodput,
+    value=_goodput,
+    trivial_bound=_whole_demand,
+)
 """Weighted requests per second served within their SLO."""
 
-ACCURACY = Objective(name="accuracy", maximise=True, coefficients=Formulation.accuracy, value=_accuracy)
+ACCURACY = Objective(
+    name="accuracy",
+    maximise=True,
+    coefficients=Formulation.accuracy,
+    value=_accuracy,
+    trivial_bound=_perfect,
+)
 """Accuracy summed over the requests served per second."""
 
-GPU_COST = Objective(name="gpu-cost", maximise=False, coefficients=Formulation.gpu_cost, value=_gpu_cost)
+GPU_COST = Objective(
+    name="gpu-cost",
+    maximise=False,
+    coefficients=Formulation.gpu_cost,
+    value=_gpu_cost,
+    trivial_bound=_nothing,
+)
 """Cost per hour of the GPUs in use."""
 
-BYTES_MOVED = Objective(name="bytes-moved", maximise=False, coefficients=Formulation.bytes_moved, value=_bytes_moved)
+BYTES_MOVED = Objective(
+    name="bytes-moved",
+    maximise=False,
+    coefficients=Formulation.bytes_moved,
+    value=_bytes_moved,
+    trivial_bound=_nothing,
+)
 """GiB of weights to load, compared with what runs."""

@@ -34,7 +34,7 @@ class Report:
         rejected: Options that do not fit, miss the deadline, or are below the minimum accuracy.
         groups: Candidate groups.
         classes: Classes of interchangeable groups.
-        timed_out: Names of the objectives that were left with a gap, for want of time or of rounds.
+        open: Names of the objectives that were left with a gap, for want of time or of progress.
     """
 
     options: int
@@ -42,7 +42,7 @@ class Report:
     rejected: int
     groups: int
     classes: int
-    timed_out: tuple[str, ...]
+    open: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -120,7 +120,7 @@ def solve(
         created_at=created_at,
         tool_version=tool_version,
     )
-    open_tiers = tuple(tier.objective.name for tier in outcome.tiers if tier.timed_out)
+    open_tiers = tuple(tier.objective.name for tier in outcome.tiers if tier.open)
     return Solved(plan=plan, report=_report(space, open_tiers))
 
 
@@ -136,12 +136,12 @@ def exact_model(problem: Problem) -> LinearModel:
     return formulation.model.with_objective(formulation.goodput(), maximise=True)
 
 
-def _report(space: PlanningSpace, timed_out: tuple[str, ...]) -> Report:
+def _report(space: PlanningSpace, open_tiers: tuple[str, ...]) -> Report:
     return Report(
         options=len(space.options),
         pruned=space.catalogue.pruned,
         rejected=len(space.catalogue.rejections),
         groups=len(space.groups),
         classes=len(space.classes),
-        timed_out=timed_out,
+        open=open_tiers,
     )

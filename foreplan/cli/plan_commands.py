@@ -33,7 +33,6 @@ class Solver(StrEnum):
     """A solver for the ILP."""
 
     highs = "highs"
-    cp_sat = "cp-sat"
     scip = "scip"
     cbc = "cbc"
 

@@ -124,7 +124,7 @@ def test_predictions_are_consistent(seed: int, load: float) -> None:
             for placed in placement
             if space.service_of[placed.option] == index
         )
-        assert prediction.latency_s.p50 >= fastest
+        assert prediction.latency_s.p50 >= fastest * (1 - 1e-9)
 
 
 def test_more_load_on_a_replica_never_improves_its_prediction() -> None:
