@@ -50,10 +50,10 @@ _STALLED_GAPS = 10
 _FIRST_ROUNDS = 200
 """Neighbourhoods for the first objective."""
 
-_LATER_ROUNDS = 16
+_LATER_ROUNDS = 10
 """Neighbourhoods for an objective after the first."""
 
-_STALLED_ROUNDS = 5
+_STALLED_ROUNDS = 4
 """Neighbourhoods without a gain after which an objective is left as it is."""
 
 _TIER_SHARE = (0.55, 0.5, 0.6, 0.9)
@@ -193,7 +193,7 @@ class Search:
         return now + max(0.0, self._ends_at_s - now) * _TIER_SHARE[min(position, len(_TIER_SHARE) - 1)]
 
     def _solve_tier(self, tier: _Tier) -> bool:
-        """Improve ``tier`` until its gap is closed, progress stalls or its time is over; True when proven infeasible."""
+        """Improve ``tier`` until its gap is closed, nothing helps or time is over; True when proven infeasible."""
         if tier.best is not None:
             self._offer(tier, self.best_rates(_pairs(tier.best), tier.objective, tier.kept))
         targets = self._solve_classes(tier)

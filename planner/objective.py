@@ -102,7 +102,7 @@ def _perfect(space: PlanningSpace) -> float:
     return float(space.offered_rps.sum() * space.accuracy.max(initial=0.0))
 
 
-def _nothing(space: PlanningSpace) -> float:  # noqa: ARG001 - the objectives share one signature
+def _nothing(space: PlanningSpace) -> float:
     return 0.0
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal
@@ -293,8 +292,3 @@ def _dominates(better: Option, worse: Option) -> bool:
         and better.weight_bytes <= worse.weight_bytes
         and all(mine <= other for mine, other in zip(better.memory_bytes, worse.memory_bytes, strict=True))
     )
-
-
-def reasons_against(rejections: Iterable[Rejection]) -> Counter[str]:
-    """Return how many options each reason ruled out."""
-    return Counter(rejection.reason for rejection in rejections)

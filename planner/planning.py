@@ -16,6 +16,7 @@ from planner.linear import LinearModel
 from planner.problem import Problem, check
 from planner.shadow import shadow_prices
 from planner.space import PlanningSpace, build_space
+from planner.stretch import stretch_batches
 from plans.plan import Plan
 
 __all__ = ["Infeasible", "NoPlanFound", "Report", "Solved", "exact_model", "solve"]
@@ -109,7 +110,7 @@ def solve(
         )
     linear = solver(settings.backend)
     budget = Budget(time_limit_s=max(0.5, ends_at_s - clock()), seed=settings.seed)
-    placement = balance(space, outcome.placement, linear, budget)
+    placement = balance(space, stretch_batches(space, outcome.placement), linear, budget)
     prices = shadow_prices(space, linear, replace(budget, time_limit_s=max(0.5, ends_at_s - clock())))
     plan = assemble(
         space,

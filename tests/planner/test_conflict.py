@@ -1,6 +1,10 @@
 from __future__ import annotations
 
+import numpy as np
+
 from planner import Infeasible, NoPlanFound, Settings, solve
+from planner.greedy import greedy
+from planner.space import build_space
 from tests.planner.problems import cluster, demand, latency_service, problem, profile
 
 
@@ -51,14 +55,19 @@ def test_services_that_exclude_each_other_are_named_together_and_nobody_else() -
     assert {each.service for each in found} == {"one", "two"}
 
 
-def test_out_of_time_before_any_plan_is_not_infeasible() -> None:
-    # Many large services with a replica each: greedy fails, and no time is left to find out whether anything works.
-    count = 14
+def test_out_of_time_before_any_plan_is_neither_a_plan_nor_infeasible() -> None:
+    # Twelve models fill four GPUs to the last byte: greedy fails, and no time is left to find out whether any fit.
+    rng = np.random.default_rng(0)
+    weights_gib = rng.uniform(2.5, 7.0, 12)
+    weights_gib *= 60.0 / weights_gib.sum()
     wanted = problem(
-        cluster(*((f"n{index}", "gpu", 1) for index in range(7))),
-        [latency_service(f"s{index}", (f"m{index}", 1.0), min_replicas=1) for index in range(count)],
-        [profile(f"m{index}", weights_gib=5.0 + 0.31 * index) for index in range(count)],
+        cluster(*((f"n{index}", "gpu", 1) for index in range(4))),
+        [latency_service(f"s{index}", (f"m{index}", 1.0), min_replicas=1) for index in range(12)],
+        [profile(f"m{index}", weights_gib=float(size), batches=(1,)) for index, size in enumerate(weights_gib)],
         demand(),
         settings=Settings(time_limit_s=1e-6),
     )
-    assert not isinstance(solve(wanted), NoPlanFound) or "did not suffice" in solve(wanted).detail  # type: ignore[union-attr]
+    assert greedy(build_space(wanted)) is None
+    result = solve(wanted)
+    assert isinstance(result, NoPlanFound)
+    assert "did not suffice" in result.detail

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from planner import Infeasible, NoPlanFound, Problem, Settings, Solved, solve
 from planner.greedy import greedy
+from planner.lexicographic import _SMALL_EXACT_MODEL
 from planner.objective import GOODPUT
 from planner.space import build_space
 from plans.demand import Demand, Rate, ServiceDemand
@@ -116,9 +117,12 @@ def test_every_plan_is_sound_and_never_worse_than_greedy(
         assert result.plan.solver.objective >= GOODPUT.value(space, start) * (1 - 2e-4)
 
 
-def test_the_same_seed_gives_the_same_plan() -> None:
-    wanted = generated(5, services=6, nodes=4, load=2.0, settings=Settings(time_limit_s=60))
+def test_a_larger_problem_is_searched_locally_and_the_same_seed_gives_the_same_plan() -> None:
+    wanted = generated(5, services=10, nodes=14, load=3.0, batches=(1, 2, 4, 8), settings=Settings(time_limit_s=60))
+    assert sum(len(group.options) for group in build_space(wanted).groups) > _SMALL_EXACT_MODEL
     plans = [solved(wanted) for _ in range(2)]
+    assert_sound(plans[0], wanted)
+    assert plans[0].solver.gap <= 0.01
     same = [plan.model_copy(update={"solver": plan.solver.model_copy(update={"wall_s": 0.0})}) for plan in plans]
     assert same[0] == same[1]
 
