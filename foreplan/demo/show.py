@@ -205,7 +205,7 @@ def _plan(
 ) -> Plan:
     inputs = Inputs(cluster=cluster, services=services, profiles=profiles, demand=demand)
     with out.progress("planning"):
-        result = make_plan(inputs, Settings(seed=seed))
+        result = make_plan(inputs, Settings(seed=seed, blocking="strict"))
     if not isinstance(result, Solved):
         raise ForeplanError(f"the demo's own problem has no plan: {result}")
     write_plan(path, result.plan)
