@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -14,14 +14,14 @@ from plans.cluster import Cluster
 from plans.codec import read_plan
 from plans.demand import Demand
 from plans.documents import read_document
-from plans.errors import Fault
+from plans.errors import Fault, InvalidInput
 from plans.plan import Plan
 from plans.service import Services, check_against_cluster
 from plans.transition import transition
 from profiles.latency import LatencyModel
 from profiles.library import ProfileLibrary
 
-__all__ = ["Inputs", "make_plan", "verify"]
+__all__ = ["Inputs", "make_plan", "settings_of", "verify"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,12 +76,32 @@ def make_plan(inputs: Inputs, settings: Settings) -> Solved | Infeasible | NoPla
         return result
     steps = transition(inputs.current, result.plan, inputs.cluster)
     plan = result.plan.model_copy(
-        update={"transition": steps.steps, "warnings": (*result.plan.warnings, *steps.warnings)}
+        update={
+            "settings": {
+                name: value for name, value in asdict(settings).items() if isinstance(value, str | int | float)
+            },
+            "transition": steps.steps,
+            "warnings": (*result.plan.warnings, *steps.warnings),
+        }
     )
     broken = verify(plan, inputs.cluster, inputs.services, inputs.profiles, inputs.demand)
     if broken:
         raise AssertionError("the plan breaks its promises: " + "; ".join(map(str, broken)))
     return result.with_plan(plan)
+
+
+def settings_of(plan: Plan) -> Settings:
+    """Return the settings that ``plan`` was made with; the defaults where it does not say.
+
+    Raises:
+        InvalidInput: The plan states a setting that does not exist, or an impossible value.
+    """
+    known = {field.name for field in fields(Settings)}
+    unknown = sorted(plan.settings.keys() - known)
+    if unknown:
+        expected = f"settings of this version ({', '.join(sorted(known))})"
+        raise InvalidInput.of(expected, where="plan", field="settings", found=", ".join(unknown))
+    return Settings(**plan.settings)  # type: ignore[arg-type]  # Settings checks every value itself
 
 
 def verify(

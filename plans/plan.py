@@ -189,12 +189,16 @@ class TransitionStep(Document):
 
 
 class Plan(Document):
-    """A whole plan. Groups are kept sorted by node and GPU, so equal plans are equal documents."""
+    """A whole plan. Groups are kept sorted by node and GPU, so equal plans are equal documents.
+
+    ``inputs`` holds the digests of the documents that it was made from, ``settings`` how it was planned.
+    """
 
     format_version: str = FORMAT_VERSION
     tool_version: str = ""
     created_at: str = ""
     inputs: Mapping[Literal["cluster", "services", "profiles", "demand"], str] = {}
+    settings: Mapping[str, str | int | float] = {}
     prior: Prior | None = None
     solver: SolverReport
     groups: tuple[Group, ...] = ()

@@ -248,12 +248,11 @@ def explain(
     profiles: ProfilesDir,
     demand: DemandFile = None,
     trace: TraceFile = None,
-    quantile: Quantile = 0.9,
     window: Window = 60.0,
 ) -> None:
     """Say why a service is placed as it is: what binds, and why not otherwise."""
-    from foreplan.planning import Inputs
-    from planner import Problem, Settings
+    from foreplan.planning import Inputs, settings_of
+    from planner import Problem
     from planner import explain as explain_service
     from plans.codec import read_plan
     from plans.errors import InvalidInput
@@ -264,14 +263,15 @@ def explain(
     names = [known.name for known in inputs.services.services]
     if service not in names:
         raise InvalidInput.of(f"one of {', '.join(names)}", where="command line", field="SERVICE", found=repr(service))
+    read = read_plan(plan)
     problem = Problem(
         cluster=inputs.cluster,
         services=inputs.services,
         profiles=inputs.profiles,
         demand=inputs.demand,
-        settings=Settings(quantile=quantile),
+        settings=settings_of(read),
     )
-    explanation = explain_service(problem, read_plan(plan), service)
+    explanation = explain_service(problem, read, service)
     out.result(explanation.to_json())
     for line in explanation.lines():
         out.say(line)
