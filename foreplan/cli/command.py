@@ -40,7 +40,7 @@ class LogLevel(StrEnum):
 _SHARED = {
     "json_output": (Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")], False),
     "no_color": (Annotated[bool, typer.Option("--no-color", help="No colours.")], False),
-    "log_level": (Annotated[LogLevel, typer.Option("--log-level", help="What to log on stderr.")], LogLevel.warning),
+    "log_level": (Annotated[LogLevel | None, typer.Option("--log-level", help="What to log on stderr.")], None),
     "debug": (Annotated[bool, typer.Option("--debug", help="Show stack traces of errors.")], False),
 }
 
@@ -58,9 +58,10 @@ def command(app: typer.Typer, name: str) -> Callable[[Callable[..., None]], Call
 
         def run(**arguments: Any) -> None:
             chosen = {key: arguments.pop(key) for key in _SHARED}
-            out = Output(as_json=chosen["json_output"], color=not chosen["no_color"])
+            level = chosen["log_level"]
+            out = Output(as_json=chosen["json_output"], color=not chosen["no_color"], log_level=level)
             logging.basicConfig(
-                level=chosen["log_level"].upper(),
+                level=(level or LogLevel.warning).upper(),
                 format="%(asctime)s %(levelname)s %(name)s %(message)s",
                 stream=sys.stderr,
             )

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from executor.controller import ApplyResult, ProgressEvent
     from plans.cluster import Cluster
     from plans.plan import Plan, Prior
+    from plans.store import PlanStore
 
 __all__ = ["register"]
 
@@ -67,7 +68,8 @@ def agent(
     address = listen or known[node].address
     if not address:
         raise InvalidInput.of("an address for the node, or --listen", where=cluster, field=node, found="none")
-    configure_logging()
+    log_level = (out.log_level or "info").upper()
+    configure_logging(log_level)
     config = AgentConfig(
         node=node,
         address=address,
@@ -79,6 +81,7 @@ def agent(
         dtype=dtype,
         threads=threads,
         model_dir=model_dir,
+        log_level=log_level,
     )
     host = address.rpartition(":")[0]
     asyncio.run(serve_agent(config, on_ready=lambda port: _ready(out, "agent", f"{host}:{port}", node)))
@@ -93,7 +96,7 @@ def gateway(
     from executor.gateway import GatewayConfig, serve_gateway
     from executor.logs import configure_logging
 
-    configure_logging()
+    configure_logging((out.log_level or "info").upper())
     config = GatewayConfig(listen=listen, state_dir=state_dir)
     asyncio.run(serve_gateway(config, lambda address: _ready(out, "gateway", address)))
 
@@ -127,7 +130,7 @@ def rollback(
     gateway: Gateways,
     store: Annotated[Path, typer.Option("--store", metavar="DIR", help="The plan store.")],
     generation: Annotated[
-        int | None, typer.Argument(metavar="[GENERATION]", help="Which; the one before the current when left out.")
+        int | None, typer.Argument(metavar="[GENERATION]", help="Which; the newest that is not live when left out.")
     ] = None,
     dry_run: DryRun = False,
 ) -> None:
@@ -135,20 +138,26 @@ def rollback(
     from executor.cluster_status import status as observe
     from plans.cluster import Cluster
     from plans.documents import read_document
-    from plans.errors import InvalidInput
     from plans.store import PlanStore
 
     plans = PlanStore(store)
-    if generation is None:
-        older = [one.generation for one in plans.generations()][:-1]
-        if not older:
-            raise InvalidInput.of("at least two generations in the store", where=store, found="none before the current")
-        generation = older[-1]
-    plan = plans.get(plans.generation(generation).name)
     inventory = read_document(cluster, Cluster)
     live = asyncio.run(observe(inventory, gateway)).live
+    if generation is None:
+        generation = _generation_before(plans, live)
+    plan = plans.get(plans.generation(generation).name)
     out.say(f"rolling back to the plan of generation {generation}")
     _apply(out, plan, inventory, gateway, store, dry_run=dry_run, prior=live)
+
+
+def _generation_before(plans: PlanStore, live: Prior | None) -> int:
+    """Return the newest generation of the store whose placement is not the live one."""
+    from plans.errors import InvalidInput
+
+    for stored in reversed(plans.generations()):
+        if live is None or plans.get(stored.name).placement_digest != live.digest:
+            return stored.generation
+    raise InvalidInput.of("a stored plan other than the live one", where=plans.root, found="none")
 
 
 def _apply(
@@ -161,7 +170,7 @@ def _apply(
     dry_run: bool,
     prior: Prior | None = None,
 ) -> None:
-    from executor.controller import Applied
+    from executor.controller import WouldApply
     from executor.controller import apply as bring
     from plans.store import PlanStore
 
@@ -169,9 +178,11 @@ def _apply(
         result = asyncio.run(
             bring(plan, cluster, gateways, prior=prior, dry_run=dry_run, progress=lambda event: _event(step, event))
         )
-    if store is not None and isinstance(result, Applied):
-        applied_at = datetime.now(UTC).isoformat(timespec="seconds")
-        PlanStore(store).record(result.generation, plan, applied_at=applied_at)
+    if store is not None and not isinstance(result, WouldApply):
+        plans = PlanStore(store)
+        # Also when nothing changed: an apply that was cut short and run again is live, and must be found again.
+        if all(stored.generation != result.generation for stored in plans.generations()):
+            plans.record(result.generation, plan, applied_at=datetime.now(UTC).isoformat(timespec="seconds"))
     _print_applied(out, result)
 
 
@@ -286,12 +297,15 @@ def demo(
         "demo"
     ),
     windows: Annotated[int, typer.Option(help="Minutes of the trace to replay, at ten times speed.", min=1)] = 10,
+    load: Annotated[
+        float, typer.Option(help="Share of the cores that can be spared to keep busy at the peak.", min=0.01, max=5)
+    ] = 0.45,
     seed: Seed = 1,
 ) -> None:
     """Do the whole job on this machine: profile, forecast, plan, apply, replay, evaluate, report."""
     from foreplan.demo import run_demo
 
-    result = run_demo(out, folder, trace=trace, windows=windows, seed=seed)
+    result = run_demo(out, folder, trace=trace, windows=windows, core_share=load, seed=seed)
     out.result(result.to_json())
     rows = []
     for prediction in result.plan.predicted:

@@ -42,10 +42,12 @@ class Output:
     Args:
         as_json: Print one JSON value on stdout and no tables.
         color: Allow colour when the stream is a terminal.
+        log_level: The level that the user asked for; None leaves it to the command.
     """
 
-    def __init__(self, *, as_json: bool, color: bool) -> None:
+    def __init__(self, *, as_json: bool, color: bool, log_level: str | None = None) -> None:
         self.as_json = as_json
+        self.log_level = log_level
         piped = not sys.stdout.isatty()
         width = _UNCUT if piped else None  # never cut what a script reads
         self._stdout = Console(no_color=not color, highlight=False, soft_wrap=piped, width=width)

@@ -94,7 +94,9 @@ class DemoResult:
         }
 
 
-def run_demo(out: Output, folder: Path, *, trace: Path | None, windows: int, seed: int) -> DemoResult:
+def run_demo(
+    out: Output, folder: Path, *, trace: Path | None, windows: int, core_share: float, seed: int
+) -> DemoResult:
     """Do the whole job in ``folder``: its files stay there to be looked at, its processes do not.
 
     Args:
@@ -102,6 +104,7 @@ def run_demo(out: Output, folder: Path, *, trace: Path | None, windows: int, see
         folder: Made when missing; files of an earlier demo are replaced.
         trace: A day (or a folder of days) in Azure Functions 2019 format; the shipped sample when left out.
         windows: Minutes of the trace to forecast, plan for and replay.
+        core_share: Share of the cores that can be spared which the models alone keep busy in the busiest window.
         seed: Seed of the mapping, the arrivals and the solver.
 
     Raises:
@@ -120,7 +123,7 @@ def run_demo(out: Output, folder: Path, *, trace: Path | None, windows: int, see
     services, cluster = make_services(profiles), make_cluster(machine)
     write_text(folder / "services.yaml", services_yaml(services))
     write_text(folder / "cluster.yaml", cluster_yaml(cluster))
-    load = cut_load(rates, profiles, machine, windows=windows, seed=seed)
+    load = cut_load(rates, profiles, machine, windows=windows, core_share=core_share, seed=seed)
     write_trace(folder / "history.parquet", load.history)
     write_trace(folder / "arrivals.parquet", load.arrivals)
     demand = _forecast(load.history, windows, seed)

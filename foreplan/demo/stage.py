@@ -40,8 +40,6 @@ SPEED = 10.0
 
 _NODES = ("node-a", "node-b")
 _DEVICE_MEMORY_BYTES = 2 * 2**30
-_CORE_SHARE = 0.45
-"""Share of the cores that can be spared which the models alone may keep busy in the busiest window."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -187,12 +185,14 @@ class Load:
     factors: dict[str, float]
 
 
-def cut_load(rates: RateTrace, profiles: ProfileLibrary, machine: Machine, *, windows: int, seed: int) -> Load:
+def cut_load(
+    rates: RateTrace, profiles: ProfileLibrary, machine: Machine, *, windows: int, core_share: float, seed: int
+) -> Load:
     """Scale ``rates`` to what this machine holds, and cut them into history and the windows to replay.
 
     The replayed windows start three quarters into the last day (or the trace, when it is shorter). Each service gets
-    an equal part of the cores that can be spared: its busiest replayed window, and its history's 95th percentile,
-    keep its most accurate model busy for at most that part at batch 1.
+    an equal part of ``core_share`` of the cores that can be spared: its busiest replayed window, and its history's
+    95th percentile, keep its most accurate model busy for at most that part at batch 1.
 
     Raises:
         InvalidInput: The trace is too short.
@@ -209,7 +209,7 @@ def cut_load(rates: RateTrace, profiles: ProfileLibrary, machine: Machine, *, wi
     for service, row in zip(rates.services, counts, strict=True):
         busy_rps = max(row[first : first + windows].max(), np.percentile(row[:first], 95), 1.0) / rates.window_s
         cost_s = _latency_s(profiles, _VARIANTS[service][0][0])
-        allowed_rps = _CORE_SHARE * machine.spare_cores / len(_VARIANTS) / cost_s
+        allowed_rps = core_share * machine.spare_cores / len(_VARIANTS) / cost_s
         factors[service] = float(allowed_rps / busy_rps)
     scaled = rates.scaled(factors)
     start_s, end_s = rates.start_s + first * rates.window_s, rates.start_s + (first + windows) * rates.window_s
