@@ -164,9 +164,9 @@ class InferenceServicer(pb_grpc.GRPCInferenceServiceServicer):
             known = ", ".join(spec.name for spec in loaded.outputs)
             raise InvalidInput.of(f"some of {known}", field="outputs", found=", ".join(sorted(unknown)))
         inputs = decode_inputs(request, self._limits)
-        items = batch_of(inputs, loaded.inputs, max_batch=replica.settings.max_batch, where=request.model_name)
-        deadline_s = arrived_s + deadline_in_s(request, time_remaining_s, replica.settings.deadline_s)
         server = self._node.upkeep.groups[replica.key.group]
+        items = batch_of(inputs, loaded.inputs, max_batch=server.max_batch(replica.key), where=request.model_name)
+        deadline_s = arrived_s + deadline_in_s(request, time_remaining_s, replica.settings.deadline_s)
         pending = server.submit(replica.key, inputs, items, deadline_s)
         try:
             answer = await pending.answer

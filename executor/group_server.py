@@ -185,12 +185,18 @@ class GroupServer:
 
     # Requests.
 
-    def configure(self, key: ReplicaKey, settings: DesiredReplica) -> None:
-        """Open the queue of a replica, or change its rules."""
+    def max_batch(self, key: ReplicaKey) -> int:
+        """Return the largest batch that a replica takes now."""
+        return self._rules[key].max_batch
+
+    def configure(self, key: ReplicaKey, settings: DesiredReplica, *, limit: int | None = None) -> None:
+        """Open the queue of a replica, or change its rules; ``limit`` keeps batches below what the settings allow."""
+        max_batch = min(settings.max_batch, limit or settings.max_batch)
+        latency_s = settings.batch_latency_s[:max_batch]
         self.counters.setdefault(key, Counters())
-        self._rules[key] = _Rules(max_batch=settings.max_batch, latency_s=settings.batch_latency_s)
-        for waiting in self._dispatcher.configure(key, settings.max_batch, settings.batch_latency_s):
-            expected = f"a batch of at most {settings.max_batch}"
+        self._rules[key] = _Rules(max_batch=max_batch, latency_s=latency_s)
+        for waiting in self._dispatcher.configure(key, max_batch, latency_s):
+            expected = f"a batch of at most {max_batch}"
             self._refuse(waiting, InvalidInput.of(expected, field="inputs", found=waiting.items))
 
     def close(self, key: ReplicaKey, reason: str) -> None:

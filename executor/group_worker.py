@@ -154,7 +154,7 @@ class GroupWorker:
         """
         link = self._linked()
         model = self._models.setdefault(variant, _Model(ModelPhase.LOADING, max_batch, memory_bytes))
-        before = model.max_batch
+        before = model.max_batch, model.memory_bytes
         model.phase, model.max_batch, model.memory_bytes = ModelPhase.LOADING, max_batch, memory_bytes
         model.problem = ""
         try:
@@ -165,10 +165,15 @@ class GroupWorker:
             model.not_before_s = self._clock() + backoff_s(model.failures)
             model.phase = ModelPhase.FAILED
             if model.loaded is not None:
-                model.phase, model.max_batch = ModelPhase.LOADED, before
+                model.phase = ModelPhase.LOADED
+                model.max_batch, model.memory_bytes = before
             raise
         model.phase, model.loaded, model.failures = ModelPhase.LOADED, loaded, 0
         return loaded
+
+    def charge(self, variant: str, memory_bytes: tuple[int, ...]) -> None:
+        """Note the bytes on each GPU that a loaded model may use from now on."""
+        self._models[variant].memory_bytes = memory_bytes
 
     async def unload(self, variant: str) -> None:
         """Take a model out of the worker.

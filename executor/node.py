@@ -126,7 +126,9 @@ class Node:
         return placement_faults(desired, facts)
 
     async def stage(self, desired: DesiredState) -> tuple[ReplicaKey, ...]:
-        """Load what ``desired`` needs beside what runs; return the replicas that must wait for memory.
+        """Load what ``desired`` needs beside what runs; return the replicas that cannot serve yet for want of memory.
+
+        One that serves already and is to grow keeps its batch limit until there is room.
 
         Raises:
             WrongGeneration: It is older than what was seen, or other than what is committed under its number; or it was
@@ -154,7 +156,7 @@ class Node:
         await self.upkeep.until(lambda: self._stage_settled(desired, waiting))
         self._is_staged = self.staged == desired
         _log.info("event=staged generation=%d deferred=%d", desired.generation, len(waiting))
-        return waiting
+        return tuple(key for key in waiting if not self.upkeep.is_serving([key]))
 
     async def commit(self, generation: int) -> int:
         """Make what is staged under ``generation`` accept requests; what ran before still does. Journalled first.
@@ -191,6 +193,7 @@ class Node:
                 held = f"{self.generation} is committed here"
                 raise WrongGeneration(f"generation {generation} cannot be finished: {held}")
             self._before, self._can_take_back = None, False
+            self.upkeep.settle()
             keep = {*_keys(wanted), *_keys(self.staged)}
             self.upkeep.retire([key for key in self.upkeep.replicas if key not in keep])
         await self.upkeep.until(lambda: self._finish_settled(wanted))
@@ -253,7 +256,10 @@ class Node:
             return True
         if self.upkeep.is_draining():
             return False
-        return bool(self.upkeep.failures(_keys(wanted))) or (self.ready and not self.upkeep.has_idle_group())
+        if self.upkeep.failures(_keys(wanted)):
+            return True
+        grown = all(self.upkeep.is_loaded(key) for key in _keys(wanted))
+        return self.ready and grown and not self.upkeep.has_idle_group()
 
     def choose(self, service: str, group: str | None) -> Replica:
         """Return the replica that shall serve a request: of ``group``, or the one with the shortest expected wait.

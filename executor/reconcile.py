@@ -3,7 +3,8 @@
 Nothing here waits, sends or keeps state. The shell (`executor.node`) performs the actions, notes what came of them, and
 asks again; with nothing left to do the answer is empty.
 
-Memory: a model is loaded only where the bytes of all models on its GPUs, itself included, stay within a GPU's capacity.
+Memory: a model is loaded, or grows, only where the bytes that all models on its GPUs are charged, itself included,
+stay within a GPU's capacity. A loaded model is charged what its replicas need, so one that shrinks makes room at once.
 What is committed goes first, so a staged replica never takes the place of one that must be loaded again after a crash.
 """
 
@@ -20,6 +21,7 @@ from executor.state import Phase, ReplicaKey
 __all__ = [
     "Action",
     "Adopt",
+    "Charge",
     "GroupView",
     "LoadModel",
     "ModelPhase",
@@ -30,6 +32,7 @@ __all__ = [
     "UnloadModel",
     "WorkerPhase",
     "deferred",
+    "has_room",
     "next_time_s",
     "reconcile",
 ]
@@ -61,7 +64,7 @@ class ModelView:
         variant: Which model.
         phase: Where it is in its life. A model that is loaded again for larger batches is LOADING, and runs meanwhile.
         max_batch: Largest batch that it is loaded, or being loaded, for.
-        memory_bytes: Bytes on each GPU of the group.
+        memory_bytes: Bytes on each GPU of the group that it is charged.
         not_before_s: A load that failed is not tried again before this time.
     """
 
@@ -121,8 +124,17 @@ class UnloadModel:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Charge:
+    """The replicas of a loaded model need other memory than it is charged, and there is room: charge it that."""
+
+    group: str
+    variant: str
+    memory_bytes: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Adopt:
-    """A replica's model is loaded already, for another service of its group."""
+    """A replica's model is loaded already, for another service of its group, and as it needs it."""
 
     key: ReplicaKey
 
@@ -134,7 +146,7 @@ class Release:
     key: ReplicaKey
 
 
-Action = StartWorker | StopWorker | LoadModel | UnloadModel | Adopt | Release
+Action = StartWorker | StopWorker | LoadModel | UnloadModel | Charge | Adopt | Release
 
 _HOLDS_MEMORY = (ModelPhase.LOADING, ModelPhase.LOADED, ModelPhase.UNLOADING)
 
@@ -175,6 +187,7 @@ def reconcile(
         for replica in replicas
         if replica.phase is Phase.DRAINING and (not pending.get(replica.key) or now_s >= replica.drain_until_s)
     ]
+    actions += _adoptions(replicas, views)
     starting: set[str] = set()
     for need in needs:
         view = views.get(need.group)
@@ -192,7 +205,7 @@ def reconcile(
                     memory_bytes=need.memory_bytes,
                 )
             )
-    actions += _adoptions(replicas, views)
+    actions += _charges(needs, views, admitted)
     for view in groups:
         actions += _cleared(view, [replica for replica in replicas if replica.key.group == view.id])
     return tuple(actions)
@@ -210,6 +223,13 @@ def deferred(replicas: Sequence[Replica], groups: Sequence[GroupView], capacity_
     )
 
 
+def has_room(model: ModelView, max_batch: int, memory_bytes: Sequence[int]) -> bool:
+    """Say whether a model is loaded for batches of ``max_batch`` or more, and charged ``memory_bytes`` or more."""
+    if model.phase is not ModelPhase.LOADED or model.max_batch < max_batch:
+        return False
+    return all(has >= size for has, size in zip(model.memory_bytes, memory_bytes, strict=True))
+
+
 def next_time_s(replicas: Iterable[Replica], groups: Iterable[GroupView], now_s: float) -> float | None:
     """Return the next time at which `reconcile` may answer otherwise with nothing else changed, or None."""
     times = [replica.drain_until_s for replica in replicas if replica.phase is Phase.DRAINING]
@@ -220,59 +240,83 @@ def next_time_s(replicas: Iterable[Replica], groups: Iterable[GroupView], now_s:
 
 
 def _needs(replicas: Iterable[Replica]) -> list[_Need]:
-    """Return what must be loaded, committed models first, otherwise in the order of the replicas."""
+    """Return what must be loaded, committed models first, otherwise in the order of the replicas.
+
+    A replica that drains needs no load, but the memory of a model that it shares with others as long as it is here.
+    """
     users: dict[tuple[str, str], list[Replica]] = defaultdict(list)
     for replica in replicas:
-        if replica.phase is not Phase.DRAINING:
-            users[replica.key.group, replica.key.variant].append(replica)
-    needs = [
-        _Need(
-            group=group,
-            gpus=mine[0].gpus,
-            variant=variant,
-            max_batch=max(replica.max_batch_needed for replica in mine),
-            memory_bytes=tuple(max(sizes) for sizes in zip(*(replica.memory_bytes for replica in mine), strict=True)),
-            committed=any(replica.committed for replica in mine),
-        )
-        for (group, variant), mine in users.items()
-    ]
+        users[replica.key.group, replica.key.variant].append(replica)
+    needs = []
+    for (group, variant), mine in users.items():
+        staying = [replica for replica in mine if replica.phase is not Phase.DRAINING]
+        if staying:
+            need = _Need(
+                group=group,
+                gpus=mine[0].gpus,
+                variant=variant,
+                max_batch=max(replica.max_batch_needed for replica in staying),
+                memory_bytes=tuple(max(sizes) for sizes in zip(*(one.memory_bytes for one in mine), strict=True)),
+                committed=any(replica.committed for replica in staying),
+            )
+            needs.append(need)
     return sorted(needs, key=lambda need: not need.committed)
 
 
-def _admitted(needs: Iterable[_Need], groups: Iterable[GroupView], capacity_bytes: int) -> set[tuple[str, str]]:
-    """Return the models, as (group, variant), that hold memory already or fit on top of those that do."""
+def _admitted(needs: Sequence[_Need], groups: Iterable[GroupView], capacity_bytes: int) -> set[tuple[str, str]]:
+    """Return the models, as (group, variant), whose need is met already or fits on top of what others hold."""
+    needed = {(need.group, need.variant): need.memory_bytes for need in needs}
+    held: dict[tuple[str, str], tuple[int, ...]] = {}
     used: dict[int, int] = defaultdict(int)
-    admitted: set[tuple[str, str]] = set()
     for view in groups:
         for model in view.models:
             if model.phase in _HOLDS_MEMORY:
-                admitted.add((view.id, model.variant))
-                for gpu, size in zip(view.gpus, model.memory_bytes, strict=True):
+                sizes = model.memory_bytes
+                if model.phase is ModelPhase.LOADED:  # one that is needed for less gives up the rest
+                    sizes = tuple(map(min, sizes, needed.get((view.id, model.variant), sizes)))
+                held[view.id, model.variant] = sizes
+                for gpu, size in zip(view.gpus, sizes, strict=True):
                     used[gpu] += size
-    for need in needs:
-        if (need.group, need.variant) in admitted:
-            continue
-        sizes = list(zip(need.gpus, need.memory_bytes, strict=True))
-        if all(used[gpu] + size <= capacity_bytes for gpu, size in sizes):
+    admitted: set[tuple[str, str]] = set()
+    for need in sorted(needs, key=lambda need: (not need.committed, (need.group, need.variant) not in held)):
+        has = held.get((need.group, need.variant), (0,) * len(need.gpus))
+        more = [max(0, size - part) for size, part in zip(need.memory_bytes, has, strict=True)]
+        if all(size == 0 or used[gpu] + size <= capacity_bytes for gpu, size in zip(need.gpus, more, strict=True)):
             admitted.add((need.group, need.variant))
-            for gpu, size in sizes:
+            for gpu, size in zip(need.gpus, more, strict=True):
                 used[gpu] += size
     return admitted
 
 
 def _load_due(need: _Need, model: ModelView | None, admitted: set[tuple[str, str]], now_s: float) -> bool:
+    if (need.group, need.variant) not in admitted:
+        return False
     if model is None:
-        return (need.group, need.variant) in admitted
+        return True
     if model.phase is ModelPhase.FAILED:  # what is only staged is not tried again: its stage has failed
-        return need.committed and now_s >= model.not_before_s and (need.group, need.variant) in admitted
+        return need.committed and now_s >= model.not_before_s
     return model.phase is ModelPhase.LOADED and model.max_batch < need.max_batch and now_s >= model.not_before_s
+
+
+def _charges(
+    needs: Iterable[_Need], views: Mapping[str, GroupView], admitted: set[tuple[str, str]]
+) -> Iterator[Charge]:
+    for need in needs:
+        view = views.get(need.group)
+        model = view.model(need.variant) if view else None
+        if model is None or model.phase is not ModelPhase.LOADED or (need.group, need.variant) not in admitted:
+            continue
+        if model.max_batch >= need.max_batch and model.memory_bytes != need.memory_bytes:
+            yield Charge(group=need.group, variant=need.variant, memory_bytes=need.memory_bytes)
 
 
 def _adoptions(replicas: Iterable[Replica], views: Mapping[str, GroupView]) -> Iterator[Adopt]:
     for replica in replicas:
         view = views.get(replica.key.group)
         model = view.model(replica.key.variant) if view else None
-        if replica.phase is Phase.LOADING and model is not None and model.phase is ModelPhase.LOADED:
+        if model is None or replica.phase not in (Phase.LOADING, Phase.FAILED):
+            continue
+        if has_room(model, replica.max_batch_needed, replica.memory_bytes):
             yield Adopt(key=replica.key)
 
 

@@ -66,6 +66,7 @@ class Replica:
         gpus: Devices of its group.
         settings: What it runs by.
         staged: What it will run by once the staged generation is committed; None when nothing is staged for it.
+        earlier: What it ran by before a commit that can still be taken back; None when there is none.
         phase: Where it is in its life.
         committed: Whether a committed generation holds it.
         reason: Why it failed, or is not serving yet.
@@ -76,6 +77,7 @@ class Replica:
     gpus: tuple[int, ...]
     settings: DesiredReplica
     staged: DesiredReplica | None = None
+    earlier: DesiredReplica | None = None
     phase: Phase = Phase.LOADING
     committed: bool = False
     reason: str = ""
@@ -83,15 +85,17 @@ class Replica:
 
     @property
     def max_batch_needed(self) -> int:
-        """Largest batch that it runs now or will run after the commit."""
-        return max(self.settings.max_batch, self.staged.max_batch if self.staged else 0)
+        """Largest batch that it runs now, will run after the commit, or would run if that were taken back."""
+        return max(settings.max_batch for settings in self._possible)
 
     @property
     def memory_bytes(self) -> tuple[int, ...]:
-        """Bytes per GPU of the group that it needs now or will need after the commit."""
-        if self.staged is None:
-            return self.settings.memory_bytes
-        return tuple(max(pair) for pair in zip(self.settings.memory_bytes, self.staged.memory_bytes, strict=True))
+        """Bytes per GPU of the group that it needs now, after the commit, or if that were taken back."""
+        return tuple(max(sizes) for sizes in zip(*(one.memory_bytes for one in self._possible), strict=True))
+
+    @property
+    def _possible(self) -> tuple[DesiredReplica, ...]:
+        return tuple(one for one in (self.settings, self.staged, self.earlier) if one is not None)
 
 
 def advance(replica: Replica, event: Event, reason: str = "") -> Replica:
@@ -106,11 +110,11 @@ def advance(replica: Replica, event: Event, reason: str = "") -> Replica:
     committed = replica.committed or event is Event.COMMITTED
     if event is Event.LOADED and committed:
         phase = Phase.SERVING
-    settings, staged = replica.settings, replica.staged
+    settings, staged, earlier = replica.settings, replica.staged, replica.earlier
     if event is Event.COMMITTED and staged is not None:
-        settings, staged = staged, None
+        settings, staged, earlier = staged, None, settings
     if event is Event.COMMITTED and phase in (Phase.FAILED, Phase.LOADING):
         reason = replica.reason
     return dataclasses.replace(
-        replica, phase=phase, committed=committed, settings=settings, staged=staged, reason=reason
+        replica, phase=phase, committed=committed, settings=settings, staged=staged, earlier=earlier, reason=reason
     )

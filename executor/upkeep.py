@@ -18,6 +18,7 @@ from executor.group_server import GroupServer
 from executor.reconcile import (
     Action,
     Adopt,
+    Charge,
     GroupView,
     LoadModel,
     Release,
@@ -25,6 +26,7 @@ from executor.reconcile import (
     StopWorker,
     UnloadModel,
     deferred,
+    has_room,
     next_time_s,
     reconcile,
 )
@@ -115,7 +117,13 @@ class Upkeep:
         """Let these replicas serve, by the settings that were staged for them."""
         for key in keys:
             self.advance(key, Event.COMMITTED)
-            self.groups[key.group].configure(key, self.replicas[key].settings)
+            self._configure(key)
+        self.kick()
+
+    def settle(self) -> None:
+        """Give up what the last commit replaced: it cannot be taken back any more."""
+        for key, replica in self.replicas.items():
+            self.replicas[key] = dataclasses.replace(replica, earlier=None)
         self.kick()
 
     def unstage(self) -> None:
@@ -128,8 +136,8 @@ class Upkeep:
     def restore(self, earlier: dict[ReplicaKey, DesiredReplica]) -> None:
         """Go back to these replicas, all of which are still here, and these settings."""
         for key, wanted in earlier.items():
-            self.replicas[key] = dataclasses.replace(self.replicas[key], settings=wanted, staged=None)
-            self.groups[key.group].configure(key, wanted)
+            self.replicas[key] = dataclasses.replace(self.replicas[key], settings=wanted, staged=None, earlier=None)
+            self._configure(key)
         self.retire([key for key in self.replicas if key not in earlier])
 
     def retire(self, keys: Iterable[ReplicaKey]) -> None:
@@ -140,6 +148,16 @@ class Upkeep:
                 drain_until_s = self._clock() + self._drain_s
                 self.replicas[key] = dataclasses.replace(self.replicas[key], drain_until_s=drain_until_s)
         self.kick()
+
+    def _configure(self, key: ReplicaKey) -> None:
+        """Put the settings of a replica in force; a larger batch only once its model is loaded and has room for it."""
+        replica, server = self.replicas[key], self.groups[key.group]
+        has_room = self._has_room(key, replica.settings.max_batch, replica.settings.memory_bytes)
+        server.configure(key, replica.settings, limit=None if has_room else server.max_batch(key))
+
+    def _has_room(self, key: ReplicaKey, max_batch: int, memory_bytes: tuple[int, ...]) -> bool:
+        model = self.groups[key.group].worker.view().model(key.variant)
+        return model is not None and has_room(model, max_batch, memory_bytes)
 
     # What is.
 
@@ -158,8 +176,14 @@ class Upkeep:
 
     def failures(self, keys: Iterable[ReplicaKey]) -> list[str]:
         """Return why those of these replicas that failed did."""
-        found = [self.replicas[key] for key in keys if key in self.replicas]
-        return [f"{replica.key}: {replica.reason}" for replica in found if replica.phase is Phase.FAILED]
+        problems = []
+        for replica in (self.replicas[key] for key in keys if key in self.replicas):
+            load_problem = self.groups[replica.key.group].worker.load_problem(replica.key.variant)
+            if replica.phase is Phase.FAILED:
+                problems.append(f"{replica.key}: {replica.reason}")
+            elif load_problem and not self.is_loaded(replica.key):  # it was to be loaded again for larger batches
+                problems.append(f"{replica.key}: {load_problem}")
+        return problems
 
     def stage_problems(self, keys: Iterable[ReplicaKey]) -> list[str]:
         """Return why loads failed that only what is staged needs."""
@@ -180,9 +204,8 @@ class Upkeep:
         replica = self.replicas[key]
         if replica.committed and replica.phase in (Phase.LOADING, Phase.FAILED):
             return True
-        model = self.groups[key.group].worker.view().model(key.variant)
         loaded = replica.phase in (Phase.STAGED, Phase.SERVING)
-        return loaded and model is not None and model.max_batch >= replica.max_batch_needed
+        return loaded and self._has_room(key, replica.max_batch_needed, replica.memory_bytes)
 
     def deferred(self) -> tuple[ReplicaKey, ...]:
         """Return the replicas that do not fit beside what the devices hold now."""
@@ -236,7 +259,10 @@ class Upkeep:
         actions = reconcile(replicas, views, pending, self._memory_bytes, now_s)
         for action in actions:
             self._act(action)
-        if any(isinstance(action, Release | Adopt) for action in actions):
+        for key, replica in self.replicas.items():
+            if self.groups[key.group].max_batch(key) < replica.settings.max_batch:
+                self._configure(key)
+        if any(isinstance(action, Release | Adopt | Charge) for action in actions):
             self.kick()  # only now: tasks made above must note what they do before the next turn
         self._set_timer(pending, now_s)
         self._on_change()
@@ -259,7 +285,11 @@ class Upkeep:
                 self.groups[action.key.group].close(action.key, "it left the plan")
                 del self.replicas[action.key]
             case Adopt():
+                if self.replicas[action.key].phase is Phase.FAILED:
+                    self.advance(action.key, Event.RETRIED)
                 self.advance(action.key, Event.LOADED)
+            case Charge():
+                self.groups[action.group].worker.charge(action.variant, action.memory_bytes)
             case StartWorker():
                 for replica in self._of_group(action.group):
                     if replica.phase is Phase.FAILED:

@@ -71,9 +71,9 @@ def test_a_model_that_cannot_be_loaded_for_larger_batches_stays_as_it_is(tmp_pat
             await made.start(None)
             await made.load("twice", 2, (5,))
             with pytest.raises(WorkerRefused):
-                await made.load("twice", 0, (5,))  # any load that fails
+                await made.load("twice", 0, (9,))  # any load that fails
             model = made.view().model("twice")
-            assert (model.phase, model.max_batch) == (ModelPhase.LOADED, 2)
+            assert (model.phase, model.max_batch, model.memory_bytes) == (ModelPhase.LOADED, 2, (5,))
             assert made.load_problem("twice")
             made.retry_now("twice")
             assert made.load_problem("twice") == ""

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from executor.reconcile import (
     Adopt,
+    Charge,
     GroupView,
     LoadModel,
     ModelPhase,
@@ -134,7 +135,7 @@ def test_a_staged_model_never_takes_the_memory_of_one_that_lost_its_worker():
 # The law: performing the answers again and again ends, with everything that fits loaded and nothing else left.
 
 wanted = st.lists(
-    st.tuples(st.sampled_from("ab"), st.sampled_from("vw"), st.integers(0, 1), st.integers(1, 40), st.booleans()),
+    st.tuples(st.sampled_from("ab"), st.sampled_from("vw"), st.integers(0, 1), st.integers(1, 60), st.integers(1, 4)),
     max_size=6,
     unique_by=lambda one: one[:3],
 )
@@ -145,7 +146,15 @@ def perform(action, replicas, groups):
         case Release(key=key):
             del replicas[key]
         case Adopt(key=key):
+            if replicas[key].phase is Phase.FAILED:
+                replicas[key] = advance(replicas[key], Event.RETRIED)
             replicas[key] = advance(replicas[key], Event.LOADED)
+        case Charge(group=name, variant=variant, memory_bytes=memory):
+            models = groups[name].models
+            charged = [
+                dataclasses.replace(one, memory_bytes=memory) if one.variant == variant else one for one in models
+            ]
+            groups[name] = dataclasses.replace(groups[name], models=tuple(charged))
         case StartWorker(group=name, gpus=gpus):
             groups[name] = GroupView(id=name, gpus=gpus, worker=WorkerPhase.READY)
             for key, one in replicas.items():
@@ -182,22 +191,68 @@ def settle(replicas, groups, capacity):
 
 @given(wanted, wanted)
 def test_a_node_comes_to_rest_with_what_is_wanted_and_nothing_else(first, second):
+    """Replicas come, go, grow and shrink; whatever fits is loaded as large as it is wanted."""
     replicas, groups = {}, {}
-    for service, variant, gpu, memory, _ in first:
-        one = replica(service, variant, gpu, memory=memory, committed=True)
+    for service, variant, gpu, memory, max_batch in first:
+        one = replica(service, variant, gpu, memory=memory, max_batch=max_batch, committed=True)
         replicas[one.key] = one
     settle(replicas, groups, 80)
-    kept = {replica(service, variant, gpu).key for service, variant, gpu, _, _ in second}
+    goal = {}
+    for service, variant, gpu, memory, max_batch in second:
+        one = replica(service, variant, gpu, memory=memory, max_batch=max_batch, committed=True)
+        goal[one.key] = one
     for key, one in tuple(replicas.items()):
-        if key not in kept:
+        if key not in goal:
             replicas[key] = advance(one, Event.RETIRED)
-    for service, variant, gpu, memory, _ in second:
-        one = replica(service, variant, gpu, memory=memory, committed=True)
-        replicas.setdefault(one.key, one)
+    for key, one in goal.items():
+        replicas[key] = dataclasses.replace(replicas[key], settings=one.settings) if key in replicas else one
     settle(replicas, groups, 80)
-    assert set(replicas) == kept
+    assert set(replicas) == set(goal)
+    assert set(groups) == {key.group for key in goal}
     waiting = set(deferred(tuple(replicas.values()), tuple(groups.values()), 80))
-    assert {key for key, one in replicas.items() if one.phase is not Phase.SERVING} == waiting
-    assert set(groups) == {key.group for key in kept}
-    loaded = {(view.id, one.variant) for view in groups.values() for one in view.models}
-    assert loaded == {(key.group, key.variant) for key in kept - waiting}
+    assert all(one.phase is Phase.SERVING for key, one in replicas.items() if key not in waiting)
+    for view in groups.values():
+        for found in view.models:
+            users = [one for one in replicas.values() if (one.key.group, one.key.variant) == (view.id, found.variant)]
+            if users[0].key not in waiting:
+                assert found.memory_bytes == (max(one.memory_bytes[0] for one in users),)
+                assert found.max_batch >= max(one.max_batch_needed for one in users)
+    for gpu in (0, 1):
+        sizes = {}
+        for key, one in goal.items():
+            if one.gpus == (gpu,):
+                sizes[key.variant] = max(sizes.get(key.variant, 0), one.memory_bytes[0])
+        if sum(sizes.values()) <= 80:
+            assert not [key for key in waiting if goal[key].gpus == (gpu,)]
+
+
+def test_a_model_that_is_needed_for_less_makes_room_at_once():
+    shrunk = replica("a", memory=30, phase=Phase.SERVING, committed=True)
+    new = replica("b", "w", memory=60, committed=True)
+    groups = [group(model(memory=70))]
+    assert deferred([shrunk, new], groups, 100) == ()
+    assert set(act([shrunk, new], groups)) == {
+        Charge(group="n/0", variant="v", memory_bytes=(30,)),
+        LoadModel(group="n/0", variant="w", max_batch=1, memory_bytes=(60,)),
+    }
+
+
+def test_a_model_grows_only_where_there_is_room_and_its_room_is_then_taken():
+    grown = replica("a", memory=80, max_batch=2, phase=Phase.SERVING, committed=True)
+    other = replica("b", "w", memory=60, phase=Phase.SERVING, committed=True)
+    full = [group(model(memory=30, max_batch=1), model("w", memory=60))]
+    assert act([grown, other], full) == ()
+    assert deferred([grown, other], full, 100) == (grown.key,)
+    new = replica("c", "w", memory=60)
+    alone = [group(model(memory=30, max_batch=1))]
+    assert act([grown, new], alone) == (LoadModel(group="n/0", variant="v", max_batch=2, memory_bytes=(80,)),)
+    loaded = [group(model(memory=30, max_batch=2))]
+    assert act([grown, new], loaded) == (Charge(group="n/0", variant="v", memory_bytes=(80,)),)
+    assert deferred([grown, new], loaded, 100) == (new.key,)
+
+
+def test_a_replica_takes_over_a_loaded_model_only_when_it_is_large_enough():
+    late = [replica("a", phase=Phase.SERVING, committed=True), replica("b", max_batch=4)]
+    assert act(late, [group(model())]) == (LoadModel(group="n/0", variant="v", max_batch=4, memory_bytes=(10,)),)
+    failed = replica("b", phase=Phase.FAILED, committed=True)
+    assert act([failed], [group(model())]) == (Adopt(key=failed.key),)
