@@ -1,16 +1,17 @@
-"""What a placement is expected to deliver, from the heavy-traffic approximation; docs/formulation.md, section 7."""
+"""What a placement is expected to deliver, from queueing theory; docs/formulation.md, section 7."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from itertools import groupby
 
 from planner.linear import Floats
 from planner.option import Option
-from planner.space import Placement, PlanningSpace
-from planner.tail import miss_ratio, wait_s
+from planner.space import Placed, Placement, PlanningSpace
+from planner.waiting import WaitingTime, waiting_time
 from plans.plan import Confidence, LatencyPercentiles, Prediction
-from profiles.latency import LatencyModel, worst
+from profiles.latency import Estimate, LatencyModel, worst
 
 __all__ = ["latency_model", "predict"]
 
@@ -29,13 +30,10 @@ class _Share:
 
 def predict(space: PlanningSpace, placement: Placement) -> tuple[Prediction, ...]:
     """Return one prediction per service, in the order of the services document."""
-    busy = _utilisations(space, placement)
     shares: dict[int, list[_Share]] = {}
-    for placed in placement:
-        option = space.options[placed.option]
-        rate = placed.share * option.sustained_rps
-        if rate > 0:
-            share = _of_replica(space, option, rate, busy[placed.group])
+    for _, members in groupby(sorted(placement), key=lambda placed: placed.group):
+        serving = [placed for placed in members if placed.share > 0]
+        for placed, share in zip(serving, _of_group(space, serving), strict=True):
             shares.setdefault(int(space.service_of[placed.option]), []).append(share)
     offered = space.offered_rps
     return tuple(_of_service(name, offered, shares.get(index, []), index) for index, name in enumerate(space.names))
@@ -56,28 +54,36 @@ def latency_model(space: PlanningSpace, option: Option) -> LatencyModel:
     return model
 
 
-def _utilisations(space: PlanningSpace, placement: Placement) -> dict[int, float]:
-    busy: dict[int, float] = {}
-    for placed in placement:
-        utilisation = space.options[placed.option].utilisation
-        busy[placed.group] = busy.get(placed.group, 0.0) + placed.share * utilisation
-    return busy
+def _of_group(space: PlanningSpace, serving: list[Placed]) -> list[_Share]:
+    """Return what each of the replicas that share one group is expected to do."""
+    options = [space.options[placed.option] for placed in serving]
+    rates = [placed.share * option.sustained_rps for placed, option in zip(serving, options, strict=True)]
+    models = [latency_model(space, option) for option in options]
+    batches = [
+        _typical_batch(model, option.batch, rate) for model, option, rate in zip(models, options, rates, strict=True)
+    ]
+    typical = [model.at(batch) for model, batch in zip(models, batches, strict=True)]
+    holds_s = [max(estimate.stage_s) for estimate in typical]
+    busy = [rate * hold_s / batch for rate, hold_s, batch in zip(rates, holds_s, batches, strict=True)]
+    wait = waiting_time(holds_s, busy)
+    # Burstiness of what the group gets in all: an even stream waits behind a bursty neighbour.
+    stretch = sum(b * option.variability for b, option in zip(busy, options, strict=True)) / max(sum(busy), 1e-300)
+    return [
+        _of_replica(option, rate, model.at(1), estimate, wait, stretch)
+        for option, rate, model, estimate in zip(options, rates, models, typical, strict=True)
+    ]
 
 
-def _of_replica(space: PlanningSpace, option: Option, rate_rps: float, utilisation: float) -> _Share:
-    model = latency_model(space, option)
-    batch = _typical_batch(model, option.batch, rate_rps)
-    typical = model.at(batch)
-    full = model.at(min(option.batch, 2 * batch))
-    held_s = space.problem.settings.blocking_factor * max(typical.stage_s) if batch > 1 else 0.0
-    slack_s = option.deadline_s - typical.p99_s - held_s
-    waits = [wait_s(q, option.request_s, option.variability, utilisation) for q in (0.5, 0.99)]
-    p50_s = max(model.at(1).mean_s, typical.mean_s) + waits[0]
+def _of_replica(
+    option: Option, rate_rps: float, alone: Estimate, typical: Estimate, wait: WaitingTime, stretch: float
+) -> _Share:
+    """Return what a replica is expected to do: its batches are ``typical``, its requests ``wait`` before them."""
+    p50_s = max(alone.mean_s, typical.mean_s) + wait.quantile_s(0.5, stretch=stretch)
     return _Share(
         rate_rps=rate_rps,
-        miss=miss_ratio(max(slack_s, 0.0), option.request_s, option.variability, utilisation),
+        miss=wait.exceeds(option.deadline_s - typical.mean_s, stretch=stretch),
         p50_s=p50_s,
-        p99_s=max(p50_s, full.p99_s + held_s + waits[1]),
+        p99_s=max(p50_s, typical.p99_s, typical.mean_s + wait.quantile_s(0.99, stretch=stretch)),
         accuracy=option.accuracy,
         confidence=worst(option.confidence, typical.confidence),
     )

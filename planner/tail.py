@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 
-__all__ = ["miss_ratio", "utilisation_limit", "wait_s"]
+__all__ = ["utilisation_limit"]
 
 
 def utilisation_limit(slack_s: float, request_s: float, variability: float, miss: float) -> float:
@@ -27,26 +27,3 @@ def utilisation_limit(slack_s: float, request_s: float, variability: float, miss
     if slack_s <= 0:
         return -math.inf
     return 1.0 - math.log(1.0 / miss) * request_s * variability / (2.0 * slack_s)
-
-
-def miss_ratio(slack_s: float, request_s: float, variability: float, utilisation: float) -> float:
-    """Return the share of requests that waits longer than ``slack_s``, in [0, 1].
-
-    At most ``utilisation`` of them find the group busy, hence the factor in front (exact for M/M/1).
-    """
-    if slack_s < 0 or utilisation >= 1:
-        return 1.0
-    if utilisation <= 0 or variability <= 0:
-        return 0.0
-    return utilisation * math.exp(-2.0 * (1.0 - utilisation) * slack_s / (request_s * variability))
-
-
-def wait_s(quantile: float, request_s: float, variability: float, utilisation: float) -> float:
-    """Return the ``quantile`` of the wait, seconds: the inverse of `miss_ratio`.
-
-    Utilisation counts as at most 0.999, so the answer is finite.
-    """
-    utilisation = min(utilisation, 0.999)
-    if utilisation <= 1.0 - quantile or variability <= 0:
-        return 0.0
-    return math.log(utilisation / (1.0 - quantile)) * request_s * variability / (2.0 * (1.0 - utilisation))
