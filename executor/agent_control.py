@@ -55,21 +55,27 @@ class AgentServicer(pb_grpc.AgentServicer):
     async def Commit(self, request: pb.GenerationRequest, context: Context) -> pb.GenerationResponse:  # noqa: N802
         """Let what is staged serve."""
         try:
-            return pb.GenerationResponse(generation=await self._node.commit(request.generation))
+            return pb.GenerationResponse(
+                generation=await self._node.commit(request.generation, request.placement_digest)
+            )
         except ForeplanError as error:
             return await context.abort(status_of(error), details_of(error))
 
     async def Finish(self, request: pb.GenerationRequest, context: Context) -> pb.GenerationResponse:  # noqa: N802
         """Drain and unload what left the plan, then load what had to wait."""
         try:
-            return pb.GenerationResponse(generation=await self._node.finish(request.generation))
+            return pb.GenerationResponse(
+                generation=await self._node.finish(request.generation, request.placement_digest)
+            )
         except ForeplanError as error:
             return await context.abort(status_of(error), details_of(error))
 
     async def Abort(self, request: pb.GenerationRequest, context: Context) -> pb.GenerationResponse:  # noqa: N802
         """Drop what is staged."""
         try:
-            return pb.GenerationResponse(generation=await self._node.abort(request.generation))
+            return pb.GenerationResponse(
+                generation=await self._node.abort(request.generation, request.placement_digest)
+            )
         except ForeplanError as error:
             return await context.abort(status_of(error), details_of(error))
 

@@ -82,17 +82,17 @@ class AgentClient:
         call = self._stub.Stage(wire.desired_state_to_proto(desired), timeout=timeout_s)
         return wire.stage_response_from_proto(await _answer(self.name, call))
 
-    async def commit(self, generation: int, *, timeout_s: float) -> None:
-        """Let staged replicas take requests."""
-        await _answer(self.name, self._stub.Commit(_generation(generation), timeout=timeout_s))
+    async def commit(self, generation: int, digest: str, *, timeout_s: float) -> None:
+        """Let replicas staged for the plan ``digest`` as ``generation`` take requests."""
+        await _answer(self.name, self._stub.Commit(_generation(generation, digest), timeout=timeout_s))
 
-    async def finish(self, generation: int, *, timeout_s: float) -> None:
+    async def finish(self, generation: int, digest: str, *, timeout_s: float) -> None:
         """Drain and unload what left the plan, then load what waited for memory."""
-        await _answer(self.name, self._stub.Finish(_generation(generation), timeout=timeout_s))
+        await _answer(self.name, self._stub.Finish(_generation(generation, digest), timeout=timeout_s))
 
-    async def abort(self, generation: int, *, timeout_s: float) -> None:
-        """Take everything of ``generation`` back."""
-        await _answer(self.name, self._stub.Abort(_generation(generation), timeout=timeout_s))
+    async def abort(self, generation: int, digest: str, *, timeout_s: float) -> None:
+        """Take everything of the plan ``digest`` as ``generation`` back."""
+        await _answer(self.name, self._stub.Abort(_generation(generation, digest), timeout=timeout_s))
 
 
 class GatewayClient:
@@ -112,5 +112,5 @@ class GatewayClient:
         await _answer(self.name, self._stub.SetRoutes(wire.routing_table_to_proto(table), timeout=timeout_s))
 
 
-def _generation(generation: int) -> control_pb2.GenerationRequest:
-    return control_pb2.GenerationRequest(generation=generation)
+def _generation(generation: int, digest: str) -> control_pb2.GenerationRequest:
+    return control_pb2.GenerationRequest(generation=generation, placement_digest=digest)

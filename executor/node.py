@@ -8,8 +8,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Coroutine
 from dataclasses import dataclass, field
+from typing import Any
 
 from executor.admission import NodeFacts, placement_faults
 from executor.errors import ReplicaUnavailable, StageFailed, UnknownService, WorkerGone, WorkerRefused, WrongGeneration
@@ -80,6 +81,8 @@ class Node:
         self._journal = journal
         self._moving = asyncio.Lock()  # held while a call moves the generation, never while it waits for loads
         self._is_staged = False
+        self._waiting: tuple[ReplicaKey, ...] = ()  # of what is staged: must wait for memory
+        self._moves: set[asyncio.Task[None]] = set()
         self._before: DesiredState | None = None
         self._can_take_back = False
 
@@ -98,6 +101,7 @@ class Node:
 
     async def stop(self) -> None:
         """End every worker; what waits fails, what runs is finished."""
+        await asyncio.gather(*self._moves, return_exceptions=True)
         await self.upkeep.stop()
 
     @property
@@ -131,8 +135,8 @@ class Node:
         One that serves already and is to grow keeps its batch limit until there is room.
 
         Raises:
-            WrongGeneration: It is older than what was seen, or other than what is committed under its number; or it was
-                aborted or replaced meanwhile.
+            WrongGeneration: It is older than what was seen, or other than what is staged or committed under its number;
+                or it was aborted or replaced meanwhile.
             InvalidInput: The node cannot run it.
             StageFailed: A model could not be loaded.
         """
@@ -145,53 +149,76 @@ class Node:
                 if desired == self.committed:
                     return ()
                 raise WrongGeneration(f"generation {desired.generation} is committed here with another content")
+            if self.staged is not None and self.staged.generation == desired.generation and self.staged != desired:
+                raise WrongGeneration(f"generation {desired.generation} is staged here with another content")
             if self.staged is not None and (self.staged != desired or self.upkeep.stage_problems(_keys(desired))):
                 self.upkeep.unstage()
             self.staged, self._is_staged = desired, False
-        await self.upkeep.until(lambda: not self.upkeep.is_draining())
+        await self.upkeep.until(lambda: not self.upkeep.is_clearing())  # or what leaves seems to be in the way
         self._check_staged(desired)
         self.upkeep.want(desired)
         wanted = set(_keys(desired))
         waiting = tuple(key for key in self.upkeep.deferred() if key in wanted)
         await self.upkeep.until(lambda: self._stage_settled(desired, waiting))
-        self._is_staged = self.staged == desired
+        self._is_staged, self._waiting = self.staged == desired, waiting
         _log.info("event=staged generation=%d deferred=%d", desired.generation, len(waiting))
         return tuple(key for key in waiting if not self.upkeep.is_serving([key]))
 
-    async def commit(self, generation: int) -> int:
+    async def commit(self, generation: int, digest: str) -> int:
         """Make what is staged under ``generation`` accept requests; what ran before still does. Journalled first.
+
+        A caller that goes away does not stop it half way.
 
         Raises:
             WrongGeneration: It is older than what is committed, or is not what is staged.
+            StageFailed: Something of it was lost since it was staged.
         """
+        await self._whole(self._commit(generation, digest))
+        return generation
+
+    async def _commit(self, generation: int, digest: str) -> None:
         async with self._moving:
-            if generation == self.generation:
-                return generation
+            if self._holds(self.committed, generation, digest):
+                return
             self._refuse_older(generation)
             staged = self.staged
-            if staged is None or staged.generation != generation or not self._is_staged:
-                held = f"generation {staged.generation} is" if staged else "nothing is"
+            if staged is None or not self._holds(staged, generation, digest) or not self._is_staged:
+                held = "nothing is" if staged is None else f"{_named(staged.generation, staged.placement_digest)} is"
                 done = "" if self._is_staged or staged is None else ", and not loaded yet"
-                raise WrongGeneration(f"generation {generation} cannot be committed: {held} staged here{done}")
+                asked = _named(generation, digest)
+                raise WrongGeneration(f"{asked} cannot be committed: {held} staged here{done}")
+            if not self._stage_settled(staged, self._waiting):
+                raise StageFailed(f"generation {generation} is not loaded any more: a worker was lost; stage it again")
             await asyncio.to_thread(self._journal.write, staged)
             self._before, self._can_take_back = self.committed, True
             self.committed, self.staged = staged, None
             self.upkeep.commit(_keys(staged))
         _log.info("event=committed generation=%d digest=%s", generation, staged.placement_digest)
-        return generation
 
-    async def finish(self, generation: int) -> int:
+    async def _whole(self, move: Coroutine[Any, Any, None]) -> None:
+        """Run ``move`` to its end even if the caller is cancelled: what is stored and what is known must not part."""
+        task = asyncio.get_running_loop().create_task(move)
+        self._moves.add(task)
+        task.add_done_callback(self._moved)
+        await asyncio.shield(task)
+
+    def _moved(self, task: asyncio.Task[None]) -> None:
+        self._moves.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            _log.warning("event=move_refused reason=%r", str(error))
+
+    async def finish(self, generation: int, digest: str) -> int:
         """Drain and unload what left the plan, then load what had to wait; return when everything serves.
 
         Raises:
-            WrongGeneration: ``generation`` is not the committed one.
+            WrongGeneration: ``generation`` with ``digest`` is not the committed one.
             StageFailed: A model that had to wait could not be loaded; it is tried again later.
         """
         async with self._moving:
             wanted = self.committed
-            if wanted is None or generation != self.generation:
-                held = f"{self.generation} is committed here"
-                raise WrongGeneration(f"generation {generation} cannot be finished: {held}")
+            if wanted is None or not self._holds(wanted, generation, digest):
+                held = _named(wanted.generation, wanted.placement_digest) if wanted else "generation 0"
+                raise WrongGeneration(f"{_named(generation, digest)} cannot be finished: {held} is committed here")
             self._before, self._can_take_back = None, False
             self.upkeep.settle()
             keep = {*_keys(wanted), *_keys(self.staged)}
@@ -202,26 +229,30 @@ class Node:
         _log.info("event=finished generation=%d", generation)
         return generation
 
-    async def abort(self, generation: int) -> int:
+    async def abort(self, generation: int, digest: str) -> int:
         """Take ``generation`` back, staged or committed; return the committed generation. Unknown to this node is fine.
 
-        What was committed comes back as it was, since nothing of what ran before it is unloaded until `finish`.
+        What was committed comes back as it was, since nothing of what ran before it is unloaded until `finish`. The
+        same number with another ``digest`` is of another apply, and stays. A caller that goes away does not stop it.
 
         Raises:
             WrongGeneration: It is finished, or was committed before this agent was started; or it is older than that.
         """
+        await self._whole(self._abort(generation, digest))
+        await self.upkeep.until(lambda: not self.upkeep.is_draining())
+        return self.generation
+
+    async def _abort(self, generation: int, digest: str) -> None:
         async with self._moving:
             self._refuse_older(generation)
-            if generation == self.generation:
+            if self._holds(self.committed, generation, digest):
                 await self._take_back(generation)
-            elif self.staged is not None and self.staged.generation == generation:
+            elif self._holds(self.staged, generation, digest):
                 self.staged = None
                 self.upkeep.unstage()
             else:
-                return self.generation
+                return
         _log.info("event=aborted generation=%d", generation)
-        await self.upkeep.until(lambda: not self.upkeep.is_draining())
-        return self.generation
 
     async def _take_back(self, generation: int) -> None:
         """Make the state before the last commit the committed one again."""
@@ -235,6 +266,10 @@ class Node:
         self.committed, self._before, self._can_take_back = before, None, False
         groups = before.groups if before else ()
         self.upkeep.restore({group.key_of(wanted): wanted for group in groups for wanted in group.replicas})
+
+    @staticmethod
+    def _holds(state: DesiredState | None, generation: int, digest: str) -> bool:
+        return state is not None and (state.generation, state.placement_digest) == (generation, digest)
 
     def _refuse_older(self, generation: int) -> None:
         seen = max(self.generation, self.staged.generation if self.staged else 0)
@@ -292,3 +327,7 @@ class Node:
 
 def _keys(state: DesiredState | None) -> tuple[ReplicaKey, ...]:
     return state.keys() if state else ()
+
+
+def _named(generation: int, digest: str) -> str:
+    return f"generation {generation} ({digest[:19]})"

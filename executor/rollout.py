@@ -82,6 +82,7 @@ class Rollout:
         self.generation = generation
         self.deferred: dict[str, tuple[ReplicaKey, ...]] = {}
         self._plan = plan
+        self._digest = plan.placement_digest
         self._connection = connection
         self._timeouts = timeouts
         self._progress = progress
@@ -123,7 +124,10 @@ class Rollout:
         timeout_s = self._timeouts.commit_s
         await self._everywhere(
             "commit",
-            {n: a.commit(self.generation, timeout_s=timeout_s) for n, a in self._connection.agents.items()},
+            {
+                n: a.commit(self.generation, self._digest, timeout_s=timeout_s)
+                for n, a in self._connection.agents.items()
+            },
         )
 
     async def abort(self, before: Live) -> tuple[str, ...]:
@@ -205,7 +209,7 @@ class Rollout:
 
     def _aborting(self, node: str) -> Callable[[], Awaitable[None]]:
         client = self._connection.agents[node]
-        return lambda: client.abort(self.generation, timeout_s=self._timeouts.abort_s)
+        return lambda: client.abort(self.generation, self._digest, timeout_s=self._timeouts.abort_s)
 
     def _finishing(self, node: str) -> Callable[[], Awaitable[None]]:
         """Return an attempt to finish; from the second on it looks first, for the agent may have been restarted."""
@@ -218,9 +222,9 @@ class Rollout:
                 state = await client.state(timeout_s=self._timeouts.state_s)
                 if state.generation != self.generation:
                     await client.stage(self._desired(node), timeout_s=self._timeouts.stage_s)
-                    await client.commit(self.generation, timeout_s=self._timeouts.commit_s)
+                    await client.commit(self.generation, self._digest, timeout_s=self._timeouts.commit_s)
             tried = True
-            await client.finish(self.generation, timeout_s=self._timeouts.finish_s)
+            await client.finish(self.generation, self._digest, timeout_s=self._timeouts.finish_s)
 
         return attempt
 

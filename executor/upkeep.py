@@ -169,6 +169,12 @@ class Upkeep:
         """Say whether some replica drains."""
         return any(replica.phase is Phase.DRAINING for replica in self.replicas.values())
 
+    def is_clearing(self) -> bool:
+        """Say whether some replica drains, or a model is still here that no replica uses."""
+        used = {(key.group, key.variant) for key in self.replicas}
+        held = {(view.id, model.variant) for view in self._views() for model in view.models}
+        return self.is_draining() or not held <= used
+
     def has_idle_group(self) -> bool:
         """Say whether a group is still here that runs nothing."""
         used = {key.group for key in self.replicas}

@@ -105,10 +105,12 @@ class ReplicaKey(_message.Message):
     def __init__(self, group: _Optional[str] = ..., service: _Optional[str] = ..., variant: _Optional[str] = ...) -> None: ...
 
 class GenerationRequest(_message.Message):
-    __slots__ = ("generation",)
+    __slots__ = ("generation", "placement_digest")
     GENERATION_FIELD_NUMBER: _ClassVar[int]
+    PLACEMENT_DIGEST_FIELD_NUMBER: _ClassVar[int]
     generation: int
-    def __init__(self, generation: _Optional[int] = ...) -> None: ...
+    placement_digest: str
+    def __init__(self, generation: _Optional[int] = ..., placement_digest: _Optional[str] = ...) -> None: ...
 
 class GenerationResponse(_message.Message):
     __slots__ = ("generation",)

@@ -143,19 +143,19 @@ class FakeAgent(_Scripted, control_pb2_grpc.AgentServicer):
 
     async def Commit(self, request: control_pb2.GenerationRequest, context: Any) -> control_pb2.GenerationResponse:
         await self._fence(request.generation, context)
-        if self.generation != request.generation and (
-            self.staged is None or self.staged.generation != request.generation
-        ):
+        named = (request.generation, request.placement_digest)
+        if named not in ((self.generation, self.digest), self._staged_name):
             await context.abort(grpc.StatusCode.FAILED_PRECONDITION, "this generation is not staged")
         return await self.answer("Commit", context, lambda: self._commit(request.generation))
 
     async def Finish(self, request: control_pb2.GenerationRequest, context: Any) -> control_pb2.GenerationResponse:
-        if self.generation != request.generation:
+        if (self.generation, self.digest) != (request.generation, request.placement_digest):
             await context.abort(grpc.StatusCode.FAILED_PRECONDITION, "this generation is not committed")
         return await self.answer("Finish", context, lambda: self._finish(request.generation))
 
     async def Abort(self, request: control_pb2.GenerationRequest, context: Any) -> control_pb2.GenerationResponse:
-        return await self.answer("Abort", context, lambda: self._abort(request.generation))
+        await self._fence(request.generation, context)
+        return await self.answer("Abort", context, lambda: self._abort((request.generation, request.placement_digest)))
 
     def _stage(self, desired: DesiredState) -> Iterable[ReplicaKey]:
         if desired.generation == self.generation:
@@ -181,15 +181,19 @@ class FakeAgent(_Scripted, control_pb2_grpc.AgentServicer):
         self.phases = dict.fromkeys(self.desired.keys(), Phase.SERVING)
         return control_pb2.GenerationResponse(generation=generation)
 
-    def _abort(self, generation: int) -> Message:
-        if self.before is not None and self.generation == generation:
+    @property
+    def _staged_name(self) -> tuple[int, str]:
+        return (self.staged.generation, self.staged.placement_digest) if self.staged else (0, "")
+
+    def _abort(self, named: tuple[int, str]) -> Message:
+        is_committed, is_staged = named == (self.generation, self.digest), named == self._staged_name
+        if self.before is not None and is_committed:
             self.generation, self.digest, self.desired, _ = self.before
-            self.before = None
-        if self.generation != generation:
-            self.staged = None
+        if is_staged or (self.before is not None and is_committed):
+            self.before, self.staged = None, None
             wanted = set(self.desired.keys()) if self.desired else set()
             self.phases = {key: phase for key, phase in self.phases.items() if key in wanted}
-        return control_pb2.GenerationResponse(generation=generation)
+        return control_pb2.GenerationResponse(generation=self.generation)
 
     async def _fence(self, generation: int, context: Any) -> None:
         seen = max(self.generation, self.staged.generation if self.staged else 0)

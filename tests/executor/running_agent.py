@@ -63,6 +63,11 @@ def desired(generation: int, **groups: list[DesiredReplica]) -> DesiredState:
     )
 
 
+def named(generation: int) -> control_pb2.GenerationRequest:
+    """What `desired` makes of ``generation``."""
+    return control_pb2.GenerationRequest(generation=generation, placement_digest=f"sha256:{generation}")
+
+
 class AgentClient:
     """Calls on an agent."""
 
@@ -87,13 +92,13 @@ class AgentClient:
         )
 
     async def commit(self, generation: int) -> None:
-        await self.control.Commit(control_pb2.GenerationRequest(generation=generation), timeout=WAIT_S)
+        await self.control.Commit(named(generation), timeout=WAIT_S)
 
     async def finish(self, generation: int) -> None:
-        await self.control.Finish(control_pb2.GenerationRequest(generation=generation), timeout=WAIT_S)
+        await self.control.Finish(named(generation), timeout=WAIT_S)
 
     async def abort(self, generation: int) -> None:
-        await self.control.Abort(control_pb2.GenerationRequest(generation=generation), timeout=WAIT_S)
+        await self.control.Abort(named(generation), timeout=WAIT_S)
 
     async def apply(self, state: DesiredState) -> None:
         await self.stage(state)

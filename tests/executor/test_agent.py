@@ -275,7 +275,7 @@ def test_only_what_is_staged_can_be_committed_and_only_what_is_committed_finishe
             with refused(grpc.StatusCode.FAILED_PRECONDITION, "0 is committed"):
                 await agent.finish(1)
             await agent.stage(desired(1))
-            with refused(grpc.StatusCode.FAILED_PRECONDITION, "generation 1 is staged"):
+            with refused(grpc.StatusCode.FAILED_PRECONDITION, "generation 1 (sha256:1) is staged"):
                 await agent.commit(2)
 
     asyncio.run(scenario())

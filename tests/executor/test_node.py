@@ -2,14 +2,17 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
+import threading
 
 import pytest
 
+from executor.errors import StageFailed, WrongGeneration
 from executor.journal import Journal
 from executor.node import Node, NodeSettings
 from executor.state import Phase
 from executor.worker_link import WorkerSettings
-from tests.executor.running_agent import WAIT_S, desired, replica, worker_processes
+from tests.executor.running_agent import WAIT_S, desired, eventually, replica, worker_processes
 
 SCRIPTED = "tests.executor.scripted_runtime:ScriptedRuntime"
 
@@ -29,11 +32,16 @@ async def node(folder, **changed):
     assert worker_processes() == []
 
 
+def g(generation):
+    """Number and digest of ``desired(generation)``."""
+    return generation, f"sha256:{generation}"
+
+
 async def applied(node, wanted):
     """Stage, commit and finish; return what had to wait."""
     waited = await node.stage(wanted)
-    await node.commit(wanted.generation)
-    await node.finish(wanted.generation)
+    await node.commit(*g(wanted.generation))
+    await node.finish(*g(wanted.generation))
     return [key.service for key in waited]
 
 
@@ -56,9 +64,9 @@ def test_a_replica_that_shrinks_makes_room_for_another_once_the_generation_is_fi
             wanted = desired(2, g0=[small, replica("b", "twin", memory_bytes=(600,))])
             assert await made.faults_of(wanted) == ()
             assert [key.service for key in await made.stage(wanted)] == ["b"]
-            await made.commit(2)
+            await made.commit(*g(2))
             assert set(models(made)) == {"twice"}  # the commit may still be taken back, and "a" needs its room then
-            await made.finish(2)
+            await made.finish(*g(2))
             assert models(made) == {"twice": (4, 300), "twin": (4, 600)}
 
     asyncio.run(scenario())
@@ -72,7 +80,7 @@ def test_growth_that_was_aborted_is_not_charged(tmp_path, max_batch):
             await applied(made, desired(1, g0=[small]))
             await made.stage(desired(2, g0=[replica("a", "twice", max_batch=max_batch, memory_bytes=(900,))]))
             assert models(made) == {"twice": (max_batch, 900)}
-            await made.abort(2)
+            await made.abort(*g(2))
             assert await applied(made, desired(3, g0=[small, replica("b", "twin", memory_bytes=(600,))])) == []
 
     asyncio.run(scenario())
@@ -84,13 +92,102 @@ def test_a_replica_that_cannot_grow_yet_goes_on_serving_within_its_old_limits(tm
             small = replica("a", "twice", max_batch=1, memory_bytes=(300,))
             await applied(made, desired(1, g0=[small, replica("b", "twin", memory_bytes=(600,))]))
             assert await made.stage(desired(2, g0=[replica("a", "twice", memory_bytes=(900,))])) == ()  # it has a route
-            await made.commit(2)
+            await made.commit(*g(2))
             assert models(made)["twice"] == (1, 300)
             chosen = made.choose("a", None)
             server = made.upkeep.groups[chosen.key.group]
             assert (chosen.phase, server.max_batch(chosen.key)) == (Phase.SERVING, 1)
-            await made.finish(2)
+            await made.finish(*g(2))
             assert models(made) == {"twice": (4, 900)}
             assert server.max_batch(chosen.key) == 4
+
+    asyncio.run(scenario())
+
+
+def test_what_an_abandoned_stage_left_behind_is_not_in_the_way_of_the_next(tmp_path):
+    async def scenario():
+        async with node(tmp_path) as made:
+            keep = replica("a", "twice", memory_bytes=(300,))
+            await applied(made, desired(1, g0=[keep]))
+            await made.stage(desired(2, g0=[keep, replica("b", "twin", memory_bytes=(600,))]))
+            wanted = desired(3, g0=[keep, replica("c", "fake-double", memory_bytes=(600,))])
+            assert await made.stage(wanted) == ()
+
+    asyncio.run(scenario())
+
+
+# Generations.
+
+
+class HeldJournal(Journal):
+    """Every write waits until it is let go."""
+
+    def __init__(self, state_dir):
+        super().__init__(state_dir)
+        self.writing = threading.Event()
+        self.go_on = threading.Event()
+
+    def write(self, state):
+        self.writing.set()
+        assert self.go_on.wait(WAIT_S)
+        super().write(state)
+
+
+@pytest.mark.parametrize("move", ["commit", "abort"])
+def test_a_caller_that_goes_away_does_not_part_the_journal_from_the_node(tmp_path, move):
+    async def scenario():
+        async with node(tmp_path) as made:
+            await applied(made, desired(1, g0=[replica("a", "twice")]))
+            await made.stage(desired(2, g0=[replica("a", "twin")]))
+            if move == "abort":
+                await made.commit(*g(2))
+            held = made._journal = HeldJournal(tmp_path / "state")
+            calling = asyncio.create_task(getattr(made, move)(*g(2)))
+            await asyncio.to_thread(held.writing.wait, WAIT_S)
+            calling.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await calling
+            following = asyncio.create_task(made.stage(desired(3)))  # waits for its turn
+            held.go_on.set()
+            await following
+            stored = Journal(tmp_path / "state").read()
+            assert made.generation == stored.generation == {"commit": 2, "abort": 1}[move]
+
+    asyncio.run(scenario())
+
+
+def test_a_generation_of_another_apply_is_neither_replaced_nor_committed_nor_taken_back(tmp_path):
+    async def scenario():
+        async with node(tmp_path) as made:
+            mine = desired(1, g0=[replica("a", "twice")])
+            await made.stage(mine)
+            other = dataclasses.replace(desired(1, g0=[replica("z", "twin")]), placement_digest="sha256:other")
+            with pytest.raises(WrongGeneration, match="another content"):
+                await made.stage(other)
+            with pytest.raises(WrongGeneration, match=r"sha256:other.*sha256:1.* is staged"):
+                await made.commit(1, "sha256:other")
+            await made.abort(1, "sha256:other")
+            assert made.staged == mine
+            await made.commit(*g(1))
+            with pytest.raises(WrongGeneration, match="cannot be committed"):
+                await made.commit(1, "sha256:other")
+            with pytest.raises(WrongGeneration, match="cannot be finished"):
+                await made.finish(1, "sha256:other")
+            await made.abort(1, "sha256:other")
+            assert made.committed == mine
+
+    asyncio.run(scenario())
+
+
+def test_what_was_lost_after_it_was_staged_is_not_committed(tmp_path):
+    async def scenario():
+        async with node(tmp_path) as made:
+            await made.stage(desired(1, g0=[replica("a", "twice")]))
+            worker_processes()[0].kill()
+            await eventually(lambda: made.upkeep.states()[0].phase is not Phase.STAGED)
+            with pytest.raises(StageFailed):
+                await made.commit(*g(1))
+            assert made.generation == 0
+            assert Journal(tmp_path / "state").read() is None
 
     asyncio.run(scenario())
