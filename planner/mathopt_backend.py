@@ -12,7 +12,7 @@ from ortools.math_opt.python import mathopt
 
 from planner.backend import BackendResult, Budget, InfeasibleModel, NothingFound, Solution, constant_answer
 from planner.linear import Floats, LinearModel
-from planner.quiet import output_to_stderr
+from planner.quiet import native_output_discarded
 from planner.settings import Backend
 
 __all__ = ["MathOptSolver"]
@@ -41,7 +41,7 @@ class MathOptSolver:
         hints = []
         if hint is not None:
             hints.append(mathopt.SolutionHint(variable_values=dict(zip(variables, hint.tolist(), strict=True))))
-        with output_to_stderr():
+        with native_output_discarded():
             result = mathopt.solve(
                 translated,
                 _TYPES[self.name],

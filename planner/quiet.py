@@ -12,20 +12,22 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-__all__ = ["output_to_stderr"]
+__all__ = ["native_output_discarded"]
 
 
 @contextmanager
-def output_to_stderr() -> Iterator[None]:
-    """Send what native code writes to file descriptor 1 to file descriptor 2 instead, for the whole process."""
+def native_output_discarded() -> Iterator[None]:
+    """Discard what native code writes to file descriptor 1 meanwhile, in the whole process."""
     sys.stdout.flush()
     c_library = ctypes.CDLL(None)
     c_library.fflush(None)
     saved = os.dup(1)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
     try:
-        os.dup2(2, 1)
+        os.dup2(nowhere, 1)
         yield
     finally:
         c_library.fflush(None)
         os.dup2(saved, 1)
         os.close(saved)
+        os.close(nowhere)
