@@ -5,7 +5,7 @@ shared memory, the worker runs it, and the outputs are split back to their reque
 memory: the next batch starts before the answers of the last one are taken out.
 
 When the worker ends, everything that waits or runs here fails at once with `ReplicaUnavailable`, so that a gateway can
-try another replica in time.
+try another replica in time. A worker that takes much longer for a batch than planned hangs, and is ended by force.
 """
 
 from __future__ import annotations
@@ -89,6 +89,10 @@ class _Region:
     size_bytes: int = 0
 
 
+_PATIENCE = 10.0
+"""A batch that takes this many times its planned latency will not end."""
+
+
 @dataclass(slots=True, eq=False)
 class _Running:
     key: ReplicaKey
@@ -96,6 +100,7 @@ class _Running:
     items: int
     started_s: float
     expected_end_s: float
+    watch: asyncio.TimerHandle
 
 
 @dataclass(slots=True)
@@ -129,6 +134,7 @@ class GroupServer:
         self.id = group
         self.gpus = gpus
         self.worker = GroupWorker(group, gpus, settings, self._lost, clock=clock)
+        self._run_limit_s = settings.run_limit_s
         self.counters: dict[ReplicaKey, Counters] = {}
         self._on_lost = on_lost
         self._clock = clock
@@ -252,13 +258,18 @@ class GroupServer:
 
     def _dispatch(self) -> None:
         """Start the next batch, if the worker is free and something waits."""
-        if self._running is not None or self.worker.phase is not WorkerPhase.READY:
-            return
+        while self._running is None and self.worker.phase is WorkerPhase.READY:
+            pending = self._next()
+            if not pending:
+                return
+            self._start(pending[0].waiting.key, pending)
+
+    def _next(self) -> list[Pending]:
+        """Take the requests of the next batch out of their queues, and refuse what is dropped on the way."""
         while self._alone:
             pending = self._alone.popleft()
             if not pending.answer.done():
-                self._start(pending.waiting.key, [pending])
-                return
+                return [pending]
         decision = self._dispatcher.decide(self._clock())
         for drop in decision.drops:
             key = drop.request.key
@@ -266,25 +277,32 @@ class GroupServer:
                 self._refuse(drop.request, Hopeless(f"{key}: the deadline cannot be met any more"))
             else:
                 self._refuse(drop.request, Displaced(f"{key}: gave way to a full batch that waits behind it"))
-        if decision.batch is not None:
-            self._start(decision.batch.key, [self._pending.pop(waiting.number) for waiting in decision.batch.requests])
+        return [self._pending.pop(waiting.number) for waiting in decision.batch.requests] if decision.batch else []
 
     def _start(self, key: ReplicaKey, pending: list[Pending]) -> None:
+        """Run a batch; where it cannot even be sent, its requests fail and the worker stays free."""
         link, loaded = self.worker.link, self.worker.loaded(key.variant)
         if link is None or loaded is None:
             self._settle(pending, ReplicaUnavailable(f"{key}: its model is not loaded"))
             return
         items = sum(one.waiting.items for one in pending)
         now_s = self._clock()
-        latency_s = self._rules[key].latency_s
+        latency_s = self._rules[key].latency_s[min(items, self._rules[key].max_batch) - 1]
+        try:
+            future = self._send(link, loaded, key.variant, pending, items)
+        except (OSError, ValueError) as error:
+            _log.exception("event=batch_not_sent replica=%r", str(key))
+            self._settle(pending, ReplicaUnavailable(f"{key}: its worker cannot be given the batch: {error}"))
+            return
+        limit_s = max(self._run_limit_s, _PATIENCE * latency_s)
         self._running = _Running(
             key=key,
             pending=pending,
             items=items,
             started_s=now_s,
-            expected_end_s=now_s + latency_s[min(items, len(latency_s)) - 1],
+            expected_end_s=now_s + latency_s,
+            watch=asyncio.get_running_loop().call_later(limit_s, link.give_up, f"a batch took over {limit_s:g} s"),
         )
-        future = self._send(link, loaded, key.variant, pending, items)
         future.add_done_callback(functools.partial(self._finished, self._running, link))
 
     def _send(
@@ -296,9 +314,10 @@ class GroupServer:
         self._turn ^= 1
         region = self._regions[self._turn]
         if input_bytes + output_bytes > region.size_bytes:
-            region.offset_bytes = aligned(link.segment.size_bytes)
-            region.size_bytes = max(input_bytes + output_bytes, 2 * region.size_bytes)
-            link.segment.grow(region.offset_bytes + region.size_bytes)
+            offset_bytes = aligned(link.segment.size_bytes)
+            size_bytes = max(input_bytes + output_bytes, 2 * region.size_bytes)
+            link.segment.grow(offset_bytes + size_bytes)
+            region.offset_bytes, region.size_bytes = offset_bytes, size_bytes
         places = place_all(inputs, region.offset_bytes)
         link.segment.write({name: [one.inputs[name] for one in pending] for name in inputs}, places)
         return link.run(variant, places, region.offset_bytes + input_bytes, output_bytes)
@@ -306,6 +325,7 @@ class GroupServer:
     def _finished(self, batch: _Running, link: WorkerLink, future: asyncio.Future[FromWorker]) -> None:
         """Start the next batch, then hand out the answers of this one."""
         self._running = None
+        batch.watch.cancel()
         if batch.key in self.counters:
             self.counters[batch.key].batches += 1
         error = future.exception()
@@ -315,12 +335,17 @@ class GroupServer:
             self._dispatch()
             return
         self._dispatch()
-        if error is None:
-            done = future.result()
-            assert isinstance(done, Done)
-            self._deliver(batch, done, link)
-        else:
+        if error is not None:
             self._settle(batch.pending, _request_error(batch.key, error))
+            return
+        done = future.result()
+        assert isinstance(done, Done)
+        try:
+            self._deliver(batch, done, link)
+        except (OSError, ValueError):
+            _log.exception("event=answer_not_read replica=%r", str(batch.key))
+        finally:
+            self._settle(batch.pending, ReplicaUnavailable(f"{batch.key}: the worker's answer cannot be read"))
 
     def _deliver(self, batch: _Running, done: Done, link: WorkerLink) -> None:
         outputs = {place.name: link.segment.array(place) for place in done.outputs}

@@ -34,11 +34,8 @@ class SpareWorker:
     def start(self) -> asyncio.Task[WorkerLink]:
         """Start the worker, unless it runs or is being started."""
         if self._starting is None or (self._starting.done() and not _has_link(self._starting)):
-            loop = asyncio.get_running_loop()
-            self._starting = loop.create_task(self._start())
+            self._starting = asyncio.get_running_loop().create_task(self._start())
             self._starting.add_done_callback(_log_failure)
-            if self._timer is None:
-                self._timer = loop.call_later(_IDLE_S, self._end_unused)
         return self._starting
 
     def learn(self, variants: tuple[str, ...]) -> None:
@@ -81,6 +78,8 @@ class SpareWorker:
     async def _start(self) -> WorkerLink:
         link = await WorkerLink.start(self._settings, _DEVICE, lambda reason: None)
         self._variants = link.variants
+        if self._timer is None:
+            self._timer = asyncio.get_running_loop().call_later(_IDLE_S, self._end_unused)
         return link
 
     def _end_unused(self) -> None:

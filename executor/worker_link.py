@@ -9,7 +9,7 @@ import logging
 import signal
 import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -51,6 +51,9 @@ class WorkerSettings:
         threads: Threads of one operation on the CPU.
         model_dir: Folder of local models.
         log_level: Of the worker's own log.
+        run_limit_s: Seconds that any batch may take before the worker counts as hung; slow ones get more.
+        load_limit_s: Likewise for a start and a load.
+        unload_limit_s: Likewise for an unload, which waits for the batches before it.
     """
 
     runtime: str = "executor.runtime.torch_runtime:TorchRuntime"
@@ -59,6 +62,9 @@ class WorkerSettings:
     threads: int = 1
     model_dir: Path | None = None
     log_level: str = "INFO"
+    run_limit_s: float = 10.0
+    load_limit_s: float = 600.0
+    unload_limit_s: float = 60.0
 
     def device_of(self, gpu: int) -> str:
         """Return the runtime's name of the device with index ``gpu``."""
@@ -73,9 +79,11 @@ class WorkerLink(asyncio.Protocol):
         on_end: Called with the reason when the process ends by itself after its start.
     """
 
-    def __init__(self, segment: SharedSegment, on_end: Callable[[str], None]) -> None:
+    def __init__(self, segment: SharedSegment, settings: WorkerSettings, on_end: Callable[[str], None]) -> None:
         self.segment = segment
         self.on_end = on_end
+        self._settings = settings
+        self._given_up = ""
         self._process: asyncio.subprocess.Process | None = None
         self._transport: asyncio.WriteTransport | None = None
         self._frames = FrameSplitter()
@@ -98,21 +106,33 @@ class WorkerLink(asyncio.Protocol):
 
         Raises:
             WorkerRefused: The runtime could not be made; says why.
-            WorkerGone: The process ended during its start.
+            WorkerGone: The process ended during its start, or could not be started at all.
         """
-        segment = SharedSegment.create()
+        try:
+            return await cls._start(settings, gpu, on_end)
+        except OSError as error:
+            raise WorkerGone(f"cannot start a worker: {error.strerror or error}") from error
+
+    @classmethod
+    async def _start(cls, settings: WorkerSettings, gpu: int, on_end: Callable[[str], None]) -> WorkerLink:
         ours, theirs = socket.socketpair()
-        link = cls(segment, on_end)
+        try:
+            link = cls(SharedSegment.create(), settings, on_end)
+        except OSError:
+            ours.close()
+            theirs.close()
+            raise
         try:
             with theirs:
                 link._process = await asyncio.create_subprocess_exec(
-                    *_command(settings, gpu, theirs.fileno(), segment.descriptor),
-                    pass_fds=(theirs.fileno(), segment.descriptor),
+                    *_command(settings, gpu, theirs.fileno(), link.segment.descriptor),
+                    pass_fds=(theirs.fileno(), link.segment.descriptor),
                     stdin=asyncio.subprocess.DEVNULL,
+                    process_group=0,  # Ctrl-C on the terminal is the agent's to answer
                 )
             ours.setblocking(False)
             await asyncio.get_running_loop().create_unix_connection(lambda: link, sock=ours)
-            await asyncio.shield(link._ready)
+            await link._within(settings.load_limit_s, asyncio.shield(link._ready), "start")
         except BaseException:
             if link._transport is None:
                 ours.close()
@@ -144,7 +164,8 @@ class WorkerLink(asyncio.Protocol):
             WorkerRefused: It could not be loaded.
             WorkerGone: The process ended.
         """
-        answer = await self._call(Load(call=next(self._numbers), variant=variant, max_batch=max_batch))
+        call = self._call(Load(call=next(self._numbers), variant=variant, max_batch=max_batch))
+        answer = await self._within(self._settings.load_limit_s, call, f"load of {variant}")
         assert isinstance(answer, Loaded)
         return answer
 
@@ -154,7 +175,8 @@ class WorkerLink(asyncio.Protocol):
         Raises:
             WorkerGone: The process ended.
         """
-        answer = await self._call(Unload(call=next(self._numbers), variant=variant))
+        call = self._call(Unload(call=next(self._numbers), variant=variant))
+        answer = await self._within(self._settings.unload_limit_s, call, f"unload of {variant}")
         assert isinstance(answer, Unloaded)
 
     def run(
@@ -173,6 +195,13 @@ class WorkerLink(asyncio.Protocol):
                 output_capacity_bytes=output_capacity_bytes,
             )
         )
+
+    def give_up(self, problem: str) -> None:
+        """End a worker that hangs by force; what waits for it then fails with `WorkerGone`, which says ``problem``."""
+        if self._process is not None and self._process.returncode is None and not self._closed.is_set():
+            _log.error("event=worker_hangs worker=%d problem=%r", self.process_id, problem)
+            self._given_up = f"{problem}, so "
+            self._process.kill()
 
     async def stop(self, grace_s: float = 5.0) -> None:
         """Let the worker finish what runs, then end it; after ``grace_s`` seconds by force."""
@@ -228,7 +257,7 @@ class WorkerLink(asyncio.Protocol):
         except TimeoutError:  # it closed its pipe and lives on: of no use to anybody
             self._process.kill()
             code = await self._process.wait()
-        self._end(_reason(code))
+        self._end(self._given_up + _reason(code))
 
     def _end(self, reason: str) -> None:
         if self._closed.is_set():
@@ -242,6 +271,14 @@ class WorkerLink(asyncio.Protocol):
         self.segment.close()
         if started and not self._stopping:
             self.on_end(reason)
+
+    async def _within(self, limit_s: float, call: Awaitable[FromWorker], what: str) -> FromWorker:
+        """Await ``call``, and end the worker when it does not answer in time."""
+        timer = asyncio.get_running_loop().call_later(limit_s, self.give_up, f"the {what} took over {limit_s:g} s")
+        try:
+            return await call
+        finally:
+            timer.cancel()
 
     def _call(self, message: Load | Unload | Run) -> asyncio.Future[FromWorker]:
         answer: asyncio.Future[FromWorker] = asyncio.get_running_loop().create_future()

@@ -77,8 +77,7 @@ def test_an_unused_one_is_ended_after_a_while(monkeypatch):
 
     async def scenario():
         async with spare() as made:
-            with contextlib.suppress(asyncio.CancelledError):
-                await made.start()
+            await made.start()
             await eventually(lambda: worker_processes() == [])
 
     asyncio.run(scenario())

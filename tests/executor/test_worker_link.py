@@ -2,6 +2,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
+import errno
+import os
 import signal
 import subprocess
 import sys
@@ -20,10 +23,9 @@ SCRIPTED = "tests.executor.scripted_runtime:ScriptedRuntime"
 
 
 @contextlib.asynccontextmanager
-async def started(folder, *, runtime=SCRIPTED, ends=None):
-    link = await WorkerLink.start(
-        WorkerSettings(runtime=runtime, model_dir=folder), 0, (ends if ends is not None else []).append
-    )
+async def started(folder, *, runtime=SCRIPTED, ends=None, **changed):
+    settings = WorkerSettings(runtime=runtime, model_dir=folder, **changed)
+    link = await WorkerLink.start(settings, 0, (ends if ends is not None else []).append)
     try:
         yield link
     finally:
@@ -165,6 +167,52 @@ def test_a_worker_that_dies_during_its_start_is_noticed(tmp_path):
         with pytest.raises(WorkerGone, match="exit code 3"):
             async with started(tmp_path, runtime="tests.executor.scripted_runtime:exit_at_once"):
                 pass
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("what", ["socket.socketpair", "os.memfd_create", "asyncio.create_subprocess_exec"])
+def test_a_worker_that_cannot_be_started_is_a_worker_gone(tmp_path, monkeypatch, what):
+    def refuse(*_args, **_keywords):
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    async def scenario():
+        before = psutil.Process().num_fds()
+        with monkeypatch.context() as patch:
+            patch.setattr(what, refuse)
+            with pytest.raises(WorkerGone, match="cannot start a worker: Too many open files"):
+                await WorkerLink.start(WorkerSettings(runtime=SCRIPTED), 0, lambda reason: None)
+        assert psutil.Process().num_fds() == before
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("call", ["start", "load", "unload"])
+def test_a_worker_that_hangs_in_a_call_is_ended_by_force(tmp_path, call):
+    async def scenario():
+        ends = []
+        if call == "start":
+            with pytest.raises(WorkerGone, match=r"the start took over 0 s, so the worker was ended by SIGKILL"):
+                async with started(tmp_path, load_limit_s=0.0):
+                    pass
+            return
+        async with started(tmp_path, ends=ends, unload_limit_s=0.05) as link:
+            await link.load("twice", 1)
+            worker = psutil.Process(link.process_id)
+            if call == "load":
+                link._settings = dataclasses.replace(link._settings, load_limit_s=0.05)
+            worker.suspend()
+            with pytest.raises(WorkerGone, match=rf"the {call} of twice took over"):
+                await (link.load("twice", 2) if call == "load" else link.unload("twice"))
+            assert len(ends) == 1
+
+    asyncio.run(scenario())
+
+
+def test_a_signal_of_the_terminal_does_not_reach_a_worker(tmp_path):
+    async def scenario():
+        async with started(tmp_path) as link:
+            assert os.getpgid(link.process_id) != os.getpgid(0)
 
     asyncio.run(scenario())
 

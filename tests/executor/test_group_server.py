@@ -1,0 +1,121 @@
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+
+import numpy as np
+import pytest
+
+from executor.errors import ReplicaUnavailable
+from executor.group_server import GroupServer
+from executor.segment import SharedSegment
+from executor.state import ReplicaKey
+from executor.worker_link import WorkerSettings
+from tests.executor.running_agent import WAIT_S, replica, worker_processes
+
+SCRIPTED = "tests.executor.scripted_runtime:ScriptedRuntime"
+
+
+def key(variant):
+    return ReplicaKey(group="n/0", service=variant, variant=variant)
+
+
+@contextlib.asynccontextmanager
+async def server(folder, *variants, **changed):
+    """A group whose worker has loaded ``variants``, each for a service of its name, and the reasons of its losses."""
+    settings = WorkerSettings(runtime=SCRIPTED, model_dir=folder, log_level="CRITICAL", **changed)
+    lost = []
+    made = GroupServer("n/0", (0,), settings, lost.append)
+    try:
+        await made.start_worker(None)
+        for variant in variants:
+            made.configure(key(variant), replica(variant, variant))
+            await made.worker.load(variant, 4, (5,))
+        yield made, lost
+    finally:
+        await made.stop_worker()
+        assert worker_processes() == []
+
+
+async def ask(made, variant, items=1):
+    inputs = {"x": np.ones((items, 4), np.float32)}
+    loop_s = made._clock()
+    return await asyncio.wait_for(made.submit(key(variant), inputs, items, loop_s + 60.0).answer, WAIT_S)
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "no space left"), ValueError("beyond the segment")])
+def test_a_batch_that_cannot_be_sent_fails_and_the_group_goes_on(tmp_path, monkeypatch, error):
+    async def scenario():
+        async with server(tmp_path, "twice") as (made, _):
+            with monkeypatch.context() as patch:
+
+                def refuse(self, size_bytes):
+                    raise error
+
+                patch.setattr(SharedSegment, "grow", refuse)
+                calls = [asyncio.create_task(ask(made, "twice")) for _ in range(3)]
+                for call in calls:
+                    with pytest.raises(ReplicaUnavailable, match="cannot be given the batch"):
+                        await call
+            assert (await ask(made, "twice")).batch_items == 1
+            assert made.counters[key("twice")].failed == 3
+
+    asyncio.run(scenario())
+
+
+def test_a_model_that_is_gone_holds_up_no_other_service(tmp_path):
+    async def scenario():
+        async with server(tmp_path, "gated-run", "twice", "twin") as (made, _):
+            first = asyncio.create_task(ask(made, "gated-run"))
+            await asyncio.sleep(0)
+            gone, other = [asyncio.create_task(ask(made, variant)) for variant in ("twin", "twice")]
+            await asyncio.sleep(0)
+            made.worker._models.pop("twin")
+            (tmp_path / "run").touch()
+            with pytest.raises(ReplicaUnavailable, match="not loaded"):
+                await gone
+            await other
+            await first
+
+    asyncio.run(scenario())
+
+
+def test_requests_whose_answer_cannot_be_read_are_told_so(tmp_path, monkeypatch):
+    async def scenario():
+        async with server(tmp_path, "gated-run", "twice") as (made, _):
+            call = asyncio.create_task(ask(made, "gated-run"))
+            await asyncio.sleep(0)
+
+            def refuse(self, place):
+                raise ValueError("a tensor that ends beyond the segment")
+
+            with monkeypatch.context() as patch:
+                patch.setattr(SharedSegment, "array", refuse)
+                (tmp_path / "run").touch()
+                with pytest.raises(ReplicaUnavailable, match="cannot be read"):
+                    await call
+            await ask(made, "twice")
+
+    asyncio.run(scenario())
+
+
+def test_a_worker_that_hangs_in_a_batch_is_ended_and_counts_as_lost(tmp_path):
+    async def scenario():
+        async with server(tmp_path, "gated-run", run_limit_s=0.05) as (made, lost):
+            with pytest.raises(ReplicaUnavailable, match=r"a batch took over 0\.05 s.*SIGKILL"):
+                await ask(made, "gated-run")
+            assert len(lost) == 1
+
+    asyncio.run(scenario())
+
+
+def test_a_batch_may_take_ten_times_its_planned_latency(tmp_path):
+    async def scenario():
+        async with server(tmp_path, "fake-slow-20", run_limit_s=0.0) as (made, lost):
+            slow = replica("fake-slow-20", "fake-slow-20", max_batch=1, batch_latency_s=(WAIT_S,))
+            made.configure(key("fake-slow-20"), slow)
+            await ask(made, "fake-slow-20")
+            assert lost == []
+
+    asyncio.run(scenario())
