@@ -8,13 +8,14 @@ was killed in between is taken up by running it again.
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from executor.apply_plan import Fresh, InForce, Live, ReplicaChange, Stale, assess, changes, check_plan
 from executor.cluster_connection import ClusterConnection
 from executor.cluster_status import ClusterStatus, status
-from executor.rollout import ApplyTimeouts, Progress, ProgressEvent, Rollout
+from executor.rollout import ApplyTimeouts, Progress, ProgressEvent, Rollout, TakenBack
 from executor.state import ReplicaKey
 from plans.cluster import Cluster
 from plans.errors import ApplyRolledBack, RemoteFailure, StalePlan
@@ -66,6 +67,11 @@ class WouldApply:
 
 ApplyResult = NoChanges | Applied | WouldApply
 """How an apply ended that did not fail."""
+
+
+_log = logging.getLogger("executor.controller")
+
+_GO_ON = "run `foreplan apply` again to go on from here"
 
 
 def _silent(event: ProgressEvent) -> None:
@@ -153,11 +159,15 @@ async def _live(connection: ClusterConnection, limits: ApplyTimeouts) -> Live:
 async def _run(rollout: Rollout, before: Live) -> None:
     """Take the steps of one apply. Nothing is unloaded before every gateway is known to have flipped."""
     await _reach_flip(rollout, before)
-    failures = await _flip(rollout, before)
-    if failures:
-        raise _unfinished(rollout, failures, ["no node has unloaded anything"])
-    failures = await rollout.finish()
-    remaining = await rollout.left_over()
+    try:
+        failures = await _flip(rollout, before)
+        if failures:
+            raise _unfinished(rollout, failures, ["no node has unloaded anything"])
+        failures = await rollout.finish()
+        remaining = await rollout.left_over()
+    except asyncio.CancelledError:
+        _log.error("interrupted: generation %d is not everywhere yet; %s", rollout.generation, _GO_ON)
+        raise
     if failures or remaining:
         raise _unfinished(rollout, failures, remaining)
 
@@ -166,7 +176,7 @@ def _unfinished(rollout: Rollout, failures: Mapping[str, RemoteFailure], remaini
     peer = next((failure.peer for failure in failures.values()), "cluster")
     lines = dict.fromkeys((*(str(failure) for failure in failures.values()), *remaining))
     text = f"generation {rollout.generation} is not everywhere yet: {'; '.join(lines)}"
-    return RemoteFailure(peer, f"{text}; run `foreplan apply` again to go on from here", retryable=True)
+    return RemoteFailure(peer, f"{text}; {_GO_ON}", retryable=True)
 
 
 async def _reach_flip(rollout: Rollout, before: Live) -> None:
@@ -177,7 +187,8 @@ async def _reach_flip(rollout: Rollout, before: Live) -> None:
     except RemoteFailure as failure:
         await _roll_back(rollout, before, failure)
     except asyncio.CancelledError:
-        await asyncio.shield(rollout.abort(before))
+        outcome = _told(await asyncio.shield(rollout.abort(before)))
+        _log.error("interrupted before the flip: %s", outcome)
         raise
 
 
@@ -190,8 +201,14 @@ async def _flip(rollout: Rollout, before: Live) -> dict[str, RemoteFailure]:
 
 
 async def _roll_back(rollout: Rollout, before: Live, cause: RemoteFailure) -> None:
-    remaining = await rollout.abort(before)
-    text = f"{cause}; every node is back where it was"
-    if remaining:
-        text = f"{cause}; taken back, except: {'; '.join(remaining)}"
-    raise ApplyRolledBack(text) from cause
+    raise ApplyRolledBack(f"{cause}; {_told(await rollout.abort(before))}") from cause
+
+
+def _told(end: TakenBack) -> str:
+    """Return what a user is told of how taking a generation back ended."""
+    parts = [] if end.successor is None else [f"another apply (generation {end.successor}) took over"]
+    if end.remaining:
+        parts.append(f"taken back, except: {'; '.join(end.remaining)}")
+    elif end.successor is None:
+        parts.append("everything was taken back, and every node is back where it was")
+    return "; ".join(parts)

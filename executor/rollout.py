@@ -15,7 +15,7 @@ from plans.cluster import Cluster
 from plans.errors import Fault, InvalidInput, RemoteFailure
 from plans.plan import Plan
 
-__all__ = ["ApplyTimeouts", "FlipRefused", "Progress", "ProgressEvent", "Rollout"]
+__all__ = ["ApplyTimeouts", "FlipRefused", "Progress", "ProgressEvent", "Rollout", "TakenBack"]
 
 _Answer = TypeVar("_Answer")
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.1, 2.0
@@ -57,6 +57,19 @@ class ProgressEvent:
 
 
 Progress = Callable[[ProgressEvent], None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TakenBack:
+    """How taking a generation back ended.
+
+    Attributes:
+        remaining: Nodes that are not where they were, a line each.
+        successor: The generation of another apply that took over on some node, or None; what is there is its own.
+    """
+
+    remaining: tuple[str, ...] = ()
+    successor: int | None = None
 
 
 class FlipRefused(RemoteFailure):
@@ -130,24 +143,33 @@ class Rollout:
             },
         )
 
-    async def abort(self, before: Live) -> tuple[str, ...]:
-        """Take the generation back everywhere and check the nodes; return a line for each that is not where it was.
+    async def abort(self, before: Live) -> TakenBack:
+        """Take the generation back everywhere, and check the nodes.
 
-        A peer that cannot be reached is tried again for as long as ``abort_s``.
+        A peer that cannot be reached is tried again for as long as ``abort_s``. One that has seen a newer generation,
+        or the same one of another plan, refuses; it holds nothing of this one any more.
         """
         agents = self._connection.agents
         _, lost = await gather(
             {node: self._repeat("abort", node, self._aborting(node), self._timeouts.abort_s) for node in agents}
         )
+        states, _, _ = await self._connection.states(timeout_s=self._timeouts.state_s)
+        successors = {node: max(s.generation, s.staged_generation) for node, s in states.items() if self._is_past(s)}
         found = [
             f"{failure}; it still holds generation {self.generation}, which the next apply takes back"
-            for failure in lost.values()
+            for node, failure in lost.items()
+            if node not in successors
         ]
-        states, _, _ = await self._connection.states(timeout_s=self._timeouts.state_s)
         for node, state in states.items():
-            if node not in lost and _place(state) != _place(before.agents[node]):
+            if node not in lost and node not in successors and _place(state) != _place(before.agents[node]):
                 found.append(f"{node}: is at generation {state.generation}, not {before.agents[node].generation}")
-        return tuple(found)
+        return TakenBack(remaining=tuple(found), successor=max(successors.values(), default=None))
+
+    def _is_past(self, state: AgentState) -> bool:
+        """Say whether another apply has taken over on a node."""
+        if state.generation == self.generation:
+            return state.placement_digest != self._digest
+        return max(state.generation, state.staged_generation) > self.generation
 
     async def flip(self) -> dict[str, RemoteFailure]:
         """Put the new routes in force on every gateway, without the replicas that are still to be loaded.

@@ -9,7 +9,7 @@ import grpc
 import pytest
 
 from executor.controller import Applied, ApplyTimeouts, NoChanges, ProgressEvent, WouldApply, apply
-from executor.state import Phase, ReplicaKey
+from executor.state import DesiredState, Phase, ReplicaKey
 from plans.cluster import Cluster
 from plans.errors import ApplyRolledBack, Fault, InvalidInput, RemoteFailure, StalePlan
 from plans.plan import Plan, Prior
@@ -310,7 +310,7 @@ class TestRollBack:
 
         run(scenario)
 
-    def test_an_apply_that_is_cancelled_takes_everything_back(self) -> None:
+    def test_an_apply_that_is_cancelled_takes_everything_back(self, caplog: pytest.LogCaptureFixture) -> None:
         async def scenario(made: Site) -> None:
             await made.apply(FIRST)
             committed = asyncio.Event()
@@ -329,6 +329,67 @@ class TestRollBack:
             made.assert_runs(FIRST, 1)
 
         run(scenario)
+        assert "everything was taken back" in caplog.text
+
+    def test_the_loser_of_two_applies_is_told_who_won(self) -> None:
+        async def scenario(made: Site) -> None:
+            await made.apply(FIRST)
+            agent = made.agents["a"]
+            agent.calls.clear()
+            held = agent.hold("Stage")
+            losing = asyncio.create_task(made.apply(SECOND))
+            while "Stage" not in agent.calls:
+                await asyncio.sleep(0)
+            winner = DesiredState(generation=5, placement_digest="sha256:other", node="a")
+            agent._failures["Stage"].append((Code.FAILED_PRECONDITION, False))
+            agent.staged = winner
+            held.set()
+            with pytest.raises(ApplyRolledBack, match=r"another apply \(generation 5\) took over") as caught:
+                await losing
+            assert "still holds" not in str(caught.value)
+            assert "back where it was" not in str(caught.value)
+            assert agent.staged == winner
+            assert made.agents["b"].generation == 1
+
+        run(scenario)
+
+    def test_one_that_lost_its_number_to_another_plan_leaves_that_alone(self) -> None:
+        async def scenario(made: Site) -> None:
+            await made.apply(FIRST)
+            agent = made.agents["a"]
+            agent.fail("Commit", Code.FAILED_PRECONDITION)
+            other = (2, "sha256:other")
+
+            def progress(event: ProgressEvent) -> None:
+                if (event.step, event.peer, event.outcome) == ("commit", "a", "failed"):
+                    agent.generation, agent.digest = other
+
+            with pytest.raises(ApplyRolledBack, match=r"another apply \(generation 2\) took over"):
+                await made.apply(SECOND, progress=progress)
+            assert (agent.generation, agent.digest) == other
+
+        run(scenario)
+
+    @pytest.mark.parametrize("method", ["SetRoutes", "Finish"])
+    def test_one_that_is_cancelled_after_the_commit_says_that_it_is_not_everywhere(
+        self, method: str, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        async def scenario(made: Site) -> None:
+            await made.apply(FIRST)
+            peer = made.gateways[0] if method == "SetRoutes" else made.agents["a"]
+            peer.calls.clear()
+            peer.hold(method)
+            task = asyncio.create_task(made.apply(SECOND))
+            while method not in peer.calls:
+                await asyncio.sleep(0)
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+            peer.held.clear()
+            assert made.agents["b"].generation == 2
+
+        run(scenario)
+        assert "generation 2 is not everywhere yet; run `foreplan apply` again" in caplog.text
 
 
 class TestForwardOnly:
