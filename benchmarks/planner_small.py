@@ -15,14 +15,12 @@ import json
 import os
 import platform
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from foreplan.planning import verify
 from planner import Problem, Settings, Solved, solve
-from plans.checker import check_plan
 from plans.cluster import Cluster, GpuType, Node, NodeGpus
 from plans.demand import Demand, Rate, ServiceDemand
 from plans.service import LatencyService, LatencySlo, Services, Variant
@@ -39,12 +37,20 @@ MOST_GAP = 0.01
 MOST_S = 2.0
 
 
-def generate(seed: int, *, load: float, memory_gib: int, time_limit_s: float) -> Problem:
+def generate(
+    seed: int,
+    *,
+    load: float,
+    memory_gib: int,
+    settings: Settings,
+    service_count: int = SERVICES,
+    server_count: int = SERVERS,
+) -> Problem:
     """Return a seeded problem; ``load`` is half the work at batch 1 with the best variants over the capacity."""
     rng = np.random.default_rng(seed)
-    work = rng.dirichlet(np.ones(SERVICES)) * SERVERS * load
+    work = rng.dirichlet(np.ones(service_count)) * server_count * load
     profiles, services, demands = [], [], []
-    for index in range(SERVICES):
+    for index in range(service_count):
         base_s = float(np.exp(rng.uniform(np.log(0.003), np.log(0.06))))
         variants = []
         for rank, (cost, accuracy) in enumerate(VARIANTS):
@@ -71,12 +77,12 @@ def generate(seed: int, *, load: float, memory_gib: int, time_limit_s: float) ->
     return Problem(
         cluster=Cluster(
             gpu_types={"gpu": GpuType(memory_bytes=memory_gib * GIB)},
-            nodes=tuple(Node(name=f"server-{i}", gpus=NodeGpus(type="gpu", count=1)) for i in range(SERVERS)),
+            nodes=tuple(Node(name=f"server-{i}", gpus=NodeGpus(type="gpu", count=1)) for i in range(server_count)),
         ),
         services=Services(services=tuple(services)),
         profiles=ProfileLibrary(profiles),
         demand=Demand(window_s=300, services=tuple(demands)),
-        settings=Settings(time_limit_s=time_limit_s, seed=seed),
+        settings=settings,
     )
 
 
@@ -98,34 +104,16 @@ def _profile(model: str, base_s: float, gain: float, weight: int) -> Profile:
     return Profile(model=model, gpu_type="gpu", source="measured", meta=ProfileMeta(), rows=tuple(rows))
 
 
-@dataclass(frozen=True, slots=True)
-class Figures:
-    """The profiles as the checker asks for them."""
-
-    profiles: ProfileLibrary
-
-    def memory_bytes(
-        self, _service: str, model: str, gpu_type: str, tp: int, pp: int, batch: int
-    ) -> Sequence[int] | None:
-        """Return peak bytes per GPU of each stage."""
-        found = self.profiles.latency(model, gpu_type, tp, pp)
-        return None if found is None else found.peak_bytes(batch)
-
-    def latency_s(self, _service: str, model: str, gpu_type: str, tp: int, pp: int, batch: int) -> float | None:
-        """Return the mean latency of a batch."""
-        found = self.profiles.latency(model, gpu_type, tp, pp)
-        return None if found is None else found.at(batch).mean_s
-
-
 def measure(seed: int, load: float, memory_gib: int, time_limit_s: float) -> dict[str, float | int | str]:
     """Plan one problem, check the plan, and return the row of the table."""
-    problem = generate(seed, load=load, memory_gib=memory_gib, time_limit_s=time_limit_s)
+    settings = Settings(time_limit_s=time_limit_s, seed=seed)
+    problem = generate(seed, load=load, memory_gib=memory_gib, settings=settings)
     started_s = time.perf_counter()
     result = solve(problem)
     wall_s = time.perf_counter() - started_s
     assert isinstance(result, Solved), result
     plan = result.plan
-    faults = check_plan(plan, problem.cluster, problem.services, Figures(problem.profiles))
+    faults = verify(plan, problem.cluster, problem.services, problem.profiles)
     assert not faults, faults
     weights = {service.name: service.weight for service in problem.services.services}
     offered = sum(weights[each.service] * each.rate_rps[0].mean for each in problem.demand.services)
