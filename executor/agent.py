@@ -3,27 +3,24 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import importlib.metadata
 import logging
-import signal
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import grpc
 import grpc.aio
-from grpc_health.v1 import _async as aio_health
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection
+from grpc_health.v1 import health_pb2
 
 from executor.agent_control import AgentServicer
 from executor.agent_inference import InferenceServicer
+from executor.grpc_server import HealthServicer, listen, new_server, stop_signals
 from executor.journal import Journal
+from executor.logs import log_failure
 from executor.node import Node, NodeSettings
 from executor.proto import control_pb2, control_pb2_grpc, open_inference_pb2, open_inference_pb2_grpc
 from executor.state import Phase
+from executor.state_folder import locked_folder
 from executor.tensors import TensorLimits
 from executor.worker_link import WorkerSettings
 from plans.errors import Fault, InvalidInput
@@ -33,6 +30,11 @@ __all__ = ["AgentConfig", "serve_agent"]
 _log = logging.getLogger("executor.agent")
 
 _Status = health_pb2.HealthCheckResponse
+
+_SERVICES = (
+    control_pb2.DESCRIPTOR.services_by_name["Agent"].full_name,
+    open_inference_pb2.DESCRIPTOR.services_by_name["GRPCInferenceService"].full_name,
+)
 
 _STOP_GRACE_S = 2.0
 """How long calls may go on once the agent was told to stop."""
@@ -103,35 +105,17 @@ async def serve_agent(
         stop: Ends the agent from the same process.
 
     Raises:
-        InvalidInput: The address cannot be listened on, or the state folder cannot be used.
-        BadStoredData: The journal is damaged.
+        InvalidInput: The address cannot be listened on, or the state folder cannot be used or is in use.
+        BadStoredData: The journal is damaged, or that of another node.
     """
     stopping = stop or asyncio.Event()
-    version = importlib.metadata.version("foreplan")
-    checks = aio_health.HealthServicer()
-    readiness = _Readiness(checks)
-    node = Node(
-        NodeSettings(
-            node=config.node,
-            device_count=config.device_count,
-            memory_bytes=config.memory_bytes,
-            drain_s=config.drain_s,
-            worker=WorkerSettings(
-                runtime=config.runtime,
-                device=config.device,
-                dtype=config.dtype,
-                threads=config.threads,
-                model_dir=config.model_dir,
-                log_level=config.log_level,
-            ),
-        ),
-        Journal(config.state_dir),
-        on_change=lambda: readiness.update(node),
-    )
-    server = _server(config, node, checks, version)
-    with _signals(stopping):
+    with locked_folder(config.state_dir, "agent") as folder, stop_signals(stopping):
+        server, checks = new_server(config.max_message_bytes)
+        readiness = _Readiness(checks)
+        node = Node(_node_settings(config), Journal(folder), on_change=lambda: readiness.update(node))
+        _register(server, config, node)
         try:
-            port = _bind(server, config.address)
+            port = listen(server, config.address, _SERVICES)
             await node.start()
             await checks.set("", _Status.SERVING)
             await server.start()
@@ -146,63 +130,36 @@ async def serve_agent(
             await readiness.close()
 
 
-def _server(config: AgentConfig, node: Node, checks: aio_health.HealthServicer, version: str) -> grpc.aio.Server:
-    server = grpc.aio.server(
-        options=[
-            ("grpc.so_reuseport", 0),  # or a second agent would silently share the port
-            ("grpc.max_receive_message_length", config.max_message_bytes),
-            ("grpc.max_send_message_length", config.max_message_bytes),
-        ]
+def _node_settings(config: AgentConfig) -> NodeSettings:
+    return NodeSettings(
+        node=config.node,
+        device_count=config.device_count,
+        memory_bytes=config.memory_bytes,
+        drain_s=config.drain_s,
+        worker=WorkerSettings(
+            runtime=config.runtime,
+            device=config.device,
+            dtype=config.dtype,
+            threads=config.threads,
+            model_dir=config.model_dir,
+            log_level=config.log_level,
+        ),
     )
+
+
+def _register(server: grpc.aio.Server, config: AgentConfig, node: Node) -> None:
+    version = importlib.metadata.version("foreplan")
     control_pb2_grpc.add_AgentServicer_to_server(AgentServicer(node, version=version), server)  # type: ignore[no-untyped-call]
     limits = TensorLimits(total_bytes=config.max_message_bytes)
     inference = InferenceServicer(node, version=version, limits=limits)
     register = open_inference_pb2_grpc.add_GRPCInferenceServiceServicer_to_server
     register(inference, server)  # type: ignore[no-untyped-call]
-    health_pb2_grpc.add_HealthServicer_to_server(checks, server)
-    names = (
-        control_pb2.DESCRIPTOR.services_by_name["Agent"].full_name,
-        open_inference_pb2.DESCRIPTOR.services_by_name["GRPCInferenceService"].full_name,
-        health.SERVICE_NAME,
-        reflection.SERVICE_NAME,
-    )
-    reflection.enable_server_reflection(names, server)
-    return server
-
-
-def _bind(server: grpc.aio.Server, address: str) -> int:
-    try:
-        port = server.add_insecure_port(address)
-    except RuntimeError as error:
-        raise _unusable(address) from error
-    if port == 0:
-        raise _unusable(address)
-    return int(port)
-
-
-def _unusable(address: str) -> InvalidInput:
-    remedy = "stop what listens there, or choose another address"
-    return InvalidInput.of("an address of this machine with a free port", field="address", found=address, remedy=remedy)
-
-
-@contextlib.contextmanager
-def _signals(stopping: asyncio.Event) -> Iterator[None]:
-    """Set ``stopping`` on SIGTERM and SIGINT, where this thread may listen to signals."""
-    loop = asyncio.get_running_loop()
-    signals = (signal.SIGTERM, signal.SIGINT) if threading.current_thread() is threading.main_thread() else ()
-    for number in signals:
-        loop.add_signal_handler(number, stopping.set)
-    try:
-        yield
-    finally:
-        for number in signals:
-            loop.remove_signal_handler(number)
 
 
 class _Readiness:
     """Keeps grpc.health.v1 in step with what serves; the empty name is the process, and serves from the start."""
 
-    def __init__(self, checks: aio_health.HealthServicer) -> None:
+    def __init__(self, checks: HealthServicer) -> None:
         self._checks = checks
         self._told: dict[str, int] = {}
         self._tasks: set[asyncio.Task[None]] = set()
@@ -220,8 +177,9 @@ class _Readiness:
                 task = asyncio.get_running_loop().create_task(self._checks.set(service, status))
                 self._tasks.add(task)
                 task.add_done_callback(self._tasks.discard)
+                task.add_done_callback(log_failure)
         self._told = now
 
     async def close(self) -> None:
         """Wait for what is being told."""
-        await asyncio.gather(*self._tasks)
+        await asyncio.gather(*self._tasks, return_exceptions=True)

@@ -7,7 +7,6 @@ agent picks its least loaded replica.
 from __future__ import annotations
 
 import asyncio
-import math
 import time
 from collections.abc import Callable
 from typing import Any
@@ -15,20 +14,18 @@ from typing import Any
 import grpc.aio
 
 from executor.errors import PlacementIsPlanned, RequestRefused, UnknownService, details_of, status_of
+from executor.infer_header import GROUP_METADATA, LONGEST_DEADLINE_S, deadline_of
 from executor.node import Node
 from executor.proto import open_inference_pb2 as pb
 from executor.proto import open_inference_pb2_grpc as pb_grpc
 from executor.replica import Replica
 from executor.runtime.protocol import TensorSpec, batch_of
 from executor.state import Phase
-from executor.tensors import TensorLimits, decode_inputs, encode_response, parameter
+from executor.tensors import TensorLimits, decode_inputs, described_inputs, encode_response
 from executor.worker_wire import Loaded
 from plans.errors import ForeplanError, InvalidInput
 
-__all__ = ["GROUP_METADATA", "InferenceServicer", "deadline_in_s"]
-
-GROUP_METADATA = "foreplan-group"
-"""Metadata key by which a gateway names the GPU group that shall run a request."""
+__all__ = ["InferenceServicer", "deadline_in_s"]
 
 MODEL_VERSION = "1"
 """The one version of every service."""
@@ -39,20 +36,14 @@ Context = grpc.aio.ServicerContext[Any, Any]
 def deadline_in_s(request: pb.ModelInferRequest, time_remaining_s: float | None, default_s: float) -> float:
     """Return the seconds that a request may take from its arrival.
 
-    The sooner of the gRPC timeout and the parameter ``deadline_ms`` (a number of milliseconds), or ``default_s`` when
-    it carries neither.
+    The sooner of the gRPC timeout and the parameter ``deadline_ms``, or ``default_s`` when it carries neither; at most
+    `LONGEST_DEADLINE_S`.
 
     Raises:
         InvalidInput: ``deadline_ms`` is no number above 0.
     """
-    value = parameter(request.parameters, "deadline_ms")
-    given_s = [] if time_remaining_s is None else [time_remaining_s]
-    if value is not None:
-        if isinstance(value, bool | str) or not 0 < value < math.inf:
-            expected = "milliseconds above 0, as an integer or a double"
-            raise InvalidInput.of(expected, field="parameters.deadline_ms", found=repr(value))
-        given_s.append(value / 1000)
-    return min(given_s, default=default_s)
+    given_s = [limit for limit in (time_remaining_s, deadline_of(request)) if limit is not None]
+    return min(LONGEST_DEADLINE_S, min(given_s, default=default_s))
 
 
 class InferenceServicer(pb_grpc.GRPCInferenceServiceServicer):
@@ -159,13 +150,20 @@ class InferenceServicer(pb_grpc.GRPCInferenceServiceServicer):
         self, request: pb.ModelInferRequest, arrived_s: float, time_remaining_s: float | None, group: str | None
     ) -> pb.ModelInferResponse:
         replica, loaded = self._chosen(request.model_name, request.model_version, group)
+        if len(request.outputs) > self._limits.tensors:
+            raise InvalidInput.of(f"at most {self._limits.tensors}", field="outputs", found=len(request.outputs))
         wanted = {output.name for output in request.outputs}
         if unknown := wanted - {spec.name for spec in loaded.outputs}:
             known = ", ".join(spec.name for spec in loaded.outputs)
             raise InvalidInput.of(f"some of {known}", field="outputs", found=", ".join(sorted(unknown)))
-        inputs = decode_inputs(request, self._limits)
         server = self._node.upkeep.groups[replica.key.group]
-        items = batch_of(inputs, loaded.inputs, max_batch=server.max_batch(replica.key), where=request.model_name)
+        items = batch_of(  # from the headers alone: contents that cannot be run are not worth decoding
+            described_inputs(request, self._limits),
+            loaded.inputs,
+            max_batch=server.max_batch(replica.key),
+            where=request.model_name,
+        )
+        inputs = decode_inputs(request, self._limits)
         deadline_s = arrived_s + deadline_in_s(request, time_remaining_s, replica.settings.deadline_s)
         pending = server.submit(replica.key, inputs, items, deadline_s)
         try:

@@ -11,6 +11,7 @@ Under `plans.errors.ForeplanError`::
     └── ModelFailed            the model raised an error of its own
     WrongGeneration            a control call is older than what was seen, or does not follow on it
     PlacementIsPlanned         placement changes through `foreplan apply` only
+    StateNotStored             the state folder cannot be written, so nothing was changed
     StageFailed                something that a plan needs could not be loaded; nothing was committed
     WorkerGone                 the worker process ended, or could not be started
     WorkerRefused              the worker says why it could not do what it was asked
@@ -34,6 +35,7 @@ __all__ = [
     "RequestRefused",
     "STATUS",
     "StageFailed",
+    "StateNotStored",
     "UnknownService",
     "WorkerGone",
     "WorkerRefused",
@@ -85,6 +87,10 @@ class StageFailed(ForeplanError):
     """Something that a plan needs could not be loaded."""
 
 
+class StateNotStored(ForeplanError):
+    """The state folder cannot be written, so nothing was changed."""
+
+
 class WorkerGone(ForeplanError):
     """The worker process ended, or could not be started."""
 
@@ -112,6 +118,7 @@ STATUS: Mapping[type[ForeplanError], grpc.StatusCode] = {
     WrongGeneration: grpc.StatusCode.FAILED_PRECONDITION,
     PlacementIsPlanned: grpc.StatusCode.FAILED_PRECONDITION,
     StageFailed: grpc.StatusCode.ABORTED,
+    StateNotStored: grpc.StatusCode.INTERNAL,
     WorkerGone: grpc.StatusCode.UNAVAILABLE,
     WorkerRefused: grpc.StatusCode.INTERNAL,
     InvalidInput: grpc.StatusCode.INVALID_ARGUMENT,

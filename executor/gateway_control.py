@@ -9,6 +9,7 @@ import grpc
 import grpc.aio
 
 from executor import wire
+from executor.errors import StateNotStored, status_of
 from executor.gateway_switchboard import Switchboard
 from executor.proto import control_pb2, control_pb2_grpc
 from executor.state import GatewayState
@@ -51,4 +52,6 @@ class GatewayControl(control_pb2_grpc.GatewayServicer):
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
         except StalePlan as error:
             await context.abort(grpc.StatusCode.FAILED_PRECONDITION, str(error))
+        except StateNotStored as error:
+            await context.abort(status_of(error), str(error))
         return control_pb2.GenerationResponse(generation=table.generation)

@@ -9,10 +9,11 @@ from typing import Any, NoReturn
 
 import grpc
 import grpc.aio
+from google.protobuf.message import DecodeError
 
 from executor.gateway_peer import INFERENCE, Peer
 from executor.gateway_switchboard import Switchboard
-from executor.infer_header import read_infer_header
+from executor.infer_header import LONGEST_DEADLINE_S, read_infer_header
 from executor.proto import open_inference_pb2 as messages
 from executor.state import ServiceRoutes
 from plans.errors import InvalidInput
@@ -62,12 +63,15 @@ class InferenceFrontDoor:
             await context.abort(_Code.INVALID_ARGUMENT, str(error))
         routes = await self._routes(header.service, context)
         limits_s = [limit for limit in (context.time_remaining(), header.deadline_s) if limit is not None]
-        deadline_s = arrival_s + min(limits_s, default=routes.deadline_s)
+        deadline_s = arrival_s + min(LONGEST_DEADLINE_S, min(limits_s, default=routes.deadline_s))
         return await self._forward(routes.service, request, Peer.infer, deadline_s, context)
 
     async def metadata(self, request: bytes, context: _Context[bytes, bytes]) -> bytes:
         """Forward a question for a service's tensors to a replica of it."""
-        service = messages.ModelMetadataRequest.FromString(request).name
+        try:
+            service = messages.ModelMetadataRequest.FromString(request).name
+        except DecodeError as error:
+            await context.abort(_Code.INVALID_ARGUMENT, f"request: expected a ModelMetadataRequest ({error})")
         await self._routes(service, context)
         remaining_s = context.time_remaining()
         deadline_s = asyncio.get_running_loop().time() + (_ASK_S if remaining_s is None else remaining_s)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 from pathlib import Path
 
 from pydantic import Field
 
 from executor.state import Backend, RoutingTable, ServiceRoutes, Target
+from executor.state_folder import storing
 from plans.documents import FORMAT_VERSION, Document, canonical_digest, read_document, write_document
 from plans.errors import BadStoredData, InvalidInput
 
@@ -65,14 +67,23 @@ class RoutingJournal:
                 raise BadStoredData(self.path, f"its content does not match its digest; {_REMEDY}")
             return _inner(stored.table)
         except InvalidInput as error:
-            fault = error.faults[0]
-            raise BadStoredData(self.path, f"{error}; {_REMEDY}", line=fault.line) from error
+            problems = [
+                dataclasses.replace(fault, where="", line=None, found=fault.found.removeprefix("found "), remedy="")
+                for fault in error.faults
+            ]
+            text = "; ".join(map(str, problems))
+            raise BadStoredData(self.path, f"{text}; {_REMEDY}", line=error.faults[0].line) from error
 
     async def write(self, table: RoutingTable) -> None:
-        """Store ``table``; it is on the disk when this returns."""
+        """Store ``table``; it is on the disk when this returns.
+
+        Raises:
+            StateNotStored: The folder cannot be written, or the disk is full.
+        """
         stored = _outer(table)
         document = _Stored(digest=canonical_digest([stored]), table=stored)
-        await asyncio.to_thread(write_document, self.path, document)
+        with storing(self.path):
+            await asyncio.to_thread(write_document, self.path, document)
 
 
 _REMEDY = "remove the file and run `foreplan apply` again: the gateway then gets its routes anew"

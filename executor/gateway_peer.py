@@ -10,17 +10,15 @@ import grpc
 import grpc.aio
 
 from executor.control_client import AgentClient, channel_options
-from executor.infer_header import group_mark
+from executor.infer_header import GROUP_METADATA, group_mark
+from executor.logs import log_failure
 from executor.routing import NodeView, view_of
 from executor.state import Backend
 from plans.errors import RemoteFailure
 
-__all__ = ["GROUP_METADATA", "INFERENCE", "Peer", "PeerTiming"]
+__all__ = ["INFERENCE", "Peer", "PeerTiming"]
 
 INFERENCE = "inference.GRPCInferenceService"
-GROUP_METADATA = "foreplan-group"
-"""Metadata key by which the gateway names the GPU group that shall run a request."""
-
 _UP = grpc.ChannelConnectivity.READY
 
 
@@ -64,6 +62,8 @@ class Peer:
             asyncio.create_task(self._watch_connection(), name=f"connection of {self.backend.node}"),
             asyncio.create_task(self._poll_for_ever(), name=f"state of {self.backend.node}"),
         )
+        for task in self._tasks:
+            task.add_done_callback(log_failure)
 
     async def close(self, grace_s: float) -> None:
         """Stop watching; calls in flight get ``grace_s`` seconds to end."""

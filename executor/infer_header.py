@@ -15,7 +15,25 @@ from executor.proto import open_inference_pb2 as messages
 from executor.tensors import parameter
 from plans.errors import InvalidInput
 
-__all__ = ["AnswerHeader", "InferHeader", "group_mark", "read_answer_header", "read_infer_header"]
+__all__ = [
+    "GROUP_METADATA",
+    "LONGEST_DEADLINE_S",
+    "AnswerHeader",
+    "InferHeader",
+    "deadline_of",
+    "group_mark",
+    "read_answer_header",
+    "read_infer_header",
+]
+
+GROUP_METADATA = "foreplan-group"
+"""Metadata key by which a gateway names the GPU group that shall run a request."""
+
+LONGEST_DEADLINE_S = 86_400.0
+"""A later deadline is this one: gRPC cannot carry just any number, and nobody waits longer."""
+
+_MOST_FIELDS = 1000
+"""Top-level fields of a message: tensors and parameters. They are looked at one by one."""
 
 _MODEL_NAME, _PARAMETERS = 1, 4
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
@@ -48,8 +66,8 @@ def read_infer_header(request: bytes) -> InferHeader:
     try:
         header = messages.ModelInferRequest.FromString(_small_fields(request))
     except (DecodeError, IndexError, ValueError) as error:
-        raise InvalidInput.of("a ModelInferRequest", where="request", found="other bytes") from error
-    return InferHeader(service=header.model_name, deadline_s=_deadline_s(header))
+        raise InvalidInput.of("a ModelInferRequest", where="request", found=f"other bytes ({error})") from error
+    return InferHeader(service=header.model_name, deadline_s=deadline_of(header))
 
 
 def read_answer_header(answer: bytes) -> AnswerHeader:
@@ -61,7 +79,7 @@ def read_answer_header(answer: bytes) -> AnswerHeader:
     try:
         header = messages.ModelInferResponse.FromString(_small_fields(answer))
     except (DecodeError, IndexError, ValueError) as error:
-        raise InvalidInput.of("a ModelInferResponse", where="answer", found="other bytes") from error
+        raise InvalidInput.of("a ModelInferResponse", where="answer", found=f"other bytes ({error})") from error
     batch_size = parameter(header.parameters, "batch_size")
     run_s = parameter(header.parameters, "run_s")
     variant = parameter(header.parameters, "variant")
@@ -84,8 +102,15 @@ def group_mark(group: str) -> bytes:
     return mark.SerializeToString()
 
 
-def _deadline_s(header: messages.ModelInferRequest) -> float | None:
-    value = parameter(header.parameters, "deadline_ms")
+def deadline_of(request: messages.ModelInferRequest) -> float | None:
+    """Return the seconds that the parameter ``deadline_ms``, a number or its text, gives from the request's arrival.
+
+    None without the parameter; never above `LONGEST_DEADLINE_S`.
+
+    Raises:
+        InvalidInput: It is no number above 0.
+    """
+    value = parameter(request.parameters, "deadline_ms")
     if value is None:
         return None
     try:
@@ -96,15 +121,19 @@ def _deadline_s(header: messages.ModelInferRequest) -> float | None:
         raise InvalidInput.of(
             "milliseconds above 0", where="request", field="parameters.deadline_ms", found=repr(value)
         )
-    return deadline_ms / 1000
+    return min(deadline_ms / 1000, LONGEST_DEADLINE_S)
 
 
 def _small_fields(request: bytes) -> bytes:
     """Return the model name and parameters of a request or an answer as a message of their own."""
     kept = bytearray()
     position, end = 0, len(request)
+    fields = 0
     while position < end:
         start = position
+        fields += 1
+        if fields > _MOST_FIELDS:
+            raise ValueError(f"more than {_MOST_FIELDS} fields")
         tag, position = _varint(request, position)
         wire_type = tag & 7
         if wire_type == _BYTES:

@@ -19,6 +19,7 @@ from google.protobuf.message import DecodeError
 
 from executor.proto import control_pb2 as pb
 from executor.state import DesiredState
+from executor.state_folder import made_folder, storing
 from executor.wire import desired_state_from_proto, desired_state_to_proto
 from plans.documents import atomic_writer
 from plans.errors import BadStoredData, InvalidInput
@@ -39,27 +40,27 @@ class Journal:
     """
 
     def __init__(self, state_dir: Path) -> None:
-        self.path = state_dir / "committed.foreplan"
-        try:
-            state_dir.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            expected = "a folder that can be made and written"
-            raise InvalidInput.of(expected, where=state_dir, field="state_dir", found=error.strerror) from error
+        self.path = made_folder(state_dir) / "committed.foreplan"
 
     def write(self, state: DesiredState) -> None:
         """Replace what is stored; after a crash at any moment the file holds the old state or the new one.
 
         Raises:
-            InvalidInput: The folder cannot be written.
+            StateNotStored: The folder cannot be written, or the disk is full.
         """
         body = desired_state_to_proto(state).SerializeToString(deterministic=True)
-        with atomic_writer(self.path) as stream:
+        with storing(self.path), atomic_writer(self.path) as stream:
             stream.write(b"%s %s\n%08x %d\n" % (_MAGIC, _VERSION, zlib.crc32(body), len(body)))
             stream.write(body)
 
     def clear(self) -> None:
-        """Forget what is stored."""
-        self.path.unlink(missing_ok=True)
+        """Forget what is stored.
+
+        Raises:
+            StateNotStored: The folder cannot be written.
+        """
+        with storing(self.path):
+            self.path.unlink(missing_ok=True)
 
     def read(self) -> DesiredState | None:
         """Return what is stored, or None when nothing was ever committed.

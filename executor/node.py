@@ -19,7 +19,7 @@ from executor.replica import Replica
 from executor.state import DesiredState, Phase, ReplicaKey
 from executor.upkeep import Upkeep
 from executor.worker_link import WorkerSettings
-from plans.errors import Fault, InvalidInput
+from plans.errors import BadStoredData, Fault, InvalidInput
 
 __all__ = ["Node", "NodeSettings"]
 
@@ -90,14 +90,27 @@ class Node:
         """Take up what the journal holds, and start a worker ahead.
 
         Raises:
-            BadStoredData: The journal is damaged.
+            BadStoredData: The journal is damaged, or was written by another node or one with more devices.
         """
-        self.committed = await asyncio.to_thread(self._journal.read)
+        stored = await asyncio.to_thread(self._journal.read)
+        if stored is not None:
+            self._check_stored(stored)
+        self.committed = stored
         self.upkeep.spare.start()
         if self.committed is not None:
             _log.info("event=restored generation=%d groups=%d", self.committed.generation, len(self.committed.groups))
             self.upkeep.want(self.committed)
             self.upkeep.commit(_keys(self.committed))
+
+    def _check_stored(self, stored: DesiredState) -> None:
+        if stored.node != self.settings.node:
+            problem = f"this is the state of node {stored.node!r}, and this agent is {self.settings.node!r}"
+            raise BadStoredData(self._journal.path, f"{problem}; give every agent a folder of its own")
+        last = max((gpu for group in stored.groups for gpu in group.gpus), default=0)
+        if last >= self.settings.device_count:
+            problem = f"device {last} is in use there, and this node has {self.settings.device_count}"
+            remedy = "start the agent with the devices it had, or move the file away and run `foreplan apply` again"
+            raise BadStoredData(self._journal.path, f"{problem}; {remedy}")
 
     async def stop(self) -> None:
         """End every worker; what waits fails, what runs is finished."""

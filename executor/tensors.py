@@ -25,6 +25,7 @@ __all__ = [
     "datatype_of",
     "decode_inputs",
     "decode_outputs",
+    "described_inputs",
     "encode_request",
     "encode_response",
     "parameter",
@@ -90,6 +91,21 @@ def decode_inputs(request: pb.ModelInferRequest, limits: TensorLimits | None = N
     return _decode(request.inputs, request.raw_input_contents, "inputs", limits or TensorLimits())
 
 
+def described_inputs(request: pb.ModelInferRequest, limits: TensorLimits | None = None) -> dict[str, Array]:
+    """Return arrays of the types and shapes that the request's headers claim, without looking at any content.
+
+    They take no memory (every element is the same zero), so a request can be judged before it costs anything.
+
+    Raises:
+        InvalidInput: A header is malformed or beyond ``limits``; with every fault.
+    """
+    _check_headers(request.inputs, request.raw_input_contents, "inputs", limits or TensorLimits())
+    return {
+        tensor.name: np.broadcast_to(np.zeros((), NUMPY_TYPES[tensor.datatype]), tuple(tensor.shape))
+        for tensor in request.inputs
+    }
+
+
 def decode_outputs(response: pb.ModelInferResponse, limits: TensorLimits | None = None) -> dict[str, Array]:
     """Return the response's output tensors by name; raw ones are read-only views of the message.
 
@@ -103,8 +119,23 @@ _Tensor = pb.ModelInferRequest.InferInputTensor | pb.ModelInferResponse.InferOut
 
 
 def _decode(tensors: Sequence[_Tensor], raw: Sequence[bytes], field: str, limits: TensorLimits) -> dict[str, Array]:
-    faults = list(_count_faults(tensors, raw, field, limits))
+    _check_headers(tensors, raw, field, limits)
+    faults: list[Fault] = []
     arrays: dict[str, Array] = {}
+    for position, tensor in enumerate(tensors):
+        here = f"{field}[{position}]"
+        array = _raw_array(tensor, raw[position], here) if raw else _typed_array(tensor, here)
+        if isinstance(array, Fault):
+            faults.append(array)
+        else:
+            arrays[tensor.name] = array
+    if faults:
+        raise InvalidInput(faults)
+    return arrays
+
+
+def _check_headers(tensors: Sequence[_Tensor], raw: Sequence[bytes], field: str, limits: TensorLimits) -> None:
+    faults = list(_count_faults(tensors, raw, field, limits))
     total_bytes = 0
     for position, tensor in enumerate(tensors if not faults else ()):
         here = f"{field}[{position}]"
@@ -114,16 +145,9 @@ def _decode(tensors: Sequence[_Tensor], raw: Sequence[bytes], field: str, limits
             if total_bytes > limits.total_bytes:
                 expected = f"at most {limits.total_bytes} bytes of tensors in one message"
                 found = [Fault(field=f"{here}.shape", found=str(list(tensor.shape)), expected=expected)]
-        if not found:
-            array = _raw_array(tensor, raw[position], here) if raw else _typed_array(tensor, here)
-            if isinstance(array, Fault):
-                found = [array]
-            else:
-                arrays[tensor.name] = array
         faults += found
     if faults:
         raise InvalidInput(faults)
-    return arrays
 
 
 def _count_faults(
@@ -131,6 +155,7 @@ def _count_faults(
 ) -> Iterator[Fault]:
     if len(tensors) > limits.tensors:
         yield Fault(field=field, found=str(len(tensors)), expected=f"at most {limits.tensors} tensors")
+        return  # not to look at them one by one
     names = [tensor.name for tensor in tensors]
     if len(set(names)) < len(names):
         yield Fault(field=field, found=str(names), expected="every tensor name only once")

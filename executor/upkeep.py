@@ -15,6 +15,7 @@ from typing import Any
 
 from executor.errors import WorkerGone, WorkerRefused
 from executor.group_server import GroupServer
+from executor.logs import log_failure
 from executor.reconcile import (
     Action,
     Adopt,
@@ -378,8 +379,7 @@ class Upkeep:
 
     def _done(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)
-        if not task.cancelled() and (error := task.exception()) is not None:
-            _log.error("event=bug", exc_info=error)
+        log_failure(task)
         self.kick()
 
     async def until(self, condition: Callable[[], bool]) -> None:

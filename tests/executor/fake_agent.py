@@ -17,7 +17,8 @@ import grpc.aio
 from google.protobuf.message import Message
 
 from executor import wire
-from executor.gateway_peer import GROUP_METADATA, INFERENCE
+from executor.gateway_peer import INFERENCE
+from executor.infer_header import GROUP_METADATA
 from executor.proto import control_pb2, control_pb2_grpc
 from executor.proto import open_inference_pb2 as inference
 from executor.state import (

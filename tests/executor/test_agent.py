@@ -446,6 +446,16 @@ def test_two_agents_cannot_share_a_port(tmp_path):
     asyncio.run(scenario())
 
 
+def test_a_state_folder_has_one_agent(tmp_path):
+    async def scenario():
+        async with running_agent(tmp_path):
+            with pytest.raises(InvalidInput, match="no other agent uses"):
+                async with running_agent(tmp_path):
+                    pass
+
+    asyncio.run(scenario())
+
+
 def test_an_impossible_configuration_is_refused_with_all_faults(tmp_path):
     with pytest.raises(InvalidInput) as caught:
         agent_config(tmp_path, node="", device_count=0, memory_bytes=-1, drain_s=-1.0)

@@ -9,12 +9,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from executor import agent_inference
 from executor.agent_inference import deadline_in_s
 from executor.proto import open_inference_pb2 as pb
 from executor.state import Phase
 from executor.tensors import decode_outputs, encode_request
 from plans.errors import InvalidInput
-from tests.executor.running_agent import desired, eventually, replica, running_agent
+from tests.executor.running_agent import WAIT_S, desired, eventually, replica, running_agent
 
 SCRIPTED = "tests.executor.scripted_runtime:ScriptedRuntime"
 
@@ -308,7 +309,45 @@ def test_the_sooner_deadline_holds_and_the_default_only_without_any(timeout_s, d
     assert deadline_in_s(request, timeout_s, 7.0) == (min(given_s) if given_s else 7.0)
 
 
-@pytest.mark.parametrize("bad", [0, -1, 0.0, float("nan"), float("inf"), "100", True])
+def test_a_deadline_as_text_counts_as_in_the_gateway():
+    assert deadline_in_s(encode_request("s", {}, parameters={"deadline_ms": "100"}), None, 7.0) == 0.1
+
+
+@pytest.mark.parametrize(("timeout_s", "default_s"), [(None, 1e15), (1e15, 7.0)])
+def test_no_deadline_is_farther_than_a_day(timeout_s, default_s):
+    request = encode_request("s", {}, parameters={"deadline_ms": 10**15})
+    assert deadline_in_s(request, timeout_s, default_s) == 86_400.0
+    assert deadline_in_s(encode_request("s", {}), timeout_s, default_s) == 86_400.0
+
+
+@pytest.mark.parametrize("bad", [0, -1, 0.0, float("nan"), float("inf"), "soon", True])
 def test_a_deadline_that_is_no_number_above_0_is_refused(bad):
     with pytest.raises(InvalidInput, match="deadline_ms"):
         deadline_in_s(encode_request("s", {}, parameters={"deadline_ms": bad}), None, 1.0)
+
+
+def test_contents_that_cannot_be_run_are_not_decoded(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise AssertionError("the contents were decoded")
+
+    async def scenario():
+        async with serving(tmp_path, g0=[replica("s", "twice")]) as agent:
+            monkeypatch.setattr(agent_inference, "decode_inputs", refuse)
+            for shape in ([5, 4], [1, 5]):
+                request = pb.ModelInferRequest(model_name="s")
+                tensor = request.inputs.add(name="x", datatype="FP32", shape=shape)
+                tensor.contents.fp32_contents.extend([1.0] * (shape[0] * shape[1]))
+                with refused(grpc.StatusCode.INVALID_ARGUMENT, "found"):
+                    await agent.inference.ModelInfer(request, timeout=WAIT_S)
+
+    asyncio.run(scenario())
+
+
+def test_a_request_for_very_many_outputs_is_refused(tmp_path):
+    async def scenario():
+        async with serving(tmp_path, g0=[replica("s", "twice")]) as agent:
+            request = encode_request("s", {"x": np.ones((1, 4), np.float32)}, outputs=["y"] * 65)
+            with refused(grpc.StatusCode.INVALID_ARGUMENT, "at most 64"):
+                await agent.inference.ModelInfer(request, timeout=WAIT_S)
+
+    asyncio.run(scenario())

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
 import signal
 from collections import Counter
@@ -17,6 +18,7 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from executor.control_client import GatewayClient
 from executor.gateway import GatewayConfig, running_gateway
+from executor.gateway_peer import INFERENCE
 from executor.proto import open_inference_pb2 as inference
 from executor.proto import open_inference_pb2_grpc as inference_grpc
 from executor.state import Backend, GatewayState, ReplicaKey, RoutingTable, ServiceRoutes, Target
@@ -203,6 +205,16 @@ class TestRefusals:
 
         run(scenario())
 
+    def test_bytes_that_are_no_question_for_metadata_are_invalid(self, tmp_path: Path) -> None:
+        async def scenario() -> None:
+            async with door(tmp_path) as front:
+                call = front.channel.unary_unary(f"/{INFERENCE}/ModelMetadata", bytes, bytes)
+                code, details = await front.code(call(b"\xff\xff", timeout=5))
+                assert code is Code.INVALID_ARGUMENT
+                assert "ModelMetadataRequest" in details
+
+        run(scenario())
+
     def test_a_request_above_the_size_limit_is_refused(self, tmp_path: Path) -> None:
         async def scenario() -> None:
             async with agents("a") as (a,), door(tmp_path, max_message_bytes=10_000) as front:
@@ -252,6 +264,17 @@ class TestDeadlines:
 
         run(scenario())
 
+    @pytest.mark.parametrize("deadline_ms", [10**15, 2**62])
+    def test_a_deadline_that_is_far_away_is_no_deadline_that_has_passed(self, tmp_path: Path, deadline_ms: int) -> None:
+        async def scenario() -> None:
+            async with agents("a") as (a,), door(tmp_path) as front:
+                await front.control.set_routes(table(a), timeout_s=5)
+                await front.inference.ModelInfer(request(deadline_ms=deadline_ms))
+                (remaining_s,) = a.remaining_s
+                assert remaining_s == pytest.approx(86_400.0, rel=0.01)
+
+        run(scenario())
+
 
 class TestHealth:
     def test_a_killed_agent_leaves_the_rotation_and_comes_back(self, tmp_path: Path) -> None:
@@ -284,6 +307,24 @@ class TestHealth:
                 assert "a/0: the agent does not run this replica" in details
 
         run(scenario())
+
+    def test_a_watch_that_ends_by_a_bug_is_logged(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        async def scenario() -> None:
+            async with agents("a") as (a,), door(tmp_path, poll_interval_s=0.01) as front:
+                await front.control.set_routes(table(a), timeout_s=5)
+
+                def broken(*_: Any) -> None:
+                    raise LookupError("a bug in the watch")
+
+                monkeypatch.setattr("executor.gateway_peer.view_of", broken)
+                async with asyncio.timeout(10):
+                    while "a bug in the watch" not in caplog.text:
+                        await asyncio.sleep(0.01)
+
+        run(scenario())
+        assert "state of a" in caplog.text
 
     def test_an_agent_that_does_not_answer_in_time_counts_as_lost(self, tmp_path: Path) -> None:
         async def scenario() -> None:
@@ -450,11 +491,29 @@ class TestJournal:
         path.write_text(damage(path.read_text()))
 
         async def again() -> None:
-            with pytest.raises(BadStoredData, match=r"routes\.json.*foreplan apply"):
+            with pytest.raises(BadStoredData, match=r"routes\.json.*foreplan apply") as caught:
                 async with door(tmp_path):
                     pass
+            assert str(caught.value).count("routes.json") == 1
+            assert "found found" not in str(caught.value)
 
         run(again())
+
+    def test_routes_that_cannot_be_stored_are_refused_by_name_and_not_put_in_force(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def refuse(_: int) -> None:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        async def scenario() -> None:
+            async with agents("a") as (a,), door(tmp_path) as front:
+                with monkeypatch.context() as patch:
+                    patch.setattr("os.fsync", refuse)
+                    with pytest.raises(RemoteFailure, match=r"INTERNAL: .*routes\.json cannot be written: No space"):
+                        await front.control.set_routes(table(a), timeout_s=5)
+                assert (await front.state()).generation == 0
+
+        run(scenario())
 
 
 class TestListening:
@@ -484,6 +543,15 @@ class TestListening:
             with pytest.raises(InvalidInput, match="--state-dir"):
                 async with running_gateway(GatewayConfig(listen="127.0.0.1:0", state_dir=tmp_path / "file" / "x")):
                     pass
+
+        run(scenario())
+
+    def test_a_state_folder_has_one_gateway(self, tmp_path: Path) -> None:
+        async def scenario() -> None:
+            async with door(tmp_path):
+                with pytest.raises(InvalidInput, match="no other gateway uses"):
+                    async with door(tmp_path):
+                        pass
 
         run(scenario())
 

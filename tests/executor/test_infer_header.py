@@ -28,7 +28,8 @@ def test_service_and_deadline_are_what_a_full_parse_finds(
     parameters = {} if deadline_ms is None else {"deadline_ms": deadline_ms}
     header = read_infer_header(request(service, tensor, other="z", **parameters))
     assert header.service == service
-    assert header.deadline_s == (None if deadline_ms is None else pytest.approx(deadline_ms / 1000))
+    expected_s = None if deadline_ms is None else pytest.approx(min(deadline_ms / 1000, 86_400.0))
+    assert header.deadline_s == expected_s
 
 
 @given(st.binary(max_size=60))
@@ -46,6 +47,18 @@ def test_a_request_cut_short_is_never_read_as_another_service(data: st.DataObjec
     except InvalidInput:
         return
     assert found in ("", "detect")
+
+
+@pytest.mark.parametrize("deadline_ms", [10**15, 1e308, "1e300"])
+def test_a_deadline_that_is_far_away_is_a_day(deadline_ms: float | str) -> None:
+    assert read_infer_header(request(deadline_ms=deadline_ms)).deadline_s == 86_400.0
+
+
+def test_a_message_of_very_many_fields_is_refused_without_looking_at_them_all() -> None:
+    tiny = b"\xa8\x06\x01"  # an unknown number, which a parser skips
+    assert read_infer_header(request() + 900 * tiny).service == "detect"
+    with pytest.raises(InvalidInput, match="more than 1000 fields"):
+        read_infer_header(request() + 10_000 * tiny + b"\xff")
 
 
 def test_a_deadline_as_text_counts() -> None:

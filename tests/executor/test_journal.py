@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+import errno
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from executor.errors import StateNotStored
 from executor.journal import Journal
 from plans.errors import BadStoredData, InvalidInput
 from tests.executor.running_agent import desired, replica
@@ -70,5 +73,28 @@ def test_a_journal_that_cannot_be_read_is_bad_data(tmp_path):
 
 def test_a_folder_that_cannot_be_made_is_named(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(InvalidInput, match="state_dir"):
+    with pytest.raises(InvalidInput, match=r"--state-dir: found .*state.*expected a folder .*; name a folder"):
         Journal(tmp_path / "file" / "state")
+
+
+@pytest.mark.parametrize("call", ["write", "clear"])
+def test_what_the_disk_refuses_is_named_and_leaves_what_was_stored(tmp_path, monkeypatch, call):
+    journal = Journal(tmp_path)
+    journal.write(STATE)
+
+    def refuse(*_arguments, **_keywords):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("os.fsync", refuse)
+        patch.setattr(type(journal.path), "unlink", refuse if call == "clear" else type(journal.path).unlink)
+        with pytest.raises(StateNotStored, match=r"committed\.foreplan cannot be written: No space left"):
+            journal.write(desired(4)) if call == "write" else journal.clear()
+    assert journal.read() == STATE
+
+
+def test_a_folder_that_is_gone_is_named_when_it_is_written(tmp_path):
+    journal = Journal(tmp_path / "state")
+    (tmp_path / "state").rmdir()
+    with pytest.raises(StateNotStored, match="cannot be written: No such file"):
+        journal.write(STATE)

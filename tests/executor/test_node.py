@@ -3,15 +3,17 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import errno
 import threading
 
 import pytest
 
-from executor.errors import StageFailed, WrongGeneration
+from executor.errors import StageFailed, StateNotStored, WrongGeneration
 from executor.journal import Journal
 from executor.node import Node, NodeSettings
 from executor.state import Phase
 from executor.worker_link import WorkerSettings
+from plans.errors import BadStoredData
 from tests.executor.running_agent import WAIT_S, desired, eventually, replica, worker_processes
 
 SCRIPTED = "tests.executor.scripted_runtime:ScriptedRuntime"
@@ -189,5 +191,37 @@ def test_what_was_lost_after_it_was_staged_is_not_committed(tmp_path):
                 await made.commit(*g(1))
             assert made.generation == 0
             assert Journal(tmp_path / "state").read() is None
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize(
+    ("changed", "says"),
+    [({"node": "node-b"}, "'node-a', and this agent is 'node-b'"), ({"device_count": 1}, "device 1 is in use there")],
+)
+def test_the_state_of_another_node_is_not_taken_up(tmp_path, changed, says):
+    Journal(tmp_path / "state").write(desired(1, g1=[replica("a", "twice")]))
+
+    async def scenario():
+        async with node(tmp_path, **changed):
+            pass
+
+    with pytest.raises(BadStoredData, match=says):
+        asyncio.run(scenario())
+
+
+def test_a_commit_that_cannot_be_stored_changes_nothing(tmp_path, monkeypatch):
+    def refuse(_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    async def scenario():
+        async with node(tmp_path) as made:
+            await made.stage(desired(1, g0=[replica("a", "twice")]))
+            with monkeypatch.context() as patch:
+                patch.setattr("os.fsync", refuse)
+                with pytest.raises(StateNotStored):
+                    await made.commit(*g(1))
+            assert made.committed is None
+            await made.commit(*g(1))
 
     asyncio.run(scenario())

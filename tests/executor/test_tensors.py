@@ -13,6 +13,7 @@ from executor.tensors import (
     datatype_of,
     decode_inputs,
     decode_outputs,
+    described_inputs,
     encode_request,
     encode_response,
     parameter,
@@ -29,6 +30,14 @@ def tensor(name="x", datatype="FP32", shape=(1, 2), **contents):
     if contents:
         message.contents.CopyFrom(pb.InferTensorContents(**contents))
     return message
+
+
+def test_a_description_has_the_claimed_shape_and_takes_no_memory():
+    claimed = pb.ModelInferRequest(inputs=[tensor(shape=(1000, 1000, 60))])
+    described = described_inputs(claimed)["x"]
+    assert (described.shape, described.dtype, described.base.nbytes) == ((1000, 1000, 60), np.float32, 4)
+    with pytest.raises(InvalidInput, match="at most 268435456 bytes"):
+        described_inputs(pb.ModelInferRequest(inputs=[tensor(shape=(2**40, 2**20))]))
 
 
 def faults_of(request, limits=None):
