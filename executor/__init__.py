@@ -11,7 +11,8 @@ Modules, by process:
 - gateway (the front door): `gateway`, with `routing` and the other ``gateway_`` modules.
 - controller: `controller`, with `apply_plan`, `rollout` and `cluster_status`; `load` replays a trace against a gateway.
 
-`state` holds the vocabulary of all of them, `wire` and `tensors` its forms on the network, `errors` what can go wrong.
+`state` holds the vocabulary of all of them, `wire` and `tensors` its forms on the network, `errors` what can go wrong;
+`assignment` says what a plan gives to whom. `grpc_server` and `state_folder` serve agent and gateway alike.
 Start at the module of the process; this package imports only the vocabulary, so that a worker is up quickly.
 """
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from executor import wire
+from executor.assignment import routing_table
 from executor.state import AgentState, GatewayState, Phase, ReplicaKey
 from plans.cluster import Cluster
 from plans.errors import Fault, InvalidInput
@@ -187,7 +187,7 @@ def left_over(plan: Plan, generation: int, live: Live) -> tuple[str, ...]:
         found += [
             f"{node}: {problem}" for problem in _agent_left_over(replicas_of(plan, node), generation, agent, digest)
         ]
-    table = wire.routing_table(plan, {group.node: "" for group in plan.groups}, generation)
+    table = routing_table(plan, {group.node: "" for group in plan.groups}, generation)
     wanted = {(routes.service, target.group) for routes in table.services for target in routes.targets}
     for address, gateway in live.gateways.items():
         routed = {(target.service, target.group) for target in gateway.targets}

@@ -7,8 +7,8 @@ from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import TypeVar
 
-from executor import wire
 from executor.apply_plan import Live, left_over
+from executor.assignment import desired_state, routing_table
 from executor.cluster_connection import ClusterConnection, gather
 from executor.state import AgentState, DesiredState, ReplicaKey
 from plans.cluster import Cluster
@@ -212,10 +212,10 @@ class Rollout:
         return (*(str(failure) for failure in lost.values()), *found)
 
     def _desired(self, node: str) -> DesiredState:
-        return wire.desired_state(self._plan, node, self.generation)
+        return desired_state(self._plan, node, self.generation)
 
     async def _route(self, step: str, without: list[ReplicaKey]) -> dict[str, RemoteFailure]:
-        table = wire.routing_table(self._plan, self._addresses, self.generation, without=without)
+        table = routing_table(self._plan, self._addresses, self.generation, without=without)
 
         def sending(address: str) -> Callable[[], Awaitable[None]]:
             client = self._connection.gateways[address]

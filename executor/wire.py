@@ -1,4 +1,4 @@
-"""The control plane at the wire: protobuf messages to inner types and back, and a plan to what nodes and gateways get.
+"""The control plane at the wire: protobuf messages to inner types and back.
 
 The one module that reads or builds messages of ``foreplan.control.v1``. For every inner type there is a pair
 ``*_to_proto`` and ``*_from_proto``; decode after encode is the identity. What arrives is checked: a message that breaks
@@ -8,7 +8,7 @@ the rules of its inner type raises `InvalidInput` with every fault.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 
 from executor.proto import control_pb2 as pb
 from executor.state import (
@@ -27,11 +27,8 @@ from executor.state import (
     TargetState,
 )
 from plans.errors import Fault, InvalidInput
-from plans.plan import Plan
 
 __all__ = [
-    "desired_state",
-    "routing_table",
     "desired_state_to_proto",
     "desired_state_from_proto",
     "replica_key_to_proto",
@@ -58,88 +55,6 @@ _PHASES = {
     Phase.FAILED: pb.REPLICA_PHASE_FAILED,
 }
 _PHASE_OF = {number: phase for phase, number in _PHASES.items()}
-
-
-# A plan to what nodes and gateways get.
-
-
-def desired_state(plan: Plan, node: str, generation: int) -> DesiredState:
-    """Return what ``node`` shall run under ``plan``; a node that the plan does not use gets a state without groups."""
-    return DesiredState(
-        generation=generation,
-        placement_digest=plan.placement_digest,
-        node=node,
-        groups=tuple(
-            DesiredGroup(
-                id=group.id,
-                gpus=group.gpus,
-                tensor_parallel=group.tp,
-                pipeline_parallel=group.pp,
-                replicas=tuple(
-                    DesiredReplica(
-                        service=entry.service,
-                        variant=entry.variant,
-                        max_batch=entry.max_batch,
-                        multi_frame=entry.multi_frame,
-                        deadline_s=entry.deadline_s,
-                        batch_latency_s=tuple(entry.batch_latency_s(batch + 1) for batch in range(entry.max_batch)),
-                        memory_bytes=entry.memory_bytes,
-                    )
-                    for entry in group.loadout
-                ),
-            )
-            for group in plan.groups
-            if group.node == node
-        ),
-    )
-
-
-def routing_table(
-    plan: Plan, addresses: Mapping[str, str], generation: int, *, without: Collection[ReplicaKey] = ()
-) -> RoutingTable:
-    """Return the routes of ``plan``.
-
-    Args:
-        plan: The plan.
-        addresses: ``host:port`` of every node's agent.
-        generation: The plan's number on this cluster.
-        without: Replicas that are not loaded yet. They get no requests, and the others of their service share the
-            weight; a service that has only such replicas keeps its entry with no targets.
-
-    Raises:
-        KeyError: A node that the plan routes to has no address.
-    """
-    nodes = {group.node for group in plan.groups}
-    return RoutingTable(
-        generation=generation,
-        placement_digest=plan.placement_digest,
-        backends=tuple(Backend(node=node, address=addresses[node]) for node in sorted(nodes)),
-        services=tuple(_service_routes(plan, service, without) for service in sorted(plan.routes)),
-    )
-
-
-def _service_routes(plan: Plan, service: str, without: Collection[ReplicaKey]) -> ServiceRoutes:
-    targets = []
-    deadlines = []
-    for route in plan.routes[service]:
-        group = plan.group(route.group)
-        entry = group.entry(service)
-        if entry is None:  # the plan's own validation excludes it
-            continue
-        deadlines.append(entry.deadline_s)
-        if ReplicaKey(group=group.id, service=service, variant=entry.variant) not in without:
-            targets.append(Target(group=group.id, node=group.node, weight=route.weight, variant=entry.variant))
-    total = math.fsum(target.weight for target in targets)
-    return ServiceRoutes(
-        service=service,
-        deadline_s=min(deadlines, default=0.0),
-        targets=tuple(
-            Target(group=target.group, node=target.node, weight=target.weight / total, variant=target.variant)
-            if without
-            else target
-            for target in targets
-        ),
-    )
 
 
 # Desired state.

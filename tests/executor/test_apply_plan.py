@@ -6,7 +6,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from executor import wire
 from executor.apply_plan import (
     Fresh,
     InForce,
@@ -19,6 +18,7 @@ from executor.apply_plan import (
     live_prior,
     replicas_of,
 )
+from executor.assignment import routing_table
 from executor.state import AgentState, GatewayState, Phase, ReplicaKey, ReplicaState, TargetState
 from plans.cluster import Cluster
 from plans.errors import InvalidInput
@@ -37,7 +37,7 @@ def plan(groups: dict[str, tuple[str, ...]]) -> Plan:
 def running(wanted: Plan, generation: int) -> Live:
     """The state of a cluster that runs ``wanted`` and nothing else."""
     digest = wanted.placement_digest
-    table = wire.routing_table(wanted, dict.fromkeys(NODES, "h:1"), generation)
+    table = routing_table(wanted, dict.fromkeys(NODES, "h:1"), generation)
     gateway = GatewayState(
         version="",
         generation=generation,

@@ -22,7 +22,6 @@ from executor.state import (
     TargetState,
 )
 from plans.errors import Fault, InvalidInput
-from plans.plan import Group, LoadoutEntry, Plan, Route, SolverReport
 
 names = st.text("abcdefgh-0123456789", min_size=1, max_size=8)
 texts = st.text(max_size=12)
@@ -215,6 +214,15 @@ def test_a_desired_state_that_contradicts_itself_is_refused(damage, field):
     assert field in [fault.field for fault in caught.value.faults]
 
 
+TARGET = Target(group="node-a/0", node="node-a", weight=1.0, variant="v")
+TABLE = RoutingTable(
+    generation=3,
+    placement_digest="sha256:3",
+    backends=(Backend(node="node-a", address="127.0.0.1:1"),),
+    services=tuple(ServiceRoutes(service=name, deadline_s=0.1, targets=(TARGET,)) for name in ("detect", "read")),
+)
+
+
 @pytest.mark.parametrize(
     ("damage", "field"),
     [
@@ -227,68 +235,8 @@ def test_a_desired_state_that_contradicts_itself_is_refused(damage, field):
     ],
 )
 def test_a_routing_table_that_contradicts_itself_is_refused(damage, field):
-    message = wire.routing_table_to_proto(wire.routing_table(PLAN, ADDRESSES, 3))
+    message = wire.routing_table_to_proto(TABLE)
     damage(message)
     with pytest.raises(InvalidInput) as caught:
         wire.routing_table_from_proto(message)
     assert [fault.field for fault in caught.value.faults] == [field]
-
-
-def entry(service, variant="resnet-18", deadline_s=0.2):
-    return LoadoutEntry(
-        service=service,
-        variant=variant,
-        max_batch=2,
-        rate_rps=1,
-        memory_bytes=(7,),
-        deadline_s=deadline_s,
-        stage_latency_s=((0.25,), (0.5,)),
-    )
-
-
-PLAN = Plan(
-    solver=SolverReport(name="hand", status="feasible", objective=0, bound=0, gap=0, wall_s=0, seed=0),
-    groups=(
-        Group(id="node-a/0", node="node-a", gpus=(0,), loadout=(entry("detect"), entry("read"))),
-        Group(id="node-b/0", node="node-b", gpus=(0,), loadout=(entry("detect", deadline_s=0.1),)),
-    ),
-    routes={
-        "detect": (Route(group="node-a/0", weight=0.25), Route(group="node-b/0", weight=0.75)),
-        "read": (Route(group="node-a/0", weight=1),),
-    },
-)
-ADDRESSES = {"node-a": "127.0.0.1:1", "node-b": "127.0.0.1:2"}
-
-
-def test_a_node_gets_its_own_groups_of_the_plan():
-    state = wire.desired_state(PLAN, "node-b", 4)
-    assert (state.generation, state.node, state.placement_digest) == (4, "node-b", PLAN.placement_digest)
-    assert state.keys() == (ReplicaKey(group="node-b/0", service="detect", variant="resnet-18"),)
-    assert state.groups[0].replicas[0].batch_latency_s == (0.25, 0.5)
-
-
-def test_a_node_outside_the_plan_gets_nothing_to_run():
-    assert wire.desired_state(PLAN, "node-c", 1).groups == ()
-
-
-def test_routes_carry_the_weights_of_the_plan():
-    table = wire.routing_table(PLAN, ADDRESSES, 4)
-    assert {backend.node: backend.address for backend in table.backends} == ADDRESSES
-    assert [(target.group, target.weight) for target in table.services[0].targets] == [
-        ("node-a/0", 0.25),
-        ("node-b/0", 0.75),
-    ]
-
-
-def test_a_service_without_a_deadline_of_its_own_takes_the_tightest_of_its_replicas():
-    assert wire.routing_table(PLAN, ADDRESSES, 4).services[0].deadline_s == 0.1
-
-
-def test_replicas_that_are_not_loaded_leave_their_share_to_the_others():
-    deferred = {
-        ReplicaKey(group="node-a/0", service="detect", variant="resnet-18"),
-        ReplicaKey(group="node-a/0", service="read", variant="resnet-18"),
-    }
-    detect, read = wire.routing_table(PLAN, ADDRESSES, 4, without=deferred).services
-    assert [(target.group, target.weight) for target in detect.targets] == [("node-b/0", 1.0)]
-    assert read.targets == ()
