@@ -67,10 +67,7 @@ class RoutingJournal:
                 raise BadStoredData(self.path, f"its content does not match its digest; {_REMEDY}")
             return _inner(stored.table)
         except InvalidInput as error:
-            problems = [
-                dataclasses.replace(fault, where="", line=None, found=fault.found.removeprefix("found "), remedy="")
-                for fault in error.faults
-            ]
+            problems = [dataclasses.replace(fault, where="", line=None, remedy="") for fault in error.faults]
             text = "; ".join(map(str, problems))
             raise BadStoredData(self.path, f"{text}; {_REMEDY}", line=error.faults[0].line) from error
 

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import itertools
 import logging
+import os
 import signal
 import socket
 import sys
@@ -128,6 +129,7 @@ class WorkerLink(asyncio.Protocol):
                     *_command(settings, gpu, theirs.fileno(), link.segment.descriptor),
                     pass_fds=(theirs.fileno(), link.segment.descriptor),
                     stdin=asyncio.subprocess.DEVNULL,
+                    env=_environment(),
                     process_group=0,  # Ctrl-C on the terminal is the agent's to answer
                 )
             ours.setblocking(False)
@@ -301,10 +303,19 @@ class WorkerLink(asyncio.Protocol):
 
 
 def _command(settings: WorkerSettings, gpu: int, connection: int, segment: int) -> list[str]:
-    command = [sys.executable, "-m", "executor.worker", f"--socket={connection}", f"--segment={segment}"]
+    command = [sys.executable, "-P", "-m", "executor.worker", f"--socket={connection}", f"--segment={segment}"]
     command += [f"--runtime={settings.runtime}", f"--device={settings.device_of(gpu)}", f"--dtype={settings.dtype}"]
     command += [f"--threads={settings.threads}", f"--log-level={settings.log_level}"]
     return command + ([f"--model-dir={settings.model_dir}"] if settings.model_dir else [])
+
+
+def _environment() -> dict[str, str]:
+    """Return the agent's environment, with its module path: a worker finds what the agent does.
+
+    Nothing else is found: without ``-P`` a file such as ``h2.py`` in the folder where the agent was started would stand
+    in for the library of that name.
+    """
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(place for place in sys.path if place)}
 
 
 def _reason(code: int) -> str:

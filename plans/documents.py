@@ -76,7 +76,7 @@ def parse_document(text: str, kind: type[AnyDocument], *, where: str) -> AnyDocu
                 Fault(
                     where=where,
                     line=mark.line + 1 if mark else None,
-                    found=error.problem or "a syntax error",
+                    found=(error.problem or "a syntax error").removeprefix("found "),
                     expected="well-formed YAML or JSON",
                     remedy="the file may be cut short or damaged",
                 )

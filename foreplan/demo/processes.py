@@ -57,7 +57,7 @@ class ChildProcesses:
         log = self._log_dir / f"{name}.log"
         with log.open("wb") as stream:
             process = subprocess.Popen(  # noqa: S603 - our own program with our own arguments
-                [sys.executable, "-m", "foreplan", *arguments],
+                [sys.executable, "-P", "-m", "foreplan", *arguments],  # -P: modules do not come from the folder
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=stream,

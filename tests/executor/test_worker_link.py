@@ -247,3 +247,14 @@ def test_a_worker_ends_by_itself_when_its_agent_is_killed(tmp_path):
     finally:
         parent.kill()
         parent.communicate()
+
+
+def test_a_worker_takes_no_module_from_the_folder_that_the_agent_was_started_in(tmp_path, monkeypatch):
+    (tmp_path / "numpy.py").write_text("raise RuntimeError('a stray file was imported')")
+    monkeypatch.chdir(tmp_path)
+
+    async def scenario():
+        async with started(tmp_path) as link:
+            assert "twice" in link.variants
+
+    asyncio.run(scenario())
