@@ -236,7 +236,10 @@ asyncio.run(main())
 
 def test_a_worker_ends_by_itself_when_its_agent_is_killed(tmp_path):
     parent = subprocess.Popen(
-        [sys.executable, "-c", _PARENT, SCRIPTED, str(tmp_path)], stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", _PARENT, SCRIPTED, str(tmp_path)],
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2])},
+        stdout=subprocess.PIPE,
+        text=True,
     )
     try:
         assert parent.stdout is not None
