@@ -59,5 +59,7 @@ def balance(space: PlanningSpace, placement: Placement, solver: Solver, budget: 
         return placement
     values = np.clip(answer.values[share], 0.0, 1.0)
     return tuple(
-        Placed(placed.group, placed.option, float(value)) for placed, value in zip(placement, values, strict=True)
+        # A solver's zero may be negative; adding zero makes it plain.
+        Placed(placed.group, placed.option, float(value) + 0.0)
+        for placed, value in zip(placement, values, strict=True)
     )

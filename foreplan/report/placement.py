@@ -83,7 +83,8 @@ def _device(
 
 
 def _chip(entry: LoadoutEntry, colors: Mapping[str, str]) -> str:
-    text = f"{entry.variant}, batch {entry.max_batch}, {entry.rate_rps:.3g} rps"
+    rate = f"{entry.rate_rps:.3g} rps" if entry.rate_rps > 0 else "stands by"
+    text = f"{entry.variant}, batch {entry.max_batch}, {rate}"
     return (
         f'<div class="chip" style="border-color:{colors[entry.service]}"><b>{escape(entry.service)}</b>'
         f'<span class="muted">{escape(text)}</span></div>'
