@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, fields
 from datetime import UTC, datetime
 from pathlib import Path
 
+from evaluator import evaluate
 from foreplan import __version__
 from planner import Infeasible, NoPlanFound, Problem, Settings, Solved, solve
 from plans.checker import check_plan
@@ -15,13 +16,20 @@ from plans.codec import read_plan
 from plans.demand import Demand
 from plans.documents import read_document
 from plans.errors import Fault, InvalidInput
-from plans.plan import Plan
+from plans.plan import LatencyPercentiles, Plan, Prediction
 from plans.service import Services, check_against_cluster
 from plans.transition import transition
 from profiles.latency import LatencyModel
 from profiles.library import ProfileLibrary
+from traces.outcomes import ServiceSummary
+from traces.synthesis import Gamma, synthesise
 
 __all__ = ["Inputs", "make_plan", "settings_of", "verify"]
+
+_SAMPLED_REQUESTS = 20_000
+"""Requests that a prediction simulates, as far as `_SAMPLED_S` allows."""
+_SAMPLED_S = (60.0, 3600.0)
+"""Shortest and longest simulated time of a prediction, seconds."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,7 +64,7 @@ class Inputs:
 
 
 def make_plan(inputs: Inputs, settings: Settings) -> Solved | Infeasible | NoPlanFound:
-    """Solve, order the transition from the running plan, and have the independent checker verify the result.
+    """Solve, predict by simulation, order the transition, and have the independent checker verify the result.
 
     Raises:
         InvalidInput: The documents contradict each other.
@@ -75,7 +83,7 @@ def make_plan(inputs: Inputs, settings: Settings) -> Solved | Infeasible | NoPla
     if not isinstance(result, Solved):
         return result
     steps = transition(inputs.current, result.plan, inputs.cluster)
-    plan = result.plan.model_copy(
+    plan = _predicted_by_simulation(result.plan, inputs, settings.seed).model_copy(
         update={
             "settings": {
                 name: value for name, value in asdict(settings).items() if isinstance(value, str | int | float)
@@ -88,6 +96,45 @@ def make_plan(inputs: Inputs, settings: Settings) -> Solved | Infeasible | NoPla
     if broken:
         raise AssertionError("the plan breaks its promises: " + "; ".join(map(str, broken)))
     return result.with_plan(plan)
+
+
+def _predicted_by_simulation(plan: Plan, inputs: Inputs, seed: int) -> Plan:
+    """Return ``plan`` with attainment and latency from the simulator, on arrivals sampled from the demand.
+
+    The planner's own prediction is a bound from queueing theory that does not know how batches grow under load. The
+    arrivals are a renewal process at the planned rates with the demand's burstiness; generation services, whose
+    requests differ in tokens, keep the planner's prediction.
+    """
+    names = {
+        service.name
+        for service in inputs.services.services
+        if service.request_class != "generation" and plan.routes.get(service.name)
+    }
+    offered = {one.service: one.offered_rps for one in plan.predicted if one.service in names and one.offered_rps > 0}
+    if not offered:
+        return plan
+    burstiness = {one.service: one.burstiness_cv for one in inputs.demand.services}
+    duration_s = min(max(_SAMPLED_REQUESTS / sum(offered.values()), _SAMPLED_S[0]), _SAMPLED_S[1])
+    loads = {name: Gamma(rate_rps=rate, cv=burstiness.get(name, 1.0)) for name, rate in offered.items()}
+    trace = synthesise(loads, duration_s=duration_s, seed=seed)
+    if not len(trace):
+        return plan
+    summary = evaluate(plan, inputs.services, trace).summary
+    return plan.model_copy(
+        update={"predicted": tuple(_with_outcome(one, summary.service(one.service)) for one in plan.predicted)}
+    )
+
+
+def _with_outcome(prediction: Prediction, found: ServiceSummary) -> Prediction:
+    if found.attainment is None:
+        return prediction
+    return prediction.model_copy(
+        update={
+            "goodput_rps": found.attainment * prediction.offered_rps,
+            "attainment": found.attainment,
+            "latency_s": LatencyPercentiles(p50=found.latency_s.p50, p99=found.latency_s.p99),
+        }
+    )
 
 
 def settings_of(plan: Plan) -> Settings:

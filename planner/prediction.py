@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -14,6 +13,9 @@ from plans.plan import Confidence, LatencyPercentiles, Prediction
 from profiles.latency import Estimate, LatencyModel, worst
 
 __all__ = ["latency_model", "predict"]
+
+_STEADY = 0.9
+"""Utilisation from which on the mean wait says nothing about the batch that collects."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,9 +61,7 @@ def _of_group(space: PlanningSpace, serving: list[Placed]) -> list[_Share]:
     options = [space.options[placed.option] for placed in serving]
     rates = [placed.share * option.sustained_rps for placed, option in zip(serving, options, strict=True)]
     models = [latency_model(space, option) for option in options]
-    batches = [
-        _typical_batch(model, option.batch, rate) for model, option, rate in zip(models, options, rates, strict=True)
-    ]
+    batches = _typical_batches(models, [option.batch for option in options], rates)
     typical = [model.at(batch) for model, batch in zip(models, batches, strict=True)]
     holds_s = [max(estimate.stage_s) for estimate in typical]
     busy = [rate * hold_s / batch for rate, hold_s, batch in zip(rates, holds_s, batches, strict=True)]
@@ -89,15 +89,25 @@ def _of_replica(
     )
 
 
-def _typical_batch(model: LatencyModel, max_batch: int, rate_rps: float) -> int:
-    """Return the batch that collects while one batch holds the bottleneck: the fixed point b = rate * hold(b)."""
-    batch = 1
-    while batch < max_batch:
-        collected = math.ceil(rate_rps * max(model.at(batch).stage_s) - 1e-9)
-        if collected <= batch:
-            break
-        batch = min(collected, max_batch)
-    return batch
+def _typical_batches(models: list[LatencyModel], limits: list[int], rates: list[float]) -> list[int]:
+    """Return the batch of each service that collects while the group is busy: b = rate * (mean wait + hold).
+
+    Found by rounds from batches of one upwards, with the mean wait of Pollaczek and Khinchine; while the group would be
+    all but saturated at the batches reached, they double.
+    """
+    batches = [1] * len(models)
+    while True:
+        holds_s = [max(model.at(batch).stage_s) for model, batch in zip(models, batches, strict=True)]
+        busy = [rate * hold_s / batch for rate, hold_s, batch in zip(rates, holds_s, batches, strict=True)]
+        if sum(busy) < _STEADY:
+            wait_s = sum(b * hold_s for b, hold_s in zip(busy, holds_s, strict=True)) / (2 * (1 - sum(busy)))
+            wanted = [int(rate * (wait_s + hold_s)) for rate, hold_s in zip(rates, holds_s, strict=True)]
+        else:
+            wanted = [2 * batch for batch in batches]
+        collected = [min(limit, max(batch, want)) for limit, batch, want in zip(limits, batches, wanted, strict=True)]
+        if collected == batches:
+            return batches
+        batches = collected
 
 
 def _of_service(name: str, offered: Floats, shares: list[_Share], index: int) -> Prediction:

@@ -65,13 +65,22 @@ def waiting_time(holds_s: Sequence[float], utilisations: Sequence[float]) -> Wai
     mean_s = float(weight @ hold_s) / 2
     reach_s = float(hold_s.max()) + mean_s * math.log(_TAIL) / math.log(rho)
     cell_s = reach_s / _CELLS
-    # Mass of the residual by cell, rounded up to the cell's end: never too short a wait.
-    ends_s = np.arange(_CELLS + 1) * cell_s
-    below = np.minimum(1.0, ends_s[:, None] / np.maximum(hold_s, 1e-12)[None, :]) @ weight
-    mass = np.diff(below, prepend=0.0)
+    mass = _residual(hold_s, weight, cell_s)
+    again = rho / (1.0 - rho * mass[0])
     wait = np.zeros(_CELLS + 1)
-    wait[0] = 1.0 - rho
+    wait[0] = (1.0 - rho) / (1.0 - rho * mass[0])
     for cell in range(1, _CELLS + 1):
-        wait[cell] = rho * float(mass[1 : cell + 1] @ wait[cell - 1 :: -1])
+        wait[cell] = again * float(mass[1 : cell + 1] @ wait[cell - 1 :: -1])
     cumulative = np.minimum(np.cumsum(wait), 1.0)
     return WaitingTime(cell_s=cell_s, cumulative=cumulative)
+
+
+def _residual(hold_s: Floats, weight: Floats, cell_s: float) -> Floats:
+    """Return the residual's mass on the grid; mass between two points goes to both so that the mean is kept.
+
+    That is the second difference of the integral of the distribution, x^2 / 2h up to h and x - h/2 beyond.
+    """
+    x = np.arange(_CELLS + 2)[:, None] * cell_s
+    h = np.maximum(hold_s, 1e-12)[None, :]
+    integral = np.where(x < h, x * x / (2 * h), x - h / 2) @ weight / cell_s
+    return np.concatenate([integral[1:2], integral[2:] - 2 * integral[1:-1] + integral[:-2]])

@@ -144,10 +144,11 @@ def _check_services(plan: Plan, services: Services) -> Iterator[Fault]:
             share = entry.rate_rps / rate if rate > 0 else None
             if share is not None and abs(routes.get(group.id, 0.0) - share) > 1e-4:
                 yield _fault(f"routes.{service.name}", routes.get(group.id, 0.0), f"weight {share:.4f} to {group.id}")
-        if rate > 0 and service.name in predicted:
-            goodput = predicted[service.name].goodput_rps
-            if goodput > rate * (1 + 1e-4) + 1e-9:
-                yield _fault(f"predicted.{service.name}", f"{goodput:.6g} rps", f"at most the routed {rate:.6g} rps")
+        if (promise := predicted.get(service.name)) is not None:
+            limit = promise.offered_rps if hosts else 0.0
+            if promise.goodput_rps > limit * (1 + _RELATIVE) + 1e-9:
+                found, expected = f"{promise.goodput_rps:.6g} rps", f"at most the {limit:.6g} rps that can be served"
+                yield _fault(f"predicted.{service.name}", found, expected)
     names = {service.name for service in services.services}
     for name in sorted((plan.routes.keys() | predicted.keys()) - names):
         yield _fault(name, name, "a service of services.yaml")

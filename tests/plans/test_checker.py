@@ -91,14 +91,14 @@ def test_routes_must_follow_the_rates():
     assert "weight 0.5000" in found(skewed)
 
 
-def test_a_prediction_cannot_exceed_what_is_routed():
+def test_a_prediction_cannot_exceed_what_is_offered():
     prediction = {
         "service": "detect",
         "offered_rps": 5.0,
-        "goodput_rps": 5.0,
+        "goodput_rps": 6.0,
         "attainment": 1.0,
         "latency_s": {"p50": None, "p99": None},
         "confidence": "measured",
     }
     one = plan([group("node-0", (0,), [entry("detect")])], predicted=(prediction,))
-    assert "at most the routed 1 rps" in found(one)
+    assert "at most the 5 rps that can be served" in found(one)
