@@ -64,16 +64,18 @@ class ChildProcesses:
                 start_new_session=True,  # Ctrl-C reaches us alone; we stop the others in order
             )
         self._running.append((name, process))
-        if not _says_something(process, _START_TIMEOUT_S):
+        line = _first_line(process, _START_TIMEOUT_S)
+        if not line:
+            # Its stdout closes a moment before it can be waited for.
+            ended = None if line is None else process.wait(_STOP_TIMEOUT_S)
             lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-            ended = process.poll()
             state = "did not get ready within a minute" if ended is None else f"ended with exit code {ended}"
             raise RemoteFailure(name, f"{state}: {' / '.join(lines[-5:]) or 'no log'} (see {log})", retryable=False)
 
 
-def _says_something(process: subprocess.Popen[bytes], timeout_s: float) -> bool:
-    """Wait for a first line on the process's stdout; False when it ends or the time is up."""
+def _first_line(process: subprocess.Popen[bytes], timeout_s: float) -> bytes | None:
+    """Wait for the first line of the process's stdout: empty when it ends without one, None when the time is up."""
     assert process.stdout is not None
     with selectors.DefaultSelector() as selector:
         selector.register(process.stdout, selectors.EVENT_READ)
-        return bool(selector.select(timeout_s)) and bool(process.stdout.readline())
+        return process.stdout.readline() if selector.select(timeout_s) else None
