@@ -27,9 +27,9 @@ from traces.synthesis import Gamma, synthesise
 __all__ = ["Inputs", "make_plan", "settings_of", "verify"]
 
 _SAMPLED_REQUESTS = 20_000
-"""Requests that a prediction simulates, as far as `_SAMPLED_S` allows."""
-_SAMPLED_S = (60.0, 3600.0)
-"""Shortest and longest simulated time of a prediction, seconds."""
+"""Requests that a prediction simulates, over all services, as far as `_MOST_SAMPLED_S` allows."""
+_MOST_SAMPLED_S = 3600.0
+"""Longest simulated time of a prediction, seconds."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,7 +114,7 @@ def _predicted_by_simulation(plan: Plan, inputs: Inputs, seed: int) -> Plan:
     if not offered:
         return plan
     burstiness = {one.service: one.burstiness_cv for one in inputs.demand.services}
-    duration_s = min(max(_SAMPLED_REQUESTS / sum(offered.values()), _SAMPLED_S[0]), _SAMPLED_S[1])
+    duration_s = min(_SAMPLED_REQUESTS / sum(offered.values()), _MOST_SAMPLED_S)
     loads = {name: Gamma(rate_rps=rate, cv=burstiness.get(name, 1.0)) for name, rate in offered.items()}
     trace = synthesise(loads, duration_s=duration_s, seed=seed)
     if not len(trace):
