@@ -97,6 +97,8 @@ def parse_document(text: str, kind: type[AnyDocument], *, where: str) -> AnyDocu
 def check_format_version(data: dict[str, Any], kind: type[Document], *, where: str) -> dict[str, Any]:
     """Refuse an unknown major version; from a newer minor version, drop the top-level fields not known here.
 
+    The version known here is the default of the kind's own ``format_version``.
+
     Raises:
         InvalidInput: The version is malformed or of another major.
     """
@@ -105,7 +107,7 @@ def check_format_version(data: dict[str, Any], kind: type[Document], *, where: s
     if not (dot and major.isdigit() and minor.isdigit()) or not isinstance(found, str):
         expected = f'a text such as "{FORMAT_VERSION}"'
         raise InvalidInput.of(expected, where=where, field="format_version", found=repr(found))
-    ours_major, _, ours_minor = FORMAT_VERSION.partition(".")
+    ours_major, _, ours_minor = str(kind.model_fields["format_version"].default).partition(".")
     if major != ours_major:
         raise InvalidInput.of(
             f"major version {ours_major}",

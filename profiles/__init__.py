@@ -1,6 +1,16 @@
 """Profiles: documents of measured latency and memory, the model that reads between them, and the profiler."""
 
-from profiles.document import LatencyStatistics, Profile, ProfileMeta, Row, Source
+from profiles.document import (
+    Accuracy,
+    LatencyStatistics,
+    Neighbour,
+    Origin,
+    Phase,
+    Profile,
+    ProfileMeta,
+    Row,
+    Source,
+)
 from profiles.latency import Estimate, LatencyModel
 from profiles.library import ProfileLibrary
 from profiles.profiler import Measurable, Progress, StopRule, load_callable, profile_callable
@@ -11,6 +21,10 @@ __all__ = [
     "Row",
     "LatencyStatistics",
     "Source",
+    "Phase",
+    "Neighbour",
+    "Accuracy",
+    "Origin",
     "LatencyModel",
     "Estimate",
     "ProfileLibrary",

@@ -72,7 +72,7 @@ class LatencyModel:
         input_tokens: float | None = None,
         output_tokens: float | None = None,
     ) -> None:
-        rows = [row for row in profile.rows if (row.tp, row.pp) == (tp, pp)]
+        rows = [row for row in profile.rows if (row.tp, row.pp, row.phase) == (tp, pp, "whole")]
         if not rows:
             raise InvalidInput.of(
                 "rows for this parallelism",

@@ -74,7 +74,7 @@ class ProfileLibrary:
     def parallelisms(self, model: str, gpu_type: str) -> tuple[tuple[int, int], ...]:
         """Return every (tp, pp) that the profile of ``model`` on ``gpu_type`` has rows for, sorted."""
         profile = self.profile(model, gpu_type)
-        return tuple(sorted({(row.tp, row.pp) for row in profile.rows})) if profile else ()
+        return tuple(sorted({(row.tp, row.pp) for row in profile.rows if row.phase == "whole"})) if profile else ()
 
     def latency(
         self,
