@@ -145,8 +145,10 @@ def write_text(path: Path, text: str) -> None:
 
 
 @contextmanager
-def atomic_writer(path: Path) -> Iterator[IO[bytes]]:
+def atomic_writer(path: Path, *, mode: int = 0o644) -> Iterator[IO[bytes]]:
     """Yield a binary stream whose content replaces ``path`` when the block ends well, and vanishes otherwise.
+
+    The file gets the permissions ``mode``.
 
     Raises:
         InvalidInput: The folder does not exist or cannot be written.
@@ -161,7 +163,7 @@ def atomic_writer(path: Path) -> Iterator[IO[bytes]]:
             yield stream
             stream.flush()
             os.fsync(stream.fileno())
-        temporary.chmod(0o644)
+        temporary.chmod(mode)
         temporary.replace(path)
     except BaseException:
         temporary.unlink(missing_ok=True)
