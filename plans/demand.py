@@ -10,7 +10,7 @@ from pydantic import Field, field_validator, model_validator
 from plans.cluster import Name
 from plans.documents import FORMAT_VERSION, Document
 
-__all__ = ["Demand", "Rate", "ServiceDemand"]
+__all__ = ["Demand", "Rate", "Scenario", "ServiceDemand"]
 
 
 class Rate(Document):
@@ -62,20 +62,41 @@ class ServiceDemand(Document):
         return max(rate.at(level) for rate in self.rate_rps)
 
 
+class Scenario(Document):
+    """One way that demand may turn out: a rate per service, for those that it names; the others stay as planned."""
+
+    name: Name
+    rate_rps: Mapping[Name, float]
+
+    @field_validator("rate_rps")
+    @classmethod
+    def _rates(cls, rates: Mapping[str, float]) -> Mapping[str, float]:
+        if any(not np.isfinite(rate) or rate < 0 for rate in rates.values()):
+            raise ValueError("rates that are finite and not negative")
+        return rates
+
+
 class Demand(Document):
-    """The forecast for all services over one horizon of equal windows."""
+    """The forecast for all services over one horizon of equal windows.
+
+    ``scenarios`` are equally likely peaks over the horizon; without them they are sampled from the quantiles.
+    """
 
     format_version: str = FORMAT_VERSION
     window_s: float = Field(gt=0, allow_inf_nan=False)
     start_s: float = Field(default=0.0, allow_inf_nan=False)
     method: str = ""
     services: tuple[ServiceDemand, ...]
+    scenarios: tuple[Scenario, ...] = ()
 
     @model_validator(mode="after")
     def _same_horizon(self) -> Demand:
         names = [demand.service for demand in self.services]
         if len(set(names)) < len(names):
             raise ValueError("every service once")
+        unknown = sorted({name for scenario in self.scenarios for name in scenario.rate_rps} - set(names))
+        if unknown:
+            raise ValueError(f"scenarios of services that the demand names: it does not name {', '.join(unknown)}")
         if len({len(demand.rate_rps) for demand in self.services}) > 1:
             raise ValueError("the same number of windows for every service")
         return self

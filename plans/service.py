@@ -21,6 +21,7 @@ __all__ = [
     "LatencySlo",
     "Service",
     "Services",
+    "Spread",
     "Variant",
     "Workflow",
     "check_against_cluster",
@@ -59,6 +60,27 @@ class Variant(Document):
     accuracy: float = Field(default=1.0, ge=0, le=1)
 
 
+class Spread(Document):
+    """How replicas are spread over failure domains: nodes, or zones (nodes that state no zone make up one together).
+
+    Domains in which no option of the service may run do not count. ``spread: zone`` is short for ``{over: zone}``.
+
+    Attributes:
+        over: What fails together.
+        max_skew: Most by which the numbers of replicas in two domains may differ.
+        min_domains: Domains that hold at least one replica each, hard like ``min_replicas``.
+    """
+
+    over: Literal["node", "zone"]
+    max_skew: int = Field(default=1, ge=1)
+    min_domains: int = Field(default=1, ge=1)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _short(cls, data: object) -> object:
+        return {"over": data} if isinstance(data, str) else data
+
+
 class _Service(Document):
     name: Name
     weight: float = Field(default=1.0, gt=0, allow_inf_nan=False)
@@ -68,6 +90,7 @@ class _Service(Document):
     max_gpus: int | None = Field(default=None, ge=0)
     pin: tuple[str, ...] = ()
     forbid: tuple[str, ...] = ()
+    spread: Spread | None = None
 
     @model_validator(mode="after")
     def _variants_differ(self) -> _Service:
@@ -164,11 +187,16 @@ class Edge(Document):
 
 
 class Workflow(Document):
-    """A directed acyclic graph of services with an end-to-end deadline."""
+    """A directed acyclic graph of services with an end-to-end deadline.
+
+    ``affinity`` says whether what passes along its edges should stay on one node: ``prefer`` makes the bytes that cross
+    nodes an objective, ``require`` lets none cross, ``none`` does not care.
+    """
 
     name: Name
     slo: LatencySlo
     edges: tuple[Edge, ...] = Field(min_length=1)
+    affinity: Literal["none", "prefer", "require"] = "prefer"
 
     @model_validator(mode="after")
     def _acyclic(self) -> Workflow:
