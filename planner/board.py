@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from numpy.typing import NDArray
 
-from planner.linear import Floats
+from planner.linear import Floats, Integers
 from planner.space import Placed, Placement, PlanningSpace
 
 __all__ = ["NEGLIGIBLE", "Board"]
 
 NEGLIGIBLE = 1e-6
 """Compute share that is not worth a replica."""
+
+_Kind = tuple[str, int, int]
 
 
 class Board:
@@ -25,25 +29,44 @@ class Board:
 
     def __init__(self, space: PlanningSpace) -> None:
         self.space = space
-        groups, options = len(space.groups), len(space.options)
+        groups, services = len(space.groups), len(space.names)
         self.compute_left: Floats = np.ones(groups)
         self.remaining_rps: Floats = space.offered_rps.copy()
         self.used: NDArray[np.bool_] = np.zeros(groups, dtype=bool)
         self._memory_used = np.zeros((groups, space.memory.shape[1]))
         self._open = np.ones(groups, dtype=bool)
-        self._barred = np.ones((groups, options), dtype=bool)
-        for position, group in enumerate(space.groups):
-            self._barred[position, list(group.options)] = False
+        self._barred = np.ones((groups, services), dtype=bool)
+        for each in space.classes:
+            allowed = np.unique(space.service_of[list(each.options)])
+            self._barred[np.ix_(np.array(each.members), allowed)] = False
+        self._of_kind = _of_kind(space)
+        self._longest_s = np.zeros(groups)
+        self._least_slack_s = np.full(groups, np.inf)
         self._gpus = np.array([group.tp * group.pp for group in space.groups], dtype=np.int64)
         self._budget_left = space.max_gpus.copy()
+        self._replicas = np.zeros(services, dtype=np.int64)
         self._overlaps = _overlaps(space)
         self._share: dict[tuple[int, int], float] = {}
 
+    def candidates(self, option: int) -> Integers:
+        """Return the groups that ``option`` could join, rising; what compute is left there does not count."""
+        space = self.space
+        one = space.options[option]
+        groups = self._of_kind[one.gpu_type, one.tp, one.pp]
+        service = int(space.service_of[option])
+        factor = space.problem.settings.blocking_factor
+        fitting = self._open[groups] & ~self._barred[groups, service]
+        fitting &= self._gpus[groups] <= self._budget_left[service]
+        fitting &= factor * self._longest_s[groups] <= space.slack_s[option]
+        fitting &= factor * space.hold_s[option] <= self._least_slack_s[groups]
+        fitting &= (self._memory_used[groups] + space.memory[option] <= 1.0 + 1e-9).all(axis=1)
+        found: Integers = groups[fitting]
+        return found
+
     def fits(self, option: int) -> NDArray[np.bool_]:
-        """Return the groups that ``option`` could join, shape (group,); what compute is left there does not count."""
-        memory = (self._memory_used + self.space.memory[option] <= 1.0 + 1e-9).all(axis=1)
-        affordable = self._gpus <= self._budget_left[self.space.service_of[option]]
-        fitting: NDArray[np.bool_] = self._open & ~self._barred[:, option] & memory & affordable
+        """Return whether ``option`` could join each group, shape (group,); see `candidates`."""
+        fitting: NDArray[np.bool_] = np.zeros(len(self.space.groups), dtype=bool)
+        fitting[self.candidates(option)] = True
         return fitting
 
     def open_groups(self) -> NDArray[np.bool_]:
@@ -60,8 +83,11 @@ class Board:
         service = self.space.service_of[option]
         self._share[group, option] = 0.0
         self._memory_used[group] += self.space.memory[option]
-        self._barred[group] |= self.space.conflicts[option] | (self.space.service_of == service)
+        self._barred[group, service] = True
+        self._longest_s[group] = max(self._longest_s[group], self.space.hold_s[option])
+        self._least_slack_s[group] = min(self._least_slack_s[group], self.space.slack_s[option])
         self._budget_left[service] -= self._gpus[group]
+        self._replicas[service] += 1
         self.used[group] = True
         for other in self._overlaps.get(group, ()):
             self._open[other] = False
@@ -80,7 +106,7 @@ class Board:
 
     def replicas(self, service: int) -> int:
         """Return how many groups run ``service``."""
-        return sum(1 for _, option in self._share if self.space.service_of[option] == service)
+        return int(self._replicas[service])
 
     def wanted_share(self, option: int) -> float:
         """Return the compute share with which ``option`` would serve what remains of its service's demand."""
@@ -91,7 +117,16 @@ class Board:
         return tuple(sorted(Placed(group, option, min(share, 1.0)) for (group, option), share in self._share.items()))
 
 
-def _overlaps(space: PlanningSpace) -> dict[int, tuple[int, ...]]:
+def _of_kind(space: PlanningSpace) -> dict[_Kind, Integers]:
+    """Return the groups of each GPU type and parallelism."""
+    found: dict[_Kind, list[int]] = {}
+    for position, group in enumerate(space.groups):
+        found.setdefault((group.gpu_type, group.tp, group.pp), []).append(position)
+    kinds = {(option.gpu_type, option.tp, option.pp) for option in space.options}
+    return {kind: np.array(found.get(kind, []), dtype=np.int64) for kind in kinds | found.keys()}
+
+
+def _overlaps(space: PlanningSpace) -> dict[int, Sequence[int]]:
     """Return, for each group that shares a GPU with others, those others."""
     holders: dict[tuple[str, int], list[int]] = {}
     for position, group in enumerate(space.groups):

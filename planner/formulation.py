@@ -44,8 +44,11 @@ class Formulation:
         *,
         ordered: bool = True,
         extra_gpu_type: str | None = None,
+        loadouts: bool = True,
     ) -> None:
+        """Build the model; without ``loadouts`` only the rows that join groups, for column generation (section 9)."""
         self.space = space
+        self._loadouts = loadouts
         self.classes = tuple(classes)
         if pairs is None:
             pairs = [(position, option) for position, each in enumerate(self.classes) for option in each.options]
@@ -89,6 +92,16 @@ class Formulation:
     # Step 2: constraints.
 
     def _add_constraints(self) -> None:
+        if self._loadouts:
+            self._add_loadouts()
+        self._one_group_per_gpu()
+        self._demand()
+        self._budgets()
+        self._min_replicas()
+        self._symmetry()
+
+    def _add_loadouts(self) -> None:
+        """Add what one group may run: everything that names the variables of a single group or class."""
         for place in range(len(self.classes)):
             pairs = self._of_class[place]
             self._memory(place, pairs)
@@ -97,11 +110,6 @@ class Formulation:
             self._one_option_per_service(place, pairs)
             self._blocking(place, pairs)
         self._linking()
-        self._one_group_per_gpu()
-        self._demand()
-        self._budgets()
-        self._min_replicas()
-        self._symmetry()
 
     def _memory(self, place: int, pairs: Integers) -> None:
         """(4.1) sum over o of m[o, j] x[g, o] <= M (1 - h) y[g] for every stage j of group g, in units of M (1 - h)."""
@@ -144,7 +152,7 @@ class Formulation:
         than the slack of the other (section 3.3).
         """
         options = self.pair_option[pairs]
-        clashes = self.space.conflicts[np.ix_(options, options)]
+        clashes = self.space.conflicts(options, options)
         done = set()
         for index in np.flatnonzero(clashes.any(axis=1)):
             others = np.flatnonzero(clashes[index])

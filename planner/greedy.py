@@ -68,7 +68,7 @@ def running(space: PlanningSpace) -> Placement | None:
         for entry in group.loadout:
             kind = space.groups[place].gpu_type
             option = option_of.get((entry.service, entry.variant, kind, group.tp, group.pp, entry.max_batch))
-            if option is not None and board.fits(option)[place]:
+            if option is not None and place in board.candidates(option):
                 share = min(entry.rate_rps / space.sustained_rps[option], board.compute_left[place])
                 board.place(place, option, min(share, board.wanted_share(option)))
     enough = all(board.replicas(service) >= least for service, least in enumerate(space.min_replicas))
@@ -91,8 +91,8 @@ def fill(board: Board) -> None:
 
 def _place_best(board: Board, option: int, wanted: float) -> bool:
     """Place ``option`` in the fullest group with ``wanted`` compute left, else in the emptiest; used groups first."""
-    fits = board.fits(option) & (board.compute_left > NEGLIGIBLE * (wanted > 0) - NEGLIGIBLE / 2)
-    candidates = np.flatnonzero(fits)
+    candidates = board.candidates(option)
+    candidates = candidates[board.compute_left[candidates] > NEGLIGIBLE * (wanted > 0) - NEGLIGIBLE / 2]
     if not len(candidates):
         return False
     left = board.compute_left[candidates]
@@ -115,10 +115,9 @@ def _minimum(board: Board, *, smallest_first: bool) -> bool:
     density = _density(space)
     size = space.memory.max(axis=1) if len(space.options) else np.zeros(0)
     services = [service for service in range(len(space.names)) if space.min_replicas[service] > 0]
-    homes = {
-        service: sum(any(space.service_of[o] == service for o in group.options) for group in space.groups)
-        for service in services
-    }
+    homes = np.zeros(len(space.names), dtype=np.int64)
+    for each in space.classes:
+        homes[np.unique(space.service_of[list(each.options)])] += each.count
     for service in sorted(services, key=lambda service: (homes[service] - space.min_replicas[service], service)):
         options = [int(option) for option in np.flatnonzero(space.service_of == service)]
         options.sort(key=lambda option: (size[option] if smallest_first else -density[option], option))
@@ -130,10 +129,11 @@ def _minimum(board: Board, *, smallest_first: bool) -> bool:
 
 def _place_target(board: Board, option: int, share: float, groups: Sequence[int]) -> None:
     inside = np.zeros(len(board.space.groups), dtype=bool)
-    inside[list(groups)] = True
+    inside[np.array(groups)] = True
     share = min(share, board.wanted_share(option))
     while share > NEGLIGIBLE:
-        candidates = np.flatnonzero(board.fits(option) & inside & (board.compute_left > NEGLIGIBLE))
+        candidates = board.candidates(option)
+        candidates = candidates[inside[candidates] & (board.compute_left[candidates] > NEGLIGIBLE)]
         if not len(candidates):
             return
         left = board.compute_left[candidates]

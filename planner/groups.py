@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from planner.option import Option
 from planner.problem import Problem
 from plans.cluster import Node, group_id
-from plans.service import Service
 
 __all__ = ["CandidateGroup", "GroupClass", "candidate_groups", "group_classes", "singletons"]
 
@@ -66,15 +65,23 @@ def candidate_groups(problem: Problem, options: tuple[Option, ...]) -> tuple[Can
     by_kind: dict[tuple[str, int, int], list[int]] = {}
     for position, option in enumerate(options):
         by_kind.setdefault((option.gpu_type, option.tp, option.pp), []).append(position)
-    constrained = {service.name: service for service in problem.services.services if service.pin or service.forbid}
+    kinds = {kind: tuple(positions) for kind, positions in sorted(by_kind.items())}
+    constrained = [service for service in problem.services.services if service.pin or service.forbid]
+    running: dict[tuple[str, int, int], list[tuple[int, ...]]] = {}
+    for group in problem.current.groups if problem.current else ():
+        running.setdefault((group.node, group.tp, group.pp), []).append(group.gpus)
+    shared: dict[tuple[tuple[str, int, int], frozenset[str]], tuple[int, ...]] = {}
     groups = []
     for node in problem.cluster.nodes:
-        for (gpu_type, tp, pp), positions in sorted(by_kind.items()):
+        for kind, positions in kinds.items():
+            gpu_type, tp, pp = kind
             if gpu_type != node.gpus.type:
                 continue
-            for gpus in _tiles(problem, node, tp, pp):
-                allowed = _allowed(positions, options, constrained, node.name, gpus)
-                if allowed:
+            for gpus in _tiles(node, tp * pp, running.get((node.name, tp, pp), [])):
+                barred = frozenset(service.name for service in constrained if not service.allows(node.name, gpus))
+                if (kind, barred) not in shared:
+                    shared[kind, barred] = _allowed(positions, options, barred)
+                if allowed := shared[kind, barred]:
                     groups.append(
                         CandidateGroup(node=node.name, gpus=gpus, gpu_type=gpu_type, tp=tp, pp=pp, options=allowed)
                     )
@@ -83,12 +90,19 @@ def candidate_groups(problem: Problem, options: tuple[Option, ...]) -> tuple[Can
 
 def group_classes(groups: tuple[CandidateGroup, ...]) -> tuple[GroupClass, ...]:
     """Return the classes of interchangeable groups, in the order of their first members."""
-    classes: dict[tuple[str, int, int, tuple[int, ...]], list[int]] = {}
+    # Groups share their tuples of options; comparing these by value once per tuple, not once per group, saves minutes.
+    known: dict[int, int] = {}
+    values: dict[tuple[int, ...], int] = {}
+    for group in groups:
+        if id(group.options) not in known:
+            known[id(group.options)] = values.setdefault(group.options, len(values))
+    listed = list(values)
+    numbered: dict[tuple[str, int, int, int], list[int]] = {}
     for position, group in enumerate(groups):
-        classes.setdefault((group.gpu_type, group.tp, group.pp, group.options), []).append(position)
+        numbered.setdefault((group.gpu_type, group.tp, group.pp, known[id(group.options)]), []).append(position)
     return tuple(
-        GroupClass(members=tuple(members), gpu_type=gpu_type, tp=tp, pp=pp, options=options)
-        for (gpu_type, tp, pp, options), members in classes.items()
+        GroupClass(members=tuple(members), gpu_type=gpu_type, tp=tp, pp=pp, options=listed[number])
+        for (gpu_type, tp, pp, number), members in numbered.items()
     )
 
 
@@ -100,23 +114,14 @@ def singletons(groups: tuple[CandidateGroup, ...]) -> tuple[GroupClass, ...]:
     )
 
 
-def _tiles(problem: Problem, node: Node, tp: int, pp: int) -> list[tuple[int, ...]]:
-    size = tp * pp
+def _tiles(node: Node, size: int, running: Sequence[tuple[int, ...]]) -> list[tuple[int, ...]]:
+    """Return the aligned tiles of ``size`` GPUs, then what runs there already with as many."""
     aligned = [tuple(range(first, first + size)) for first in range(0, node.gpus.count - size + 1, size)]
-    running = [
-        group.gpus
-        for group in (problem.current.groups if problem.current else ())
-        if group.node == node.name and (group.tp, group.pp) == (tp, pp) and max(group.gpus) < node.gpus.count
-    ]
-    return [*aligned, *sorted(set(running) - set(aligned))]
+    present = {gpus for gpus in running if max(gpus) < node.gpus.count}
+    return [*aligned, *sorted(present - set(aligned))]
 
 
-def _allowed(
-    positions: Iterable[int],
-    options: tuple[Option, ...],
-    constrained: dict[str, Service],
-    node: str,
-    gpus: tuple[int, ...],
-) -> tuple[int, ...]:
-    barred = {name for name, service in constrained.items() if not service.allows(node, gpus)}
+def _allowed(positions: tuple[int, ...], options: tuple[Option, ...], barred: frozenset[str]) -> tuple[int, ...]:
+    if not barred:
+        return positions
     return tuple(position for position in positions if options[position].service not in barred)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
 
 from planner.problem import Problem
 from planner.tail import utilisation_limit
@@ -118,12 +121,15 @@ def build_catalogue(problem: Problem) -> Catalogue:
     """Return the options of ``problem``: those that fit, meet the deadline, and are not dominated."""
     options: list[Option] = []
     rejections: list[Rejection] = []
+    demands = {each.service: each for each in problem.demand.services}
+    running = _running(problem)
+    largest = _largest_nodes(problem)
     for service in problem.services.services:
-        demand = problem.demand.of(service.name)
+        demand = demands.get(service.name)
         for variant in service.variants:
-            for found in _of_variant(problem, service, variant, demand):
+            for found in _of_variant(problem, service, variant, demand, running, largest):
                 (options if isinstance(found, Option) else rejections).append(found)  # type: ignore[arg-type]
-    kept = _undominated(options, keep=_running(problem))
+    kept = _undominated(options, keep={(*key, batch) for key, batches in running.items() for batch in batches})
     return Catalogue(
         options=tuple(sorted(kept, key=lambda option: option.key)),
         rejections=tuple(rejections),
@@ -138,24 +144,37 @@ def variability_of(estimate: Estimate, demand: ServiceDemand | None) -> float:
     return arrivals**2 + spread**2
 
 
+def _largest_nodes(problem: Problem) -> dict[str, int]:
+    """Return the GPUs of the largest node of each type, by type."""
+    largest: dict[str, int] = {}
+    for node in problem.cluster.nodes:
+        largest[node.gpus.type] = max(largest.get(node.gpus.type, 0), node.gpus.count)
+    return dict(sorted(largest.items()))
+
+
 def _of_variant(
-    problem: Problem, service: Service, variant: Variant, demand: ServiceDemand | None
+    problem: Problem,
+    service: Service,
+    variant: Variant,
+    demand: ServiceDemand | None,
+    running: Mapping[tuple[str, str, str, int, int], frozenset[int]],
+    largest: Mapping[str, int],
 ) -> Iterator[Option | Rejection]:
     tokens = (None, None) if demand is None else (demand.input_tokens, demand.output_tokens)
-    for gpu_type in sorted({node.gpus.type for node in problem.cluster.nodes}):
-        for tp, pp in _parallelisms(problem, variant.model, gpu_type):
+    for gpu_type, most_gpus in largest.items():
+        for tp, pp in _parallelisms(problem, variant.model, gpu_type, most_gpus):
             model = problem.profiles.latency(
                 variant.model, gpu_type, tp, pp, input_tokens=tokens[0], output_tokens=tokens[1]
             )
             if model is not None:
-                yield from _of_model(problem, service, variant, demand, gpu_type, (tp, pp), model)
+                batches = running.get((service.name, variant.model, gpu_type, tp, pp), frozenset())
+                yield from _of_model(problem, service, variant, demand, gpu_type, (tp, pp), model, batches)
 
 
-def _parallelisms(problem: Problem, model: str, gpu_type: str) -> tuple[tuple[int, int], ...]:
+def _parallelisms(problem: Problem, model: str, gpu_type: str, most_gpus: int) -> tuple[tuple[int, int], ...]:
     wanted = problem.settings.parallelisms
     offered = problem.profiles.parallelisms(model, gpu_type)
-    largest = max(node.gpus.count for node in problem.cluster.nodes if node.gpus.type == gpu_type)
-    return tuple(pair for pair in offered if (wanted is None or pair in wanted) and pair[0] * pair[1] <= largest)
+    return tuple(pair for pair in offered if (wanted is None or pair in wanted) and pair[0] * pair[1] <= most_gpus)
 
 
 def _of_model(
@@ -166,12 +185,12 @@ def _of_model(
     gpu_type: str,
     parallelism: tuple[int, int],
     model: LatencyModel,
+    running: frozenset[int],
 ) -> Iterator[Option | Rejection]:
     """Yield what each batch leads to.
 
     Batches outside the grid are left out: nobody measured them, and below it the latency model grants no gain.
     """
-    running = _running_batches(problem, service.name, variant.model, gpu_type, parallelism)
     for batch in _batches(model.batches, running):
         yield _judge(problem, service, variant, demand, gpu_type, parallelism, model, batch)
 
@@ -247,48 +266,38 @@ def _judge(
     )
 
 
-def _running(problem: Problem) -> frozenset[tuple[str, str, str, int, int, int]]:
-    """Return the keys of what the current plan runs: those options stay, so that it can be compared."""
-    return frozenset(
-        (entry.service, entry.variant, node.gpus.type, group.tp, group.pp, entry.max_batch)
-        for group in (problem.current.groups if problem.current else ())
-        for node in problem.cluster.nodes
-        if node.name == group.node
-        for entry in group.loadout
-    )
+def _running(problem: Problem) -> dict[tuple[str, str, str, int, int], frozenset[int]]:
+    """Return the batches that the current plan runs, by all that an option's key holds before its batch.
+
+    Those options stay, so that the current plan can be compared.
+    """
+    kinds = {node.name: node.gpus.type for node in problem.cluster.nodes}
+    found: dict[tuple[str, str, str, int, int], set[int]] = {}
+    for group in problem.current.groups if problem.current else ():
+        if group.node in kinds:
+            for entry in group.loadout:
+                key = (entry.service, entry.variant, kinds[group.node], group.tp, group.pp)
+                found.setdefault(key, set()).add(entry.max_batch)
+    return {key: frozenset(batches) for key, batches in found.items()}
 
 
-def _running_batches(
-    problem: Problem, service: str, variant: str, gpu_type: str, parallelism: tuple[int, int]
-) -> list[int]:
-    return sorted(key[5] for key in _running(problem) if key[:5] == (service, variant, gpu_type, *parallelism))
-
-
-def _undominated(options: list[Option], *, keep: frozenset[tuple[str, str, str, int, int, int]]) -> list[Option]:
+def _undominated(options: list[Option], *, keep: Collection[tuple[str, str, str, int, int, int]]) -> list[Option]:
     """Return the options that no other of the same service, GPU type and parallelism beats or equals in everything."""
     classes: dict[tuple[str, str, int, int], list[Option]] = {}
     for option in options:
         classes.setdefault((option.service, option.gpu_type, option.tp, option.pp), []).append(option)
     kept: list[Option] = []
     for members in classes.values():
-        for position, option in enumerate(members):
-            beaten = any(
-                _dominates(other, option) and (earlier or not _dominates(option, other))
-                for index, other in enumerate(members)
-                if index != position
-                for earlier in [index < position]
-            )
-            if option.key in keep or not beaten:
-                kept.append(option)
+        beaten = _beaten(members)
+        kept.extend(option for option, lost in zip(members, beaten, strict=True) if not lost or option.key in keep)
     return kept
 
 
-def _dominates(better: Option, worse: Option) -> bool:
-    return (
-        better.sustained_rps >= worse.sustained_rps
-        and better.accuracy >= worse.accuracy
-        and better.hold_s <= worse.hold_s
-        and better.slack_s >= worse.slack_s
-        and better.weight_bytes <= worse.weight_bytes
-        and all(mine <= other for mine, other in zip(better.memory_bytes, worse.memory_bytes, strict=True))
-    )
+def _beaten(options: list[Option]) -> NDArray[np.bool_]:
+    """Return which of ``options`` another one beats or equals in everything; of equals the first stays."""
+    better_if_high = np.array([(each.sustained_rps, each.accuracy, each.slack_s) for each in options])
+    better_if_low = np.array([(each.hold_s, each.weight_bytes, *each.memory_bytes) for each in options])
+    dominates = (better_if_high[:, None] >= better_if_high[None]).all(axis=2)
+    dominates &= (better_if_low[:, None] <= better_if_low[None]).all(axis=2)
+    earlier = np.tri(len(options), k=-1, dtype=bool).T
+    return np.asarray((dominates & (earlier | ~dominates.T)).any(axis=0), dtype=np.bool_)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -54,7 +54,6 @@ class PlanningSpace:
         memory: Shape (option, stage): share of a GPU's usable memory; 0 beyond the option's stages.
         cost: Shape (group,): cost of its GPUs per hour.
         kept: Pairs (group, option) that need no load, because the group runs that variant for that service already.
-        conflicts: Shape (option, option): pairs that may not share a group.
     """
 
     problem: Problem
@@ -77,7 +76,6 @@ class PlanningSpace:
     memory: Floats
     cost: Floats
     kept: frozenset[tuple[int, int]]
-    conflicts: NDArray[np.bool_]
 
     @property
     def options(self) -> tuple[Option, ...]:
@@ -90,6 +88,16 @@ class PlanningSpace:
         for placed in placement:
             served[self.service_of[placed.option]] += placed.share * self.sustained_rps[placed.option]
         return served
+
+    def conflicts(self, options: Integers | Sequence[int], others: Integers | Sequence[int]) -> NDArray[np.bool_]:
+        """Return which of ``options`` may not share a group with which of ``others``: (3.3), shape of both."""
+        mine, theirs = np.asarray(options, dtype=np.int64)[:, None], np.asarray(others, dtype=np.int64)[None, :]
+        factor = self.problem.settings.blocking_factor
+        blocked = (factor * self.hold_s[theirs] > self.slack_s[mine]) | (
+            factor * self.hold_s[mine] > self.slack_s[theirs]
+        )
+        clashes: NDArray[np.bool_] = blocked & (self.service_of[mine] != self.service_of[theirs])
+        return clashes
 
     def gpu_count(self, gpu_type: str) -> int:
         """Return how many GPUs of ``gpu_type`` the cluster has."""
@@ -115,7 +123,6 @@ def build_space(problem: Problem) -> PlanningSpace:
         memory[index, : option.pp] = np.array(option.memory_bytes) / usable[index]
     hold_s = np.array([option.hold_s for option in options])
     slack_s = np.array([option.slack_s for option in options])
-    blocked = problem.settings.blocking_factor * hold_s[None, :] > slack_s[:, None]
     return PlanningSpace(
         problem=problem,
         catalogue=catalogue,
@@ -137,7 +144,6 @@ def build_space(problem: Problem) -> PlanningSpace:
         memory=memory,
         cost=np.array([types[group.gpu_type].cost_per_hour * group.tp * group.pp for group in groups]),
         kept=_kept(problem, groups, options),
-        conflicts=(blocked | blocked.T) & (service_of[:, None] != service_of[None, :]),
     )
 
 

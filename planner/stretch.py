@@ -38,7 +38,7 @@ def _stretched(space: PlanningSpace, group: list[Placed], position: int) -> Plac
         and _same_replica(space, option, placed.option)
         and space.sustained_rps[option] >= space.sustained_rps[placed.option]
         and (space.memory[option] <= memory_left + 1e-9).all()
-        and not space.conflicts[option, neighbours].any()
+        and not space.conflicts([option], neighbours).any()
     ]
     largest = max(fitting, key=lambda option: space.options[option].batch, default=placed.option)
     share = placed.share * space.sustained_rps[placed.option] / space.sustained_rps[largest]

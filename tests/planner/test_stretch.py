@@ -46,7 +46,7 @@ def test_neighbours_keep_their_memory_and_their_deadlines():
         services = sorted({space.options[o].service for o in group.options})
         pairs = [(smallest_of(space, g, a), smallest_of(space, g, b)) for a in services for b in services if a < b]
         for pair in pairs:
-            if not space.conflicts[pair] and (space.memory[list(pair)].sum(axis=0) <= 1).all():
+            if not space.conflicts(pair[:1], pair[1:]).any() and (space.memory[list(pair)].sum(axis=0) <= 1).all():
                 after = [p.option for p in stretch_batches(space, tuple(Placed(g, o, 0.1) for o in pair))]
-                assert not space.conflicts[after[0], after[1]]
+                assert not space.conflicts(after[:1], after[1:]).any()
                 assert (space.memory[after].sum(axis=0) <= 1 + 1e-9).all()
