@@ -5,13 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from plans.errors import InvalidInput
 from plans.plan import Confidence
+from profiles.column import Column, tokens_of
 from profiles.curve import Curve
-from profiles.document import Profile, Row
+from profiles.document import Phase, Profile, Row
 
-__all__ = ["MEASUREMENT_ERROR_RATIO", "UNMEASURED_ERROR_RATIO", "Estimate", "LatencyModel", "worst"]
+__all__ = ["MEASUREMENT_ERROR_RATIO", "UNMEASURED_ERROR_RATIO", "Estimate", "LatencyModel", "Method", "worst"]
 
 MEASUREMENT_ERROR_RATIO = 0.02
 """Least error of a measured latency: the profiler stops once its median is known to 2 %."""
@@ -19,8 +21,9 @@ MEASUREMENT_ERROR_RATIO = 0.02
 UNMEASURED_ERROR_RATIO = 0.2
 """Least error of a latency that nobody measured on this device. A convention, not a measurement."""
 
-_UNSTATED_SPREAD_RATIO = 0.1
-"""Coefficient of variation taken for a row that states no p95. A convention, not a measurement."""
+Method = Literal["measured", "interpolation", "line", "roofline"]
+"""How a latency came about: a point of the grid; between points of a grid; on the line alpha + beta * batch through
+two points or beyond the grid; or from operations and bytes against the device's peak rates."""
 
 _ORDER: tuple[Confidence, ...] = ("measured", "interpolated", "extrapolated", "modelled")
 
@@ -40,6 +43,7 @@ class Estimate:
         stage_s: Seconds that the batch holds each pipeline stage, shape (pp,); they sum to ``mean_s``.
         confidence: What the numbers rest on.
         error_ratio: How far the mean may be off, as a share of it.
+        method: How the mean came about.
     """
 
     mean_s: float
@@ -47,21 +51,26 @@ class Estimate:
     stage_s: tuple[float, ...]
     confidence: Confidence
     error_ratio: float
+    method: Method = "interpolation"
 
 
 class LatencyModel:
-    """One profile at one parallelism and one number of tokens, as functions of the batch.
+    """One profile at one parallelism, phase and number of tokens, as functions of the batch.
 
-    Latency never falls with the batch, however noisy the rows (`profiles.curve`). A batch on the grid of a measured
-    profile is ``measured``, one between grid points ``interpolated``, one outside ``extrapolated`` with a margin that
-    grows with the distance. A profile that was modelled, or imported without percentiles, makes everything
-    ``modelled``. Where a row states no p99, the ratio of the highest percentile to the mean is carried over from the
-    nearest row that states one, and without any the mean stands for it; either way the estimate is at best
+    Latency never falls with the batch, nor with the tokens, however noisy the rows (`profiles.curve`). A batch on the
+    grid of a measured profile is ``measured``, one between grid points ``interpolated``, one outside ``extrapolated``
+    with a margin that grows with the distance. A profile that was modelled, or imported without percentiles, makes
+    everything ``modelled``. Where a row states no p99, the ratio of the highest percentile to the mean is carried over
+    from the nearest row that states one, and without any the mean stands for it; either way the estimate is at best
     ``interpolated``.
 
-    Of several concurrencies the lowest is taken. Of several numbers of tokens, the nearest rows that are not smaller
-    in either direction (``interpolated`` unless equal); beyond the largest, the largest rows scaled in proportion
-    (``extrapolated``). Without a stated number of tokens the largest rows are taken.
+    Of several concurrencies the lowest is taken. Where only one of the two numbers of tokens varies, it is interpolated
+    (``interpolated``); where both do, the nearest rows are taken that are not smaller in either direction. Beyond the
+    largest, the largest rows are scaled in proportion (``extrapolated``). Without a stated number of tokens the largest
+    rows are taken.
+
+    Raises:
+        InvalidInput: The profile has no rows for this phase and parallelism.
     """
 
     def __init__(
@@ -71,32 +80,35 @@ class LatencyModel:
         pp: int,
         input_tokens: float | None = None,
         output_tokens: float | None = None,
+        phase: Phase = "whole",
     ) -> None:
-        rows = [row for row in profile.rows if (row.tp, row.pp, row.phase) == (tp, pp, "whole")]
+        rows = [row for row in profile.rows if (row.tp, row.pp, row.phase) == (tp, pp, phase)]
         if not rows:
             raise InvalidInput.of(
                 "rows for this parallelism",
                 where=f"profile of {profile.model} on {profile.gpu_type}",
                 field="rows",
-                found=f"none for tp = {tp}, pp = {pp}",
+                found=f"none for tp = {tp}, pp = {pp}" + ("" if phase == "whole" else f", phase = {phase}"),
                 remedy="profile the model at this parallelism",
             )
         concurrency = min(row.concurrency for row in rows)
         rows = [row for row in rows if row.concurrency == concurrency]
-        rows, self._token_scale, token_confidence = _for_tokens(rows, input_tokens, output_tokens)
-        rows.sort(key=lambda row: row.batch)
-        self._rows = tuple(rows)
-        self._pp = pp
-        self._batches = tuple(row.batch for row in rows)
-        weights = [max(1, row.samples) for row in rows]
-        means = [row.latency_s.mean * self._token_scale for row in rows]
-        self._mean = Curve.fit(self._batches, means, weights)
-        tails = [mean * ratio for mean, ratio in zip(means, _tail_ratios(rows), strict=True)]
-        self._p99 = Curve.fit(self._batches, tails, weights)
-        self._weight_bytes = tuple(max(row.weight_bytes[stage] for row in rows) for stage in range(pp))
-        self._working = tuple(self._working_curve(stage) for stage in range(pp))
-        self._source_confidence = worst(_source_confidence(profile, rows), token_confidence)
+        picked = _for_tokens(rows, input_tokens, output_tokens)
+        self._tokens = picked.tokens
+        self._scale = picked.scale
+        self._columns = tuple(Column.of(rows, tokens) for tokens, rows in picked.columns)
+        every = [row for column in self._columns for row in column.rows]
+        self._rows = tuple(every)
+        self._batches = _shared_batches(self._columns)
+        self._weight_bytes = tuple(max(row.weight_bytes[stage] for row in every) for stage in range(pp))
+        self._working = tuple(
+            tuple(column.working_curve(stage, weight) for column in self._columns)
+            for stage, weight in enumerate(self._weight_bytes)
+        )
+        self._stated_error_ratio = profile.error_ratio
+        self._source_confidence = worst(_source_confidence(profile, every), picked.confidence)
         self._rests_on_a_model = self._source_confidence == "modelled"
+        self._by_roofline = profile.source == "modelled"
 
     @property
     def batches(self) -> tuple[int, ...]:
@@ -126,13 +138,15 @@ class LatencyModel:
         """
         if batch < 1:
             raise ValueError(f"a batch has at least 1 item, not {batch}")
-        mean_s = self._mean.at(batch)
+        mean_s = self._across([column.mean.at(batch) for column in self._columns])
+        tail_s = self._across([column.p99.at(batch) for column in self._columns])
         return Estimate(
             mean_s=mean_s,
-            p99_s=max(mean_s, self._p99.at(batch)),
+            p99_s=max(mean_s, tail_s),
             stage_s=self._stages(batch, mean_s),
             confidence=worst(self._grid_confidence(batch), self._source_confidence),
             error_ratio=self._error_ratio(batch),
+            method=self._method(batch),
         )
 
     def peak_bytes(self, batch: int) -> tuple[int, ...]:
@@ -147,67 +161,125 @@ class LatencyModel:
         """
         if batch < 1:
             raise ValueError(f"a batch has at least 1 item, not {batch}")
-        used = (curve.at(batch) if curve else 0.0 for curve in self._working)
+        used = (self._across([curve.at(batch) for curve in curves]) for curves in self._working)
         return tuple(weight + math.ceil(round(more, 3)) for weight, more in zip(self._weight_bytes, used, strict=True))
 
     def stage_latency_table(self, max_batch: int) -> tuple[tuple[float, ...], ...]:
         """Return the seconds that a batch of b holds each stage, in row b - 1; shape (max_batch, pp)."""
         return tuple(self.at(batch).stage_s for batch in range(1, max_batch + 1))
 
+    def _across(self, values: Sequence[float]) -> float:
+        """Return the value at the wanted number of tokens, from one value per column.
+
+        Isotonic regression with equal weights keeps the order of two sequences that are ordered point by point, and so
+        does drawing lines between their points: what never falls with the batch in each column does not fall here.
+        """
+        if len(values) == 1:
+            return values[0] * self._scale
+        curve = Curve.fit([column.tokens for column in self._columns], values, [1.0] * len(values))
+        return curve.at(self._tokens) * self._scale
+
     def _grid_confidence(self, batch: int) -> Confidence:
         if batch in self._batches:
-            row = self._rows[self._batches.index(batch)]
-            return "interpolated" if row.latency_s.p99 is None else "measured"
+            stated = all(row.latency_s.p99 is not None for row in self._rows if row.batch == batch)
+            return "measured" if stated else "interpolated"
         return "interpolated" if self._batches[0] < batch < self._batches[-1] else "extrapolated"
 
+    def _method(self, batch: int) -> Method:
+        if self._by_roofline:
+            return "roofline"
+        if batch in self._batches:
+            at_column = any(column.tokens == self._tokens for column in self._columns)
+            return "measured" if at_column and self._scale == 1 else "interpolation"
+        return "interpolation" if self._batches[0] < batch < self._batches[-1] and len(self._batches) > 2 else "line"
+
     def _error_ratio(self, batch: int) -> float:
-        floor = UNMEASURED_ERROR_RATIO if self._rests_on_a_model else MEASUREMENT_ERROR_RATIO
-        nearest = min(self._rows, key=lambda row: (abs(row.batch - batch), row.batch))
-        scaled = self._token_scale - 1
-        return max(floor, _sampling_error_ratio(nearest)) + self._mean.error_ratio(batch) + scaled
+        """Add up what is not known: the source or the sampling, the curve over the batch, and the tokens."""
+        floor = MEASUREMENT_ERROR_RATIO
+        if self._stated_error_ratio is not None:
+            floor = max(floor, self._stated_error_ratio)
+        elif self._rests_on_a_model:
+            floor = UNMEASURED_ERROR_RATIO
+        return (
+            max(floor, *(column.sampling_error_ratio(batch) for column in self._columns))
+            + max(column.mean.error_ratio(batch) for column in self._columns)
+            + self._token_error_ratio(batch)
+        )
+
+    def _token_error_ratio(self, batch: int) -> float:
+        if len(self._columns) == 1:
+            return self._scale - 1
+        values = [column.mean.at(batch) for column in self._columns]
+        curve = Curve.fit([column.tokens for column in self._columns], values, [1.0] * len(values))
+        return curve.error_ratio(self._tokens) + self._scale - 1
 
     def _stages(self, batch: int, mean_s: float) -> tuple[float, ...]:
         """Split ``mean_s`` over the stages as the neighbouring rows do."""
-        left, right, share = _neighbours(self._batches, batch)
-        before, after = (_shares(self._rows[index].stage_latency_s) for index in (left, right))
-        return tuple(mean_s * (a + share * (b - a)) for a, b in zip(before, after, strict=True))
-
-    def _working_curve(self, stage: int) -> Curve | None:
-        """Bytes beside the weights; never falling by taking the running maximum, so never below a measurement."""
-        highest = 0.0
-        used = []
-        for row in self._rows:
-            highest = max(highest, (row.peak_bytes[stage] - row.weight_bytes[stage]) * self._token_scale)
-            used.append(highest)
-        return Curve.fit(self._batches, used, [1.0] * len(used)) if highest > 0 else None
+        nearest = min(
+            self._columns, key=lambda column: (column.tokens < self._tokens, abs(column.tokens - self._tokens))
+        )
+        return tuple(mean_s * share for share in nearest.stage_shares(batch))
 
 
-def _for_tokens(
-    rows: list[Row], input_tokens: float | None, output_tokens: float | None
-) -> tuple[list[Row], float, Confidence]:
-    """Pick the rows for a number of tokens; with them the factor to scale them by, and the confidence that is left."""
-    kinds = sorted({(row.input_tokens or 0, row.output_tokens or 0) for row in rows})
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Picked:
+    """Rows by number of tokens, rising; the number wanted; what to scale by beyond; and the confidence that is left."""
+
+    columns: list[tuple[int, list[Row]]]
+    tokens: float
+    scale: float
+    confidence: Confidence
+
+
+def _for_tokens(rows: list[Row], input_tokens: float | None, output_tokens: float | None) -> _Picked:
+    kinds = sorted({tokens_of(row) for row in rows})
     wanted = (input_tokens or 0.0, output_tokens or 0.0)
-    scale = 1.0
-    confidence: Confidence = "measured"
     if kinds == [(0, 0)]:
-        chosen = (0, 0)
-        confidence = "measured" if wanted == (0, 0) else "interpolated"
-    elif wanted == (0, 0):
-        chosen = max(kinds, key=sum)
-        confidence = "measured" if len(kinds) == 1 else "interpolated"
-    else:
-        covering = [kind for kind in kinds if kind[0] >= wanted[0] and kind[1] >= wanted[1]]
-        if covering:
-            chosen = min(covering, key=sum)
-            confidence = "measured" if chosen == wanted else "interpolated"
-        else:
-            chosen = max(kinds, key=sum)
-            ratios = [want / have for want, have in zip(wanted, chosen, strict=True) if have]
-            scale = max(1.0, *ratios)
-            confidence = "extrapolated"
-    picked = [row for row in rows if (row.input_tokens or 0, row.output_tokens or 0) == chosen]
-    return picked, scale, confidence
+        return _one(rows, (0, 0), "measured" if wanted == (0, 0) else "interpolated")
+    if wanted == (0, 0):
+        return _one(rows, max(kinds, key=sum), "measured" if len(kinds) == 1 else "interpolated")
+    for axis in (0, 1):
+        if len(kinds) > 1 and len({kind[1 - axis] for kind in kinds}) == 1:
+            return _along(rows, kinds, axis, wanted)
+    if wanted in kinds:
+        return _one(rows, (int(wanted[0]), int(wanted[1])), "measured")
+    covering = [kind for kind in kinds if kind[0] >= wanted[0] and kind[1] >= wanted[1]]
+    if covering:
+        return _one(rows, min(covering, key=sum), "interpolated")
+    largest = max(kinds, key=sum)
+    return _one(rows, largest, "extrapolated", scale=_beyond(wanted, largest))
+
+
+def _one(rows: list[Row], kind: tuple[int, int], confidence: Confidence, scale: float = 1.0) -> _Picked:
+    chosen = [row for row in rows if tokens_of(row) == kind]
+    return _Picked(columns=[(sum(kind), chosen)], tokens=sum(kind), scale=scale, confidence=confidence)
+
+
+def _along(rows: list[Row], kinds: Sequence[tuple[int, int]], axis: int, wanted: tuple[float, float]) -> _Picked:
+    """Take every kind as a column, when only the tokens along ``axis`` tell the kinds apart."""
+    lengths = [kind[axis] for kind in kinds]
+    scale = _beyond(wanted, kinds[-1])
+    confidence: Confidence = "measured" if wanted in kinds else "interpolated"
+    return _Picked(
+        columns=[(length, [row for row in rows if tokens_of(row)[axis] == length]) for length in lengths],
+        tokens=min(max(wanted[axis], lengths[0]), lengths[-1]),
+        scale=scale,
+        confidence="extrapolated" if scale > 1 else confidence,
+    )
+
+
+def _beyond(wanted: tuple[float, float], largest: tuple[int, int]) -> float:
+    """Return by how much ``wanted`` exceeds ``largest`` in either direction, at least 1."""
+    return max(1.0, *(want / have for want, have in zip(wanted, largest, strict=True) if have))
+
+
+def _shared_batches(columns: Sequence[Column]) -> tuple[int, ...]:
+    """Return the batches of all columns that lie on every column's grid range."""
+    lowest = max(column.mean.batches[0] for column in columns)
+    highest = min(column.mean.batches[-1] for column in columns)
+    every = {batch for column in columns for batch in column.mean.batches}
+    shared = tuple(sorted(batch for batch in every if lowest <= batch <= highest))
+    return shared or columns[-1].mean.batches
 
 
 def _source_confidence(profile: Profile, rows: Sequence[Row]) -> Confidence:
@@ -216,46 +288,3 @@ def _source_confidence(profile: Profile, rows: Sequence[Row]) -> Confidence:
     if profile.source == "imported" and not any(row.latency_s.has_percentiles for row in rows):
         return "modelled"
     return "measured"
-
-
-def _tail_ratios(rows: Sequence[Row]) -> list[float]:
-    """Ratio of p99 to mean per row, at least 1; without a p99, from the nearest row by batch that states a tail."""
-    known = [(row.batch, tail / row.latency_s.mean) for row in rows if (tail := _tail_s(row)) is not None]
-    ratios = []
-    for row in rows:
-        _, carried = min(known, key=lambda pair: abs(pair[0] - row.batch), default=(0, 1.0))
-        own = (row.latency_s.p50 or 0.0) / row.latency_s.mean
-        ratios.append(max(1.0, own, carried))
-    return ratios
-
-
-def _tail_s(row: Row) -> float | None:
-    return row.latency_s.p95 if row.latency_s.p99 is None else row.latency_s.p99
-
-
-def _sampling_error_ratio(row: Row) -> float:
-    """Half width of the mean's 95 % confidence interval, as a share of it.
-
-    With the standard deviation read off two quantiles of a normal distribution, (p95 - p50) / 1.645, or taken as 10 %
-    of the mean where the row does not state them.
-    """
-    statistics = row.latency_s
-    spread_ratio = _UNSTATED_SPREAD_RATIO
-    if statistics.p50 is not None and statistics.p95 is not None:
-        spread_ratio = (statistics.p95 - statistics.p50) / 1.645 / statistics.mean
-    return 1.96 * spread_ratio / math.sqrt(max(1, row.samples))
-
-
-def _neighbours(batches: Sequence[int], batch: int) -> tuple[int, int, float]:
-    """Return the grid points around ``batch`` and its position between them, from 0 to 1; the outermost at the ends."""
-    if batch >= batches[-1]:
-        return len(batches) - 1, len(batches) - 1, 0.0
-    right = next(index for index, point in enumerate(batches) if point >= batch)
-    if right == 0 or batches[right] == batch:
-        return right, right, 0.0
-    return right - 1, right, (batch - batches[right - 1]) / (batches[right] - batches[right - 1])
-
-
-def _shares(stages: Sequence[float]) -> tuple[float, ...]:
-    total = sum(stages)
-    return tuple(stage / total for stage in stages)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from plans.documents import canonical_digest, read_document
 from plans.errors import Fault, InvalidInput
-from profiles.document import Profile
+from profiles.document import Phase, Profile
+from profiles.generation import compose_whole, whole_parallelisms
 from profiles.latency import LatencyModel
 
 __all__ = ["ProfileLibrary"]
@@ -24,7 +25,7 @@ class ProfileLibrary:
         listed = tuple(profiles)
         _check_unique([(profile, "") for profile in listed])
         self._profiles = {(p.model, p.gpu_type): p for p in sorted(listed, key=lambda p: (p.model, p.gpu_type))}
-        self._models: dict[tuple[str, str, int, int, float | None, float | None], LatencyModel] = {}
+        self._models: dict[tuple[str, str, int, int, float | None, float | None, Phase], LatencyModel] = {}
 
     @classmethod
     def read(cls, folder: Path) -> ProfileLibrary:
@@ -72,9 +73,12 @@ class ProfileLibrary:
         return self._profiles.get((model, gpu_type))
 
     def parallelisms(self, model: str, gpu_type: str) -> tuple[tuple[int, int], ...]:
-        """Return every (tp, pp) that the profile of ``model`` on ``gpu_type`` has rows for, sorted."""
+        """Return every (tp, pp) that the profile of ``model`` on ``gpu_type`` tells whole requests for, sorted.
+
+        That is one with rows of whole requests, or with rows of both prefill and decode.
+        """
         profile = self.profile(model, gpu_type)
-        return tuple(sorted({(row.tp, row.pp) for row in profile.rows if row.phase == "whole"})) if profile else ()
+        return whole_parallelisms(profile) if profile else ()
 
     def latency(
         self,
@@ -85,15 +89,54 @@ class ProfileLibrary:
         *,
         input_tokens: float | None = None,
         output_tokens: float | None = None,
+        phase: Phase = "whole",
     ) -> LatencyModel | None:
-        """Return the latency model of ``model`` on ``gpu_type`` at this parallelism, or None without rows for it."""
+        """Return the latency model of ``model`` on ``gpu_type`` at this parallelism, or None without rows for it.
+
+        Whole requests of a model that was measured by phases are put together from these (`profiles.generation`).
+        """
         profile = self.profile(model, gpu_type)
-        if profile is None or (tp, pp) not in self.parallelisms(model, gpu_type):
+        if profile is None:
             return None
-        key = (model, gpu_type, tp, pp, input_tokens, output_tokens)
+        key = (model, gpu_type, tp, pp, input_tokens, output_tokens, phase)
         if key not in self._models:
-            self._models[key] = LatencyModel(profile, tp, pp, input_tokens, output_tokens)
+            found = _rows_for(profile, tp, pp, input_tokens, output_tokens, phase)
+            if found is None:
+                return None
+            self._models[key] = LatencyModel(found, tp, pp, input_tokens, output_tokens, phase)
         return self._models[key]
+
+    def phase_table(
+        self,
+        model: str,
+        gpu_type: str,
+        tp: int,
+        pp: int,
+        phase: Phase,
+        *,
+        batches: Sequence[int],
+        tokens: Sequence[int],
+    ) -> tuple[tuple[float, ...], ...] | None:
+        """Return mean seconds of one pass of ``phase``, shape (batch, tokens), or None without rows for it.
+
+        ``tokens`` are those of each prompt for prefill, and those of context that each sequence holds for decode. The
+        numbers fall neither along the batches nor along the tokens, if these rise.
+        """
+        models = [self.latency(model, gpu_type, tp, pp, input_tokens=count, phase=phase) for count in tokens]
+        if any(each is None for each in models):
+            return None
+        return tuple(tuple(each.at(batch).mean_s for each in models if each is not None) for batch in batches)
+
+
+def _rows_for(
+    profile: Profile, tp: int, pp: int, input_tokens: float | None, output_tokens: float | None, phase: Phase
+) -> Profile | None:
+    """Return the profile that has rows of ``phase`` at this parallelism: this one, or one composed from its phases."""
+    if any((row.tp, row.pp, row.phase) == (tp, pp, phase) for row in profile.rows):
+        return profile
+    if phase == "whole" and (tp, pp) in whole_parallelisms(profile):
+        return compose_whole(profile, tp, pp, input_tokens, output_tokens)
+    return None
 
 
 def _check_unique(found: list[tuple[Profile, str]]) -> None:

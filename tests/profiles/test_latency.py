@@ -210,3 +210,57 @@ def test_scaling_for_more_tokens_adds_to_the_error() -> None:
     rows = profile(row(1, 1.0, input_tokens=100, samples=1000))
     known, scaled = (LatencyModel(rows, 1, 1, tokens).at(1) for tokens in (100, 150))
     assert scaled.error_ratio == pytest.approx(known.error_ratio + 0.5)
+
+
+TOKEN_GRIDS = st.dictionaries(
+    st.tuples(st.integers(1, 64), st.sampled_from((64, 256, 1024, 4096))),
+    st.floats(min_value=1e-4, max_value=10.0),
+    min_size=1,
+    max_size=12,
+)
+"""Noisy, incomplete grids of (batch, tokens)."""
+
+
+def surface(means: dict[tuple[int, int], float], tokens: float) -> LatencyModel:
+    rows = [row(batch, mean, input_tokens=count, phase="decode") for (batch, count), mean in means.items()]
+    return LatencyModel(profile(*rows), 1, 1, tokens, phase="decode")
+
+
+@given(TOKEN_GRIDS, st.integers(1, 100), st.floats(1, 9000), st.floats(1, 9000))
+def test_latency_never_falls_with_tokens(
+    means: dict[tuple[int, int], float], batch: int, one: float, other: float
+) -> None:
+    few, many = min(one, other), max(one, other)
+    assert surface(means, few).at(batch).mean_s <= surface(means, many).at(batch).mean_s * (1 + 1e-9)
+
+
+@given(TOKEN_GRIDS, st.integers(1, 100), st.integers(1, 100), st.floats(1, 9000))
+def test_latency_between_tokens_never_falls_with_batch(
+    means: dict[tuple[int, int], float], one: int, other: int, tokens: float
+) -> None:
+    fitted = surface(means, tokens)
+    small, large = min(one, other), max(one, other)
+    assert fitted.at(small).mean_s <= fitted.at(large).mean_s * (1 + 1e-9)
+    assert all(a <= b for a, b in zip(fitted.peak_bytes(small), fitted.peak_bytes(large), strict=True))
+
+
+def test_tokens_between_rows_are_interpolated_where_nothing_else_varies() -> None:
+    means = {(1, 64): 0.1, (1, 256): 0.2, (4, 64): 0.2, (4, 256): 0.4}
+    halfway = surface(means, 160)
+    assert halfway.at(1).mean_s == pytest.approx(0.15)
+    assert halfway.at(4).mean_s == pytest.approx(0.3)
+    assert (halfway.at(4).confidence, halfway.at(4).method) == ("interpolated", "interpolation")
+    assert surface(means, 256).at(4).confidence == "measured"
+    assert halfway.at(4).error_ratio > surface(means, 256).at(4).error_ratio
+
+
+def test_every_estimate_says_how_it_came_about() -> None:
+    fitted = model({1: 0.1, 2: 0.15, 4: 0.25})
+    assert [fitted.at(batch).method for batch in (1, 3, 9)] == ["measured", "interpolation", "line"]
+    assert model({1: 0.1, 4: 0.25}).at(2).method == "line"
+    assert model({1: 0.1, 4: 0.25}, source="modelled").at(1).method == "roofline"
+
+
+def test_the_error_that_a_modelled_profile_states_is_its_error() -> None:
+    stated = curve({1: 0.1}, source="modelled").model_copy(update={"error_ratio": 0.7})
+    assert LatencyModel(stated, 1, 1).at(1).error_ratio == pytest.approx(0.7)

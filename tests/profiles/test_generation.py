@@ -1,0 +1,75 @@
+from __future__ import annotations
+
+import pytest
+
+from plans.errors import InvalidInput
+from profiles.document import Profile
+from profiles.generation import compose_whole, whole_parallelisms
+from profiles.library import ProfileLibrary
+from tests.profiles.documents import profile, row
+
+
+def phases(tp: int = 1) -> Profile:
+    """Prefill takes 1 ms a prompt token and sequence; a decode step 10 ms, and 1 ms per 100 tokens of context."""
+    rows = [
+        row(batch, 0.001 * batch * tokens, input_tokens=tokens, phase="prefill", tp=tp)
+        for batch in (1, 4)
+        for tokens in (100, 400)
+    ]
+    rows += [
+        row(batch, 0.010 + tokens / 1e5, input_tokens=tokens, phase="decode", tp=tp)
+        for batch in (1, 4, 8)
+        for tokens in (100, 1000)
+    ]
+    return profile(*rows)
+
+
+def test_a_whole_request_is_its_prefill_and_one_step_for_each_further_token() -> None:
+    library = ProfileLibrary([phases()])
+    model = library.latency("resnet-18", "cpu", 1, 1, input_tokens=200, output_tokens=101)
+    assert model is not None
+    assert model.batches == (1, 4)
+    steps_s = sum(0.010 + (200 + step) / 1e5 for step in range(1, 101))
+    assert model.at(4).mean_s == pytest.approx(0.8 + steps_s, rel=1e-3)
+
+
+def test_one_token_is_the_prefill_alone() -> None:
+    whole = compose_whole(phases(), 1, 1, 400, 1)
+    assert {each.batch: each.latency_s.mean for each in whole.rows} == pytest.approx({1: 0.4, 4: 1.6})
+
+
+def test_the_error_of_the_phases_is_that_of_the_whole() -> None:
+    whole = compose_whole(phases(), 1, 1, 200, 10)
+    assert whole.error_ratio is not None
+    assert whole.error_ratio >= 0.02
+
+
+def test_phases_alone_make_a_parallelism_only_when_both_are_there() -> None:
+    rows = phases().rows
+    both = [each for each in rows if each.phase == "prefill"]
+    assert whole_parallelisms(profile(*rows)) == ((1, 1),)
+    assert whole_parallelisms(profile(*both)) == ()
+    assert whole_parallelisms(profile(row(1, 0.1, tp=2), *both)) == ((2, 1),)
+
+
+def test_without_prefill_nothing_can_be_composed() -> None:
+    decode = [each for each in phases().rows if each.phase == "decode"]
+    with pytest.raises(InvalidInput, match="prefill"):
+        compose_whole(profile(*decode), 1, 1, 100, 10)
+    assert ProfileLibrary([profile(*decode)]).latency("resnet-18", "cpu", 1, 1) is None
+
+
+def test_a_phase_table_falls_along_neither_axis() -> None:
+    table = ProfileLibrary([phases()]).phase_table(
+        "resnet-18", "cpu", 1, 1, "decode", batches=(1, 2, 8), tokens=(1, 100, 550, 2000)
+    )
+    assert table is not None
+    assert len(table) == 3
+    assert table[0][2] == pytest.approx(0.0155)
+    for line in (*table, *zip(*table, strict=True)):
+        assert list(line) == sorted(line)
+
+
+def test_there_is_no_table_of_a_phase_that_was_not_measured() -> None:
+    library = ProfileLibrary([profile(row(1, 0.1))])
+    assert library.phase_table("resnet-18", "cpu", 1, 1, "decode", batches=(1,), tokens=(1,)) is None
