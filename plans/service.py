@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Literal
 
 from pydantic import AliasChoices, Discriminator, Field, Tag, model_validator
@@ -17,6 +18,7 @@ __all__ = [
     "FrequencySlo",
     "GenerationService",
     "GenerationSlo",
+    "Join",
     "LatencyService",
     "LatencySlo",
     "Service",
@@ -178,24 +180,35 @@ _AnyService = Annotated[
 
 
 class Edge(Document):
-    """``fanout`` calls of ``to`` for each finished call of ``from``, each handing over ``bytes``."""
+    """``fanout`` calls of ``to`` for each finished call of ``from``, each handing over ``bytes``.
+
+    With ``probability`` the edges that leave ``from`` are a switch: at most one of them is taken, each that often.
+    """
 
     source: Name = Field(validation_alias=AliasChoices("from", "source"), serialization_alias="from")
     target: Name = Field(validation_alias=AliasChoices("to", "target"), serialization_alias="to")
     fanout: float = Field(default=1.0, gt=0, allow_inf_nan=False)
     payload_bytes: Bytes = Field(default=0, validation_alias=AliasChoices("bytes", "payload_bytes"))
+    probability: float | None = Field(default=None, gt=0, le=1)
+
+
+Join = Literal["all", "any"]
+"""When a stage of a workflow starts: when everything that leads to it has finished, or when the first has."""
 
 
 class Workflow(Document):
     """A directed acyclic graph of services with an end-to-end deadline.
 
     ``affinity`` says whether what passes along its edges should stay on one node: ``prefer`` makes the bytes that cross
-    nodes an objective, ``require`` lets none cross, ``none`` does not care.
+    nodes an objective, ``require`` lets none cross, ``none`` does not care. ``joins`` says when the stage of a service
+    starts, where it is not ``all``. Requests of a trace that name the workflow run through all of it. There are at most
+    128 edges, so that stages and edges are numbered in 8 bits.
     """
 
     name: Name
     slo: LatencySlo
-    edges: tuple[Edge, ...] = Field(min_length=1)
+    edges: tuple[Edge, ...] = Field(min_length=1, max_length=128)
+    joins: Mapping[Name, Join] = {}
     affinity: Literal["none", "prefer", "require"] = "prefer"
 
     @model_validator(mode="after")
@@ -206,6 +219,20 @@ class Workflow(Document):
         if not networkx.is_directed_acyclic_graph(graph):
             cycle = " -> ".join(source for source, _ in networkx.find_cycle(graph))
             raise ValueError(f"a workflow without a cycle: {cycle} runs in a circle")
+        return self
+
+    @model_validator(mode="after")
+    def _joins_and_switches_agree(self) -> Workflow:
+        targets = {edge.target for edge in self.edges}
+        if stray := sorted(self.joins.keys() - targets):
+            raise ValueError(f"joins of services that some edge leads to: found {', '.join(stray)}")
+        for source in dict.fromkeys(edge.source for edge in self.edges):
+            chances = [edge.probability for edge in self.edges if edge.source == source]
+            stated = [chance for chance in chances if chance is not None]
+            if stated and len(stated) < len(chances):
+                raise ValueError(f"a probability on every edge from {source!r} or on none")
+            if sum(stated) > 1 + 1e-9:
+                raise ValueError(f"probabilities from {source!r} of at most 1 together: found {sum(stated):.6g}")
         return self
 
 
@@ -221,7 +248,9 @@ class Services(Document):
         for position, name in enumerate(names):
             if name in names[:position]:
                 raise ValueError(f"services[{position}].name to be unique: {name!r} stands twice")
-        for workflow in self.workflows:
+        for position, workflow in enumerate(self.workflows):
+            if workflow.name in names or workflow.name in [each.name for each in self.workflows[:position]]:
+                raise ValueError(f"workflows[{position}].name to be unique: {workflow.name!r} stands twice")
             for edge in workflow.edges:
                 for end in (edge.source, edge.target):
                     if end not in names:
@@ -237,6 +266,17 @@ class Services(Document):
         for service in self.services:
             if service.name == name:
                 return service
+        raise KeyError(name)
+
+    def workflow(self, name: str) -> Workflow:
+        """Return the workflow called ``name``.
+
+        Raises:
+            KeyError: There is none.
+        """
+        for workflow in self.workflows:
+            if workflow.name == name:
+                return workflow
         raise KeyError(name)
 
 
