@@ -1,0 +1,198 @@
+"""What may change while a plan runs, and when each step of a transition happens (docs/evaluator.md, section 10)."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from plans.cluster import Cluster
+from plans.errors import Fault, InvalidInput
+from plans.plan import Plan, TransitionStep
+from plans.transition import transition
+
+__all__ = [
+    "Change",
+    "Failure",
+    "PlanChange",
+    "Recovery",
+    "Schedule",
+    "Span",
+    "check_changes",
+    "random_failures",
+    "schedule",
+]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlanChange:
+    """From ``at_s`` on it is known that ``plan`` shall run; the transition to it starts then."""
+
+    at_s: float
+    plan: Plan
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Failure:
+    """At ``at_s`` device ``gpu`` of ``node`` fails; the whole node where ``gpu`` is None."""
+
+    at_s: float
+    node: str
+    gpu: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recovery:
+    """At ``at_s`` device ``gpu`` of ``node`` is well again; the whole node where ``gpu`` is None."""
+
+    at_s: float
+    node: str
+    gpu: int | None = None
+
+
+Change = PlanChange | Failure | Recovery
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Span:
+    """One load or drain: of ``service`` on ``group``, from ``start_s`` to ``end_s``."""
+
+    group: str
+    service: str
+    start_s: float
+    end_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Schedule:
+    """When a transition does what.
+
+    Attributes:
+        early_loads: Loads beside what runs.
+        flip_s: Routes flip to what is loaded.
+        drains: What leaves; its end is when it is unloaded.
+        late_loads: Loads that had to wait for memory.
+        last_flip_s: Routes flip to the whole new plan; ``flip_s`` where no load is late.
+        end_s: The transition is over.
+    """
+
+    early_loads: tuple[Span, ...]
+    flip_s: float
+    drains: tuple[Span, ...]
+    late_loads: tuple[Span, ...]
+    last_flip_s: float
+    end_s: float
+
+
+def schedule(running: Plan, target: Plan, cluster: Cluster, *, start_s: float) -> Schedule:
+    """Return when the steps of the transition from ``running`` to ``target`` happen if it starts at ``start_s``.
+
+    A node does its loads one after the other in the order of the steps, nodes work side by side. Drains take their
+    estimate, from the flip on; late loads start when the last of them is over.
+    """
+    steps = transition(running, target, cluster).steps
+    first_other = next((i for i, step in enumerate(steps) if step.action != "load"), len(steps))
+    early = _loads(steps[:first_other], target, start_s)
+    flip_s = max((span.end_s for span in early), default=start_s)
+    drains = tuple(
+        Span(group=step.group, service=step.service, start_s=flip_s, end_s=flip_s + step.est_s)
+        for step in steps
+        if step.action == "drain"
+    )
+    unloaded_s = max((span.end_s for span in drains), default=flip_s)
+    late = _loads([step for step in steps[first_other:] if step.action == "load"], target, unloaded_s)
+    last_flip_s = max((span.end_s for span in late), default=flip_s)
+    return Schedule(
+        early_loads=early,
+        flip_s=flip_s,
+        drains=drains,
+        late_loads=late,
+        last_flip_s=last_flip_s,
+        end_s=max(last_flip_s, unloaded_s),
+    )
+
+
+def random_failures(
+    cluster: Cluster, *, mtbf_s: float, mttr_s: float, until_s: float, seed: int
+) -> tuple[Failure | Recovery, ...]:
+    """Return failures and recoveries of whole nodes before ``until_s``, by time.
+
+    Every node alternates between being well for an exponential time of mean ``mtbf_s`` and being down for one of mean
+    ``mttr_s``, drawn node by node.
+
+    Raises:
+        InvalidInput: A mean is not positive and finite, or ``until_s`` is negative or infinite.
+    """
+    faults = [
+        Fault(where="random failures", field=field, found=str(value), expected="more than 0 seconds and finite")
+        for field, value in (("mtbf_s", mtbf_s), ("mttr_s", mttr_s))
+        if not 0 < value < math.inf
+    ]
+    if not 0 <= until_s < math.inf:
+        faults.append(Fault(where="random failures", field="until_s", found=str(until_s), expected="a finite time"))
+    if faults:
+        raise InvalidInput(faults)
+    rng = np.random.default_rng(seed)
+    events: list[Failure | Recovery] = []
+    for node in cluster.nodes:
+        now_s = rng.exponential(mtbf_s)
+        kinds: tuple[type[Failure], type[Recovery]] = (Failure, Recovery)
+        count = 0
+        while now_s < until_s:
+            events.append(kinds[count % 2](at_s=now_s, node=node.name))
+            count += 1
+            now_s += rng.exponential(mttr_s if count % 2 else mtbf_s)
+    return tuple(sorted(events, key=lambda event: event.at_s))
+
+
+def check_changes(changes: Sequence[Change], cluster: Cluster | None) -> None:
+    """Check times, and that what fails or recovers exists.
+
+    Raises:
+        InvalidInput: With every fault; among them a new plan without a cluster, whose memory decides what is loaded
+            beside what runs.
+    """
+    faults = [
+        Fault(where="changes", field=f"[{position}].at_s", found=str(change.at_s), expected="a finite time from 0 on")
+        for position, change in enumerate(changes)
+        if not 0 <= change.at_s < math.inf
+    ]
+    for position, change in enumerate(changes):
+        if isinstance(change, PlanChange):
+            faults.extend(_plan_faults(change.plan, cluster, f"[{position}].plan"))
+        elif cluster is not None:
+            faults.extend(_place_faults(change, cluster, f"[{position}]"))
+    if faults:
+        raise InvalidInput(faults)
+
+
+def _plan_faults(plan: Plan, cluster: Cluster | None, field: str) -> Iterable[Fault]:
+    if cluster is None:
+        yield Fault(where="changes", field=field, found="no cluster", expected="the cluster that the plans run on")
+        return
+    nodes = {node.name for node in cluster.nodes}
+    for name in sorted({group.node for group in plan.groups} - nodes):
+        yield Fault(where="changes", field=field, found=repr(name), expected=f"one of {', '.join(sorted(nodes))}")
+
+
+def _place_faults(change: Failure | Recovery, cluster: Cluster, field: str) -> Iterable[Fault]:
+    counts = {node.name: node.gpus.count for node in cluster.nodes}
+    if change.node not in counts:
+        yield Fault(where="changes", field=f"{field}.node", found=repr(change.node), expected="a node of the cluster")
+    elif change.gpu is not None and not 0 <= change.gpu < counts[change.node]:
+        expected = f"a device of {change.node}: 0 to {counts[change.node] - 1}"
+        yield Fault(where="changes", field=f"{field}.gpu", found=str(change.gpu), expected=expected)
+
+
+def _loads(steps: Sequence[TransitionStep], target: Plan, start_s: float) -> tuple[Span, ...]:
+    free_s: dict[str, float] = defaultdict(lambda: start_s)
+    spans = []
+    for step in steps:
+        node = target.group(step.group).node
+        end_s = free_s[node] + step.est_s
+        spans.append(Span(group=step.group, service=step.service, start_s=free_s[node], end_s=end_s))
+        free_s[node] = end_s
+    return tuple(spans)

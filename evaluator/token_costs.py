@@ -1,0 +1,169 @@
+"""What iterations of a generating replica cost, read from the rows of its profile (docs/evaluator.md, section 9)."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from plans.cluster import Cluster
+from plans.plan import Group, LoadoutEntry
+from plans.service import GenerationService, Services
+from profiles.curve import isotonic
+from profiles.document import Profile, Row
+from profiles.library import ProfileLibrary
+
+__all__ = ["UNLIMITED_TOKENS", "CostArrays", "TokenCosts", "cost_arrays", "token_costs", "token_costs_of"]
+
+UNLIMITED_TOKENS = 2**62
+"""KV limit in the arrays where there is none."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenCosts:
+    """Costs of one replica.
+
+    Attributes:
+        prefill_tokens: Numbers of prompt tokens that are known, rising; shape (point,).
+        prefill_s: Seconds that an iteration over so many takes, never falling; shape (point,).
+        decode_s: Seconds of a decode of b sequences without their context, in entry b - 1; shape (max_batch,).
+        decode_token_s: Seconds that each token of context adds to a decode.
+        kv_limit_tokens: Tokens of context that memory holds, or None without limit.
+    """
+
+    prefill_tokens: tuple[float, ...]
+    prefill_s: tuple[float, ...]
+    decode_s: tuple[float, ...]
+    decode_token_s: float
+    kv_limit_tokens: int | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CostArrays:
+    """Costs of all replicas.
+
+    Attributes:
+        points: Shape (replica,): points of prefill that are known; 0 for replicas without token costs.
+        prefill_tokens: Shape (replica, most points).
+        prefill_s: Shape (replica, most points).
+        decode_s: Shape (replica, largest batch).
+        decode_token_s: Shape (replica,).
+        kv_limit_tokens: Shape (replica,).
+    """
+
+    points: NDArray[np.int64]
+    prefill_tokens: NDArray[np.float64]
+    prefill_s: NDArray[np.float64]
+    decode_s: NDArray[np.float64]
+    decode_token_s: NDArray[np.float64]
+    kv_limit_tokens: NDArray[np.int64]
+
+
+def token_costs(profile: Profile, group: Group, entry: LoadoutEntry) -> TokenCosts | None:
+    """Return the costs of ``entry`` on ``group``, or None where the profile has no rows of both phases for it."""
+    rows = [row for row in profile.rows if (row.tp, row.pp) == (group.tp, group.pp) and row.input_tokens is not None]
+    prefill = _least_concurrent([row for row in rows if row.phase == "prefill"])
+    decode = _least_concurrent([row for row in rows if row.phase == "decode"])
+    if not prefill or not decode:
+        return None
+    tokens, prefill_s = _prefill_points(prefill)
+    decode_s, decode_token_s = _decode_fit(decode, entry.max_batch)
+    limit = None
+    if profile.kv_bytes_per_token is not None:
+        limit = max(0, sum(entry.memory_bytes) - entry.weight_bytes) // profile.kv_bytes_per_token
+    return TokenCosts(
+        prefill_tokens=tokens,
+        prefill_s=prefill_s,
+        decode_s=decode_s,
+        decode_token_s=decode_token_s,
+        kv_limit_tokens=limit,
+    )
+
+
+def token_costs_of(
+    group: Group, entry: LoadoutEntry, services: Services, cluster: Cluster | None, profiles: ProfileLibrary | None
+) -> TokenCosts | None:
+    """Return the costs of ``entry`` on ``group`` as far as profiles and the cluster (for the GPU type) tell them."""
+    if cluster is None or profiles is None or not isinstance(services.service(entry.service), GenerationService):
+        return None
+    profile = profiles.profile(entry.variant, cluster.node(group.node).gpus.type)
+    return None if profile is None else token_costs(profile, group, entry)
+
+
+def cost_arrays(costs: Sequence[TokenCosts | None]) -> CostArrays:
+    """Return the arrays of ``costs``, one entry per replica."""
+    known = [each for each in costs if each is not None]
+    most_points = max((len(each.prefill_s) for each in known), default=1)
+    largest = max((len(each.decode_s) for each in known), default=1)
+    arrays = CostArrays(
+        points=np.zeros(len(costs), dtype=np.int64),
+        prefill_tokens=np.zeros((len(costs), most_points)),
+        prefill_s=np.zeros((len(costs), most_points)),
+        decode_s=np.zeros((len(costs), largest)),
+        decode_token_s=np.zeros(len(costs)),
+        kv_limit_tokens=np.full(len(costs), UNLIMITED_TOKENS, dtype=np.int64),
+    )
+    for replica, each in enumerate(costs):
+        if each is None:
+            continue
+        arrays.points[replica] = len(each.prefill_s)
+        arrays.prefill_tokens[replica, : len(each.prefill_s)] = each.prefill_tokens
+        arrays.prefill_s[replica, : len(each.prefill_s)] = each.prefill_s
+        arrays.decode_s[replica, : len(each.decode_s)] = each.decode_s
+        arrays.decode_token_s[replica] = each.decode_token_s
+        if each.kv_limit_tokens is not None:
+            arrays.kv_limit_tokens[replica] = each.kv_limit_tokens
+    return arrays
+
+
+def _least_concurrent(rows: list[Row]) -> list[Row]:
+    lowest = min((row.concurrency for row in rows), default=1)
+    return [row for row in rows if row.concurrency == lowest]
+
+
+def _tokens(row: Row) -> float:
+    assert row.input_tokens is not None
+    return float(row.batch * row.input_tokens)
+
+
+def _prefill_points(rows: list[Row]) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    found: dict[float, list[float]] = defaultdict(list)
+    for row in rows:
+        found[_tokens(row)].append(row.latency_s.mean)
+    tokens = tuple(sorted(found))
+    return tokens, isotonic([sum(found[t]) / len(found[t]) for t in tokens], [len(found[t]) for t in tokens])
+
+
+def _decode_fit(rows: list[Row], max_batch: int) -> tuple[tuple[float, ...], float]:
+    """Fit ``decode_s[b] + decode_token_s * context``: one slope for all batches, an intercept for each, none negative.
+
+    The slope is the pooled within-batch least-squares slope (fixed effects), cut to where the first intercept would
+    become negative. With a single context per batch it cannot be told apart and counts as 0.
+    """
+    by_batch: dict[int, list[tuple[float, float]]] = defaultdict(list)
+    for row in rows:
+        by_batch[row.batch].append((_tokens(row), row.latency_s.mean))
+    batches = sorted(by_batch)
+    centres = {batch: tuple(np.mean(by_batch[batch], axis=0)) for batch in batches}
+    spread = sum((c - centres[b][0]) ** 2 for b in batches for c, _ in by_batch[b])
+    together = sum((c - centres[b][0]) * (y - centres[b][1]) for b in batches for c, y in by_batch[b])
+    slope = 0.0 if spread == 0 else max(0.0, float(together / spread))
+    slope = min(slope, *(float(y / c) for c, y in centres.values()))
+    intercepts = isotonic(
+        [max(0.0, float(centres[b][1] - slope * centres[b][0])) for b in batches], [len(by_batch[b]) for b in batches]
+    )
+    return tuple(_on_grid(batches, intercepts, b) for b in range(1, max_batch + 1)), slope
+
+
+def _on_grid(points: Sequence[float], values: Sequence[float], at: float) -> float:
+    """Return the value at ``at``: linear between points, constant before, with the last slope beyond."""
+    if at <= points[0]:
+        return values[0]
+    if len(points) == 1:
+        return values[0] * at / points[0]
+    segment = min(int(np.searchsorted(points, at, side="right")), len(points) - 1) - 1
+    x, y = points[segment], values[segment]
+    return y + (at - x) * (values[segment + 1] - y) / (points[segment + 1] - x)
