@@ -2,39 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from html import escape
-from typing import Any
-
-from plotly.io import to_html
-from plotly.offline import get_plotlyjs
 
 from foreplan.report import figures
 from foreplan.report.content import Content
+from foreplan.report.html import document, plot, table
 from foreplan.report.placement import placement_map
 from plans.units import format_seconds
 
 __all__ = ["render"]
-
-_STYLE = """
-body{font:15px/1.5 system-ui,sans-serif;color:#1d2733;background:#f4f6f8;margin:0}
-main{max-width:1120px;margin:0 auto;padding:24px 20px 60px}
-h1{font-size:26px;margin:0 0 4px} h2{font-size:19px;margin:34px 0 6px}
-p.lead{margin:0 0 12px;color:#51606f} .muted{color:#6b7987;font-size:13px}
-.facts{display:flex;flex-wrap:wrap;gap:6px 22px;margin:10px 0 0;padding:0;list-style:none;font-size:14px}
-.facts b{font-weight:600} .card{background:#fff;border:1px solid #dfe5ea;border-radius:8px;padding:14px 16px}
-.remark{background:#fff6e5;border:1px solid #f0d9a8;border-radius:6px;padding:8px 12px;margin:8px 0;font-size:14px}
-table{border-collapse:collapse;width:100%;font-size:14px} th,td{padding:5px 10px;border-bottom:1px solid #e6ebef}
-th{text-align:left;font-weight:600;color:#3d4b59} td.n,th.n{text-align:right;font-variant-numeric:tabular-nums}
-.nodes{display:flex;flex-wrap:wrap;gap:14px} .node{background:#fff;border:1px solid #dfe5ea;border-radius:8px;
-padding:12px 14px;flex:1 1 320px} .node header{margin-bottom:8px} .devices{display:flex;flex-wrap:wrap;gap:10px;
-align-items:flex-start}
-.device{flex:1 1 230px;border:1px solid #cfd8df;border-radius:6px;padding:8px 10px;background:#fafbfc}
-.device.idle{background:#f0f2f4;border-style:dashed} .device-name{font-weight:600;font-size:13px}
-.chip{border-left:5px solid;background:#fff;border-radius:3px;padding:3px 8px;margin:6px 0;display:flex;
-flex-direction:column} .bar-row{display:flex;justify-content:space-between;font-size:12px;color:#51606f;margin-top:6px}
-.bar{height:9px;background:#e3e8ec;border-radius:3px;overflow:hidden;display:flex} .bar i{display:block;height:100%}
-"""
 
 
 def render(content: Content) -> str:
@@ -48,13 +24,7 @@ def render(content: Content) -> str:
         _profiles(content),
         _certificate(content),
     ]
-    body = "\n".join(section for section in sections if section)
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width,initial-scale=1">'
-        f"<title>{escape(content.title)}</title><style>{_STYLE}</style>"
-        f"<script>{get_plotlyjs()}</script></head><body><main>{body}</main></body></html>\n"
-    )
+    return document(content.title, "\n".join(section for section in sections if section))
 
 
 def _heading(content: Content) -> str:
@@ -80,8 +50,8 @@ def _results(content: Content) -> str:
     known = content.services.services if content.services else ()
     targets = {service.name: service.slo.attainment for service in known}
     deadlines = {entry.service: entry.deadline_s for group in content.plan.groups for entry in group.loadout}
-    plots = _plot(figures.attainment_figure(content.plan, content.runs, targets))
-    plots += _plot(figures.latency_figure(content.plan, content.runs, deadlines))
+    plots = plot(figures.attainment_figure(content.plan, content.runs, targets))
+    plots += plot(figures.latency_figure(content.plan, content.runs, deadlines))
     lead = "The planner's prediction beside what the simulator and the live system made of the same arrivals."
     return f'<h2>Attainment and latency</h2><p class="lead">{lead}</p>{_result_table(content)}{plots}'
 
@@ -112,7 +82,7 @@ def _result_table(content: Content) -> str:
             mean_batch = "" if found.mean_batch is None else f"{found.mean_batch:.2f}"
             latencies = [_ms(found.latency_s.p50), _ms(found.latency_s.p99)]
             rows.append(["", label, *counts, attained, *latencies, mean_batch])
-    return f'<div class="card">{_table([*columns, "mean batch"], rows, text_columns=2)}</div>'
+    return f'<div class="card">{table([*columns, "mean batch"], rows, text_columns=2)}</div>'
 
 
 def _timelines(content: Content) -> str:
@@ -120,16 +90,16 @@ def _timelines(content: Content) -> str:
         return ""
     services = [prediction.service for prediction in content.plan.predicted]
     lead = "Requests per second by the time they were due, and how many of those ended well."
-    plot = _plot(figures.timeline_figure(content.runs, services))
-    return f'<h2>Rate and goodput</h2><p class="lead">{lead}</p>{plot}'
+    drawn = plot(figures.timeline_figure(content.runs, services))
+    return f'<h2>Rate and goodput</h2><p class="lead">{lead}</p>{drawn}'
 
 
 def _forecast(content: Content) -> str:
     if content.demand is None or not content.demand.services:
         return ""
-    plot = _plot(figures.forecast_figure(content.demand, content.history, content.actual))
+    drawn = plot(figures.forecast_figure(content.demand, content.history, content.actual))
     method = escape(content.demand.method or "the demand that the plan was made from")
-    return f'<h2>Forecast against actual</h2><p class="lead">{method}</p>{plot}'
+    return f'<h2>Forecast against actual</h2><p class="lead">{method}</p>{drawn}'
 
 
 def _profiles(content: Content) -> str:
@@ -140,9 +110,9 @@ def _profiles(content: Content) -> str:
         if (content.services)
         else [profile.model for profile in content.profiles]
     )
-    plot = _plot(figures.profile_figure(content.profiles, models))
+    drawn = plot(figures.profile_figure(content.profiles, models))
     lead = "Dots are measured means, with the way up to p99; lines are the latency model that the planner uses."
-    return f'<h2>Profiles</h2><p class="lead">{lead}</p>{plot}'
+    return f'<h2>Profiles</h2><p class="lead">{lead}</p>{drawn}'
 
 
 def _certificate(content: Content) -> str:
@@ -159,25 +129,9 @@ def _certificate(content: Content) -> str:
         for u in content.plan.unserved
     )
     warnings = "".join(f'<div class="remark">{escape(warning)}</div>' for warning in content.plan.warnings)
-    table = _table(["objective", "value", "bound", "gap"], rows, text_columns=1)
+    drawn = table(["objective", "value", "bound", "gap"], rows, text_columns=1)
     head = f'<h2>How good the plan provably is</h2><p class="lead">{escape(text)}</p>'
-    return f'{head}<div class="card">{table}</div>{left}{warnings}'
-
-
-def _plot(figure: Any) -> str:
-    html: str = to_html(figure, include_plotlyjs=False, full_html=False, config={"displayModeBar": False})
-    return f'<div class="card" style="margin-top:12px">{html}</div>'
-
-
-def _table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, text_columns: int) -> str:
-    def cells(tag: str, values: Sequence[str]) -> str:
-        return "".join(
-            f"<{tag}{' class=n' if position >= text_columns else ''}>{escape(value)}</{tag}>"
-            for position, value in enumerate(values)
-        )
-
-    body = "".join(f"<tr>{cells('td', row)}</tr>" for row in rows)
-    return f"<table><thead><tr>{cells('th', columns)}</tr></thead><tbody>{body}</tbody></table>"
+    return f'{head}<div class="card">{drawn}</div>{left}{warnings}'
 
 
 def _ms(latency_s: float | None) -> str:

@@ -1,0 +1,136 @@
+"""Many runs at once: in processes on this machine or on Ray, resumable, each result kept as soon as it is there."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from plans.documents import write_text
+from plans.errors import InvalidInput
+
+__all__ = ["Engine", "Job", "run_jobs"]
+
+Engine = Literal["processes", "ray"]
+"""Where jobs run: in processes here, or on the Ray cluster that the environment names (a local one without any)."""
+
+Result = dict[str, Any]
+"""What a job returns: a JSON object."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """One unit of work.
+
+    Attributes:
+        key: What identifies it: the same key means the same result. Used as a file name.
+        work: A function that other processes can import, called with ``arguments``.
+        arguments: Its arguments.
+    """
+
+    key: str
+    work: Callable[..., Result]
+    arguments: tuple[Any, ...]
+
+
+def run_jobs(
+    jobs: Sequence[Job],
+    *,
+    engine: Engine = "processes",
+    workers: int = 1,
+    kept: Path | None = None,
+    done: Callable[[str], None] = lambda key: None,
+) -> dict[str, Result]:
+    """Run every job and return the results by key.
+
+    Args:
+        jobs: What to do; keys are unique.
+        engine: Where.
+        workers: Jobs at a time; with 1 and processes they run in this process.
+        kept: Folder that keeps the results: one JSON file per job, written when it ends. Jobs whose file is there are
+            not run again, so that an interrupted sweep goes on where it was.
+        done: Called with a job's key when its result is there.
+
+    Raises:
+        InvalidInput: Ray is asked for and not installed, or a kept file is damaged.
+    """
+    results: dict[str, Result] = {}
+    waiting: list[Job] = []
+    for job in jobs:
+        found = None if kept is None else _read(kept / f"{job.key}.json")
+        if found is None:
+            waiting.append(job)
+        else:
+            results[job.key] = found
+            done(job.key)
+    for key, result in _run(waiting, engine, workers):
+        if kept is not None:
+            kept.mkdir(parents=True, exist_ok=True)
+            write_text(kept / f"{key}.json", json.dumps(result) + "\n")
+        results[key] = result
+        done(key)
+    return {job.key: results[job.key] for job in jobs}
+
+
+def _read(path: Path) -> Result | None:
+    if not path.exists():
+        return None
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        remedy = "delete the file to run the job again"
+        raise InvalidInput.of("the result of a job", where=path, found=str(error), remedy=remedy) from error
+    if not isinstance(found, dict):
+        raise InvalidInput.of("a JSON object", where=path, found=type(found).__name__, remedy="delete the file")
+    return found
+
+
+def _run(jobs: Sequence[Job], engine: Engine, workers: int) -> Iterator[tuple[str, Result]]:
+    if not jobs:
+        return
+    if engine == "ray":
+        yield from _run_on_ray(jobs, workers)
+    elif workers <= 1:
+        for job in jobs:
+            yield job.key, job.work(*job.arguments)
+    else:
+        # Spawned: threads of libraries (OpenMP, gRPC) do not survive a fork.
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(max_workers=workers, mp_context=context) as pool:
+            futures = {pool.submit(job.work, *job.arguments): job.key for job in jobs}
+            for future in as_completed(futures):
+                yield futures[future], future.result()
+
+
+def _run_on_ray(jobs: Sequence[Job], workers: int) -> Iterator[tuple[str, Result]]:
+    try:
+        import ray
+    except ImportError:
+        raise InvalidInput.of(
+            "the ray extra", where="--engine", found="ray is not installed", remedy="pip install 'foreplan[ray]'"
+        ) from None
+    started = not ray.is_initialized()
+    if started:
+        ray.init(include_dashboard=False, log_to_driver=False, configure_logging=False)
+    try:
+        remote = ray.remote(max_retries=2)(_call)
+        running: dict[Any, str] = {}
+        queue = list(reversed(jobs))
+        while queue or running:
+            while queue and len(running) < workers:
+                job = queue.pop()
+                running[remote.remote(job.work, job.arguments)] = job.key
+            ready, _ = ray.wait(list(running), num_returns=1)
+            for reference in ready:
+                yield running.pop(reference), ray.get(reference)
+    finally:
+        if started:
+            ray.shutdown()
+
+
+def _call(work: Callable[..., Result], arguments: tuple[Any, ...]) -> Result:
+    return work(*arguments)

@@ -1,0 +1,64 @@
+"""Many runs: order, resumption, damage, and Ray."""
+
+import json
+import os
+
+import pytest
+
+from evaluator.sweep import Job, run_jobs
+from plans.errors import InvalidInput
+
+
+def square(number):
+    return {"square": number * number, "process": os.getpid()}
+
+
+def fails(number):
+    raise ValueError(f"no {number}")
+
+
+def jobs(numbers, work=square):
+    return [Job(key=f"job-{number}", work=work, arguments=(number,)) for number in numbers]
+
+
+def squares(results):
+    return [result["square"] for result in results.values()]
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_results_come_in_the_order_of_the_jobs(workers):
+    assert squares(run_jobs(jobs([3, 1, 2]), workers=workers)) == [9, 1, 4]
+
+
+def test_several_workers_are_other_processes():
+    found = run_jobs(jobs([1, 2]), workers=2)
+    assert os.getpid() not in {result["process"] for result in found.values()}
+
+
+def test_what_was_kept_is_not_run_again(tmp_path):
+    run_jobs(jobs([1, 2]), kept=tmp_path)
+    (tmp_path / "job-1.json").write_text(json.dumps({"square": -1}))
+    seen = []
+    assert squares(run_jobs(jobs([1, 2, 3]), kept=tmp_path, done=seen.append)) == [-1, 4, 9]
+    assert sorted(seen) == ["job-1", "job-2", "job-3"]
+
+
+def test_what_ended_before_a_failure_is_kept(tmp_path):
+    with pytest.raises(ValueError, match="no 7"):
+        run_jobs([*jobs([2]), *jobs([7], fails)], kept=tmp_path)
+    assert json.loads((tmp_path / "job-2.json").read_text())["square"] == 4
+
+
+@pytest.mark.parametrize("text", ["{", "[1]", ""])
+def test_a_damaged_result_is_named(tmp_path, text):
+    (tmp_path / "job-1.json").write_text(text)
+    with pytest.raises(InvalidInput, match=r"job-1\.json"):
+        run_jobs(jobs([1]), kept=tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # of Ray's own threads and sockets
+def test_a_local_ray_gives_the_same_results(tmp_path):
+    pytest.importorskip("ray", reason="the ray extra is not installed")
+    assert squares(run_jobs(jobs([3, 1, 2]), engine="ray", workers=2, kept=tmp_path)) == [9, 1, 4]
+    assert len(list(tmp_path.iterdir())) == 3
