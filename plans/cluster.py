@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Any
 
-from pydantic import AliasChoices, Field, StringConstraints, model_validator
+from pydantic import AliasChoices, Field, StringConstraints, field_validator, model_validator
 
+from plans.catalogue import catalogue
 from plans.documents import Document
 from plans.units import Bytes, BytesPerSecond, Seconds
 
@@ -61,11 +62,21 @@ class Gpu:
 
 
 class Cluster(Document):
-    """The inventory: every node has a known GPU type and a name of its own."""
+    """The inventory: every node has a known GPU type and a name of its own.
+
+    A GPU type that is named as in the catalogue (`plans.catalogue`) may leave out its memory.
+    """
 
     gpu_types: Mapping[Name, GpuType] = Field(min_length=1)
     nodes: tuple[Node, ...] = Field(min_length=1)
     network: Network = Network()
+
+    @field_validator("gpu_types", mode="before")
+    @classmethod
+    def _catalogued(cls, types: Any) -> Any:
+        if not isinstance(types, Mapping):
+            return types
+        return {name: _with_memory(name, stated) for name, stated in types.items()}
 
     @model_validator(mode="after")
     def _names_agree(self) -> Cluster:
@@ -99,6 +110,14 @@ class Cluster(Document):
         for node in self.nodes:
             for index in range(node.gpus.count):
                 yield Gpu(node.name, index)
+
+
+def _with_memory(name: Any, stated: Any) -> Any:
+    if stated is None:
+        stated = {}
+    if not isinstance(stated, Mapping) or {"memory", "memory_bytes"} & stated.keys() or name not in catalogue():
+        return stated
+    return {**stated, "memory_bytes": catalogue()[name].memory}
 
 
 def group_id(node: str, gpus: tuple[int, ...]) -> str:
