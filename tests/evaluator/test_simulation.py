@@ -62,16 +62,18 @@ def scenarios(draw):
 @settings(max_examples=200, deadline=None)
 def test_every_request_ends_as_in_the_naive_simulator(scenario, overhead_s):
     one, deadlines, arrivals = scenario
-    result = evaluate(one, services_with(**deadlines), trace_of(arrivals), overhead_s=overhead_s).requests
-    expected = naive.simulate(one, deadlines, arrivals, overhead_s)
-    for row, (outcome, finish_s, hosted_by, detail) in zip(result.itertuples(), expected, strict=True):
-        assert (row.outcome, None if pd.isna(row.group) else row.group) == (outcome, hosted_by)
-        if finish_s is None:
-            assert row.reason == detail
+    services = services_with(**deadlines)
+    result = evaluate(one, services, trace_of(arrivals), overhead_s=overhead_s).requests
+    rows = [naive.Row(arrival_s=time, name=name) for time, name in arrivals]
+    expected = naive.run(naive.Scenario(plan=one, services=services, rows=rows, overhead_s=overhead_s))
+    for row, end in zip(result.itertuples(), expected, strict=True):
+        assert (row.outcome, None if pd.isna(row.group) else row.group) == (end.outcome, end.group)
+        if end.finish_s is None:
+            assert row.reason == end.reason
             assert math.isnan(row.latency_s)
         else:
-            assert row.latency_s == pytest.approx(finish_s - row.scheduled_s, abs=1e-12)
-            assert row.batch_size == detail
+            assert row.latency_s == pytest.approx(end.finish_s - row.scheduled_s, abs=1e-12)
+            assert row.batch_size == end.batch
 
 
 @given(scenarios())
