@@ -221,7 +221,7 @@ class Simulation:
             self.end(request, "dropped", "larger than the KV memory")
         elif self.told.admission == "arrival" and not self.admits(request, replica):
             self.end(request, "dropped", "not admitted")
-        elif request.stream is not None and frames_of(replica.entry) > 1:
+        elif request.stream is not None and frames_of(replica.entry) > 1 and self.told.admission == "dispatch":
             self.gather(request, replica)
         else:
             due_s = request.due_s
@@ -309,9 +309,11 @@ class Simulation:
 
     def batch_size(self, replica: Replica) -> int | str:
         """The size of the batch to start now, or why the head is dropped."""
+        if self.told.admission == "arrival":
+            return 1
         due_s, queued, largest = replica.queue[0].due_s, replica.waiting, replica.entry.max_batch
         meets = [b for b in range(1, min(queued, largest) + 1) if self.now + replica.latency_s(b) <= due_s]
-        if self.told.early_drop and self.told.admission == "dispatch":
+        if self.told.early_drop:
             if not meets:
                 return HOPELESS
             if queued > largest and self.now + replica.largest_s > due_s:
@@ -393,7 +395,7 @@ class Simulation:
             if admitted and context_of([*admitted, head]) > self.told.max_prefill_tokens:
                 break
             together = [*running, *admitted, head]
-            if not costs.holds(context_of(together) + len(together)):
+            if len(together) > 1 and not costs.holds(context_of(together) + len(together)):
                 break
             replica.bundle_of[head] = replica.queue[0]
             self.take(replica, replica.queue[0])
@@ -402,7 +404,7 @@ class Simulation:
             running += admitted
             self.start_iteration(replica, admitted, costs.prefill_s(context_of(admitted)))
         elif running:
-            while not costs.holds(context_of(running) + len(running)):
+            while len(running) > 1 and not costs.holds(context_of(running) + len(running)):
                 self.put(replica, replica.bundle_of[running.pop()])
             self.start_iteration(replica, list(running), costs.decode_of(len(running), context_of(running)))
 
@@ -485,12 +487,12 @@ class Simulation:
         instance.calls[stage] = calls
         for call in calls:
             if instance.ended or not self.route(call):
-                return
-            if not inputs:
-                self.enter(call)
                 continue
-            transfer_s = max(self.transfer_s(done.replica.group, call.replica.group, size) for done, size in inputs)
-            self.at(self.now + transfer_s, ENTRY, lambda c=call: self.arrive_call(c))
+            if inputs:
+                transfer_s = max(self.transfer_s(done.replica.group, call.replica.group, size) for done, size in inputs)
+                self.at(self.now + transfer_s, ENTRY, lambda c=call: self.arrive_call(c))
+            else:
+                self.enter(call)
 
     def transfer_s(self, source: Group, target: Group, size: int) -> float:
         cluster = self.told.cluster
@@ -567,7 +569,7 @@ class Simulation:
             self.groups.append(group)
         same = [r for r in group.replicas if (r.entry.service, r.entry.variant) == (entry.service, entry.variant)]
         if not same:
-            same = [Replica(group, entry, self.told.costs.get((planned.id, entry.service, entry.variant)))]
+            same = [Replica(group, entry, self.told.costs(planned, entry))]
             group.replicas += same
         return same[0]
 
@@ -580,10 +582,12 @@ class Simulation:
             for replica in group.replicas:
                 replica.weight = 0.0
         weights = {(service, r.group): r.weight for service, routes in plan.routes.items() for r in routes}
-        for replica, entry in self.planned(plan):
-            if replica.loaded:
-                replica.weight = weights.get((entry.service, replica.group.id), 0.0)
-                replica.entry = entry
+        for planned in plan.groups:
+            for entry in planned.loadout:
+                replica = self.replica_of(planned, entry)
+                if replica.loaded:
+                    replica.weight = weights.get((entry.service, planned.id), 0.0)
+                    replica.entry, replica.costs = entry, self.told.costs(planned, entry)
         for group in self.groups:
             group.work_s = 0.0
             for replica in group.replicas:

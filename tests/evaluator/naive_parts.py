@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 
 from plans import Cluster, LoadoutEntry, Plan, Services
+from plans import Group as PlannedGroup
 
 MASK = 2**64 - 1
 GOLDEN = 0x9E3779B97F4A7C15
@@ -87,7 +88,7 @@ class View:
 
 @dataclass(frozen=True, kw_only=True)
 class Scenario:
-    """All that a run depends on. Factors are found by (service, variant), token costs by (group, service, variant)."""
+    """All that a run depends on. Factors are found by (service, variant), token costs by what is planned."""
 
     plan: Plan
     services: Services
@@ -109,7 +110,7 @@ class Scenario:
     credit_decrease: float = 0.7
     credit_target: int = 4
     max_prefill_tokens: int = 8192
-    costs: Mapping[tuple[str, str, str], TokenCosts] = field(default_factory=dict)
+    costs: Callable[[PlannedGroup, LoadoutEntry], TokenCosts | None] = lambda group, entry: None
     seed: int = 0
     changes: Sequence[NewPlan | Failure | Recovery] = ()
     detection_s: float = 1.0
