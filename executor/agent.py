@@ -3,25 +3,31 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import importlib.metadata
 import logging
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import grpc.aio
 from grpc_health.v1 import health_pb2
 
 from executor.agent_control import AgentServicer
 from executor.agent_inference import InferenceServicer
-from executor.grpc_server import HealthServicer, listen, new_server, stop_signals
+from executor.agent_metrics import agent_metrics
+from executor.forwarding import FORWARD, ForwardServicer
+from executor.grpc_server import HealthServicer, RpcServer, stop_signals
+from executor.http_server import http_server, metrics_application
 from executor.journal import Journal
 from executor.logs import log_failure
+from executor.metrics import exposition
 from executor.node import Node, NodeSettings
 from executor.proto import control_pb2, control_pb2_grpc, open_inference_pb2, open_inference_pb2_grpc
+from executor.roles import Role
 from executor.state import Phase
 from executor.state_folder import locked_folder
 from executor.tensors import TensorLimits
+from executor.tls import Credentials, TlsFiles, check_transport
 from executor.worker_link import WorkerSettings
 from plans.errors import Fault, InvalidInput
 
@@ -34,6 +40,7 @@ _Status = health_pb2.HealthCheckResponse
 _SERVICES = (
     control_pb2.DESCRIPTOR.services_by_name["Agent"].full_name,
     open_inference_pb2.DESCRIPTOR.services_by_name["GRPCInferenceService"].full_name,
+    FORWARD,
 )
 
 _STOP_GRACE_S = 2.0
@@ -58,6 +65,9 @@ class AgentConfig:
         max_message_bytes: Largest message taken or sent.
         drain_s: How long a replica that left the plan may go on answering what it has taken.
         log_level: Of the workers.
+        tls: Certificate, key and authorities; without them the agent speaks in the clear.
+        insecure: Whether it may do so off loopback.
+        metrics: ``host:port`` where Prometheus is answered; empty for nowhere.
 
     Raises:
         InvalidInput: A value is impossible; with every fault.
@@ -76,6 +86,9 @@ class AgentConfig:
     max_message_bytes: int = 64 * 2**20
     drain_s: float = 30.0
     log_level: str = "INFO"
+    tls: TlsFiles | None = None
+    insecure: bool = False
+    metrics: str = ""
 
     def __post_init__(self) -> None:
         faults = [
@@ -105,29 +118,71 @@ async def serve_agent(
         stop: Ends the agent from the same process.
 
     Raises:
-        InvalidInput: The address cannot be listened on, or the state folder cannot be used or is in use.
+        InvalidInput: The address cannot be listened on, or only with certificates; a certificate cannot be used; or the
+            state folder cannot be used or is in use.
         BadStoredData: The journal is damaged, or that of another node.
     """
     stopping = stop or asyncio.Event()
+    credentials = Credentials(config.tls) if config.tls else None
+    check_transport(config.address, credentials, insecure=config.insecure, where="--listen")
     with locked_folder(config.state_dir, "agent") as folder, stop_signals(stopping):
-        server, checks = new_server(config.max_message_bytes)
-        readiness = _Readiness(checks)
+        server = RpcServer(Role.AGENT, max_message_bytes=config.max_message_bytes, credentials=credentials)
+        readiness = _Readiness(server.checks)
         node = Node(_node_settings(config), Journal(folder), on_change=lambda: readiness.update(node))
-        _register(server, config, node)
+        services = _Services(config, node, server)
         try:
-            port = listen(server, config.address, _SERVICES)
+            port = server.listen(config.address, _SERVICES)
             await node.start()
-            await checks.set("", _Status.SERVING)
+            await server.checks.set("", _Status.SERVING)
             await server.start()
-            _log.info("event=agent_listening node=%s port=%d", config.node, port)
-            on_ready(port)
-            await stopping.wait()
+            async with services.metrics_server(credentials):
+                _log.info("event=agent_listening node=%s port=%d", config.node, port)
+                on_ready(port)
+                await stopping.wait()
             _log.info("event=agent_stopping node=%s", config.node)
-            await checks.enter_graceful_shutdown()
+            services.forward.close()
+            await server.checks.enter_graceful_shutdown()
         finally:
             await server.stop(_STOP_GRACE_S)
             await node.stop()
             await readiness.close()
+
+
+class _Services:
+    """What one agent answers with."""
+
+    def __init__(self, config: AgentConfig, node: Node, server: RpcServer) -> None:
+        version = importlib.metadata.version("foreplan")
+        self._config = config
+        self._control = AgentServicer(node, version=version)
+        limits = TensorLimits(total_bytes=config.max_message_bytes)
+        self._inference = InferenceServicer(node, version=version, limits=limits)
+        self.forward = ForwardServicer(
+            self._inference.forwarded, self._inference.wait_s, max_message_bytes=config.max_message_bytes
+        )
+        control_pb2_grpc.add_AgentServicer_to_server(self._control, server)  # type: ignore[no-untyped-call]
+        register = open_inference_pb2_grpc.add_GRPCInferenceServiceServicer_to_server
+        register(self._inference, server)  # type: ignore[no-untyped-call]
+        server.add_generic_rpc_handlers((self.forward.handler(),))
+
+    @contextlib.asynccontextmanager
+    async def metrics_server(self, credentials: Credentials | None) -> AsyncIterator[None]:
+        """Answer Prometheus inside the block, where an address for it is given."""
+        if not self._config.metrics:
+            yield
+            return
+        async with http_server(
+            metrics_application(self._metrics),
+            self._config.metrics,
+            where="--metrics",
+            credentials=credentials,
+            insecure=self._config.insecure,
+        ) as port:
+            _log.info("event=metrics_listening port=%d", port)
+            yield
+
+    def _metrics(self) -> bytes:
+        return exposition(agent_metrics(self._control.state(), self._inference.counters(), self._control.devices()))
 
 
 def _node_settings(config: AgentConfig) -> NodeSettings:
@@ -145,15 +200,6 @@ def _node_settings(config: AgentConfig) -> NodeSettings:
             log_level=config.log_level,
         ),
     )
-
-
-def _register(server: grpc.aio.Server, config: AgentConfig, node: Node) -> None:
-    version = importlib.metadata.version("foreplan")
-    control_pb2_grpc.add_AgentServicer_to_server(AgentServicer(node, version=version), server)  # type: ignore[no-untyped-call]
-    limits = TensorLimits(total_bytes=config.max_message_bytes)
-    inference = InferenceServicer(node, version=version, limits=limits)
-    register = open_inference_pb2_grpc.add_GRPCInferenceServiceServicer_to_server
-    register(inference, server)  # type: ignore[no-untyped-call]
 
 
 class _Readiness:

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Iterable
-from typing import Any
+import time
+from collections.abc import Awaitable, Callable, Coroutine, Iterable
+from typing import Any, TypeVar
 
+import grpc
 import grpc.aio
 import psutil
 
+from executor.control_client import LEASE_METADATA
+from executor.device_memory import DeviceReading, device_readings
 from executor.errors import details_of, status_of
+from executor.lease import Lease
 from executor.node import Node
 from executor.proto import control_pb2 as pb
 from executor.proto import control_pb2_grpc as pb_grpc
@@ -20,6 +26,10 @@ from plans.errors import ForeplanError, InvalidInput
 __all__ = ["AgentServicer", "resident_bytes"]
 
 Context = grpc.aio.ServicerContext[Any, Any]
+_Answer = TypeVar("_Answer")
+
+_LONGEST_LEASE_S = 600.0
+_DEVICES_S = 1.0
 
 
 class AgentServicer(pb_grpc.AgentServicer):
@@ -28,11 +38,16 @@ class AgentServicer(pb_grpc.AgentServicer):
     Args:
         node: The node.
         version: Of Foreplan.
+        clock: The time in seconds.
     """
 
-    def __init__(self, node: Node, *, version: str) -> None:
+    def __init__(self, node: Node, *, version: str, clock: Callable[[], float] = time.monotonic) -> None:
         self._node = node
         self._version = version
+        self._clock = clock
+        self._lease = Lease()
+        self._devices: tuple[DeviceReading, ...] = ()
+        self._devices_until_s = -math.inf
 
     async def GetState(self, request: pb.GetStateRequest, context: Context) -> pb.AgentState:  # noqa: N802
         """What the node runs now."""
@@ -41,41 +56,66 @@ class AgentServicer(pb_grpc.AgentServicer):
     async def Validate(self, request: pb.DesiredState, context: Context) -> pb.ValidateResponse:  # noqa: N802
         """Every reason why the node cannot run the state; nothing is changed."""
         try:
-            return faults_to_proto(await self._node.faults_of(desired_state_from_proto(request)))
+            desired = desired_state_from_proto(request)
+            faults = await self._node.faults_of(desired)
+            return faults_to_proto(faults, () if faults else self._node.would_wait(desired))
         except InvalidInput as error:
             return faults_to_proto(error.faults)
 
     async def Stage(self, request: pb.DesiredState, context: Context) -> pb.StageResponse:  # noqa: N802
         """Load the state beside what runs."""
-        try:
+
+        async def stage() -> pb.StageResponse:
             return stage_response_to_proto(await self._node.stage(desired_state_from_proto(request)))
-        except ForeplanError as error:
-            return await context.abort(status_of(error), details_of(error))
+
+        return await self._changed(context, stage())
 
     async def Commit(self, request: pb.GenerationRequest, context: Context) -> pb.GenerationResponse:  # noqa: N802
         """Let what is staged serve."""
-        try:
-            return pb.GenerationResponse(
-                generation=await self._node.commit(request.generation, request.placement_digest)
-            )
-        except ForeplanError as error:
-            return await context.abort(status_of(error), details_of(error))
+        return await self._changed(context, self._moved(self._node.commit, request))
 
     async def Finish(self, request: pb.GenerationRequest, context: Context) -> pb.GenerationResponse:  # noqa: N802
         """Drain and unload what left the plan, then load what had to wait."""
-        try:
-            return pb.GenerationResponse(
-                generation=await self._node.finish(request.generation, request.placement_digest)
-            )
-        except ForeplanError as error:
-            return await context.abort(status_of(error), details_of(error))
+        return await self._changed(context, self._moved(self._node.finish, request))
 
     async def Abort(self, request: pb.GenerationRequest, context: Context) -> pb.GenerationResponse:  # noqa: N802
         """Drop what is staged."""
+        return await self._changed(context, self._moved(self._node.abort, request))
+
+    async def Drain(self, request: pb.DrainRequest, context: Context) -> pb.DrainResponse:  # noqa: N802
+        """Take the node out of the rotation, or back into it."""
+
+        async def drain() -> pb.DrainResponse:
+            await self._node.drain(request.drained)
+            return pb.DrainResponse(drained=request.drained)
+
+        return await self._changed(context, drain())
+
+    async def Lease(self, request: pb.LeaseRequest, context: Context) -> pb.LeaseResponse:  # noqa: N802
+        """Let one controller change the node, for a while."""
+        if not request.holder or not 0 <= request.ttl_s <= _LONGEST_LEASE_S:
+            problem = f"a holder, and a time of 0 to {_LONGEST_LEASE_S:g} s"
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, problem)
+        now_s = self._clock()
+        granted = self._lease.ask(request.holder, request.ttl_s, now_s)
+        return pb.LeaseResponse(
+            granted=granted, holder=self._lease.holder(now_s), remaining_s=self._lease.remaining_s(now_s)
+        )
+
+    async def _moved(
+        self, move: Callable[[int, str], Awaitable[int]], request: pb.GenerationRequest
+    ) -> pb.GenerationResponse:
+        return pb.GenerationResponse(generation=await move(request.generation, request.placement_digest))
+
+    async def _changed(self, context: Context, change: Coroutine[Any, Any, _Answer]) -> _Answer:
+        """Make a change, for the holder of the lease only, and tell of errors by their status."""
         try:
-            return pb.GenerationResponse(
-                generation=await self._node.abort(request.generation, request.placement_digest)
-            )
+            self._lease.check(_caller(context), self._clock())
+        except ForeplanError as error:
+            change.close()
+            return await context.abort(status_of(error), details_of(error))
+        try:
+            return await change
         except ForeplanError as error:
             return await context.abort(status_of(error), details_of(error))
 
@@ -94,7 +134,19 @@ class AgentServicer(pb_grpc.AgentServicer):
             device_count=node.settings.device_count,
             resident_bytes=resident_bytes([os.getpid(), *(worker for worker in workers if worker is not None)]),
             ready=node.ready,
+            drained=node.drained,
+            leased_to=self._lease.holder(self._clock()),
+            device_used_bytes=tuple(reading.used_bytes for reading in self.devices()),
         )
+
+    def devices(self) -> tuple[DeviceReading, ...]:
+        """Return what the node's devices say, at most a second old: asking them takes milliseconds."""
+        now_s = self._clock()
+        if now_s >= self._devices_until_s:
+            worker = self._node.settings.worker
+            self._devices = device_readings(worker.device, self._node.settings.device_count)
+            self._devices_until_s = now_s + _DEVICES_S
+        return self._devices
 
 
 def resident_bytes(processes: Iterable[int]) -> int:
@@ -106,3 +158,10 @@ def resident_bytes(processes: Iterable[int]) -> int:
         except psutil.NoSuchProcess:
             continue
     return total
+
+
+def _caller(context: Context) -> str:
+    for key, value in context.invocation_metadata() or ():
+        if key == LEASE_METADATA:
+            return value if isinstance(value, str) else value.decode(errors="replace")
+    return ""

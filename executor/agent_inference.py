@@ -11,7 +11,9 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import grpc
 import grpc.aio
+from google.protobuf.message import DecodeError
 
 from executor.errors import PlacementIsPlanned, RequestRefused, UnknownService, details_of, status_of
 from executor.infer_header import GROUP_METADATA, LONGEST_DEADLINE_S, deadline_of
@@ -21,6 +23,7 @@ from executor.proto import open_inference_pb2_grpc as pb_grpc
 from executor.replica import Replica
 from executor.runtime.protocol import TensorSpec, batch_of
 from executor.state import Phase
+from executor.statistics import Counters, statistics_to_proto
 from executor.tensors import TensorLimits, decode_inputs, described_inputs, encode_response
 from executor.worker_wire import Loaded
 from plans.errors import ForeplanError, InvalidInput
@@ -82,7 +85,7 @@ class InferenceServicer(pb_grpc.GRPCInferenceServiceServicer):
     ) -> pb.ServerMetadataResponse:
         """Name and version of this server."""
         return pb.ServerMetadataResponse(
-            name="foreplan-agent", version=self._version, extensions=["model_repository", "parameters"]
+            name="foreplan-agent", version=self._version, extensions=["model_repository", "parameters", "statistics"]
         )
 
     async def ModelReady(self, request: pb.ModelReadyRequest, context: Context) -> pb.ModelReadyResponse:  # noqa: N802
@@ -145,6 +148,51 @@ class InferenceServicer(pb_grpc.GRPCInferenceServiceServicer):
             return await self._infer(request, arrived_s, context.time_remaining(), _group_in(context))
         except ForeplanError as error:
             return await context.abort(status_of(error), details_of(error))
+
+    async def forwarded(self, body: bytes, group: str, timeout_s: float) -> bytes:
+        """Run a serialised ``ModelInferRequest`` on ``group``, and return the serialised answer.
+
+        Raises:
+            RequestRefused: It gets no result.
+            InvalidInput: It is no such message, or not one that the model takes.
+        """
+        arrived_s = self._clock()
+        try:
+            request = pb.ModelInferRequest.FromString(body)
+        except DecodeError as error:
+            raise InvalidInput.of("a ModelInferRequest", where="request", found=f"other bytes ({error})") from error
+        answer = await self._infer(request, arrived_s, timeout_s, group)
+        return answer.SerializeToString()
+
+    def wait_s(self, group: str) -> float:
+        """Return the seconds until a request that arrives at ``group`` now would start; 0 for a group not here."""
+        server = self._node.upkeep.groups.get(group)
+        return server.expected_wait_s() if server else 0.0
+
+    async def ModelStatistics(  # noqa: N802
+        self, request: pb.ModelStatisticsRequest, context: Context
+    ) -> pb.ModelStatisticsResponse:
+        """What became of the requests of a service, or of every service, since its replicas were made."""
+        counters = self.counters()
+        if request.version not in ("", MODEL_VERSION):
+            counters = {}
+        if request.name:
+            counters = {name: found for name, found in counters.items() if name == request.name}
+            if not counters:
+                problem = f"service {request.name!r} does not run on node {self._node.settings.node!r}"
+                return await context.abort(grpc.StatusCode.NOT_FOUND, problem)
+        return pb.ModelStatisticsResponse(
+            model_stats=[statistics_to_proto(name, MODEL_VERSION, found) for name, found in counters.items()]
+        )
+
+    def counters(self) -> dict[str, list[Counters]]:
+        """Return the counters of every replica, by service."""
+        found: dict[str, list[Counters]] = {}
+        for key in self._node.upkeep.replicas:
+            server = self._node.upkeep.groups.get(key.group)
+            if server is not None and key in server.counters:
+                found.setdefault(key.service, []).append(server.counters[key])
+        return found
 
     async def _infer(
         self, request: pb.ModelInferRequest, arrived_s: float, time_remaining_s: float | None, group: str | None

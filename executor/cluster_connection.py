@@ -11,6 +11,7 @@ import grpc.aio
 
 from executor.control_client import AgentClient, GatewayClient, channel_options
 from executor.state import AgentState, GatewayState
+from executor.tls import Dialer
 from plans.cluster import Cluster
 from plans.errors import InvalidInput, RemoteFailure
 
@@ -38,17 +39,20 @@ async def _outcome(call: Awaitable[_Answer]) -> tuple[_Answer | None, RemoteFail
 class ClusterConnection:
     """Clients for the agents of ``cluster`` (by node name) and for the gateways (by address). An async context.
 
+    Channels are opened by ``dialer``; without one, in the clear.
+
     Raises:
         InvalidInput: A gateway's address is no ``host:port``, or none is given.
     """
 
-    def __init__(self, cluster: Cluster, gateways: Sequence[str]) -> None:
+    def __init__(self, cluster: Cluster, gateways: Sequence[str], dialer: Dialer | None = None) -> None:
         if not gateways:
             raise InvalidInput.of("the host:port of at least one gateway", where="--gateway", found="none")
         for address in gateways:
             if not address.rpartition(":")[2].isdigit() or address.startswith(":"):
                 raise InvalidInput.of("host:port", where="--gateway", found=repr(address))
         self._cluster = cluster
+        self._dialer = dialer or Dialer()
         self._addresses = tuple(dict.fromkeys(gateways))
         self._channels: list[grpc.aio.Channel] = []
         self.agents: dict[str, AgentClient] = {}
@@ -87,6 +91,6 @@ class ClusterConnection:
         return state
 
     def _open(self, address: str) -> grpc.aio.Channel:
-        channel = grpc.aio.insecure_channel(address, options=channel_options(_MAX_MESSAGE_BYTES))
+        channel = self._dialer.open(address, channel_options(_MAX_MESSAGE_BYTES))
         self._channels.append(channel)
         return channel

@@ -10,6 +10,7 @@ from typing import Any
 from executor.apply_plan import Live, live_prior, replicas_of
 from executor.cluster_connection import ClusterConnection
 from executor.state import AgentState, GatewayState, Phase, ReplicaKey, ReplicaState
+from executor.tls import Dialer
 from plans.cluster import Cluster
 from plans.plan import Plan, Prior
 
@@ -90,7 +91,12 @@ class ClusterStatus:
 
 
 async def status(
-    cluster: Cluster, gateways: Sequence[str], *, plan: Plan | None = None, timeout_s: float = 5.0
+    cluster: Cluster,
+    gateways: Sequence[str],
+    *,
+    plan: Plan | None = None,
+    timeout_s: float = 5.0,
+    dialer: Dialer | None = None,
 ) -> ClusterStatus:
     """Ask every agent of ``cluster`` and every gateway for its state, and compare it with what shall be.
 
@@ -99,11 +105,12 @@ async def status(
         gateways: ``host:port`` of each gateway.
         plan: What shall run; without it, what the gateways route to.
         timeout_s: Seconds that a peer has to answer. Peers that do not are named in the result.
+        dialer: Opens the channels; without one, in the clear.
 
     Raises:
         InvalidInput: No gateway is named, or an address is none.
     """
-    async with ClusterConnection(cluster, gateways) as connection:
+    async with ClusterConnection(cluster, gateways, dialer) as connection:
         agents, doors, lost = await connection.states(timeout_s=timeout_s)
     problems = {name: failure.problem for name, failure in lost.items()}
     return cluster_status(cluster, tuple(dict.fromkeys(gateways)), agents, doors, problems, plan)

@@ -13,7 +13,10 @@ from executor.proto import control_pb2, control_pb2_grpc
 from executor.state import AgentState, DesiredState, GatewayState, ReplicaKey, RoutingTable
 from plans.errors import Fault, InvalidInput, RemoteFailure
 
-__all__ = ["AgentClient", "GatewayClient", "channel_options", "remote_failure"]
+__all__ = ["LEASE_METADATA", "AgentClient", "GatewayClient", "channel_options", "remote_failure"]
+
+LEASE_METADATA = "foreplan-lease"
+"""Metadata key by which a controller says under which name it calls."""
 
 _PASSING = {
     grpc.StatusCode.UNAVAILABLE,
@@ -56,10 +59,15 @@ async def _answer(peer: str, call: Awaitable[Any]) -> Any:
 
 
 class AgentClient:
-    """Calls to one agent; ``name`` is how failures call it. Every method raises `RemoteFailure` when its call fails."""
+    """Calls to one agent; ``name`` is how failures call it. Every method raises `RemoteFailure` when its call fails.
+
+    Attributes:
+        holder: The controller under whose name the calls are made; see `executor.lease`.
+    """
 
     def __init__(self, channel: grpc.aio.Channel, name: str) -> None:
         self.name = name
+        self.holder = ""
         self._stub = control_pb2_grpc.AgentStub(channel)  # type: ignore[no-untyped-call]
 
     async def state(self, *, timeout_s: float) -> AgentState:
@@ -72,27 +80,51 @@ class AgentClient:
             problem = f"its answer is not one that this version knows: {error}"
             raise RemoteFailure(self.name, problem, retryable=False) from error
 
-    async def validate(self, desired: DesiredState, *, timeout_s: float) -> tuple[Fault, ...]:
-        """Return every reason why the node cannot run ``desired``; the agent changes nothing."""
-        call = self._stub.Validate(wire.desired_state_to_proto(desired), timeout=timeout_s)
-        return wire.faults_from_proto(await _answer(self.name, call), where=self.name)
+    async def validate(
+        self, desired: DesiredState, *, timeout_s: float
+    ) -> tuple[tuple[Fault, ...], tuple[ReplicaKey, ...]]:
+        """Return every reason why the node cannot run ``desired``, and what would have to wait for memory.
+
+        The agent changes nothing.
+        """
+        call = self._stub.Validate(wire.desired_state_to_proto(desired), timeout=timeout_s, metadata=self._metadata)
+        return wire.validation_from_proto(await _answer(self.name, call), where=self.name)
 
     async def stage(self, desired: DesiredState, *, timeout_s: float) -> tuple[ReplicaKey, ...]:
         """Load what ``desired`` adds beside what runs; return the replicas that must wait for memory."""
-        call = self._stub.Stage(wire.desired_state_to_proto(desired), timeout=timeout_s)
+        call = self._stub.Stage(wire.desired_state_to_proto(desired), timeout=timeout_s, metadata=self._metadata)
         return wire.stage_response_from_proto(await _answer(self.name, call))
 
     async def commit(self, generation: int, digest: str, *, timeout_s: float) -> None:
         """Let replicas staged for the plan ``digest`` as ``generation`` take requests."""
-        await _answer(self.name, self._stub.Commit(_generation(generation, digest), timeout=timeout_s))
+        await self._move(self._stub.Commit, generation, digest, timeout_s)
 
     async def finish(self, generation: int, digest: str, *, timeout_s: float) -> None:
         """Drain and unload what left the plan, then load what waited for memory."""
-        await _answer(self.name, self._stub.Finish(_generation(generation, digest), timeout=timeout_s))
+        await self._move(self._stub.Finish, generation, digest, timeout_s)
 
     async def abort(self, generation: int, digest: str, *, timeout_s: float) -> None:
         """Take everything of the plan ``digest`` as ``generation`` back."""
-        await _answer(self.name, self._stub.Abort(_generation(generation, digest), timeout=timeout_s))
+        await self._move(self._stub.Abort, generation, digest, timeout_s)
+
+    async def lease(self, holder: str, ttl_s: float, *, timeout_s: float) -> str:
+        """Ask for the node's lease, or with 0 seconds give it back; return who else has it, or nothing."""
+        call = self._stub.Lease(control_pb2.LeaseRequest(holder=holder, ttl_s=ttl_s), timeout=timeout_s)
+        answer = await _answer(self.name, call)
+        return "" if answer.granted else str(answer.holder)
+
+    async def drain(self, drained: bool, *, timeout_s: float) -> None:
+        """Take the node out of the rotation of every gateway, or back into it."""
+        request = control_pb2.DrainRequest(drained=drained)
+        await _answer(self.name, self._stub.Drain(request, timeout=timeout_s, metadata=self._metadata))
+
+    async def _move(self, call: Any, generation: int, digest: str, timeout_s: float) -> None:
+        request = control_pb2.GenerationRequest(generation=generation, placement_digest=digest)
+        await _answer(self.name, call(request, timeout=timeout_s, metadata=self._metadata))
+
+    @property
+    def _metadata(self) -> tuple[tuple[str, str], ...]:
+        return ((LEASE_METADATA, self.holder),) if self.holder else ()
 
 
 class GatewayClient:
@@ -110,7 +142,3 @@ class GatewayClient:
     async def set_routes(self, table: RoutingTable, *, timeout_s: float) -> None:
         """Put ``table`` in force."""
         await _answer(self.name, self._stub.SetRoutes(wire.routing_table_to_proto(table), timeout=timeout_s))
-
-
-def _generation(generation: int, digest: str) -> control_pb2.GenerationRequest:
-    return control_pb2.GenerationRequest(generation=generation, placement_digest=digest)

@@ -8,6 +8,7 @@ was killed in between is taken up by running it again.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,8 +16,10 @@ from dataclasses import dataclass
 from executor.apply_plan import Fresh, InForce, Live, ReplicaChange, Stale, assess, changes, check_plan
 from executor.cluster_connection import ClusterConnection
 from executor.cluster_status import ClusterStatus, status
+from executor.lease import LeaseTiming, holding, new_holder
 from executor.rollout import ApplyTimeouts, Progress, ProgressEvent, Rollout, TakenBack
 from executor.state import ReplicaKey
+from executor.tls import Dialer
 from plans.cluster import Cluster
 from plans.errors import ApplyRolledBack, RemoteFailure, StalePlan
 from plans.plan import Plan, Prior
@@ -26,6 +29,7 @@ __all__ = [
     "ApplyResult",
     "ApplyTimeouts",
     "ClusterStatus",
+    "LeaseTiming",
     "NoChanges",
     "Progress",
     "ProgressEvent",
@@ -57,11 +61,16 @@ class Applied:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WouldApply:
-    """What an apply would do; nothing was changed. ``left_over`` is what an apply of the live plan would put right."""
+    """What an apply would do; nothing was changed.
+
+    ``deferred`` would have to wait for the memory of what it replaces: what fits beside it on the same devices, planned
+    before it, is deducted. ``left_over`` is what an apply of the live plan would put right.
+    """
 
     generation: int
     placement_digest: str
     changes: tuple[ReplicaChange, ...]
+    deferred: tuple[ReplicaKey, ...] = ()
     left_over: tuple[str, ...] = ()
 
 
@@ -87,6 +96,8 @@ async def apply(
     dry_run: bool = False,
     timeouts: ApplyTimeouts | None = None,
     progress: Progress = _silent,
+    dialer: Dialer | None = None,
+    lease: LeaseTiming | None = None,
 ) -> ApplyResult:
     """Bring every node of ``cluster``, and the routes of ``gateways``, to ``plan``.
 
@@ -99,10 +110,12 @@ async def apply(
         dry_run: Check everything, and say what would happen.
         timeouts: Limits of the calls.
         progress: Told about each step on each peer.
+        dialer: Opens the channels; without one, in the clear.
+        lease: How long to wait for another controller, and for how long the nodes are held.
 
     Raises:
         InvalidInput: The plan is for another cluster, or a node cannot run its part; with all faults.
-        StalePlan: Something else is live than what the plan was made against.
+        StalePlan: Something else is live than what the plan was made against, or another controller is at work.
         ApplyRolledBack: A step before the flip failed, and everything was taken back.
         RemoteFailure: A peer cannot be reached; or the routes have flipped and some peers are not done yet, in which
             case running the apply again goes on from there.
@@ -110,7 +123,9 @@ async def apply(
     limits = timeouts or ApplyTimeouts()
     started_s = asyncio.get_running_loop().time()
     check_plan(plan, cluster)
-    async with ClusterConnection(cluster, gateways) as connection:
+    async with ClusterConnection(cluster, gateways, dialer) as connection, contextlib.AsyncExitStack() as held:
+        if not dry_run:
+            await held.enter_async_context(holding(connection, new_holder(), lease or LeaseTiming()))
         live = await _live(connection, limits)
         standing = assess(plan, prior or plan.prior, live)
         match standing:
@@ -127,6 +142,7 @@ async def apply(
                 generation=generation,
                 placement_digest=plan.placement_digest,
                 changes=changes(plan, live),
+                deferred=tuple(key for keys in rollout.deferred.values() for key in keys),
                 left_over=found,
             )
         await _run(rollout, live)

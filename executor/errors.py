@@ -10,6 +10,7 @@ Under `plans.errors.ForeplanError`::
     ├── ReplicaUnavailable     the replica is loading, draining, or lost its worker: another one may serve
     └── ModelFailed            the model raised an error of its own
     WrongGeneration            a control call is older than what was seen, or does not follow on it
+    LeaseHeld                  another controller is changing the node
     PlacementIsPlanned         placement changes through `foreplan apply` only
     StateNotStored             the state folder cannot be written, so nothing was changed
     StageFailed                something that a plan needs could not be loaded; nothing was committed
@@ -28,6 +29,7 @@ from plans.errors import BadStoredData, ForeplanError, InvalidInput, RemoteFailu
 __all__ = [
     "Displaced",
     "Hopeless",
+    "LeaseHeld",
     "ModelFailed",
     "PlacementIsPlanned",
     "QueueFull",
@@ -79,6 +81,10 @@ class WrongGeneration(ForeplanError):
     """A control call is older than what was seen, or does not follow on it."""
 
 
+class LeaseHeld(ForeplanError):
+    """Another controller is changing the node."""
+
+
 class PlacementIsPlanned(ForeplanError):
     """A client asked for a change that only a plan can make."""
 
@@ -116,6 +122,7 @@ STATUS: Mapping[type[ForeplanError], grpc.StatusCode] = {
     ModelFailed: grpc.StatusCode.INTERNAL,
     RequestRefused: grpc.StatusCode.UNAVAILABLE,
     WrongGeneration: grpc.StatusCode.FAILED_PRECONDITION,
+    LeaseHeld: grpc.StatusCode.FAILED_PRECONDITION,
     PlacementIsPlanned: grpc.StatusCode.FAILED_PRECONDITION,
     StageFailed: grpc.StatusCode.ABORTED,
     StateNotStored: grpc.StatusCode.INTERNAL,

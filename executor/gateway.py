@@ -19,10 +19,12 @@ from executor.gateway_inference import InferenceFrontDoor
 from executor.gateway_journal import RoutingJournal
 from executor.gateway_peer import INFERENCE, PeerTiming
 from executor.gateway_switchboard import Switchboard
-from executor.grpc_server import HealthServicer, listen, new_server, stop_signals
+from executor.grpc_server import HealthServicer, RpcServer, stop_signals
 from executor.logs import log_failure
 from executor.proto import control_pb2_grpc
+from executor.roles import Role
 from executor.state_folder import locked_folder
+from executor.tls import Credentials, Dialer, TlsFiles, check_transport
 
 __all__ = ["GatewayConfig", "running_gateway", "serve_gateway"]
 
@@ -44,6 +46,8 @@ class GatewayConfig:
         poll_timeout_s: Seconds without an answer after which an agent counts as lost. Together with the interval this
             bounds how long a machine that hangs stays in the rotation.
         grace_s: Seconds that requests in flight get when the gateway is told to stop.
+        tls: Certificate, key and authorities, towards callers and agents; without them everything is in the clear.
+        insecure: Whether it may be so off loopback.
     """
 
     listen: str
@@ -52,6 +56,8 @@ class GatewayConfig:
     poll_interval_s: float = 0.25
     poll_timeout_s: float = 0.7
     grace_s: float = 5.0
+    tls: TlsFiles | None = None
+    insecure: bool = False
 
 
 async def serve_gateway(config: GatewayConfig, on_ready: Callable[[str], None] = lambda _: None) -> None:
@@ -62,7 +68,8 @@ async def serve_gateway(config: GatewayConfig, on_ready: Callable[[str], None] =
         on_ready: Called once with the ``host:port`` that is listened on.
 
     Raises:
-        InvalidInput: The address cannot be listened on, or the state folder cannot be used or is in use.
+        InvalidInput: The address cannot be listened on, or only with certificates; a certificate cannot be used; or the
+            state folder cannot be used or is in use.
         BadStoredData: The routing table stored in the state folder is damaged.
     """
     stop = asyncio.Event()
@@ -81,17 +88,21 @@ async def running_gateway(config: GatewayConfig) -> AsyncIterator[str]:
         BadStoredData: As for `serve_gateway`.
     """
     changed = asyncio.Event()
+    credentials = Credentials(config.tls) if config.tls else None
+    check_transport(config.listen, credentials, insecure=config.insecure, where="--listen")
     with locked_folder(config.state_dir, "gateway") as folder:
         switchboard = Switchboard(
             journal=RoutingJournal(folder),
             timing=PeerTiming(poll_interval_s=config.poll_interval_s, poll_timeout_s=config.poll_timeout_s),
             max_message_bytes=config.max_message_bytes,
+            dialer=Dialer(credentials),
             on_change=changed.set,
         )
-        server, checks = new_server(config.max_message_bytes)
+        server = RpcServer(Role.GATEWAY, max_message_bytes=config.max_message_bytes, credentials=credentials)
+        checks = server.checks
         server.add_generic_rpc_handlers((InferenceFrontDoor(switchboard).handler(),))
         control_pb2_grpc.add_GatewayServicer_to_server(GatewayControl(switchboard), server)  # type: ignore[no-untyped-call]
-        port = listen(server, config.listen, (INFERENCE, _CONTROL))
+        port = server.listen(config.listen, (INFERENCE, _CONTROL))
         switchboard.restore()
         reporter = asyncio.create_task(_report_health(switchboard, checks, changed), name="health")
         reporter.add_done_callback(log_failure)

@@ -5,17 +5,20 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable
 from importlib.metadata import version
-from typing import Any, NoReturn
+from typing import Any
 
 import grpc
 import grpc.aio
 from google.protobuf.message import DecodeError
 
+from executor.forwarding import CallFailed
+from executor.gateway_metrics import GatewayMetrics
 from executor.gateway_peer import INFERENCE, Peer
 from executor.gateway_switchboard import Switchboard
-from executor.infer_header import LONGEST_DEADLINE_S, read_infer_header
+from executor.infer_header import LONGEST_DEADLINE_S, InferHeader, read_infer_header, small_fields
 from executor.proto import open_inference_pb2 as messages
 from executor.state import ServiceRoutes
+from executor.statistics import add_statistics
 from plans.errors import InvalidInput
 
 __all__ = ["InferenceFrontDoor"]
@@ -28,9 +31,12 @@ _Code = grpc.StatusCode
 class InferenceFrontDoor:
     """Answers ``inference.GRPCInferenceService``."""
 
-    def __init__(self, switchboard: Switchboard) -> None:
+    def __init__(self, switchboard: Switchboard, metrics: GatewayMetrics | None = None) -> None:
+        self.metrics = metrics or GatewayMetrics()
         self._switchboard = switchboard
         self._router = switchboard.router
+        self._clock = asyncio.get_running_loop().time
+        self._headers: dict[bytes, InferHeader] = {}
 
     def handler(self) -> grpc.GenericRpcHandler[Any, Any]:
         """Return the handler to register. ``ModelInfer`` and ``ModelMetadata`` answer with the agent's own bytes."""
@@ -43,6 +49,7 @@ class InferenceFrontDoor:
             ("ServerReady", self.server_ready),
             ("ServerMetadata", self.server_metadata),
             ("ModelReady", self.model_ready),
+            ("ModelStatistics", self.statistics),
             ("RepositoryIndex", self.repository_index),
             ("RepositoryModelLoad", self.repository_model_load),
             ("RepositoryModelUnload", self.repository_model_unload),
@@ -51,72 +58,139 @@ class InferenceFrontDoor:
         return grpc.method_handlers_generic_handler(INFERENCE, methods)
 
     async def infer(self, request: bytes, context: _Context[bytes, bytes]) -> bytes:
-        """Forward one inference request to the replica whose turn it is.
-
-        Its time is the least of the call's own timeout and the parameter ``deadline_ms``, and where it has neither, the
-        service's deadline; all count from the arrival here.
-        """
-        arrival_s = asyncio.get_running_loop().time()
+        """Forward one inference request to the replica whose turn it is; see `answer`."""
         try:
-            header = read_infer_header(request)
-        except InvalidInput as error:
-            await context.abort(_Code.INVALID_ARGUMENT, str(error))
-        routes = await self._routes(header.service, context)
-        limits_s = [limit for limit in (context.time_remaining(), header.deadline_s) if limit is not None]
-        deadline_s = arrival_s + min(LONGEST_DEADLINE_S, min(limits_s, default=routes.deadline_s))
-        return await self._forward(routes.service, request, Peer.infer, deadline_s, context)
+            return await self.answer(request, context.time_remaining())
+        except CallFailed as failed:
+            await context.abort(failed.code, failed.details)
 
     async def metadata(self, request: bytes, context: _Context[bytes, bytes]) -> bytes:
         """Forward a question for a service's tensors to a replica of it."""
         try:
+            return await self.describe(request, context.time_remaining())
+        except CallFailed as failed:
+            await context.abort(failed.code, failed.details)
+
+    async def statistics(
+        self, request: messages.ModelStatisticsRequest, context: _Context[Any, Any]
+    ) -> messages.ModelStatisticsResponse:
+        """Add up what the agents of a service, or of all services, say of it."""
+        try:
+            return await self.statistics_of(request.name, context.time_remaining())
+        except CallFailed as failed:
+            await context.abort(failed.code, failed.details)
+
+    async def answer(self, request: bytes, time_remaining_s: float | None) -> bytes:
+        """Return the answer to a serialised ``ModelInferRequest``, from the replica whose turn it is.
+
+        Its time is the least of ``time_remaining_s`` and the parameter ``deadline_ms``, and where it has neither, the
+        service's deadline; all count from the arrival here.
+
+        Raises:
+            CallFailed: With the status and message for the client.
+        """
+        arrival_s = self._clock()
+        try:
+            header = self._header(request)
+        except InvalidInput as error:
+            raise CallFailed(_Code.INVALID_ARGUMENT, str(error)) from error
+        service = header.service
+        routes = self._routes(service)
+        timeout_s = _timeout_s(time_remaining_s, header.deadline_s, routes.deadline_s)
+        self.metrics.begin()
+        code = _Code.CANCELLED
+        try:
+            wait_s = self._router.least_wait_s(service)
+            if wait_s > timeout_s:
+                problem = (
+                    f"{service!r}: {wait_s:.3f} s of work wait at every replica, the deadline is in {timeout_s:.3f} s"
+                )
+                raise CallFailed(_Code.RESOURCE_EXHAUSTED, problem)
+            answered = await self._forward(service, request, Peer.infer, arrival_s + timeout_s)
+            code = _Code.OK
+            return answered
+        except CallFailed as failed:
+            code = failed.code
+            raise
+        finally:
+            self.metrics.end(service, code, self._clock() - arrival_s)
+
+    async def describe(self, request: bytes, time_remaining_s: float | None) -> bytes:
+        """Return the answer to a serialised ``ModelMetadataRequest``.
+
+        Raises:
+            CallFailed: With the status and message for the client.
+        """
+        try:
             service = messages.ModelMetadataRequest.FromString(request).name
         except DecodeError as error:
-            await context.abort(_Code.INVALID_ARGUMENT, f"request: expected a ModelMetadataRequest ({error})")
-        await self._routes(service, context)
-        remaining_s = context.time_remaining()
-        deadline_s = asyncio.get_running_loop().time() + (_ASK_S if remaining_s is None else remaining_s)
-        return await self._forward(service, request, Peer.metadata, deadline_s, context)
+            raise CallFailed(_Code.INVALID_ARGUMENT, f"request: expected a ModelMetadataRequest ({error})") from error
+        self._routes(service)
+        deadline_s = self._clock() + (_ASK_S if time_remaining_s is None else time_remaining_s)
+        return await self._forward(service, request, Peer.metadata, deadline_s)
 
-    async def _routes(self, service: str, context: _Context[Any, Any]) -> ServiceRoutes:
+    async def statistics_of(self, service: str, time_remaining_s: float | None) -> messages.ModelStatisticsResponse:
+        """Return statistics of ``service``, or of every service when it is empty, added up over its agents.
+
+        Raises:
+            CallFailed: The plan has no such service, or an agent does not answer.
+        """
+        if service:
+            self._routes(service)
+        names = (service,) if service else self._router.services
+        nodes = {target.node for name in names for target in self._routes(name).targets}
+        timeout_s = _ASK_S if time_remaining_s is None else time_remaining_s
+        ask = messages.ModelStatisticsRequest(name=service).SerializeToString()
+        peers = [peer for node in sorted(nodes) if (peer := self._switchboard.peer(node)) is not None]
+        answers = await asyncio.gather(*(peer.call("ModelStatistics", ask, "", timeout_s) for peer in peers))
+        return add_statistics(names, [messages.ModelStatisticsResponse.FromString(answer) for answer in answers])
+
+    def _header(self, request: bytes) -> InferHeader:
+        """Return what the gateway must know of a request; the same small fields are read once only."""
+        small = small_fields(request)
+        header = self._headers.get(small)
+        if header is None:
+            header = read_infer_header(small)
+            if len(self._headers) >= _KNOWN_HEADERS:
+                self._headers.clear()
+            if len(small) <= _LONGEST_KNOWN:
+                self._headers[small] = header
+        return header
+
+    def _routes(self, service: str) -> ServiceRoutes:
         routes = self._router.routes(service)
         if routes is None:
             known = ", ".join(self._router.services) or "none: no plan is applied yet"
-            await context.abort(_Code.NOT_FOUND, f"no service {service!r} in the current plan; services: {known}")
+            problem = f"no service {service!r} in the current plan; services: {known}"
+            raise CallFailed(_Code.NOT_FOUND, problem)
         return routes
 
-    async def _forward(
-        self, service: str, request: bytes, send: _Send, deadline_s: float, context: _Context[bytes, bytes]
-    ) -> bytes:
+    async def _forward(self, service: str, request: bytes, send: _Send, deadline_s: float) -> bytes:
         """Send ``request`` to a target of ``service``, and to another one when the first proves unavailable."""
-        clock = asyncio.get_running_loop().time
-        failed: grpc.aio.AioRpcError | None = None
+        failed: CallFailed | None = None
         without = ""
         for _ in range(2):
             target = self._router.choose(service, without=without)
             peer = self._switchboard.peer(target.node) if target else None
-            remaining_s = deadline_s - clock()
+            remaining_s = deadline_s - self._clock()
             if target is None or peer is None or remaining_s <= 0:
                 break
+            if failed is not None:
+                self.metrics.retried(service)
             try:
                 return await send(peer, request, target.group, remaining_s)
-            except grpc.aio.AioRpcError as error:
+            except CallFailed as error:
                 failed = error
-                if error.code() is not _Code.UNAVAILABLE:
+                if error.code is not _Code.UNAVAILABLE:
                     break
-                self._switchboard.suspect(service, target.group, f"it answered UNAVAILABLE: {error.details()}")
+                self._switchboard.suspect(service, target.group, f"it answered UNAVAILABLE: {error.details}")
                 without = target.group
-        return await self._refuse(service, failed, clock() >= deadline_s, context)
-
-    async def _refuse(
-        self, service: str, failed: grpc.aio.AioRpcError | None, is_late: bool, context: _Context[Any, Any]
-    ) -> NoReturn:
         if failed is not None:
-            metadata: Any = failed.trailing_metadata() or ()
-            await context.abort(failed.code(), failed.details() or "", tuple(metadata))
-        if is_late:
-            await context.abort(_Code.DEADLINE_EXCEEDED, f"no time left for {service!r} when it arrived")
+            raise failed
+        if self._clock() >= deadline_s:
+            raise CallFailed(_Code.DEADLINE_EXCEEDED, f"no time left for {service!r} when it arrived")
         problem = self._router.problem(service)
-        await context.abort(_Code.UNAVAILABLE, f"no replica of {service!r} can take requests: {problem}")
+        raise CallFailed(_Code.UNAVAILABLE, f"no replica of {service!r} can take requests: {problem}")
 
     async def server_live(self, _: messages.ServerLiveRequest, __: _Context[Any, Any]) -> messages.ServerLiveResponse:
         """Say that the process answers."""
@@ -133,7 +207,7 @@ class InferenceFrontDoor:
     ) -> messages.ServerMetadataResponse:
         """Name this server."""
         return messages.ServerMetadataResponse(
-            name="foreplan-gateway", version=version("foreplan"), extensions=["model_repository"]
+            name="foreplan-gateway", version=version("foreplan"), extensions=["model_repository", "statistics"]
         )
 
     async def model_ready(
@@ -177,6 +251,15 @@ class InferenceFrontDoor:
 
 _ASK_S = 5.0
 """Seconds that a call about metadata may take when its caller sets no limit."""
+
+_KNOWN_HEADERS, _LONGEST_KNOWN = 4096, 256
+"""How many headers are remembered, and the longest of them in bytes."""
+
+
+def _timeout_s(time_remaining_s: float | None, asked_s: float | None, default_s: float) -> float:
+    if time_remaining_s is None:
+        return min(LONGEST_DEADLINE_S, default_s if asked_s is None else asked_s)
+    return min(LONGEST_DEADLINE_S, time_remaining_s if asked_s is None else min(asked_s, time_remaining_s))
 
 
 def _typed(name: str, behaviour: Callable[..., Awaitable[Any]]) -> grpc.RpcMethodHandler[Any, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -10,16 +11,20 @@ import grpc
 import grpc.aio
 
 from executor.control_client import AgentClient, channel_options
+from executor.forwarding import ENVELOPE_BYTES, CallFailed, ForwardLink, shared_bytes
 from executor.infer_header import GROUP_METADATA, group_mark
 from executor.logs import log_failure
 from executor.routing import NodeView, view_of
 from executor.state import Backend
+from executor.tls import Dialer
 from plans.errors import RemoteFailure
 
 __all__ = ["INFERENCE", "Peer", "PeerTiming"]
 
 INFERENCE = "inference.GRPCInferenceService"
 _UP = grpc.ChannelConnectivity.READY
+_LEAVE_S = 60.0
+"""How long calls may go on over a channel that newer certificates have replaced."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,8 +38,36 @@ class PeerTiming:
     poll_timeout_s: float = 0.7
 
 
+class _Line:
+    """A channel and what is done over it."""
+
+    def __init__(self, channel: grpc.aio.Channel, name: str, version: int, link: ForwardLink) -> None:
+        self.channel = channel
+        self.version = version
+        self.agent = AgentClient(channel, name)
+        self.link = link
+        self.calls = {
+            name: channel.unary_unary(f"/{INFERENCE}/{name}", None, None)
+            for name in ("ModelInfer", "ModelMetadata", "ModelStatistics")
+        }
+
+    async def close(self, grace_s: float) -> None:
+        """Close the channel; calls in flight get ``grace_s`` seconds to end."""
+        await self.link.close(grace_s)
+        await self.channel.close(grace_s)
+
+
 class Peer:
-    """A channel to one agent. `start` begins the watch, which reports every answer and every loss to ``on_view``."""
+    """A channel to one agent. `start` begins the watch.
+
+    Args:
+        backend: The agent.
+        timing: How closely it is watched.
+        max_message_bytes: Largest message to and from it.
+        dialer: Opens the channel, and again when certificates have changed.
+        on_view: Told every answer to the watch, and every loss.
+        on_wait: Told the expected wait of a group, seconds, with every answer.
+    """
 
     def __init__(
         self,
@@ -42,19 +75,30 @@ class Peer:
         *,
         timing: PeerTiming,
         max_message_bytes: int,
+        dialer: Dialer,
         on_view: Callable[[Backend, NodeView], None],
+        on_wait: Callable[[str, float], None],
     ) -> None:
         self.backend = backend
         self._timing = timing
+        self._max_message_bytes = max_message_bytes
+        self._shared_bytes = shared_bytes(max_message_bytes)
+        self._dialer = dialer
         self._on_view = on_view
-        self._channel = grpc.aio.insecure_channel(backend.address, options=channel_options(max_message_bytes))
-        self._agent = AgentClient(self._channel, backend.address)
-        self._infer = self._channel.unary_unary(f"/{INFERENCE}/ModelInfer", bytes, bytes)
-        self._metadata = self._channel.unary_unary(f"/{INFERENCE}/ModelMetadata", bytes, bytes)
+        self._on_wait = on_wait
+        self._line = self._open()
+        self._marks: dict[str, bytes] = {}
         self._wake = asyncio.Event()
         self._polls = 0
         self._answered = 0
         self._tasks: Sequence[asyncio.Task[None]] = ()
+        self._leaving: set[asyncio.Task[None]] = set()
+
+    def _open(self) -> _Line:
+        version = self._dialer.version
+        channel = self._dialer.open(self.backend.address, channel_options(self._max_message_bytes + ENVELOPE_BYTES))
+        link = ForwardLink(channel, self._on_wait, max_message_bytes=self._max_message_bytes)
+        return _Line(channel, self.backend.address, version, link)
 
     def start(self) -> None:
         """Begin to watch."""
@@ -70,20 +114,39 @@ class Peer:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        await self._channel.close(grace_s)
+        await asyncio.gather(self._line.close(grace_s), *self._leaving)
 
     async def infer(self, request: bytes, group: str, timeout_s: float) -> bytes:
         """Send a serialised ``ModelInferRequest`` to ``group``; return the answer, with the group added.
 
         Raises:
-            grpc.aio.AioRpcError: The call ended with a status other than OK.
+            CallFailed: The call ended with a status other than OK.
         """
-        answer: bytes = await self._infer(request, timeout=timeout_s, metadata=((GROUP_METADATA, group),))
-        return answer + group_mark(group)
+        if len(request) <= self._shared_bytes:
+            answer = await self._line.link.send(request, group, timeout_s)
+        else:
+            answer = await self.call("ModelInfer", request, group, timeout_s)
+        mark = self._marks.get(group)
+        if mark is None:
+            mark = self._marks[group] = group_mark(group)
+        return answer + mark
 
     async def metadata(self, request: bytes, group: str, timeout_s: float) -> bytes:
         """Send a serialised ``ModelMetadataRequest``, as `infer` does."""
-        answer: bytes = await self._metadata(request, timeout=timeout_s, metadata=((GROUP_METADATA, group),))
+        return await self.call("ModelMetadata", request, group, timeout_s)
+
+    async def call(self, method: str, request: bytes, group: str, timeout_s: float) -> bytes:
+        """Make a call of its own.
+
+        Raises:
+            CallFailed: It ended with a status other than OK.
+        """
+        try:
+            answer: bytes = await self._line.calls[method](
+                request, timeout=timeout_s, metadata=((GROUP_METADATA, group),)
+            )
+        except grpc.aio.AioRpcError as error:
+            raise CallFailed(error.code(), error.details() or "") from error
         return answer
 
     async def poll(self) -> None:
@@ -91,7 +154,7 @@ class Peer:
         self._polls += 1
         turn = self._polls
         try:
-            state = await self._agent.state(timeout_s=self._timing.poll_timeout_s)
+            state = await self._line.agent.state(timeout_s=self._timing.poll_timeout_s)
             view = view_of(self.backend.node, state)
         except RemoteFailure as error:
             view = NodeView(problem=f"its agent gives no state: {error}", doubtful=_is_slow(error))
@@ -102,22 +165,42 @@ class Peer:
     async def _poll_for_ever(self) -> None:
         while True:
             self._wake.clear()
+            if self._line.version != self._dialer.version:
+                self._replace_line()
             await self.poll()
             try:
                 await asyncio.wait_for(self._wake.wait(), self._timing.poll_interval_s)
             except TimeoutError:
                 continue
 
+    def _replace_line(self) -> None:
+        """Go on over a new channel, with the certificates of now; what is in flight ends on the old one."""
+        old, self._line = self._line, self._open()
+        task = asyncio.create_task(old.close(_LEAVE_S))
+        self._leaving.add(task)
+        task.add_done_callback(self._leaving.discard)
+        task.add_done_callback(log_failure)
+
     async def _watch_connection(self) -> None:
-        state = self._channel.get_state(try_to_connect=True)
+        line = self._line
+        state = line.channel.get_state(try_to_connect=True)
         while True:
             was_up = state is _UP
-            await self._channel.wait_for_state_change(state)
-            state = self._channel.get_state(try_to_connect=True)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(line.channel.wait_for_state_change(state), _LOOK_S)
+            if line is not self._line:
+                line = self._line
+                state = line.channel.get_state(try_to_connect=True)
+                continue
+            state = line.channel.get_state(try_to_connect=True)
             if was_up and state is not _UP:
                 self._on_view(self.backend, NodeView(problem=f"the connection to {self.backend.address} broke"))
-            if state is _UP:
+            if state is _UP and not was_up:
                 self._wake.set()
+
+
+_LOOK_S = 5.0
+"""How often the watch over a connection looks whether there is a newer channel."""
 
 
 def _is_slow(error: RemoteFailure) -> bool:

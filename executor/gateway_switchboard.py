@@ -10,6 +10,7 @@ from executor.gateway_journal import RoutingJournal
 from executor.gateway_peer import Peer, PeerTiming
 from executor.routing import NodeView, Router
 from executor.state import Backend, RoutingTable
+from executor.tls import Dialer
 
 __all__ = ["Switchboard"]
 
@@ -23,6 +24,7 @@ class Switchboard:
         journal: Where the table in force is kept.
         timing: How closely agents are watched.
         max_message_bytes: Largest message to and from an agent.
+        dialer: Opens the channels to agents.
         on_change: Called after anything that may have changed which services are served.
     """
 
@@ -32,12 +34,14 @@ class Switchboard:
         journal: RoutingJournal,
         timing: PeerTiming,
         max_message_bytes: int,
+        dialer: Dialer,
         on_change: Callable[[], None],
     ) -> None:
         self.router = Router()
         self._journal = journal
         self._timing = timing
         self._max_message_bytes = max_message_bytes
+        self._dialer = dialer
         self._on_change = on_change
         self._peers: dict[str, Peer] = {}
         self._problems: dict[Backend, str] = {}
@@ -92,7 +96,12 @@ class Switchboard:
         """Return a peer for each backend of ``table`` that is new or has moved."""
         return {
             backend.node: Peer(
-                backend, timing=self._timing, max_message_bytes=self._max_message_bytes, on_view=self._observe
+                backend,
+                timing=self._timing,
+                max_message_bytes=self._max_message_bytes,
+                dialer=self._dialer,
+                on_view=self._observe,
+                on_wait=self.router.note_wait,
             )
             for backend in table.backends
             if (known := self._peers.get(backend.node)) is None or known.backend != backend

@@ -32,12 +32,13 @@ from executor.group_worker import GroupWorker
 from executor.reconcile import WorkerPhase
 from executor.segment import aligned, place_all
 from executor.state import DesiredReplica, ReplicaKey
+from executor.statistics import Counters
 from executor.tensors import Array
 from executor.worker_link import WorkerLink, WorkerSettings
 from executor.worker_wire import Done, FromWorker, Loaded
 from plans.errors import ForeplanError, InvalidInput
 
-__all__ = ["Answer", "Counters", "GroupServer", "Pending"]
+__all__ = ["Answer", "GroupServer", "Pending"]
 
 _log = logging.getLogger("executor.agent")
 
@@ -69,16 +70,6 @@ class Pending:
     inputs: Mapping[str, Array]
     answer: asyncio.Future[Answer]
     arrived_s: float
-
-
-@dataclass(slots=True)
-class Counters:
-    """What became of a replica's requests, and the batches it ran."""
-
-    completed: int = 0
-    dropped: int = 0
-    failed: int = 0
-    batches: int = 0
 
 
 @dataclass(slots=True)
@@ -254,7 +245,9 @@ class GroupServer:
         if self._dispatcher.cancel(pending.waiting):
             self._pending.pop(pending.waiting.number, None)
         if pending.waiting.key in self.counters:
-            self.counters[pending.waiting.key].dropped += 1
+            counters = self.counters[pending.waiting.key]
+            counters.dropped += 1
+            counters.failed_s += self._clock() - pending.arrived_s
 
     def _dispatch(self) -> None:
         """Start the next batch, if the worker is free and something waits."""
@@ -326,9 +319,10 @@ class GroupServer:
         """Start the next batch, then hand out the answers of this one."""
         self._running = None
         batch.watch.cancel()
-        if batch.key in self.counters:
-            self.counters[batch.key].batches += 1
         error = future.exception()
+        if batch.key in self.counters:
+            run_s = self._clock() - batch.started_s
+            self.counters[batch.key].ran(batch.items, run_s, time.time_ns() // 1_000_000)
         if isinstance(error, WorkerRefused) and error.invalid_input and len(batch.pending) > 1:
             _log.warning("event=batch_refused replica=%r action=run_one_by_one", str(batch.key))
             self._alone.extend(batch.pending)
@@ -362,8 +356,12 @@ class GroupServer:
                         run_s=done.run_s,
                     )
                 )
-                if batch.key in self.counters:
-                    self.counters[batch.key].completed += 1
+                counters = self.counters.get(batch.key)
+                if counters is not None:
+                    counters.completed += 1
+                    counters.items += pending.waiting.items
+                    counters.queue_s += batch.started_s - pending.arrived_s
+                    counters.request_s += self._clock() - pending.arrived_s
             start = end
 
     def _refuse(self, waiting: Waiting, error: ForeplanError) -> None:
@@ -377,6 +375,8 @@ class GroupServer:
             if one.answer.done():
                 continue
             one.answer.set_exception(error)
+            if counters is not None:
+                counters.failed_s += self._clock() - one.arrived_s
             if counters is not None and isinstance(error, Hopeless | Displaced):
                 counters.dropped += 1
             elif counters is not None:

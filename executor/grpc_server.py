@@ -1,4 +1,4 @@
-"""What the servers of agents and gateways have in common: options, the address, health checks, and how they end."""
+"""What the servers of agents and gateways have in common: TLS and roles, the address, health, and how they end."""
 
 from __future__ import annotations
 
@@ -6,50 +6,96 @@ import asyncio
 import contextlib
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Any
 
+import grpc
 import grpc.aio
 from grpc_health.v1 import health, health_pb2_grpc
 from grpc_health.v1._async import HealthServicer
-from grpc_reflection.v1alpha import reflection
+from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
+from grpc_reflection.v1alpha._async import ReflectionServicer
 
+from executor.forwarding import ENVELOPE_BYTES
+from executor.roles import Guard, Role
+from executor.tls import Credentials
 from plans.errors import InvalidInput
 
-__all__ = ["HealthServicer", "listen", "new_server", "stop_signals"]
+__all__ = ["HealthServicer", "RpcServer", "stop_signals"]
 
 
-def new_server(max_message_bytes: int) -> tuple[grpc.aio.Server, HealthServicer]:
-    """Return a server that answers health checks, and what these answer."""
-    server = grpc.aio.server(
-        options=[
-            ("grpc.so_reuseport", 0),  # or a second process would silently share the port
-            ("grpc.max_receive_message_length", max_message_bytes),
-            ("grpc.max_send_message_length", max_message_bytes),
-        ]
-    )
-    checks = HealthServicer()
-    health_pb2_grpc.add_HealthServicer_to_server(checks, server)
-    return server, checks
+class RpcServer:
+    """A gRPC server that answers health checks and reflection, and lets everybody do what their role allows.
 
+    It takes what the generated ``add_…_to_server`` functions give it.
 
-def listen(server: grpc.aio.Server, address: str, services: tuple[str, ...]) -> int:
-    """Listen on ``address`` (``host:port``, port 0 takes a free one), tell of ``services``, and return the port.
+    Args:
+        role: `Role.AGENT` or `Role.GATEWAY`: decides who may call what.
+        max_message_bytes: Largest message taken or sent.
+        credentials: For TLS; without them everything is in the clear and open.
+        shared_port: Whether other processes may listen on the same port and share its connections.
 
-    Raises:
-        InvalidInput: It is no address, or one that cannot be listened on.
+    Attributes:
+        checks: Answers grpc.health.v1.
     """
-    names = (*services, health.SERVICE_NAME, reflection.SERVICE_NAME)
-    reflection.enable_server_reflection(names, server)
-    host, _, port = address.rpartition(":")
-    if not (host and port.isdigit() and int(port) < 65536):
-        raise InvalidInput.of("host:port, such as 127.0.0.1:8001", where="--listen", found=repr(address))
-    try:
-        bound = server.add_insecure_port(address)
-    except RuntimeError as error:
-        raise _unusable(address) from error
-    if bound == 0:
-        raise _unusable(address)
-    return int(bound)
+
+    def __init__(
+        self,
+        role: Role,
+        *,
+        max_message_bytes: int,
+        credentials: Credentials | None = None,
+        shared_port: bool = False,
+    ) -> None:
+        self._server = grpc.aio.server(
+            options=[
+                ("grpc.so_reuseport", int(shared_port)),  # by accident a second process would silently share the port
+                ("grpc.max_receive_message_length", max_message_bytes),
+                ("grpc.max_send_message_length", max_message_bytes + ENVELOPE_BYTES),
+            ]
+        )
+        self._credentials = credentials
+        self._guard = Guard(role) if credentials else None
+        self.checks = HealthServicer()
+        health_pb2_grpc.add_HealthServicer_to_server(self.checks, self)
+
+    def add_generic_rpc_handlers(self, handlers: Sequence[grpc.GenericRpcHandler[Any, Any]]) -> None:
+        """Register handlers, behind the guard where there is one."""
+        guard = self._guard
+        self._server.add_generic_rpc_handlers(tuple(guard.guarded(one) if guard else one for one in handlers))
+
+    def add_registered_method_handlers(self, service_name: str, method_handlers: Any) -> None:
+        """Do nothing, as grpc.aio does: the generic handlers name the same methods."""
+
+    def listen(self, address: str, services: tuple[str, ...]) -> int:
+        """Listen on ``address`` (``host:port``, port 0 takes a free one), tell of ``services``, and return the port.
+
+        Raises:
+            InvalidInput: It is no address, or one that cannot be listened on.
+        """
+        names = (*services, health.SERVICE_NAME, reflection.SERVICE_NAME)
+        reflection_pb2_grpc.add_ServerReflectionServicer_to_server(ReflectionServicer(names), self)
+        host, _, port = address.rpartition(":")
+        if not (host and port.isdigit() and int(port) < 65536):
+            raise InvalidInput.of("host:port, such as 127.0.0.1:8001", where="--listen", found=repr(address))
+        try:
+            if self._credentials is None:
+                bound = self._server.add_insecure_port(address)
+            else:
+                bound = self._server.add_secure_port(address, self._credentials.server())
+        except RuntimeError as error:
+            raise _unusable(address) from error
+        if bound == 0:
+            raise _unusable(address)
+        return int(bound)
+
+    async def start(self) -> None:
+        """Begin to answer."""
+        await self._server.start()
+
+    async def stop(self, grace_s: float) -> None:
+        """Stop; calls in flight get ``grace_s`` seconds to end."""
+        await self._server.stop(grace_s)
 
 
 def _unusable(address: str) -> InvalidInput:

@@ -24,6 +24,7 @@ __all__ = [
     "group_mark",
     "read_answer_header",
     "read_infer_header",
+    "small_fields",
 ]
 
 GROUP_METADATA = "foreplan-group"
@@ -122,6 +123,18 @@ def deadline_of(request: messages.ModelInferRequest) -> float | None:
             "milliseconds above 0", where="request", field="parameters.deadline_ms", found=repr(value)
         )
     return min(deadline_ms / 1000, LONGEST_DEADLINE_S)
+
+
+def small_fields(message: bytes) -> bytes:
+    """Return the model name and parameters of a serialised request or answer as a message of their own.
+
+    Raises:
+        InvalidInput: The bytes are no protobuf message, or one of too many fields.
+    """
+    try:
+        return _small_fields(message)
+    except (IndexError, ValueError) as error:
+        raise InvalidInput.of("an inference message", where="message", found=f"other bytes ({error})") from error
 
 
 def _small_fields(request: bytes) -> bytes:

@@ -6,6 +6,8 @@ One file, ``committed.foreplan``, replaced atomically at every commit::
     <crc32, 8 hex> <bytes>\n       of what follows
     foreplan.control.v1.DesiredState, serialised
 
+Beside it, an empty file ``drained`` while an operator keeps the node out of the rotation.
+
 A file that cannot be believed stops the agent: running nothing, or half of something, would be worse.
 """
 
@@ -41,6 +43,7 @@ class Journal:
 
     def __init__(self, state_dir: Path) -> None:
         self.path = made_folder(state_dir) / "committed.foreplan"
+        self._drained = self.path.with_name("drained")
 
     def write(self, state: DesiredState) -> None:
         """Replace what is stored; after a crash at any moment the file holds the old state or the new one.
@@ -61,6 +64,22 @@ class Journal:
         """
         with storing(self.path):
             self.path.unlink(missing_ok=True)
+
+    def write_drained(self, drained: bool) -> None:
+        """Note whether the node is drained.
+
+        Raises:
+            StateNotStored: The folder cannot be written.
+        """
+        with storing(self._drained):
+            if drained:
+                self._drained.touch()
+            else:
+                self._drained.unlink(missing_ok=True)
+
+    def read_drained(self) -> bool:
+        """Return whether the node is drained."""
+        return self._drained.exists()
 
     def read(self) -> DesiredState | None:
         """Return what is stored, or None when nothing was ever committed.

@@ -58,6 +58,7 @@ class Node:
         committed: What shall run; None before the first commit.
         staged: What is being loaded to follow it, or None.
         upkeep: The replicas and groups.
+        drained: Whether an operator keeps the node out of the rotation.
     """
 
     def __init__(
@@ -83,6 +84,7 @@ class Node:
         self._is_staged = False
         self._waiting: tuple[ReplicaKey, ...] = ()  # of what is staged: must wait for memory
         self._moves: set[asyncio.Task[None]] = set()
+        self.drained = False
         self._before: DesiredState | None = None
         self._can_take_back = False
 
@@ -96,6 +98,7 @@ class Node:
         if stored is not None:
             self._check_stored(stored)
         self.committed = stored
+        self.drained = await asyncio.to_thread(self._journal.read_drained)
         self.upkeep.spare.start()
         if self.committed is not None:
             _log.info("event=restored generation=%d groups=%d", self.committed.generation, len(self.committed.groups))
@@ -141,6 +144,21 @@ class Node:
             variants=variants,
         )
         return placement_faults(desired, facts)
+
+    def would_wait(self, desired: DesiredState) -> tuple[ReplicaKey, ...]:
+        """Return the replicas of ``desired`` that could not be loaded beside what is here now."""
+        wanted = set(desired.keys())
+        return tuple(key for key in self.upkeep.deferred(desired) if key in wanted)
+
+    async def drain(self, drained: bool) -> None:
+        """Take the node out of the rotation, or back into it; stored first.
+
+        Raises:
+            StateNotStored: The state folder cannot be written.
+        """
+        await asyncio.to_thread(self._journal.write_drained, drained)
+        self.drained = drained
+        _log.info("event=%s", "drained" if drained else "undrained")
 
     async def stage(self, desired: DesiredState) -> tuple[ReplicaKey, ...]:
         """Load what ``desired`` needs beside what runs; return the replicas that cannot serve yet for want of memory.

@@ -104,6 +104,8 @@ class Rollout:
     async def validate(self) -> None:
         """Ask every agent whether it can run its part.
 
+        ``deferred`` then holds what would have to wait for memory.
+
         Raises:
             InvalidInput: Some cannot; with the faults of all.
             RemoteFailure: An agent did not answer.
@@ -113,9 +115,10 @@ class Rollout:
             "validate",
             {n: a.validate(self._desired(n), timeout_s=timeout_s) for n, a in self._connection.agents.items()},
         )
-        faults: list[Fault] = [fault for found in answers.values() for fault in found]
+        faults: list[Fault] = [fault for found, _ in answers.values() for fault in found]
         if faults:
             raise InvalidInput(faults)
+        self.deferred = {node: waiting for node, (_, waiting) in answers.items()}
 
     async def stage(self) -> None:
         """Load what is new beside what runs, on all nodes at once; ``deferred`` then holds what must wait for memory.

@@ -24,7 +24,7 @@ from executor.state import (
 from plans.dispatch import next_replica
 from plans.errors import StalePlan
 
-__all__ = ["NodeView", "Router", "view_of"]
+__all__ = ["NodeView", "Router", "corrected_weight", "view_of"]
 
 _WHY_NOT = {
     Phase.LOADING: "it is being loaded",
@@ -42,11 +42,13 @@ class NodeView:
         problem: Why the node cannot be used at all; empty when its agent answers.
         doubtful: Whether the problem is only that its agent did not answer in time: it may be busy, or gone.
         replicas: For each replica that the agent reports, why it takes no requests; empty when it serves.
+        waits_s: For each group, the seconds until a request that arrives now would start.
     """
 
     problem: str = ""
     doubtful: bool = False
     replicas: Mapping[ReplicaKey, str] = field(default_factory=dict)
+    waits_s: Mapping[str, float] = field(default_factory=dict)
 
     def problem_of(self, service: str, target: Target) -> str:
         """Return why ``target`` takes no requests of ``service``; empty when it does."""
@@ -60,7 +62,25 @@ def view_of(node: str, state: AgentState) -> NodeView:
     """Return what an agent's answer says about ``node``; an agent of another node counts as a problem."""
     if state.node != node:
         return NodeView(problem=f"the agent at this address is that of node {state.node!r}")
-    return NodeView(replicas={replica.key: _problem(replica) for replica in state.replicas})
+    if state.drained:
+        return NodeView(problem="its node is drained; `foreplan undrain` takes it back")
+    return NodeView(
+        replicas={replica.key: _problem(replica) for replica in state.replicas},
+        waits_s={replica.key.group: replica.expected_wait_s for replica in state.replicas},
+    )
+
+
+def corrected_weight(weight: float, wait_s: float, deadline_s: float) -> float:
+    """Return the weight of a target now: that of the plan, less the part of the deadline that would be spent waiting.
+
+    A target whose queue takes the whole deadline keeps a twentieth, so that its recovery is noticed by what it serves.
+    """
+    if wait_s <= 0 or deadline_s <= 0:
+        return weight
+    return weight * max(_LEAST_PART, 1.0 - wait_s / deadline_s)
+
+
+_LEAST_PART = 0.05
 
 
 def _problem(replica: ReplicaState) -> str:
@@ -91,11 +111,21 @@ class _Rotation:
         self.weights[position] = 0.0 if problem else weight
         self.doubtful[position] = weight if doubtful and was_healthy else 0.0
 
-    def next(self, weights: list[float], without: str) -> int:
-        if without:
-            groups = (target.group for target in self.routes.targets)
-            weights = [0.0 if group == without else weight for group, weight in zip(groups, weights, strict=True)]
-        return next_replica(weights, self.credit)
+    def next(self, weights: list[float], waits_s: Mapping[str, float], without: str) -> int:
+        targets = self.routes.targets
+        if len(targets) == 1:
+            return 0 if weights[0] > 0 and targets[0].group != without else -1
+        corrected = [
+            0.0
+            if target.group == without
+            else corrected_weight(weight, waits_s.get(target.group, 0.0), self.routes.deadline_s)
+            for target, weight in zip(targets, weights, strict=True)
+        ]
+        return next_replica(corrected, self.credit)
+
+    def least_wait_s(self, waits_s: Mapping[str, float]) -> float:
+        pairs = zip(self.routes.targets, self.weights, strict=True)
+        return min((waits_s.get(target.group, 0.0) for target, weight in pairs if weight > 0), default=0.0)
 
 
 class Router:
@@ -108,6 +138,7 @@ class Router:
         self._table: RoutingTable | None = None
         self._rotations: dict[str, _Rotation] = {}
         self._views: dict[Backend, NodeView] = {}
+        self._waits_s: dict[str, float] = {}
 
     @property
     def table(self) -> RoutingTable | None:
@@ -146,6 +177,8 @@ class Router:
         self._table = table
         self._rotations = {routes.service: _Rotation(routes) for routes in table.services}
         self._views = {backend: view for backend, view in self._views.items() if backend in table.backends}
+        groups = {target.group for routes in table.services for target in routes.targets}
+        self._waits_s = {group: wait_s for group, wait_s in self._waits_s.items() if group in groups}
         for backend, view in self._views.items():
             self._judge(backend.node, view)
 
@@ -155,8 +188,22 @@ class Router:
         A backend that the table in force does not name may be observed ahead of the table that will.
         """
         self._views[backend] = view
+        self._waits_s.update(view.waits_s)
         if self._table is not None and backend in self._table.backends:
             self._judge(backend.node, view)
+
+    def note_wait(self, group: str, wait_s: float) -> None:
+        """Take in the seconds that a request which arrives at ``group`` now would wait."""
+        self._waits_s[group] = wait_s
+
+    def wait_s(self, group: str) -> float:
+        """Return the wait that ``group`` reported last, seconds; 0 when it has not."""
+        return self._waits_s.get(group, 0.0)
+
+    def least_wait_s(self, service: str) -> float:
+        """Return the shortest wait, in seconds, that a usable target of ``service`` has reported; 0 when none did."""
+        rotation = self._rotations.get(service)
+        return rotation.least_wait_s(self._waits_s) if rotation else 0.0
 
     def suspect(self, service: str, group: str, problem: str) -> None:
         """Take a target out of the rotation until its node is observed again, and count a failure against it."""
@@ -176,9 +223,9 @@ class Router:
         rotation = self._rotations.get(service)
         if rotation is None:
             return None
-        position = rotation.next(rotation.weights, without)
+        position = rotation.next(rotation.weights, self._waits_s, without)
         if position < 0:
-            position = rotation.next(rotation.doubtful, without)
+            position = rotation.next(rotation.doubtful, self._waits_s, without)
         if position < 0:
             return None
         rotation.sent[position] += 1

@@ -141,7 +141,9 @@ class AgentState:
 
     ``generation`` and ``placement_digest`` are those committed last (0 and empty before the first commit);
     ``staged_generation`` is 0 when nothing is staged. ``ready``: everything desired is serving.
-    ``resident_bytes``: memory of the agent and its workers.
+    ``resident_bytes``: memory of the agent and its workers. ``drained``: an operator took the node out of the rotation.
+    ``leased_to``: the controller that may change the node now; empty when none does.
+    ``device_used_bytes``: memory in use on each device, by whomever; empty where it cannot be told (CPU).
     """
 
     node: str
@@ -154,6 +156,9 @@ class AgentState:
     device_count: int = 0
     resident_bytes: int = 0
     ready: bool = False
+    drained: bool = False
+    leased_to: str = ""
+    device_used_bytes: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

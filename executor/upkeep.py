@@ -214,9 +214,22 @@ class Upkeep:
         loaded = replica.phase in (Phase.STAGED, Phase.SERVING)
         return loaded and self._has_room(key, replica.max_batch_needed, replica.memory_bytes)
 
-    def deferred(self) -> tuple[ReplicaKey, ...]:
-        """Return the replicas that do not fit beside what the devices hold now."""
-        return deferred(tuple(self.replicas.values()), self._views(), self._memory_bytes)
+    def deferred(self, planned: DesiredState | None = None) -> tuple[ReplicaKey, ...]:
+        """Return the replicas that do not fit beside what the devices hold now; with those of ``planned``, if given.
+
+        Every model that fits takes its memory away from those after it, planned or here.
+        """
+        replicas = dict(self.replicas)
+        for group in planned.groups if planned else ():
+            for wanted in group.replicas:
+                key = group.key_of(wanted)
+                known = replicas.get(key)
+                replicas[key] = (
+                    dataclasses.replace(known, staged=wanted)
+                    if known
+                    else Replica(key=key, gpus=group.gpus, settings=wanted)
+                )
+        return deferred(tuple(replicas.values()), self._views(), self._memory_bytes)
 
     def states(self) -> tuple[ReplicaState, ...]:
         """Return the state of every replica."""

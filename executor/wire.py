@@ -37,6 +37,7 @@ __all__ = [
     "stage_response_from_proto",
     "faults_to_proto",
     "faults_from_proto",
+    "validation_from_proto",
     "replica_state_to_proto",
     "replica_state_from_proto",
     "agent_state_to_proto",
@@ -195,14 +196,25 @@ def stage_response_from_proto(message: pb.StageResponse) -> tuple[ReplicaKey, ..
     return tuple(replica_key_from_proto(key) for key in message.deferred)
 
 
-def faults_to_proto(faults: Iterable[Fault]) -> pb.ValidateResponse:
-    """Return the answer to ``Validate``. File and line have no meaning on another machine and are left out."""
+def faults_to_proto(faults: Iterable[Fault], deferred: Iterable[ReplicaKey] = ()) -> pb.ValidateResponse:
+    """Return the answer to ``Validate``. File and line have no meaning on another machine and are left out.
+
+    ``deferred`` are the replicas that would have to wait for memory.
+    """
     return pb.ValidateResponse(
         faults=[
             pb.Fault(field=fault.field, found=fault.found, expected=fault.expected, remedy=fault.remedy)
             for fault in faults
-        ]
+        ],
+        deferred=[replica_key_to_proto(key) for key in deferred],
     )
+
+
+def validation_from_proto(
+    message: pb.ValidateResponse, *, where: str = ""
+) -> tuple[tuple[Fault, ...], tuple[ReplicaKey, ...]]:
+    """Return the faults in ``message`` (`faults_from_proto`), and the replicas that would have to wait for memory."""
+    return faults_from_proto(message, where=where), tuple(replica_key_from_proto(key) for key in message.deferred)
 
 
 def faults_from_proto(message: pb.ValidateResponse, *, where: str = "") -> tuple[Fault, ...]:
@@ -271,6 +283,9 @@ def agent_state_to_proto(state: AgentState) -> pb.AgentState:
         device_count=state.device_count,
         resident_bytes=state.resident_bytes,
         ready=state.ready,
+        drained=state.drained,
+        leased_to=state.leased_to,
+        device_used_bytes=state.device_used_bytes,
     )
 
 
@@ -291,6 +306,9 @@ def agent_state_from_proto(message: pb.AgentState) -> AgentState:
         device_count=message.device_count,
         resident_bytes=message.resident_bytes,
         ready=message.ready,
+        drained=message.drained,
+        leased_to=message.leased_to,
+        device_used_bytes=tuple(message.device_used_bytes),
     )
 
 

@@ -83,10 +83,12 @@ class Fault(_message.Message):
     def __init__(self, field: _Optional[str] = ..., found: _Optional[str] = ..., expected: _Optional[str] = ..., remedy: _Optional[str] = ...) -> None: ...
 
 class ValidateResponse(_message.Message):
-    __slots__ = ("faults",)
+    __slots__ = ("faults", "deferred")
     FAULTS_FIELD_NUMBER: _ClassVar[int]
+    DEFERRED_FIELD_NUMBER: _ClassVar[int]
     faults: _containers.RepeatedCompositeFieldContainer[Fault]
-    def __init__(self, faults: _Optional[_Iterable[_Union[Fault, _Mapping]]] = ...) -> None: ...
+    deferred: _containers.RepeatedCompositeFieldContainer[ReplicaKey]
+    def __init__(self, faults: _Optional[_Iterable[_Union[Fault, _Mapping]]] = ..., deferred: _Optional[_Iterable[_Union[ReplicaKey, _Mapping]]] = ...) -> None: ...
 
 class StageResponse(_message.Message):
     __slots__ = ("deferred",)
@@ -117,6 +119,36 @@ class GenerationResponse(_message.Message):
     GENERATION_FIELD_NUMBER: _ClassVar[int]
     generation: int
     def __init__(self, generation: _Optional[int] = ...) -> None: ...
+
+class LeaseRequest(_message.Message):
+    __slots__ = ("holder", "ttl_s")
+    HOLDER_FIELD_NUMBER: _ClassVar[int]
+    TTL_S_FIELD_NUMBER: _ClassVar[int]
+    holder: str
+    ttl_s: float
+    def __init__(self, holder: _Optional[str] = ..., ttl_s: _Optional[float] = ...) -> None: ...
+
+class LeaseResponse(_message.Message):
+    __slots__ = ("granted", "holder", "remaining_s")
+    GRANTED_FIELD_NUMBER: _ClassVar[int]
+    HOLDER_FIELD_NUMBER: _ClassVar[int]
+    REMAINING_S_FIELD_NUMBER: _ClassVar[int]
+    granted: bool
+    holder: str
+    remaining_s: float
+    def __init__(self, granted: _Optional[bool] = ..., holder: _Optional[str] = ..., remaining_s: _Optional[float] = ...) -> None: ...
+
+class DrainRequest(_message.Message):
+    __slots__ = ("drained",)
+    DRAINED_FIELD_NUMBER: _ClassVar[int]
+    drained: bool
+    def __init__(self, drained: _Optional[bool] = ...) -> None: ...
+
+class DrainResponse(_message.Message):
+    __slots__ = ("drained",)
+    DRAINED_FIELD_NUMBER: _ClassVar[int]
+    drained: bool
+    def __init__(self, drained: _Optional[bool] = ...) -> None: ...
 
 class ReplicaState(_message.Message):
     __slots__ = ("key", "phase", "reason", "queued", "running", "completed", "dropped", "failed", "batches", "expected_wait_s", "max_batch", "weight_bytes", "load_s")
@@ -149,7 +181,7 @@ class ReplicaState(_message.Message):
     def __init__(self, key: _Optional[_Union[ReplicaKey, _Mapping]] = ..., phase: _Optional[_Union[ReplicaPhase, str]] = ..., reason: _Optional[str] = ..., queued: _Optional[int] = ..., running: _Optional[int] = ..., completed: _Optional[int] = ..., dropped: _Optional[int] = ..., failed: _Optional[int] = ..., batches: _Optional[int] = ..., expected_wait_s: _Optional[float] = ..., max_batch: _Optional[int] = ..., weight_bytes: _Optional[int] = ..., load_s: _Optional[float] = ...) -> None: ...
 
 class AgentState(_message.Message):
-    __slots__ = ("node", "version", "generation", "placement_digest", "staged_generation", "replicas", "device", "device_count", "resident_bytes", "ready")
+    __slots__ = ("node", "version", "generation", "placement_digest", "staged_generation", "replicas", "device", "device_count", "resident_bytes", "ready", "drained", "leased_to", "device_used_bytes")
     NODE_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
     GENERATION_FIELD_NUMBER: _ClassVar[int]
@@ -160,6 +192,9 @@ class AgentState(_message.Message):
     DEVICE_COUNT_FIELD_NUMBER: _ClassVar[int]
     RESIDENT_BYTES_FIELD_NUMBER: _ClassVar[int]
     READY_FIELD_NUMBER: _ClassVar[int]
+    DRAINED_FIELD_NUMBER: _ClassVar[int]
+    LEASED_TO_FIELD_NUMBER: _ClassVar[int]
+    DEVICE_USED_BYTES_FIELD_NUMBER: _ClassVar[int]
     node: str
     version: str
     generation: int
@@ -170,7 +205,10 @@ class AgentState(_message.Message):
     device_count: int
     resident_bytes: int
     ready: bool
-    def __init__(self, node: _Optional[str] = ..., version: _Optional[str] = ..., generation: _Optional[int] = ..., placement_digest: _Optional[str] = ..., staged_generation: _Optional[int] = ..., replicas: _Optional[_Iterable[_Union[ReplicaState, _Mapping]]] = ..., device: _Optional[str] = ..., device_count: _Optional[int] = ..., resident_bytes: _Optional[int] = ..., ready: _Optional[bool] = ...) -> None: ...
+    drained: bool
+    leased_to: str
+    device_used_bytes: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, node: _Optional[str] = ..., version: _Optional[str] = ..., generation: _Optional[int] = ..., placement_digest: _Optional[str] = ..., staged_generation: _Optional[int] = ..., replicas: _Optional[_Iterable[_Union[ReplicaState, _Mapping]]] = ..., device: _Optional[str] = ..., device_count: _Optional[int] = ..., resident_bytes: _Optional[int] = ..., ready: _Optional[bool] = ..., drained: _Optional[bool] = ..., leased_to: _Optional[str] = ..., device_used_bytes: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class Backend(_message.Message):
     __slots__ = ("node", "address")

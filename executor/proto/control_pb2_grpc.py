@@ -64,6 +64,16 @@ class AgentStub:
                 request_serializer=executor_dot_proto_dot_control__pb2.GenerationRequest.SerializeToString,
                 response_deserializer=executor_dot_proto_dot_control__pb2.GenerationResponse.FromString,
                 _registered_method=True)
+        self.Lease = channel.unary_unary(
+                '/foreplan.control.v1.Agent/Lease',
+                request_serializer=executor_dot_proto_dot_control__pb2.LeaseRequest.SerializeToString,
+                response_deserializer=executor_dot_proto_dot_control__pb2.LeaseResponse.FromString,
+                _registered_method=True)
+        self.Drain = channel.unary_unary(
+                '/foreplan.control.v1.Agent/Drain',
+                request_serializer=executor_dot_proto_dot_control__pb2.DrainRequest.SerializeToString,
+                response_deserializer=executor_dot_proto_dot_control__pb2.DrainResponse.FromString,
+                _registered_method=True)
 
 
 class AgentServicer:
@@ -105,6 +115,18 @@ class AgentServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Lease(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Drain(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_AgentServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -137,6 +159,16 @@ def add_AgentServicer_to_server(servicer, server):
                     servicer.Abort,
                     request_deserializer=executor_dot_proto_dot_control__pb2.GenerationRequest.FromString,
                     response_serializer=executor_dot_proto_dot_control__pb2.GenerationResponse.SerializeToString,
+            ),
+            'Lease': grpc.unary_unary_rpc_method_handler(
+                    servicer.Lease,
+                    request_deserializer=executor_dot_proto_dot_control__pb2.LeaseRequest.FromString,
+                    response_serializer=executor_dot_proto_dot_control__pb2.LeaseResponse.SerializeToString,
+            ),
+            'Drain': grpc.unary_unary_rpc_method_handler(
+                    servicer.Drain,
+                    request_deserializer=executor_dot_proto_dot_control__pb2.DrainRequest.FromString,
+                    response_serializer=executor_dot_proto_dot_control__pb2.DrainResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -301,6 +333,60 @@ class Agent:
             '/foreplan.control.v1.Agent/Abort',
             executor_dot_proto_dot_control__pb2.GenerationRequest.SerializeToString,
             executor_dot_proto_dot_control__pb2.GenerationResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Lease(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/foreplan.control.v1.Agent/Lease',
+            executor_dot_proto_dot_control__pb2.LeaseRequest.SerializeToString,
+            executor_dot_proto_dot_control__pb2.LeaseResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Drain(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/foreplan.control.v1.Agent/Drain',
+            executor_dot_proto_dot_control__pb2.DrainRequest.SerializeToString,
+            executor_dot_proto_dot_control__pb2.DrainResponse.FromString,
             options,
             channel_credentials,
             insecure,

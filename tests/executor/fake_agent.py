@@ -8,6 +8,7 @@ status, before or after the method had its effect.
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from typing import Any, Self
@@ -17,8 +18,10 @@ import grpc.aio
 from google.protobuf.message import Message
 
 from executor import wire
+from executor.forwarding import CallFailed, ForwardServicer
 from executor.gateway_peer import INFERENCE
 from executor.infer_header import GROUP_METADATA
+from executor.lease import Lease
 from executor.proto import control_pb2, control_pb2_grpc
 from executor.proto import open_inference_pb2 as inference
 from executor.state import (
@@ -102,6 +105,9 @@ class FakeAgent(_Scripted, control_pb2_grpc.AgentServicer):
         self.infer_status: grpc.StatusCode | None = None
         self.infer_waits_for: asyncio.Event | None = None
         self.remaining_s: list[float | None] = []
+        self.wait_s = 0.0
+        self.drained = False
+        self.lease = Lease()
 
     def register(self, server: grpc.aio.Server) -> None:
         control_pb2_grpc.add_AgentServicer_to_server(self, server)
@@ -109,7 +115,9 @@ class FakeAgent(_Scripted, control_pb2_grpc.AgentServicer):
             "ModelInfer": grpc.unary_unary_rpc_method_handler(self._infer),
             "ModelMetadata": grpc.unary_unary_rpc_method_handler(self._metadata),
         }
-        server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(INFERENCE, methods),))
+        forward = ForwardServicer(self._forwarded, lambda group: self.wait_s, max_message_bytes=1 << 26)
+        handlers = (grpc.method_handlers_generic_handler(INFERENCE, methods), forward.handler())
+        server.add_generic_rpc_handlers(handlers)
 
     def serve(self, *keys: ReplicaKey) -> None:
         """Report these replicas as serving, without any apply."""
@@ -125,6 +133,7 @@ class FakeAgent(_Scripted, control_pb2_grpc.AgentServicer):
             placement_digest=self.digest,
             staged_generation=self.staged.generation if self.staged else 0,
             replicas=tuple(ReplicaState(key=key, phase=phase) for key, phase in sorted(self.phases.items())),
+            drained=self.drained,
             ready=wanted <= {key for key, phase in self.phases.items() if phase is Phase.SERVING},
         )
 
@@ -157,6 +166,22 @@ class FakeAgent(_Scripted, control_pb2_grpc.AgentServicer):
     async def Abort(self, request: control_pb2.GenerationRequest, context: Any) -> control_pb2.GenerationResponse:
         await self._fence(request.generation, context)
         return await self.answer("Abort", context, lambda: self._abort((request.generation, request.placement_digest)))
+
+    async def Lease(self, request: control_pb2.LeaseRequest, context: Any) -> control_pb2.LeaseResponse:
+        now_s = time.monotonic()
+
+        def effect() -> control_pb2.LeaseResponse:
+            granted = self.lease.ask(request.holder, request.ttl_s, now_s)
+            return control_pb2.LeaseResponse(granted=granted, holder=self.lease.holder(now_s))
+
+        return await self.answer("Lease", context, effect)
+
+    async def Drain(self, request: control_pb2.DrainRequest, context: Any) -> control_pb2.DrainResponse:
+        def effect() -> control_pb2.DrainResponse:
+            self.drained = request.drained
+            return control_pb2.DrainResponse(drained=request.drained)
+
+        return await self.answer("Drain", context, effect)
 
     def _stage(self, desired: DesiredState) -> Iterable[ReplicaKey]:
         if desired.generation == self.generation:
@@ -205,12 +230,18 @@ class FakeAgent(_Scripted, control_pb2_grpc.AgentServicer):
 
     async def _infer(self, request: bytes, context: Any) -> bytes:
         metadata = dict(context.invocation_metadata())
-        self.served.append((metadata[GROUP_METADATA], request))
-        self.remaining_s.append(context.time_remaining())
+        try:
+            return await self._forwarded(request, metadata[GROUP_METADATA], context.time_remaining())
+        except CallFailed as failed:
+            await context.abort(failed.code, failed.details)
+
+    async def _forwarded(self, request: bytes, group: str, timeout_s: float) -> bytes:
+        self.served.append((group, request))
+        self.remaining_s.append(timeout_s)
         if self.infer_waits_for is not None:
             await self.infer_waits_for.wait()
         if self.infer_status is not None:
-            await context.abort(self.infer_status, f"{self.node} answers so on purpose")
+            raise CallFailed(self.infer_status, f"{self.node} answers so on purpose")
         asked = inference.ModelInferRequest.FromString(request)
         answer = inference.ModelInferResponse(model_name=asked.model_name, id=asked.id)
         answer.parameters["variant"].string_param = self.node

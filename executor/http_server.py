@@ -1,0 +1,102 @@
+"""Small HTTP servers beside the gRPC ones: with TLS and roles where those have them."""
+
+from __future__ import annotations
+
+import contextlib
+import ssl
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+from aiohttp import web
+from cryptography import x509
+from cryptography.x509.oid import NameOID
+
+from executor.roles import Guard, roles_of_names
+from executor.tls import Credentials, check_transport
+from plans.errors import InvalidInput
+
+__all__ = ["http_server", "metrics_application", "role_check"]
+
+_METRICS = "text/plain; version=0.0.4; charset=utf-8"
+
+
+@contextlib.asynccontextmanager
+async def http_server(
+    application: web.Application,
+    address: str,
+    *,
+    where: str,
+    credentials: Credentials | None = None,
+    insecure: bool = False,
+    shared_port: bool = False,
+) -> AsyncIterator[int]:
+    """Serve ``application`` on ``address`` (``host:port``) inside the block; yield the port.
+
+    Args:
+        application: What to serve.
+        address: Where; port 0 takes a free one.
+        where: The option that names the address, for errors.
+        credentials: For HTTPS, where every caller shows a certificate.
+        insecure: Whether to speak in the clear off loopback.
+        shared_port: Whether other processes may listen on the same port.
+
+    Raises:
+        InvalidInput: The address cannot be listened on, or only with certificates.
+    """
+    check_transport(address, credentials, insecure=insecure, where=where)
+    host, _, port = address.rpartition(":")
+    if not (host and port.isdigit() and int(port) < 65536):
+        raise InvalidInput.of("host:port, such as 127.0.0.1:8000", where=where, found=repr(address))
+    runner = web.AppRunner(application, access_log=None, shutdown_timeout=5.0, handler_cancellation=True)
+    await runner.setup()
+    try:
+        site = web.TCPSite(
+            runner,
+            host.strip("[]"),
+            int(port),
+            ssl_context=credentials.ssl_context() if credentials else None,
+            reuse_port=shared_port or None,
+        )
+        try:
+            await site.start()
+        except OSError as error:
+            remedy = "stop what listens there, or choose another address"
+            expected = "an address of this machine with a free port"
+            raise InvalidInput.of(expected, where=where, found=address, remedy=remedy) from error
+        sockets: Any = runner.addresses
+        yield int(sockets[0][1])
+    finally:
+        await runner.cleanup()
+
+
+def metrics_application(render: Callable[[], bytes]) -> web.Application:
+    """Return an application that answers ``GET /metrics`` with what ``render`` returns."""
+
+    async def metrics(_: web.Request) -> web.Response:
+        return web.Response(body=render(), headers={"Content-Type": _METRICS})
+
+    application = web.Application()
+    application.router.add_get("/metrics", metrics)
+    return application
+
+
+def role_check(guard: Guard, method: str, request: web.Request) -> str:
+    """Return why the caller of ``method`` (a gRPC method's name) is refused; empty when it is let through."""
+    connection = request.get_extra_info("ssl_object")
+    names: list[str] = []
+    name = ""
+    if isinstance(connection, ssl.SSLObject):
+        encoded = connection.getpeercert(binary_form=True)
+        if encoded:
+            name, names = _names_of(encoded)
+    return guard.refusal(method, roles_of_names(names), peer=str(request.remote), name=name)
+
+
+def _names_of(encoded: bytes) -> tuple[str, list[str]]:
+    certificate = x509.load_der_x509_certificate(encoded)
+    common = certificate.subject.get_attributes_for_oid(NameOID.COMMON_NAME)
+    try:
+        names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    except x509.ExtensionNotFound:
+        return str(common[0].value) if common else "", []
+    return str(common[0].value) if common else "", names.get_values_for_type(x509.UniformResourceIdentifier)

@@ -1,0 +1,223 @@
+"""Mutual TLS: certificates that are read anew when their files change, for servers and for channels.
+
+A file that is being replaced, or is wrong, never takes a running process down: the material read before stays in use
+and the problem is logged. At its start a process refuses files that it cannot use.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import logging
+import ssl
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import grpc
+import grpc.aio
+from cryptography import x509
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+
+from plans.errors import Fault, InvalidInput
+
+__all__ = ["Credentials", "Dialer", "TlsFiles", "check_transport", "is_loopback"]
+
+_log = logging.getLogger("executor.security")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TlsFiles:
+    """PEM files of one process: its certificate and key, and the authorities that it trusts."""
+
+    certificate: Path
+    key: Path
+    authorities: Path
+
+    @property
+    def all(self) -> tuple[Path, Path, Path]:
+        """The three files."""
+        return self.certificate, self.key, self.authorities
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Material:
+    certificate: bytes
+    key: bytes
+    authorities: bytes
+
+
+class Credentials:
+    """The certificates of one process, kept in step with their files.
+
+    Attributes:
+        files: Where they lie.
+        version: Goes up whenever new material was taken up.
+
+    Raises:
+        InvalidInput: A file is missing or is not what it should be; with every fault.
+    """
+
+    def __init__(self, files: TlsFiles) -> None:
+        self.files = files
+        self.version = 1
+        self._marks = _marks(files)
+        self._material = _read(files)
+        self._contexts: list[ssl.SSLContext] = []
+
+    def refresh(self) -> bool:
+        """Take up files that have changed; return whether there is new material. Cheap when nothing changed."""
+        marks = _marks(self.files)
+        if marks == self._marks:
+            return False
+        self._marks = marks
+        try:
+            material = _read(self.files)
+        except InvalidInput as error:
+            _log.warning("event=certificates_unusable action=keep_the_old problem=%r", str(error))
+            return False
+        if material == self._material:
+            return False
+        self._material = material
+        self.version += 1
+        for context in self._contexts:
+            _load(context, self.files)
+        _log.info("event=certificates_reloaded file=%s version=%d", self.files.certificate, self.version)
+        return True
+
+    def server(self) -> grpc.ServerCredentials:
+        """Return credentials for a server that asks every caller for a certificate; new connections get new files."""
+        return grpc.dynamic_ssl_server_credentials(
+            self._server_configuration(), self._fetch, require_client_authentication=True
+        )
+
+    def channel(self) -> grpc.ChannelCredentials:
+        """Return credentials for a channel, from what is in the files now."""
+        self.refresh()
+        material = self._material
+        return grpc.ssl_channel_credentials(
+            root_certificates=material.authorities, private_key=material.key, certificate_chain=material.certificate
+        )
+
+    def ssl_context(self) -> ssl.SSLContext:
+        """Return a context for an HTTPS server that asks every caller for a certificate; `refresh` updates it."""
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.minimum_version = ssl.TLSVersion.TLSv1_2
+        context.verify_mode = ssl.CERT_REQUIRED
+        _load(context, self.files)
+        self._contexts.append(context)
+        return context
+
+    def _server_configuration(self) -> Any:
+        material = self._material
+        return grpc.ssl_server_certificate_configuration(
+            [(material.key, material.certificate)], root_certificates=material.authorities
+        )
+
+    def _fetch(self) -> Any:
+        """Return a new configuration, or None when nothing changed; gRPC calls it for every handshake."""
+        return self._server_configuration() if self.refresh() else None
+
+
+class Dialer:
+    """Opens channels to other processes, with TLS or, without credentials, in the clear."""
+
+    def __init__(self, credentials: Credentials | None = None) -> None:
+        self.credentials = credentials
+
+    @property
+    def version(self) -> int:
+        """Goes up when channels opened before should be replaced."""
+        if self.credentials is None:
+            return 0
+        self.credentials.refresh()
+        return self.credentials.version
+
+    def open(self, address: str, options: Sequence[tuple[str, Any]]) -> grpc.aio.Channel:
+        """Return a channel to ``address`` (``host:port``)."""
+        if self.credentials is None:
+            return grpc.aio.insecure_channel(address, options=options)
+        return grpc.aio.secure_channel(address, self.credentials.channel(), options=options)
+
+
+def is_loopback(address: str) -> bool:
+    """Say whether ``host:port`` names this machine only: 127.0.0.0/8, ::1 or localhost."""
+    host = address.rpartition(":")[0].strip("[]")
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def check_transport(address: str, credentials: Credentials | None, *, insecure: bool, where: str) -> None:
+    """Refuse to speak in the clear beyond loopback, unless the user insists.
+
+    Raises:
+        InvalidInput: ``address`` is not loopback, there are no certificates, and ``insecure`` was not asked for.
+    """
+    names_host = address.rpartition(":")[0] != ""  # what is no address at all is refused by whoever listens
+    if credentials is not None or insecure or not names_host or is_loopback(address):
+        return
+    remedy = (
+        "make certificates with `foreplan certs init` and `foreplan certs issue`, or give --insecure on a network "
+        "where everybody may do everything"
+    )
+    raise InvalidInput.of("certificates for an address off loopback", where=where, found=address, remedy=remedy)
+
+
+def _marks(files: TlsFiles) -> tuple[tuple[int, int, int] | None, ...]:
+    marks: list[tuple[int, int, int] | None] = []
+    for path in files.all:
+        try:
+            found = path.stat()
+        except OSError:
+            marks.append(None)
+        else:
+            marks.append((found.st_mtime_ns, found.st_ino, found.st_size))
+    return tuple(marks)
+
+
+def _read(files: TlsFiles) -> _Material:
+    faults: list[Fault] = []
+    contents: list[bytes] = []
+    for path in files.all:
+        try:
+            contents.append(path.read_bytes())
+        except OSError as error:
+            faults.append(Fault(where=str(path), found=error.strerror or str(error), expected="a PEM file"))
+    if faults:
+        raise InvalidInput(faults)
+    material = _Material(certificate=contents[0], key=contents[1], authorities=contents[2])
+    faults = _faults(files, material)
+    if faults:
+        raise InvalidInput(faults)
+    return material
+
+
+def _faults(files: TlsFiles, material: _Material) -> list[Fault]:
+    faults = []
+    own = key = None
+    try:
+        own = x509.load_pem_x509_certificates(material.certificate)[0]
+    except ValueError as error:
+        faults.append(Fault(where=str(files.certificate), found=str(error), expected="a certificate"))
+    try:
+        x509.load_pem_x509_certificates(material.authorities)
+    except ValueError as error:
+        faults.append(Fault(where=str(files.authorities), found=str(error), expected="certificates of authorities"))
+    try:
+        key = serialization.load_pem_private_key(material.key, password=None)
+    except (ValueError, TypeError) as error:
+        faults.append(Fault(where=str(files.key), found=str(error), expected="a private key without a password"))
+    if own is not None and key is not None:
+        form = (Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
+        if own.public_key().public_bytes(*form) != key.public_key().public_bytes(*form):
+            found = "the key of another certificate"
+            faults.append(Fault(where=str(files.key), found=found, expected=f"the key of {files.certificate}"))
+    return faults
+
+
+def _load(context: ssl.SSLContext, files: TlsFiles) -> None:
+    context.load_verify_locations(files.authorities)
+    context.load_cert_chain(files.certificate, files.key)
