@@ -328,6 +328,8 @@ class Simulation:
             frames += bundle.frames
         factor = self.factor(replica, len(frames))
         group, clock = replica.group, self.now
+        if group.slots(self.told.concurrency) > 1:
+            group.stage_free_s = [self.now]
         for stage, stage_s in enumerate(replica.entry.stage_latency_s[len(frames) - 1]):
             clock = max(clock, group.stage_free_s[stage]) + stage_s * factor
             group.stage_free_s[stage] = clock
