@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_iter
 
 from profiles.memory import resident_growth_bytes
 
-__all__ = ["keep_freed_memory", "peak_growth_bytes", "peak_tensor_bytes"]
+__all__ = ["LiveTensors", "keep_freed_memory", "peak_growth_bytes", "peak_tensor_bytes"]
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of mallopt(3)
 _KEPT_BYTES = 2**30
@@ -57,13 +57,13 @@ def peak_tensor_bytes(action: Callable[[], object]) -> int:
 
     Exact and repeatable, whatever the allocator does; what a kernel takes inside an operation does not show.
     """
-    tensors = _LiveTensors()
+    tensors = LiveTensors()
     with tensors:
         action()
     return tensors.peak_bytes
 
 
-class _LiveTensors(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class LiveTensors(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts the bytes of the storages that operations made and that are still alive."""
 
     def __init__(self) -> None:

@@ -4,7 +4,7 @@ import json
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 
 from plans.documents import parse_document, write_document
 from plans.errors import InvalidInput
@@ -111,6 +111,7 @@ def test_an_unknown_source_is_refused() -> None:
     assert " source:" in faults(document().replace('"measured"', '"guessed"'))[0]
 
 
+@settings(deadline=None)  # writes to disk, and waits for it
 @given(GRIDS)
 def test_reading_what_was_written_is_the_identity(
     tmp_path_factory: pytest.TempPathFactory, means: dict[int, float]

@@ -1,0 +1,77 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from executor.runtime.cost import count_cost, count_costs, measure_rates
+from executor.runtime.protocol import TensorSpec, UnknownVariant
+from plans.errors import InvalidInput
+
+
+class Small(torch.nn.Module):
+    """One product, one convolution, one depthwise convolution and a view."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.full = torch.nn.Conv2d(8, 16, 3, bias=False)
+        self.depthwise = torch.nn.Conv2d(16, 16, 3, groups=16, bias=False)
+        self.head = torch.nn.Linear(16, 10, bias=False)
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        return self.head(self.depthwise(self.full(image)).flatten(1))
+
+
+def test_arithmetic_and_bytes_are_those_of_a_count_by_hand() -> None:
+    with torch.device("meta"):
+        module = Small()
+    counted = count_cost(module, (TensorSpec("image", "FP32", (8, 5, 5)),), 2, torch.float32)
+    by_kind = {operation.kind: operation for operation in counted.operations}
+    assert by_kind["convolution"].flops == 2 * 2 * 16 * 8 * 9 * 3 * 3
+    assert by_kind["depthwise"].flops == 2 * 2 * 16 * 9
+    assert by_kind["matmul"].flops == 2 * 2 * 16 * 10
+    assert by_kind["convolution"].bytes == 4 * (2 * 8 * 25 + 16 * 8 * 9 + 2 * 16 * 9)
+    assert counted.weight_bytes == 4 * (16 * 8 * 9 + 16 * 9 + 160)
+    assert "other" not in by_kind  # the view costs nothing
+
+
+def test_arithmetic_is_proportional_to_the_batch_and_half_the_bytes_do_for_half_the_width() -> None:
+    one, four = count_costs("mobilenet-v2-0.5", (4, 1))
+    assert (one.batch, four.batch) == (1, 4)
+    assert four.flops == pytest.approx(4 * one.flops)
+    assert four.activation_bytes > 3 * one.activation_bytes
+    (half,) = count_costs("mobilenet-v2-0.5", (4,), dtype="bf16")
+    assert half.flops == four.flops
+    assert half.weight_bytes == pytest.approx(four.weight_bytes / 2, rel=0.01)
+
+
+def test_a_look_up_does_not_read_the_whole_table() -> None:
+    (cost,) = count_costs("bert-tiny-16", (1,))
+    assert cost.bytes < 2 * cost.weight_bytes
+    assert max(operation.bytes for operation in cost.operations) < 0.2 * cost.weight_bytes
+
+
+def test_counting_allocates_nothing_of_the_models_size() -> None:
+    before = torch.get_rng_state()
+    count_costs("bert-tiny-16", (64,))
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_an_unknown_model_number_or_batch_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UnknownVariant):
+        count_costs("no-such-model", (1,), model_dir=tmp_path)
+    with pytest.raises(InvalidInput, match="dtype"):
+        count_costs("bert-tiny-16", (1,), dtype="fp12")
+    with pytest.raises(InvalidInput, match="batches"):
+        count_costs("bert-tiny-16", (0,))
+    with pytest.raises(InvalidInput, match="dtype"):
+        measure_rates("cpu", "fp12")
+
+
+def test_measured_rates_are_those_of_a_real_processor() -> None:
+    rates = measure_rates("cpu", repeat=2)
+    assert rates.gpu_type == "cpu"
+    assert rates.flops_per_s["depthwise"] < rates.flops_per_s["matmul"]
+    assert rates.bytes_per_s <= rates.cache_bytes_per_s
+    assert 0 < rates.operation_s < 0.1
