@@ -1,4 +1,4 @@
-"""The models that can be built by name: transformers architectures, from their configuration alone.
+"""The models that can be built by name, from their configuration alone: transformers architectures, and a U-Net.
 
 Nothing is downloaded. The names say the architecture and its size; the weights are seeded random numbers, so latency
 and memory are those of the real architecture, and the answers mean nothing. Importing this module imports neither
@@ -7,6 +7,7 @@ torch nor transformers: they are imported when a model is built.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -68,14 +69,38 @@ def _deeplab() -> Architecture:
     return Architecture(build=build, inputs=_image(256), outputs=("logits",), description=description)
 
 
-def _segformer() -> Architecture:
+def _segformer(size: str, widths: tuple[int, ...], depths: tuple[int, ...], decoder: int) -> Architecture:
     def build() -> Any:
         from transformers import SegformerConfig, SegformerForSemanticSegmentation
 
-        return SegformerForSemanticSegmentation(_labelled(SegformerConfig(), 19))
+        config = SegformerConfig(hidden_sizes=list(widths), depths=list(depths), decoder_hidden_size=decoder)
+        return SegformerForSemanticSegmentation(_labelled(config, 19))
 
-    description = "Segformer B0: segmentation into 19 classes, 256x256"
+    description = f"Segformer {size}: segmentation into 19 classes, 256x256"
     return Architecture(build=build, inputs=_image(256), outputs=("logits",), description=description)
+
+
+def _unet(width: int, side: int) -> Architecture:
+    def build() -> Any:
+        from executor.runtime.unet import UNet
+
+        return UNet(width, 4, 21)
+
+    description = f"U-Net, width {width}: segmentation into 21 classes, {side}x{side}"
+    return Architecture(build=build, inputs=_image(side), outputs=("logits",), description=description)
+
+
+def _llama(size: str, tokens: int, *, kv_heads: int, **shape: Any) -> Architecture:
+    def build() -> Any:
+        from transformers import LlamaConfig, LlamaForCausalLM
+
+        model = LlamaForCausalLM(LlamaConfig(num_key_value_heads=kv_heads, use_cache=False, **shape))
+        # Of a prompt only the last position's logits matter: they say the first token of the answer.
+        model.forward = functools.partial(model.forward, logits_to_keep=1)
+        return model
+
+    description = f"Llama {size}: logits of the token after a prompt of {tokens}"
+    return Architecture(build=build, inputs=_tokens(tokens), outputs=("logits",), description=description)
 
 
 def _bert(hidden: int, layers: int, tokens: int, size: str) -> Architecture:
@@ -137,17 +162,59 @@ def _vit(hidden: int, size: str) -> Architecture:
 
 REGISTRY: Mapping[str, Architecture] = {
     "bert-base": _bert(768, 12, 128, "base"),
+    "bert-large": _bert(1024, 24, 128, "large"),
     "bert-small": _bert(512, 4, 128, "small"),
     "bert-small-16": _bert(512, 4, 16, "small"),
     "bert-tiny-16": _bert(128, 2, 16, "tiny"),
     "deeplab-mobilenet-v2": _deeplab(),
+    "llama-1b": _llama(
+        "1B",
+        128,
+        kv_heads=8,
+        hidden_size=2048,
+        intermediate_size=8192,
+        num_hidden_layers=16,
+        num_attention_heads=32,
+        vocab_size=128256,
+        max_position_embeddings=8192,
+        tie_word_embeddings=True,
+    ),
+    "llama-8b": _llama(
+        "8B",
+        128,
+        kv_heads=8,
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        vocab_size=128256,
+        max_position_embeddings=8192,
+    ),
+    "llama-tiny": _llama(
+        "tiny",
+        16,
+        kv_heads=2,
+        hidden_size=128,
+        intermediate_size=384,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        vocab_size=1024,
+        max_position_embeddings=1024,
+    ),
+    "mobilenet-v2-0.35": _mobilenet(0.35),
     "mobilenet-v2-0.5": _mobilenet(0.5),
     "mobilenet-v2-1.0": _mobilenet(1.0),
+    "mobilenet-v2-1.4": _mobilenet(1.4),
     "resnet-18": _resnet("basic", (2, 2, 2, 2), (64, 128, 256, 512)),
     "resnet-50": _resnet("bottleneck", (3, 4, 6, 3), (256, 512, 1024, 2048)),
-    "segformer-b0": _segformer(),
+    "segformer-b0": _segformer("B0", (32, 64, 160, 256), (2, 2, 2, 2), 256),
+    "segformer-b1": _segformer("B1", (64, 128, 320, 512), (2, 2, 2, 2), 256),
+    "segformer-b2": _segformer("B2", (64, 128, 320, 512), (3, 4, 6, 3), 768),
+    "unet-32": _unet(32, 256),
+    "vit-base": _vit(768, "base"),
     "vit-small": _vit(384, "small"),
     "vit-tiny": _vit(192, "tiny"),
+    "yolos-base": _yolos(768, "base"),
     "yolos-small": _yolos(384, "small"),
     "yolos-tiny": _yolos(192, "tiny"),
 }
