@@ -11,8 +11,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from planner.fairness import FairRows
 from planner.groups import GroupClass
 from planner.linear import Floats, Integers, LinearModel, ModelBuilder
+from planner.side_rows import SideRows
 from planner.space import Placed, Placement, PlanningSpace
 
 __all__ = ["Formulation"]
@@ -33,6 +35,9 @@ class Formulation:
         run: Columns of x, shape (pair,).
         share: Columns of a, shape (pair,).
         served: Columns of z, shape (service,).
+        count: Shape (class,): members, with the extra GPU's.
+        side: The rows that join groups beyond demand and budgets, and their variables.
+        fair: The rows of an objective on served shares, and their variables.
         model: The model, with an objective of 0.
     """
 
@@ -55,9 +60,14 @@ class Formulation:
         self.pair_class: Integers = np.array([pair[0] for pair in pairs], dtype=np.int64)
         self.pair_option: Integers = np.array([pair[1] for pair in pairs], dtype=np.int64)
         extra = [int(each.gpu_type == extra_gpu_type) for each in self.classes]
-        self._symmetric = ordered and space.problem.current is None and all(each.count == 1 for each in self.classes)
+        self._symmetric = (
+            ordered
+            and space.problem.current is None
+            and not space.requirements.calls
+            and all(each.count == 1 for each in self.classes)
+        )
         self._extra_gpu_type = extra_gpu_type
-        self._count = np.array([each.count for each in self.classes], dtype=np.float64) + np.array(extra)
+        self.count: Floats = np.array([each.count for each in self.classes], dtype=np.float64) + np.array(extra)
         self._of_class = _runs(self.pair_class, len(self.classes))
         self._builder = ModelBuilder()
         self._add_variables()
@@ -75,9 +85,9 @@ class Formulation:
             f"[{options[option]},{places[place]}]"
             for place, option in zip(self.pair_class, self.pair_option, strict=True)
         ]
-        count = self._count[self.pair_class] if len(self.pair_class) else np.zeros(0)
+        count = self.count[self.pair_class] if len(self.pair_class) else np.zeros(0)
         cap = space.share_cap[self.pair_option] if len(self.pair_option) else np.zeros(0)
-        self.use = builder.add_variables([f"use[{place}]" for place in places], upper=self._count, integer=True)
+        self.use = builder.add_variables([f"use[{place}]" for place in places], upper=self.count, integer=True)
         self.run = builder.add_variables([f"run{pair}" for pair in pairs], upper=count, integer=True)
         self.share = builder.add_variables([f"share{pair}" for pair in pairs], upper=count * cap, integer=False)
         self.served = builder.add_variables(
@@ -99,6 +109,10 @@ class Formulation:
         self._budgets()
         self._min_replicas()
         self._symmetry()
+        self.side = SideRows(self, self._builder)
+        self.side.add()
+        self.fair = FairRows(self, self._builder)
+        self.fair.add()
 
     def _add_loadouts(self) -> None:
         """Add what one group may run: everything that names the variables of a single group or class."""
@@ -226,7 +240,7 @@ class Formulation:
     def _symmetry(self) -> None:
         """(4.11) y[g] >= y[g'] for consecutive members g, g' of a class on whose GPUs no other group may stand.
 
-        Left out with a running plan, which tells the members apart.
+        Left out with a running plan or an affinity, which tell the members apart.
         """
         if not self._symmetric:
             return
@@ -260,6 +274,29 @@ class Formulation:
         """(5.3) sum over g of cost[g] y[g] per hour, to minimise."""
         return self._coefficients(self.use, np.array([self.space.cost[each.members[0]] for each in self.classes]))
 
+    def gpus_in_use(self) -> Floats:
+        """(5.6) sum over g of k[g] y[g], to minimise."""
+        return self._coefficients(self.use, np.array([float(each.gpus) for each in self.classes]))
+
+    def bytes_crossing(self) -> Floats:
+        """(5.11) sum over e of bytes[e] (fanout[e] z[source] - sum over v of L[e, v]) in GiB/s, to minimise.
+
+        Over classes that span nodes there is no L; the coefficients are then 0, which keeps the model a relaxation.
+        """
+        dense = np.zeros(len(self.model.variables))
+        for call, local in self.side.local:
+            dense[self.served[call.source]] += call.payload_bytes * call.fanout / 2**30
+            dense[local] -= call.payload_bytes / 2**30
+        return dense
+
+    def scenario_goodput(self) -> Floats:
+        """(5.10) the mean over the scenarios of sum over s of weight[s] z'[s], to maximise."""
+        dense = np.zeros(len(self.model.variables))
+        scenarios = [columns for columns in self.side.blocks if columns.block.lost_node is None]
+        for columns in scenarios:
+            dense[columns.served] = self.space.weight / len(scenarios)
+        return dense
+
     def bytes_moved(self) -> Floats:
         """(5.4) sum over g, o of w[o] x[g, o] in GiB where group g does not run o's variant yet, to minimise.
 
@@ -290,6 +327,8 @@ class Formulation:
             values[self.run[pair]] = 1.0
             values[self.share[pair]] = placed.share
         values[self.served] = np.minimum(self.space.served_rps(placement), self.space.offered_rps)
+        self.side.complete(values)
+        self.fair.complete(values)
         return values
 
     def decode(self, values: Floats) -> Placement:

@@ -46,7 +46,7 @@ def pack(space: PlanningSpace, targets: Sequence[Target], order: Order) -> Place
             int(space.service_of[option])
         )
         for _ in range(max(0, missing)):
-            _place_best(board, option, 0.0)
+            _place_best(board, option, float(space.requirements.least_share[option]))
     if not _minimum(board, smallest_first=True):
         return None
     fill(board)
@@ -114,6 +114,7 @@ def _minimum(board: Board, *, smallest_first: bool) -> bool:
     space = board.space
     density = _density(space)
     size = space.memory.max(axis=1) if len(space.options) else np.zeros(0)
+    least = space.requirements.least_share
     services = [service for service in range(len(space.names)) if space.min_replicas[service] > 0]
     homes = np.zeros(len(space.names), dtype=np.int64)
     for each in space.classes:
@@ -122,7 +123,7 @@ def _minimum(board: Board, *, smallest_first: bool) -> bool:
         options = [int(option) for option in np.flatnonzero(space.service_of == service)]
         options.sort(key=lambda option: (size[option] if smallest_first else -density[option], option))
         while board.replicas(service) < space.min_replicas[service]:
-            if not any(_place_best(board, option, 0.0) for option in options):
+            if not any(_place_best(board, option, float(least[option])) for option in options):
                 return False
     return True
 

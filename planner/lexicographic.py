@@ -56,6 +56,9 @@ _LATER_ROUNDS = 10
 _STALLED_ROUNDS = 4
 """Neighbourhoods without a gain after which an objective is left as it is."""
 
+_FIXED = ("gpus", "gpu-cost", "bytes-moved")
+"""Objectives that rates alone do not change."""
+
 _TIER_SHARE = (0.55, 0.5, 0.6, 0.9)
 """Share of the time left that each objective may take."""
 
@@ -135,14 +138,17 @@ class Search:
 
     def _recovered(self, placement: Placement) -> Placement:
         """Return ``placement`` with what tolerance cost goodput and accuracy, where that can be had back for free."""
-        for objective, other in ((GOODPUT, ACCURACY), (ACCURACY, GOODPUT)):
-            kept = (Kept(objective=other, limit=other.value(self._space, placement) * (1 - 1e-9)),)
+        for objective in (GOODPUT, ACCURACY):
+            others = [each for each in tiers(self._space) if each is not objective and each.name not in _FIXED]
+            kept = tuple(
+                Kept(objective=each, limit=each.limit(each.value(self._space, placement), 1e-9)) for each in others
+            )
             rated = self.best_rates(_pairs(placement), objective, kept)
             if rated is None:
                 continue
             better = _trimmed(self._space, rated)
             gains = objective.better(objective.value(self._space, better), objective.value(self._space, placement))
-            if gains and kept[0].holds(other.value(self._space, better)):
+            if gains and all(each.holds(each.objective.value(self._space, better)) for each in kept):
                 placement = better
         return placement
 
@@ -172,7 +178,7 @@ class Search:
         lower[fixed.use] = 1.0
         lower[fixed.run] = 1.0
         answer = self._solver.solve(
-            model.with_bounds(lower, model.upper).relaxed(),
+            model.with_bounds(lower, model.upper).relaxed(but=fixed.fair.integers),
             Budget(time_limit_s=max(1.0, self._ends_at_s - self._clock()), seed=self._settings.seed),
         )
         return fixed.decode(answer.values) if isinstance(answer, Solution) else None
@@ -183,7 +189,10 @@ class Search:
         for placement in (running(self._space), greedy(self._space)):
             if placement is None:
                 continue
-            rated = self.best_rates(_pairs(placement), GOODPUT, ()) or placement
+            rated = self.best_rates(_pairs(placement), GOODPUT, ())
+            if rated is None and self._space.requirements.restrict:
+                continue
+            rated = rated or placement
             if best is None or self.tier_value(rated) > self.tier_value(best):
                 best = rated
         return best
@@ -328,7 +337,7 @@ class Search:
 
     def _ordered(self, placement: Placement | None) -> Placement | None:
         """Return ``placement`` with interchangeable groups filled from the first on, as the symmetry rows ask."""
-        if placement is None or self._space.problem.current is not None:
+        if placement is None or self._space.problem.current is not None or self._space.requirements.calls:
             return placement
         alone = self._over_classes.sole_groups()
         renamed: dict[int, int] = {}
@@ -400,6 +409,8 @@ def _targets(over: Formulation, values: Floats) -> list[Target]:
 
 def _trimmed(space: PlanningSpace, placement: Placement) -> Placement:
     """Return ``placement`` without replicas that serve nothing, as far as the minimum replicas allow."""
+    if space.requirements.keeps_idle_replicas:
+        return placement
     counts = np.bincount([space.service_of[each.option] for each in placement], minlength=len(space.names))
     kept = []
     for each in placement:

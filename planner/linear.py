@@ -71,9 +71,11 @@ class LinearModel:
             value_of=np.concatenate([self.value_of, coefficients[columns]]),
         )
 
-    def relaxed(self) -> LinearModel:
-        """Return the linear relaxation."""
-        return replace(self, integer=np.zeros(len(self.variables), dtype=bool))
+    def relaxed(self, *, but: Integers | None = None) -> LinearModel:
+        """Return the linear relaxation; the columns ``but`` stay integer."""
+        integer = np.zeros(len(self.variables), dtype=bool)
+        integer[[] if but is None else but] = True
+        return replace(self, integer=integer)
 
     def objective_of(self, values: Floats) -> float:
         """Return the objective at ``values``, shape (variable,)."""

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from graphlib import CycleError, TopologicalSorter
 
 from planner.settings import Settings
 from plans.cluster import Cluster
-from plans.demand import Demand, ServiceDemand
+from plans.demand import Demand, Rate, ServiceDemand
 from plans.errors import Fault, InvalidInput
 from plans.plan import Plan
 from plans.service import FrequencyService, Service, Services, check_against_cluster
 from profiles.library import ProfileLibrary
 
-__all__ = ["Problem", "check", "offered_rps"]
+__all__ = ["Problem", "check", "derived_services", "offered_rps", "planned_rps", "service_demands"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,17 +45,84 @@ def check(problem: Problem) -> tuple[str, ...]:
         InvalidInput: With every fault at once: services whose models have no profile for any GPU type present, demand
             for unknown services, pins and forbids to unknown places.
     """
-    faults = [*_unprofiled(problem), *_unknown_demand(problem)]
+    faults = [*_unprofiled(problem), *_unknown_demand(problem), *_circular_calls(problem)]
     try:
         check_against_cluster(problem.services, problem.cluster, where="services")
     except InvalidInput as error:
         faults.extend(error.faults)
     if faults:
         raise InvalidInput(faults)
+    known = service_demands(problem)
     return tuple(
         f"{service.name}: the demand does not name it; planned for 0 requests per second"
         for service in problem.services.services
-        if problem.demand.of(service.name) is None
+        if service.name not in known
+    )
+
+
+def derived_services(problem: Problem) -> dict[str, tuple[tuple[str, float], ...]]:
+    """Return, for each service that only workflows call, its callers with their calls per request of theirs.
+
+    Those are the services that the demand does not name and that some edge leads to. A request to an entry service
+    starts every workflow that begins there.
+    """
+    named = {each.service for each in problem.demand.services}
+    callers: dict[str, list[tuple[str, float]]] = {}
+    for workflow in problem.services.workflows:
+        for edge in workflow.edges:
+            if edge.target not in named:
+                callers.setdefault(edge.target, []).append((edge.source, edge.fanout))
+    return {name: tuple(found) for name, found in callers.items()}
+
+
+def service_demands(problem: Problem) -> Mapping[str, ServiceDemand]:
+    """Return the demand per service: as stated, or fan-out times that of its callers where only workflows call it.
+
+    Windows are added up at equal quantiles, as if all callers peaked together; burstiness is that of the burstiest.
+    """
+    found = {each.service: each for each in problem.demand.services}
+    derived = derived_services(problem)
+    callers = {name: [caller for caller, _ in calls] for name, calls in derived.items()}
+    for name in TopologicalSorter(callers).static_order():
+        calls = [(found[caller], fanout) for caller, fanout in derived.get(name, ()) if caller in found]
+        if calls:
+            found[name] = _called(name, calls)
+    return found
+
+
+def planned_rps(problem: Problem) -> dict[str, float]:
+    """Return the rate to plan for per service: `offered_rps`, or fan-out times that of its callers."""
+    demands = service_demands(problem)
+    derived = derived_services(problem)
+    quantile = problem.settings.quantile
+    rates = {
+        service.name: offered_rps(service, demands.get(service.name), quantile)
+        for service in problem.services.services
+        if service.name not in derived
+    }
+    callers = {name: [caller for caller, _ in calls] for name, calls in derived.items()}
+    for name in TopologicalSorter(callers).static_order():
+        if name in derived:
+            rates[name] = sum(fanout * rates[caller] for caller, fanout in derived[name])
+    return rates
+
+
+def _called(name: str, calls: list[tuple[ServiceDemand, float]]) -> ServiceDemand:
+    levels = sorted({level for demand, _ in calls for rate in demand.rate_rps for level in rate.quantiles}, key=float)
+    windows = range(len(calls[0][0].rate_rps))
+    return ServiceDemand(
+        service=name,
+        burstiness_cv=max(demand.burstiness_cv for demand, _ in calls),
+        rate_rps=tuple(
+            Rate(
+                mean=sum(fanout * demand.rate_rps[window].mean for demand, fanout in calls),
+                quantiles={
+                    level: sum(fanout * demand.rate_rps[window].at(float(level)) for demand, fanout in calls)
+                    for level in levels
+                },
+            )
+            for window in windows
+        ),
     )
 
 
@@ -81,6 +150,17 @@ def _unprofiled(problem: Problem) -> list[Fault]:
             problem.profiles.profile(variant.model, gpu_type) for variant in service.variants for gpu_type in present
         )
     ]
+
+
+def _circular_calls(problem: Problem) -> list[Fault]:
+    callers = {name: [caller for caller, _ in calls] for name, calls in derived_services(problem).items()}
+    try:
+        TopologicalSorter(callers).prepare()
+    except CycleError as error:
+        circle = " -> ".join(reversed(error.args[1]))
+        expected = "the demand of at least one of them, because their workflows call in a circle"
+        return [Fault(where="demand", field="services", found=circle, expected=expected)]
+    return []
 
 
 def _unknown_demand(problem: Problem) -> list[Fault]:

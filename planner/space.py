@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 from planner.groups import CandidateGroup, GroupClass, candidate_groups, group_classes, singletons
 from planner.linear import Floats, Integers
 from planner.option import Catalogue, Option, build_catalogue
-from planner.problem import Problem, offered_rps
+from planner.problem import Problem, planned_rps
+from planner.requirements import Requirements, refined, requirements_of
 
 __all__ = ["Placed", "Placement", "PlanningSpace", "build_space"]
 
@@ -54,6 +55,7 @@ class PlanningSpace:
         memory: Shape (option, stage): share of a GPU's usable memory; 0 beyond the option's stages.
         cost: Shape (group,): cost of its GPUs per hour.
         kept: Pairs (group, option) that need no load, because the group runs that variant for that service already.
+        requirements: What a plan must keep beyond each group.
     """
 
     problem: Problem
@@ -76,6 +78,7 @@ class PlanningSpace:
     memory: Floats
     cost: Floats
     kept: frozenset[tuple[int, int]]
+    requirements: Requirements
 
     @property
     def options(self) -> tuple[Option, ...]:
@@ -111,9 +114,8 @@ def build_space(problem: Problem) -> PlanningSpace:
     services = problem.services.services
     groups = candidate_groups(problem, options)
     position = {service.name: index for index, service in enumerate(services)}
-    offered = np.array(
-        [offered_rps(service, problem.demand.of(service.name), problem.settings.quantile) for service in services]
-    )
+    planned = planned_rps(problem)
+    offered = np.array([planned[service.name] for service in services])
     service_of = np.array([position[option.service] for option in options], dtype=np.int64)
     sustained = np.array([option.sustained_rps for option in options])
     types = problem.cluster.gpu_types
@@ -127,7 +129,7 @@ def build_space(problem: Problem) -> PlanningSpace:
         problem=problem,
         catalogue=catalogue,
         groups=groups,
-        classes=group_classes(groups),
+        classes=refined(group_classes(groups), groups, problem),
         singles=singletons(groups),
         names=tuple(position),
         offered_rps=offered,
@@ -144,6 +146,7 @@ def build_space(problem: Problem) -> PlanningSpace:
         memory=memory,
         cost=np.array([types[group.gpu_type].cost_per_hour * group.tp * group.pp for group in groups]),
         kept=_kept(problem, groups, options),
+        requirements=requirements_of(problem, groups, options, offered),
     )
 
 
@@ -154,10 +157,14 @@ def _kept(
         (group.node, group.gpus, group.tp, group.pp): {(entry.service, entry.variant) for entry in group.loadout}
         for group in (problem.current.groups if problem.current else ())
     }
-    return frozenset(
-        (position, index)
-        for position, group in enumerate(groups)
-        for index in group.options
-        if (options[index].service, options[index].variant)
-        in running.get((group.node, group.gpus, group.tp, group.pp), set())
-    )
+    kinds: dict[tuple[str, str], list[int]] = {}
+    for index, option in enumerate(options):
+        kinds.setdefault((option.service, option.variant), []).append(index)
+    found: set[tuple[int, int]] = set()
+    for position, group in enumerate(groups):
+        standing: Iterable[tuple[str, str]] = running.get((group.node, group.gpus, group.tp, group.pp), frozenset())
+        alike = [index for each in standing for index in kinds.get(each, ())]
+        if alike:
+            allowed = set(group.options)
+            found.update((position, index) for index in alike if index in allowed)
+    return frozenset(found)

@@ -75,7 +75,7 @@ class Spread(Document):
 
     over: Literal["node", "zone"]
     max_skew: int = Field(default=1, ge=1)
-    min_domains: int = Field(default=1, ge=1)
+    min_domains: int = Field(default=0, ge=0)
 
     @model_validator(mode="before")
     @classmethod

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
 from planner.problem import Problem
@@ -9,6 +11,7 @@ from planner.settings import Settings
 from plans.cluster import Cluster, GpuType, Node, NodeGpus
 from plans.demand import Demand, Rate, ServiceDemand
 from plans.service import (
+    Edge,
     FrequencyService,
     FrequencySlo,
     GenerationService,
@@ -17,7 +20,9 @@ from plans.service import (
     LatencySlo,
     Service,
     Services,
+    Spread,
     Variant,
+    Workflow,
 )
 from profiles.document import LatencyStatistics, Profile, ProfileMeta, Row
 from profiles.library import ProfileLibrary
@@ -161,6 +166,74 @@ def generated(
         )
         rates[f"s{index}"] = float(rng.uniform(0.2, 2.0)) * load * nodes * gpus / services / base_s
     return problem(inventory, list(offered), profiles, demand(**rates), settings=settings)
+
+
+FEATURES = (
+    "spread-node",
+    "spread-zone",
+    "domains",
+    "workflow",
+    "affinity",
+    "attainment",
+    "loss",
+    "max-min",
+    "fair-sum",
+    "utility",
+    "gpus",
+    "cost",
+    "scenarios",
+)
+"""What `featured` can add to a problem."""
+
+
+def featured(wanted: Problem, feature: str) -> Problem:
+    """Return ``wanted``, which has at least two services and two nodes, with one more feature."""
+    settings, services, inventory = wanted.settings, list(wanted.services.services), wanted.cluster
+    workflows: tuple[Workflow, ...] = ()
+    rates = wanted.demand
+    spread = {
+        "spread-node": Spread(over="node"),
+        "spread-zone": Spread(over="zone"),
+        "domains": Spread(over="node", max_skew=2, min_domains=2),
+    }
+    if feature in spread:
+        services[0] = services[0].model_copy(update={"spread": spread[feature]})
+        nodes = tuple(
+            node.model_copy(update={"zone": f"zone{index % 2}"}) for index, node in enumerate(inventory.nodes)
+        )
+        inventory = inventory.model_copy(update={"nodes": nodes})
+    elif feature in ("workflow", "affinity"):
+        first, second = services[0].name, services[1].name
+        edge = Edge(source=first, target=second, fanout=1.5, payload_bytes=1000)
+        affinity = "require" if feature == "affinity" else "prefer"
+        slo = LatencySlo(deadline_s=sum(service.deadline_s() for service in services[:2]))
+        workflows = (Workflow(name="w", slo=slo, edges=(edge,), affinity=affinity),)
+        rates = rates.model_copy(update={"services": tuple(s for s in rates.services if s.service != second)})
+    elif feature in ("attainment", "gpus", "cost"):
+        minimize = None if feature == "attainment" else feature
+        settings = replace(settings, attainment=0.5, minimize=minimize)  # type: ignore[arg-type]
+    elif feature == "loss":
+        settings = replace(settings, keep_after_loss=0.5)
+    elif feature == "scenarios":
+        settings = replace(settings, scenarios=3)
+        wide = tuple(
+            demand.model_copy(update={"rate_rps": tuple(_uncertain(rate.mean) for rate in demand.rate_rps)})
+            for demand in rates.services
+        )
+        rates = rates.model_copy(update={"services": wide})
+    else:
+        settings = replace(settings, objective=feature, utility="step")  # type: ignore[arg-type]
+    return replace(
+        wanted,
+        cluster=inventory,
+        services=Services(services=tuple(services), workflows=workflows),
+        settings=settings,
+        demand=rates,
+    )
+
+
+def _uncertain(rate_rps: float) -> Rate:
+    return Rate(mean=rate_rps, quantiles={"0.1": 0.3 * rate_rps, "0.5": rate_rps, "0.9": 2.0 * rate_rps})
 
 
 def town(*, settings: Settings = QUIET) -> Problem:
