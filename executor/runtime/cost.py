@@ -165,7 +165,8 @@ def _rates(gpu_type: str, dtype: str, repeat: int) -> DeviceRates:
 def _operation_s(repeat: int) -> float:
     """Return the time to start an operation with all that modules do around it: of a model where little else counts."""
     config = BertConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=1, intermediate_size=32, vocab_size=8)
-    module = BertModel(config).eval()
+    module: torch.nn.Module = BertModel(config)
+    module.eval()
     tokens = torch.zeros((1, 2), dtype=torch.int64)
     operations = _Operations()
     with torch.no_grad(), operations:
