@@ -27,6 +27,10 @@ def balance(space: PlanningSpace, placement: Placement, solver: Solver, budget: 
     options = [placed.option for placed in placement]
     cap = space.share_cap[options]
     share = builder.add_variables([f"share[{index}]" for index in range(len(placement))], upper=cap, integer=False)
+    for index, option in enumerate(options):
+        # No less than a replica must have; where the placement gives less, no less than that.
+        least = min(float(space.requirements.least_share[option]), placement[index].share)
+        builder.add_row(f"least[{index}]", [int(share[index])], [1.0], lower=least)
     groups = np.array([placed.group for placed in placement])
     utilisation = np.array([space.options[option].utilisation for option in options])
     widths = np.diff(_EDGES)
@@ -45,7 +49,12 @@ def balance(space: PlanningSpace, placement: Placement, solver: Solver, budget: 
             upper=0.0,
         )
         prices.extend(_EDGES[1:])
-    kinds = [(int(space.service_of[option]), float(space.accuracy[option])) for option in options]
+    # Where bytes should stay on a node, rates stay there too.
+    nodes = [space.groups[placed.group].node if space.requirements.calls else "" for placed in placement]
+    kinds = [
+        (int(space.service_of[option]), float(space.accuracy[option]), node)
+        for option, node in zip(options, nodes, strict=True)
+    ]
     rates = space.sustained_rps[options]
     for kind in sorted(set(kinds)):
         mine = np.array([index for index, each in enumerate(kinds) if each == kind])

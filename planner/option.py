@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
@@ -9,11 +10,12 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from planner.problem import Problem
+from planner.deadlines import Target, targets
+from planner.problem import Problem, service_demands
 from planner.tail import utilisation_limit
 from plans.demand import ServiceDemand
 from plans.plan import Confidence
-from plans.service import Service, Variant
+from plans.service import FrequencyService, GenerationService, Service, Variant
 from profiles.latency import Estimate, LatencyModel
 
 __all__ = ["Catalogue", "Option", "Rejection", "build_catalogue", "variability_of"]
@@ -36,8 +38,10 @@ class Option:
         multi_frame: Frames of one stream batched together.
         accuracy: Accuracy of the variant, in [0, 1].
         memory_bytes: Peak bytes per GPU of each stage, weights included, shape (pp,).
-        latency_s: 99th percentile of a full batch's latency, with the margin of an estimate that was not measured.
+        latency_s: 99th percentile of a full batch's latency, with the margin of an estimate that was not measured, and
+            with the wait for the frames of a multi-frame batch.
         hold_s: Mean time that a full batch holds the bottleneck stage.
+        block_s: Longest time that it keeps others from that stage: ``hold_s``, or one pass of a generating model.
         slack_s: Deadline less ``latency_s``: what is left for waiting; at least 0.
         variability: Sum of the squared coefficients of variation of arrivals and of service.
         utilisation: Utilisation up to which the share of late requests stays within the SLO, in (0, 1].
@@ -59,6 +63,7 @@ class Option:
     memory_bytes: tuple[int, ...]
     latency_s: float
     hold_s: float
+    block_s: float
     slack_s: float
     variability: float
     utilisation: float
@@ -121,13 +126,14 @@ def build_catalogue(problem: Problem) -> Catalogue:
     """Return the options of ``problem``: those that fit, meet the deadline, and are not dominated."""
     options: list[Option] = []
     rejections: list[Rejection] = []
-    demands = {each.service: each for each in problem.demand.services}
+    demands = service_demands(problem)
+    goals = targets(problem, demands)
     running = _running(problem)
     largest = _largest_nodes(problem)
     for service in problem.services.services:
-        demand = demands.get(service.name)
+        demand, goal = demands.get(service.name), goals[service.name]
         for variant in service.variants:
-            for found in _of_variant(problem, service, variant, demand, running, largest):
+            for found in _of_variant(problem, service, variant, demand, goal, running, largest):
                 (options if isinstance(found, Option) else rejections).append(found)  # type: ignore[arg-type]
     kept = _undominated(options, keep={(*key, batch) for key, batches in running.items() for batch in batches})
     return Catalogue(
@@ -157,6 +163,7 @@ def _of_variant(
     service: Service,
     variant: Variant,
     demand: ServiceDemand | None,
+    goal: Target,
     running: Mapping[tuple[str, str, str, int, int], frozenset[int]],
     largest: Mapping[str, int],
 ) -> Iterator[Option | Rejection]:
@@ -168,7 +175,7 @@ def _of_variant(
             )
             if model is not None:
                 batches = running.get((service.name, variant.model, gpu_type, tp, pp), frozenset())
-                yield from _of_model(problem, service, variant, demand, gpu_type, (tp, pp), model, batches)
+                yield from _of_model(problem, service, variant, demand, goal, gpu_type, (tp, pp), model, batches)
 
 
 def _parallelisms(problem: Problem, model: str, gpu_type: str, most_gpus: int) -> tuple[tuple[int, int], ...]:
@@ -182,6 +189,7 @@ def _of_model(
     service: Service,
     variant: Variant,
     demand: ServiceDemand | None,
+    goal: Target,
     gpu_type: str,
     parallelism: tuple[int, int],
     model: LatencyModel,
@@ -192,7 +200,7 @@ def _of_model(
     Batches outside the grid are left out: nobody measured them, and below it the latency model grants no gain.
     """
     for batch in _batches(model.batches, running):
-        yield _judge(problem, service, variant, demand, gpu_type, parallelism, model, batch)
+        yield _judge(problem, service, variant, demand, goal, gpu_type, parallelism, model, batch)
 
 
 def _batches(grid: tuple[int, ...], running: Iterable[int]) -> list[int]:
@@ -206,25 +214,32 @@ def _judge(
     service: Service,
     variant: Variant,
     demand: ServiceDemand | None,
+    goal: Target,
     gpu_type: str,
     parallelism: tuple[int, int],
     model: LatencyModel,
     batch: int,
 ) -> Option | Rejection:
     settings = problem.settings
-    deadline_s = service.deadline_s(None if demand is None else demand.output_tokens)
     estimate = model.at(batch)
     memory = model.peak_bytes(batch)
-    latency_s = estimate.p99_s * (1.0 if estimate.confidence == "measured" else 1.0 + estimate.error_ratio)
+    frames = _frames_of_one_stream(service, demand, batch)
+    frames_s = (frames - 1) / service.slo.fps if isinstance(service, FrequencyService) else 0.0
+    latency_s = frames_s + _with_margin(estimate)
     hold_s = max(estimate.stage_s)
+    tokens = _token_times(problem, service, variant, demand, gpu_type, parallelism, batch)
+    block_s = hold_s if tokens is None else tokens.pass_s
     # A lone request of the smallest batch waits for nothing; larger batches must leave time for the one before them.
-    waiting_s = settings.blocking_factor * hold_s if batch > 1 else 0.0
+    waiting_s = settings.blocking_factor * block_s if batch > 1 else 0.0
     available = problem.cluster.gpu_types[gpu_type].memory_bytes * (1.0 - settings.headroom_ratio)
-    checks = (
+    checks = [
         ("accuracy", service.min_accuracy, variant.accuracy),
         ("memory", max(memory), available),
-        ("latency", latency_s + waiting_s, deadline_s),
-    )
+        ("latency", latency_s + waiting_s, goal.deadline_s),
+    ]
+    if tokens is not None and isinstance(service, GenerationService):
+        checks.append(("latency", tokens.first_s + waiting_s, service.slo.ttft_s))
+        checks.append(("latency", tokens.next_s, service.slo.tpot_s))
     tp, pp = parallelism
     for reason, needed, limit in checks:
         if needed > limit:
@@ -240,9 +255,9 @@ def _judge(
                 available=limit,
             )
     variability = variability_of(estimate, demand)
-    slack_s = deadline_s - latency_s
+    slack_s = goal.deadline_s - latency_s
     allowed = utilisation_limit(
-        slack_s - settings.blocking_factor * hold_s, hold_s / batch, variability, 1.0 - service.slo.attainment
+        slack_s - settings.blocking_factor * block_s, hold_s / batch, variability, 1.0 - goal.attainment
     )
     return Option(
         service=service.name,
@@ -251,18 +266,77 @@ def _judge(
         tp=tp,
         pp=pp,
         batch=batch,
+        multi_frame=frames,
         accuracy=variant.accuracy,
         memory_bytes=tuple(memory),
         latency_s=latency_s,
         hold_s=hold_s,
+        block_s=block_s,
         slack_s=slack_s,
         variability=variability,
         utilisation=min(max(allowed, settings.min_utilisation), settings.max_utilisation),
         at_floor=allowed < settings.min_utilisation,
         weight_bytes=tp * sum(model.weight_bytes),
         load_s=model.load_s,
-        deadline_s=deadline_s,
+        deadline_s=goal.deadline_s,
         confidence=estimate.confidence,
+    )
+
+
+def _with_margin(estimate: Estimate) -> float:
+    """Return the 99th percentile, times 1 + error where it was not measured."""
+    return estimate.p99_s * (1.0 if estimate.confidence == "measured" else 1.0 + estimate.error_ratio)
+
+
+def _frames_of_one_stream(service: Service, demand: ServiceDemand | None, batch: int) -> int:
+    """Return how many frames of one stream a full batch holds: more than one where it is larger than the streams.
+
+    Frames of a stream are 1 / fps apart, so the first of n waits (n - 1) / fps for the last: (3.6).
+    """
+    if not isinstance(service, FrequencyService) or demand is None or not demand.streams:
+        return 1
+    return math.ceil(batch / demand.streams)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _TokenTimes:
+    """Time to the first token and per further one, and the longest single pass over the model, seconds."""
+
+    first_s: float
+    next_s: float
+    pass_s: float
+
+
+def _token_times(
+    problem: Problem,
+    service: Service,
+    variant: Variant,
+    demand: ServiceDemand | None,
+    gpu_type: str,
+    parallelism: tuple[int, int],
+    batch: int,
+) -> _TokenTimes | None:
+    """Return what tokens take with ``batch`` sequences in flight, or None where the profile has no phases: (3.7).
+
+    The first token takes one prefill of its prompt. In a steady state every sequence that ends makes room for the
+    prefill of another, so a further token takes one decode step and its part of ``batch`` - 1 such prefills per answer.
+    """
+    if not isinstance(service, GenerationService):
+        return None
+    prompt = None if demand is None else demand.input_tokens
+    answer = 128.0 if demand is None or demand.output_tokens is None else demand.output_tokens
+    steps = max(1.0, answer - 1.0)
+    tp, pp = parallelism
+    context = None if prompt is None else prompt + steps / 2
+    prefill = problem.profiles.latency(variant.model, gpu_type, tp, pp, input_tokens=prompt, phase="prefill")
+    decode = problem.profiles.latency(variant.model, gpu_type, tp, pp, input_tokens=context, phase="decode")
+    if prefill is None or decode is None:
+        return None
+    first, step = prefill.at(1), decode.at(batch)
+    return _TokenTimes(
+        first_s=_with_margin(first),
+        next_s=_with_margin(step) + first.mean_s * (batch - 1) / steps,
+        pass_s=max(first.mean_s, step.mean_s),
     )
 
 
@@ -296,7 +370,7 @@ def _undominated(options: list[Option], *, keep: Collection[tuple[str, str, str,
 def _beaten(options: list[Option]) -> NDArray[np.bool_]:
     """Return which of ``options`` another one beats or equals in everything; of equals the first stays."""
     better_if_high = np.array([(each.sustained_rps, each.accuracy, each.slack_s) for each in options])
-    better_if_low = np.array([(each.hold_s, each.weight_bytes, *each.memory_bytes) for each in options])
+    better_if_low = np.array([(each.hold_s, each.block_s, each.weight_bytes, *each.memory_bytes) for each in options])
     dominates = (better_if_high[:, None] >= better_if_high[None]).all(axis=2)
     dominates &= (better_if_low[:, None] <= better_if_low[None]).all(axis=2)
     earlier = np.tri(len(options), k=-1, dtype=bool).T

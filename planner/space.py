@@ -49,7 +49,7 @@ class PlanningSpace:
         sustained_rps: Shape (option,).
         share_cap: Shape (option,): compute share that serves the whole demand, at most 1.
         accuracy: Shape (option,).
-        hold_s: Shape (option,).
+        hold_s: Shape (option,): longest time that it keeps others from the group.
         slack_s: Shape (option,).
         moved_bytes: Shape (option,): weights that a load moves.
         memory: Shape (option, stage): share of a GPU's usable memory; 0 beyond the option's stages.
@@ -123,7 +123,7 @@ def build_space(problem: Problem) -> PlanningSpace:
     memory = np.zeros((len(options), max((option.pp for option in options), default=1)))
     for index, option in enumerate(options):
         memory[index, : option.pp] = np.array(option.memory_bytes) / usable[index]
-    hold_s = np.array([option.hold_s for option in options])
+    hold_s = np.array([option.block_s for option in options])
     slack_s = np.array([option.slack_s for option in options])
     return PlanningSpace(
         problem=problem,

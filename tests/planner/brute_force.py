@@ -67,7 +67,7 @@ def _loadouts(space: PlanningSpace, group: int) -> Iterator[Loadout]:
         if any(sum(option.memory_bytes[stage] for option in loadout) > usable for stage in stages):
             continue
         factor = {"strict": 1.0, "expected": 0.5, "none": 0.0}[problem.settings.blocking]
-        if any(factor * a.hold_s > b.deadline_s - b.latency_s for a, b in itertools.permutations(loadout, 2)):
+        if any(factor * a.block_s > b.deadline_s - b.latency_s for a, b in itertools.permutations(loadout, 2)):
             continue
         yield loadout
 

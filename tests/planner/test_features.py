@@ -7,10 +7,8 @@ from dataclasses import replace
 import pytest
 
 from planner import Infeasible, Solved, solve
-from planner.space import build_space
 from tests.planner.brute_force import best_goodput
-from tests.planner.problems import FEATURES, QUIET, featured, generated
-from tests.planner.rules import assert_sound
+from tests.planner.problems import FEATURES, featured, generated
 
 ENUMERATED = tuple(name for name in FEATURES if name not in ("cost", "scenarios"))
 
