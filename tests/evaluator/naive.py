@@ -9,9 +9,10 @@ import heapq
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 from plans import Group as PlannedGroup
-from plans import LoadoutEntry, Plan, transition
+from plans import LoadoutEntry, Plan, Services, transition
 from plans.plan import TransitionStep
 from tests.evaluator.naive_parts import (
     Batch,
@@ -30,6 +31,7 @@ from tests.evaluator.naive_parts import (
     uniform,
 )
 from tests.evaluator.naive_workflow import Instance, tails_of
+from traces.table import RequestTrace
 
 CHANGE, COMPLETION, ENTRY, TIMER, DISPATCH = range(5)
 MOST_GPUS = 64  # of a node, in the scenarios of the tests
@@ -40,6 +42,13 @@ DISPLACED = "gave way to a full batch"
 def run(scenario: Scenario) -> list[Result | None]:
     """Return what becomes of every row, in order; None for rows that are not offered (after `until_s`)."""
     return Simulation(scenario).run()
+
+
+def run_trace(plan: Plan, services: Services, trace: RequestTrace, **told: Any) -> list[Result | None]:
+    """Return what becomes of every request of a trace without streams and tokens; `told` as for `Scenario`."""
+    names = [trace.services[code] for code in trace.codes]
+    rows = [Row(arrival_s=time_s, name=name) for time_s, name in zip(trace.arrival_s.tolist(), names, strict=True)]
+    return run(Scenario(plan=plan, services=services, rows=rows, **told))
 
 
 class Simulation:
@@ -100,7 +109,7 @@ class Simulation:
     def result_of(self, position: int) -> Result | None:
         if position in self.ends:
             return self.ends[position]
-        return Result(outcome="in flight") if self.told.rows[position].arrival_s <= self.told.until_s else None
+        return Result(outcome="in_flight") if self.told.rows[position].arrival_s <= self.told.until_s else None
 
     def dispatch_s(self, group: Group) -> float:
         """When the group could start something, as things are."""

@@ -83,7 +83,7 @@ class _Drawer:
             slo = {"fps": self.rng.choice([4, 8, 16]), "jitter": self.time_s(0, 8)}
             services.append({"name": "video", "class": "frequency", "slo": slo, "variants": self.variants("video")})
         if self.has("generation"):
-            slo = {"ttft": self.time_s(8, 60), "tpot": self.time_s(1, 8)}
+            slo = {"ttft": self.time_s(8, self.rng.choice([60, 300])), "tpot": self.time_s(1, 8)}
             services.append({"name": "chat", "class": "generation", "slo": slo, "variants": self.variants("chat")})
         self.rng.shuffle(services)
         names = [str(service["name"]) for service in services]
@@ -103,7 +103,7 @@ class _Drawer:
         edges = []
         for source, target in chosen:
             size = self.rng.choice([0, 1_000_000, 20_000_000])
-            fanout = self.rng.choice([0.5, 1.0, 1.0, 1.5, 2.0])
+            fanout = self.rng.choice([0.5, 1.0, 1.5, 2.0, 3.0])
             edges.append({"from": source, "to": target, "fanout": fanout, "bytes": size})
         for source in {source for source, _ in chosen}:
             leaving = [edge for edge in edges if edge["from"] == source]
@@ -151,7 +151,7 @@ class _Drawer:
         one = [self.time_s(1, 8) for _ in range(pp)]
         more = [self.time_s(0, 3) for _ in range(pp)]
         weights = self.rng.randint(50, 200)
-        kv_bytes = self.rng.choice([80, 200, 400]) * KV_BYTES_PER_TOKEN
+        kv_bytes = self.rng.choice([80, 120, 400]) * KV_BYTES_PER_TOKEN
         return LoadoutEntry(
             service=service,
             variant=self.rng.choice([f"{service}-small", f"{service}-large"]),
@@ -160,7 +160,7 @@ class _Drawer:
             rate_rps=1.0,
             memory_bytes=(weights + -(-kv_bytes // gpus) if service == "chat" else 3 * weights,) * gpus,
             weight_bytes=weights * gpus,
-            load_s=self.time_s(0, 40),
+            load_s=self.time_s(0, self.rng.choice([0, 6, 40])),
             deadline_s=max(GRID_S, self.time_s(4, 40)),
             stage_latency_s=tuple(tuple(s + b * m for s, m in zip(one, more, strict=True)) for b in range(largest)),
         )
@@ -175,7 +175,7 @@ class _Drawer:
     def profile(self, model: str, shapes: Sequence[tuple[int, int]], *, tokens: bool) -> Profile:
         rows: list[Mapping[str, object]] = []
         p50, p95, p99 = (self.rng.choice([0.75, 1.0]), self.rng.choice([1.0, 1.5]), self.rng.choice([1.5, 4.0]))
-        step_s, token_s = self.time_s(1, 4), GRID_S / 64
+        step_s, token_s = self.time_s(1, 4), GRID_S / 256
         for tp, pp in shapes:
             place = {"tp": tp, "pp": pp, "weight_bytes": [60] * pp, "peak_bytes": [100] * pp}
             if tokens:
@@ -204,12 +204,14 @@ class _Drawer:
     def rows(self, services: Services) -> list[Row]:
         count = self.rng.choice([1, 5, 30, 60])
         names = [s.name for s in services.services] + [w.name for w in services.workflows] * 3
+        if self.feature == "generation":
+            names += ["chat"] * 5
         clock, rows = 0.0, []
         for _ in range(count):
             clock += self.rng.choice([0, 1, 1, 2, 6]) * GRID_S * self.speed if self.coarse else self.gap_s()
             name = self.rng.choice(names)
             stream = self.rng.choice(["a", "b", "c", None]) if name == "video" else None
-            lengths = self.rng.choice([1, 8, 20, 60, 90]), self.rng.choice([1, 2, 5, 12, 30])
+            lengths = self.rng.choice([1, 8, 20, 40, 90]), self.rng.choice([1, 2, 5, 12, 30])
             rows.append(
                 Row(arrival_s=clock, name=name, stream=stream, input_tokens=lengths[0], output_tokens=lengths[1])
             )
@@ -227,12 +229,12 @@ class _Drawer:
             plans = range(self.rng.randint(1, 3))
             made += [NewPlan(time_s=self.time_s(0, most), plan=self.plan(services)) for _ in plans]
         if self.has("failures"):
-            for _ in range(self.rng.randint(1, 3)):
+            for _ in range(self.rng.randint(1, 4)):
                 gpu = self.rng.choice([None, 0, 1])
                 node, failed_s = self.rng.choice(NODES[:2]), self.time_s(0, most)
                 made.append(Failure(time_s=failed_s, node=node, gpu=gpu))
-                if self.rng.random() < 0.7:
-                    well_s = failed_s + self.time_s(1, 60)
+                if self.rng.random() < 0.8:
+                    well_s = failed_s + self.time_s(1, self.rng.choice([4, 16, 60]))
                     made.append(Recovery(time_s=well_s, node=node, gpu=gpu))
         return sorted(made, key=lambda change: change.time_s)
 
@@ -252,7 +254,11 @@ class _Drawer:
         policies = ["weighted-random", "round-robin", "shortest-queue", "least-finish", "credits"]
         told["routing"] = rng.choice(policies) if self.has("routing", "streams", "workflows") else "weighted"
         if told["routing"] == "credits":
-            told |= {"credit_target": rng.choice([0, 1, 4]), "credit_increase": 0.25, "credit_decrease": 0.5}
+            told |= {
+                "credit_target": rng.choice([0, 1, 4]),
+                "credit_increase": rng.choice([0.25, 4.0]),
+                "credit_decrease": rng.choice([0.5, 0.125]),
+            }
         if self.has("concurrency"):
             told["concurrency"] = rng.choice([2, 3])
         if self.has("draws"):
@@ -270,7 +276,7 @@ class _Drawer:
         plan, rows = self.plan(services), self.rows(services)
         end_s = rows[-1].arrival_s + 8 * GRID_S
         changes = self.changes(services, end_s)
-        told |= {"retries": self.rng.choice([0, 1, 2]), "detection_s": self.time_s(0, 20)}
+        told |= {"retries": self.rng.choice([0, 1, 2]), "detection_s": self.time_s(0, self.rng.choice([0, 20]))}
         told |= {"max_prefill_tokens": self.rng.choice([32, 100, 8192])}
         if self.rng.random() < 0.15:
             told["until_s"] = end_s * self.rng.choice([0.5, 0.75, 1.0, 2.0])

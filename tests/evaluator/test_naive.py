@@ -238,4 +238,4 @@ def test_a_lost_call_ends_its_instance_unless_another_input_may_do():
 def test_what_has_not_ended_by_the_end_of_the_run_is_in_flight_and_what_comes_later_is_not_offered():
     plan, known = one_group(takes("a", 1.0)), services(("a", 9.0))
     got = simulate(plan, known, (0.0, "a"), (0.5, "a"), (1.0, "a"), (1.5, "a"), until_s=1.0)
-    assert [r.outcome if r else None for r in got] == ["good", "in flight", "in flight", None]
+    assert [r.outcome if r else None for r in got] == ["good", "in_flight", "in_flight", None]
