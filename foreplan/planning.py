@@ -158,7 +158,7 @@ def verify(
 
     ``demand`` is needed only where latency depends on tokens.
     """
-    return check_plan(plan, cluster, services, _Figures(profiles=profiles, demand=demand))
+    return check_plan(plan, cluster, services, _Figures(profiles=profiles, demand=demand), demand)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
