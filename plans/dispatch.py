@@ -20,12 +20,31 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["DISPLACED", "HOPELESS", "earliest", "next_batch", "next_replica"]
+__all__ = [
+    "DISPLACED",
+    "HIGHEST_CREDIT",
+    "HOPELESS",
+    "LOWEST_CREDIT",
+    "credit_after",
+    "earliest",
+    "least",
+    "next_at_random",
+    "next_batch",
+    "next_batch_undropped",
+    "next_by_credit",
+    "next_in_turn",
+    "next_replica",
+    "ready_s",
+]
 
 HOPELESS = 0
 """`next_batch`: the head cannot finish in time even alone; drop it."""
 DISPLACED = -1
 """`next_batch`: the head cannot bear a full batch, and more than one waits behind it; drop it."""
+
+LOWEST_CREDIT = 0.05
+HIGHEST_CREDIT = 20.0
+"""`credit_after`: however bad or good a replica, it is still tried, and never takes all."""
 
 
 def next_batch(
@@ -52,6 +71,43 @@ def next_batch(
     while batch > 1 and now + latency_s[batch - 1] > head_deadline:
         batch -= 1
     return batch
+
+
+def next_batch_undropped(
+    now: float, head_deadline: float, queued: int, max_batch: int, latency_s: NDArray[np.float64] | list[float]
+) -> int:
+    """Return the size of the batch to start now where nothing is ever dropped; arguments as for `next_batch`.
+
+    The largest that meets the head's deadline; when not even a batch of one does, a full one, since the head is late
+    in any case.
+    """
+    batch = min(queued, max_batch)
+    if now + latency_s[0] > head_deadline:
+        return batch
+    while batch > 1 and now + latency_s[batch - 1] > head_deadline:
+        batch -= 1
+    return batch
+
+
+def ready_s(
+    head_entry: float, head_deadline: float, queued: int, max_batch: int, largest_s: float, batch_delay_s: float
+) -> float:
+    """Return from when a queue may start a batch where a free device waits for company.
+
+    A full batch waits for nothing. Otherwise until the head has waited ``batch_delay_s``, or until a full batch would
+    miss its deadline if that is earlier.
+
+    Args:
+        head_entry: When the head entered the queue, seconds.
+        head_deadline: Its deadline, seconds on the same clock.
+        queued: Requests waiting, at least 1.
+        max_batch: Largest batch.
+        largest_s: Latency of the largest batch, seconds.
+        batch_delay_s: Longest wait for company, seconds.
+    """
+    if queued >= max_batch:
+        return head_entry
+    return min(head_entry + batch_delay_s, head_deadline - largest_s)
 
 
 def earliest(head_deadlines: NDArray[np.float64] | list[float]) -> int:
@@ -88,4 +144,96 @@ def next_replica(weights: Any, credit: Any) -> int:
                 best = replica
     if best >= 0:
         credit[best] -= total
+    return best
+
+
+def next_by_credit(weights: Any, credits: Any, balance: Any) -> int:
+    """Choose a replica as `next_replica` does, with ``credits`` in place of weights where the weight is positive.
+
+    Args:
+        weights: Shape (replica,). A weight of 0 leaves the replica out.
+        credits: Shape (replica,), above 0: what each has earned (`credit_after`).
+        balance: Shape (replica,), carried from call to call, zeros at first; updated in place.
+
+    Returns:
+        The position chosen, or -1 when no weight is positive.
+    """
+    best = -1
+    total = 0.0
+    for replica in range(len(weights)):
+        if weights[replica] > 0:
+            balance[replica] += credits[replica]
+            total += credits[replica]
+            if best < 0 or balance[replica] > balance[best]:
+                best = replica
+    if best >= 0:
+        balance[best] -= total
+    return best
+
+
+def credit_after(credit: float, waiting: int, target: int, increase: float, decrease: float) -> float:
+    """Return a replica's credit after one of its batches: additive increase, multiplicative decrease.
+
+    Args:
+        credit: Before.
+        waiting: Requests in its queue when the batch ended.
+        target: Requests that may wait without the credit falling.
+        increase: Added at or below the target.
+        decrease: Factor above it, in (0, 1].
+    """
+    changed = credit + increase if waiting <= target else credit * decrease
+    return min(max(changed, LOWEST_CREDIT), HIGHEST_CREDIT)
+
+
+def next_at_random(weights: Any, chance: float) -> int:
+    """Choose a replica at random by weight.
+
+    Args:
+        weights: Shape (replica,), not negative.
+        chance: A draw from [0, 1).
+
+    Returns:
+        The first replica whose cumulated weight exceeds ``chance`` times the total; -1 when no weight is positive.
+    """
+    total = 0.0
+    for replica in range(len(weights)):
+        total += weights[replica]
+    wanted = chance * total
+    below = 0.0
+    last = -1
+    for replica in range(len(weights)):
+        if weights[replica] > 0:
+            below += weights[replica]
+            last = replica
+            if below > wanted:
+                return replica
+    return last
+
+
+def next_in_turn(weights: Any, turn: int) -> int:
+    """Return replica number ``turn`` modulo their number, of those with a positive weight; -1 without any."""
+    usable = 0
+    for replica in range(len(weights)):
+        if weights[replica] > 0:
+            usable += 1
+    if usable == 0:
+        return -1
+    left = turn % usable
+    for replica in range(len(weights)):
+        if weights[replica] > 0:
+            if left == 0:
+                return replica
+            left -= 1
+    return -1
+
+
+def least(weights: Any, values: Any) -> int:
+    """Return the replica with the smallest value of those with a positive weight, the first of equals; -1 without any.
+
+    With requests routed and not ended as values this is join-shortest-queue, with expected finishes least finish.
+    """
+    best = -1
+    for replica in range(len(weights)):
+        if weights[replica] > 0 and (best < 0 or values[replica] < values[best]):
+            best = replica
     return best

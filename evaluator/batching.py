@@ -1,0 +1,299 @@
+"""What one group does: look for something to start, start it, end it. Nothing here depends on other groups."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from evaluator import rules
+from evaluator.access import (
+    floats,
+    free_of,
+    group_at,
+    head_keys,
+    latencies_of,
+    replica_at,
+    row_of,
+    slot_at,
+    stages_of,
+)
+from evaluator.bundles import flush
+from evaluator.memory import compiled
+from evaluator.queues import first_slot, free_slot, pop
+from evaluator.recording import record, record_busy
+from evaluator.state import CREDITS, DISPLACED, EXPONENTIAL, GOOD, HOPELESS, LATE, MEAN, NOWHERE
+from plans import dispatch as shared
+
+__all__ = ["advance_group", "append_running", "dispatch", "first_free_s", "reserve", "wake"]
+
+_SHARED_HOPELESS = shared.HOPELESS
+
+COMPLETION, FLUSH, DISPATCH = 1, 3, 4
+"""Priorities of the events of a group (docs/evaluator.md, section 1)."""
+
+
+@compiled
+def first_free_s(w: Any, g: int, now: float) -> float:
+    """Return from when the first stage of group ``g`` can take a batch; at most ``now`` when it can already."""
+    group = group_at(w, g)
+    if group.concurrency == 1:
+        return free_of(w, g)[0]
+    return now if group.running_count < group.concurrency else group.end_s
+
+
+@compiled
+def _ready_s(w: Any, r: int) -> float:
+    """Return from when the queue of ``r``, which is not empty, may start a batch."""
+    replica = replica_at(w, r)
+    head = slot_at(w, first_slot(w, r))
+    return rules.ready_s(
+        head.entry_s, head.due_s, replica.queued, replica.max_batch, replica.largest_s, w.batch_delay_s
+    )
+
+
+@compiled
+def wake(w: Any, g: int, r: int, now: float) -> None:
+    """Something entered the queue of replica ``r``: bring the group's dispatch forward if it can start earlier now."""
+    group = group_at(w, g)
+    if group.stopped:
+        return
+    when = max(now, first_free_s(w, g, now))
+    if w.batch_delay_s > 0.0:
+        when = max(when, _ready_s(w, r))
+    if when < group.dispatch_s:
+        group.dispatch_s = when
+
+
+@compiled
+def _next_replica(w: Any, g: int, now: float) -> int:
+    """Return the replica of group ``g`` to serve next, or NOWHERE when no queue is ready."""
+    group = group_at(w, g)
+    if group.last - group.first == 1 and w.batch_delay_s == 0.0:
+        return group.first if group.queued > 0 else NOWHERE
+    if w.edf and w.batch_delay_s == 0.0:
+        local = rules.earliest(floats(w.head_key + 8 * group.first, group.last - group.first))
+        return group.first + local if local >= 0 else NOWHERE
+    return _next_ready(w, g, now)
+
+
+@compiled
+def _next_ready(w: Any, g: int, now: float) -> int:
+    best = NOWHERE
+    smallest = np.inf
+    sequence = np.int64(0)
+    for r in range(group_at(w, g).first, group_at(w, g).last):
+        key = head_keys(w)[r]
+        if key > smallest or key == np.inf:
+            continue
+        if w.batch_delay_s > 0.0 and _ready_s(w, r) > now:
+            continue
+        entered = slot_at(w, first_slot(w, r)).sequence
+        if key < smallest or (not w.edf and entered < sequence):
+            best, smallest, sequence = r, key, entered
+    return best
+
+
+@compiled
+def dispatch(w: Any, g: int, now: float) -> None:
+    """Start whatever group ``g`` can start now, drop what cannot be met, and say when to look again."""
+    group = group_at(w, g)
+    group.dispatch_s = np.inf
+    while group.queued > 0:
+        free_s = first_free_s(w, g, now)
+        if free_s > now or (group.concurrency > 1 and group.running_count >= group.concurrency):
+            group.dispatch_s = free_s
+            return
+        r = _next_replica(w, g, now)
+        if r == NOWHERE:
+            _look_again(w, g)
+            return
+        replica = replica_at(w, r)
+        due_s = slot_at(w, first_slot(w, r)).due_s
+        if w.early_drop:
+            size = rules.next_batch(now, due_s, replica.queued, replica.max_batch, latencies_of(w, r))
+        else:
+            size = rules.next_batch_undropped(now, due_s, replica.queued, replica.max_batch, latencies_of(w, r))
+        if size >= 1:
+            _start(w, g, r, size, now)
+        else:
+            _drop_head(w, r, HOPELESS if size == _SHARED_HOPELESS else DISPLACED, now)
+
+
+@compiled
+def _look_again(w: Any, g: int) -> None:
+    """No queue of ``g`` is ready: look again when the first one is."""
+    when = np.inf
+    for r in range(group_at(w, g).first, group_at(w, g).last):
+        if head_keys(w)[r] < np.inf:
+            when = min(when, _ready_s(w, r))
+    group_at(w, g).dispatch_s = when
+
+
+@compiled
+def _drop_head(w: Any, r: int, code: int, now: float) -> None:
+    slot = pop(w, r)
+    while slot != NOWHERE:
+        request = slot_at(w, slot)
+        after = request.frame_after
+        replica_at(w, r).open -= 1
+        record(w, request.position, request.service, request.arrival_s, code, now, r, 0)
+        free_slot(w, slot)
+        slot = after
+
+
+@compiled
+def _start(w: Any, g: int, r: int, size: int, now: float) -> None:
+    """Start a batch of the first ``size`` requests of ``r``, or as many as its whole bundles allow."""
+    lead = pop(w, r)
+    taken = slot_at(w, lead).frames
+    last = lead
+    if w.bundles:
+        last = _chain_frames(w, lead)
+    while taken < size:
+        if w.bundles and taken + slot_at(w, first_slot(w, r)).frames > size:
+            break
+        slot = pop(w, r)
+        taken += slot_at(w, slot).frames
+        slot_at(w, last).after = slot
+        last = slot
+        if w.bundles:
+            last = _chain_frames(w, slot)
+    slot_at(w, last).after = NOWHERE
+    slot_at(w, lead).batch = taken
+    reserve(w, g, r, lead, taken, now)
+
+
+@compiled
+def _chain_frames(w: Any, lead: int) -> int:
+    """Chain the frames of a bundle as requests of a batch; return the last."""
+    last = lead
+    while slot_at(w, last).frame_after != NOWHERE:
+        slot_at(w, last).after = slot_at(w, last).frame_after
+        last = slot_at(w, last).frame_after
+    return last
+
+
+@compiled
+def _factor(w: Any, g: int, r: int, size: int) -> float:
+    """Return what multiplies the latency of the batch of ``size`` that group ``g`` starts now."""
+    group = group_at(w, g)
+    factor = 1.0
+    if w.latency != MEAN:
+        u = rules.draw(w.seed, rules.DRAW_LATENCY, (np.int64(g) << 32) + group.started)
+        if w.latency == EXPONENTIAL:
+            factor = rules.exponential(u)
+        else:
+            at = row_of(w.quantile, r * w.largest + size - 1, 4)
+            factor = rules.quantile(at[0], at[1], at[2], at[3], u)
+    if group.concurrency > 1:
+        factor *= row_of(w.interference, r, w.most_concurrent)[group.running_count]
+    return factor
+
+
+@compiled
+def reserve(w: Any, g: int, r: int, lead: int, size: int, now: float) -> None:
+    """Reserve the stages of ``g`` for a batch, each from when batch and stage are both there, and let it run."""
+    group = group_at(w, g)
+    factor = _factor(w, g, r, size)
+    time_s = now
+    for stage in range(group.stages):
+        start_s = max(time_s, free_of(w, g)[stage]) if group.concurrency == 1 else now
+        time_s = start_s + stages_of(w, r, size)[stage] * factor
+        free_of(w, g)[stage] = time_s
+        if group.concurrency == 1:
+            record_busy(w, g, stage, start_s, time_s)
+    group.started += 1
+    append_running(w, g, lead, time_s, now)
+
+
+@compiled
+def append_running(w: Any, g: int, lead: int, end_s: float, now: float) -> None:
+    """Put a batch among those that run, in the order of their ends."""
+    group = group_at(w, g)
+    slot_at(w, lead).end_s = end_s
+    slot_at(w, lead).batch_after = NOWHERE
+    if group.running == NOWHERE:
+        group.running = lead
+        group.running_last = lead
+        group.end_s = end_s
+        group.busy_from_s = now
+    elif slot_at(w, group.running_last).end_s <= end_s:
+        slot_at(w, group.running_last).batch_after = lead
+        group.running_last = lead
+    elif end_s < group.end_s:
+        slot_at(w, lead).batch_after = group.running
+        group.running = lead
+        group.end_s = end_s
+    else:
+        place = group.running
+        while slot_at(w, slot_at(w, place).batch_after).end_s <= end_s:
+            place = slot_at(w, place).batch_after
+        slot_at(w, lead).batch_after = slot_at(w, place).batch_after
+        slot_at(w, place).batch_after = lead
+    group.running_count += 1
+
+
+@compiled
+def _complete(w: Any, g: int) -> None:
+    """The batch of ``g`` that ends first ends."""
+    group = group_at(w, g)
+    lead = group.running
+    end_s = group.end_s
+    group.running = slot_at(w, lead).batch_after
+    group.running_count -= 1
+    if group.running == NOWHERE:
+        group.running_last = NOWHERE
+        group.end_s = np.inf
+        if group.concurrency > 1:
+            record_busy(w, g, 0, group.busy_from_s, end_s)
+    else:
+        group.end_s = slot_at(w, group.running).end_s
+    r = slot_at(w, lead).replica
+    size = slot_at(w, lead).batch
+    replica_at(w, r).open -= size
+    finish_s = end_s + w.response_s
+    slot = lead
+    while slot != NOWHERE:
+        request = slot_at(w, slot)
+        after = request.after
+        code = GOOD if finish_s <= request.deadline_s else LATE
+        record(w, request.position, request.service, request.arrival_s, code, finish_s, r, size)
+        free_slot(w, slot)
+        slot = after
+    if w.routing == CREDITS:
+        _settle_credit(w, r)
+
+
+@compiled
+def _settle_credit(w: Any, r: int) -> None:
+    replica = replica_at(w, r)
+    credits = floats(w.route_credit, w.replica_count)
+    credits[replica.route] = rules.credit_after(
+        credits[replica.route],
+        replica.queued,
+        w.credit_target,
+        w.credit_increase,
+        w.credit_decrease,
+    )
+
+
+@compiled
+def advance_group(w: Any, g: int, until_s: float, priority: int) -> None:
+    """Process every event of group ``g`` that comes before (``until_s``, ``priority``)."""
+    group = group_at(w, g)
+    while True:
+        end_s, flush_s, dispatch_s = group.end_s, group.flush_s, group.dispatch_s
+        if end_s <= flush_s and end_s <= dispatch_s:
+            if end_s > until_s or (end_s == until_s and priority <= COMPLETION) or end_s == np.inf:
+                return
+            _complete(w, g)
+        elif flush_s <= dispatch_s:
+            if flush_s > until_s or (flush_s == until_s and priority <= FLUSH):
+                return
+            r = flush(w, g)
+            wake(w, g, r, flush_s)
+        else:
+            if dispatch_s > until_s or (dispatch_s == until_s and priority <= DISPATCH):
+                return
+            dispatch(w, g, dispatch_s)
