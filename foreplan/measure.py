@@ -3,57 +3,65 @@
 from __future__ import annotations
 
 import multiprocessing
-import platform
+import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 from foreplan import __version__
+from foreplan.device import Device, processor_name
 from plans.documents import parse_document
 from plans.errors import InvalidInput, RemoteFailure
-from profiles.document import Profile, ProfileMeta
-from profiles.profiler import Progress, StopRule, profile_callable
+from profiles.document import Profile, ProfileMeta, Row
+from profiles.group import Grid, SingleDevice
+from profiles.power import nvml_energy_j
+from profiles.profiler import Progress, StopRule, profile_group
 
 __all__ = ["Device", "measure", "processor_name"]
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Device:
-    """Where and how models run while they are measured: the arguments of the runtime, and the name in cluster.yaml."""
-
-    gpu_type: str
-    device: str = "cpu"
-    dtype: str = "fp32"
-    threads: int = 1
-    model_dir: Path | None = None
-    seed: int = 0
+_WARM_LOAD_UP_TO_S = 20.0
+"""A model is loaded a second time, to time a warm load, only when the first took no longer."""
 
 
 def measure(
     models: Sequence[str],
     device: Device,
-    batches: Sequence[int],
+    batches: Sequence[int] | Grid,
     stop: StopRule,
     *,
     progress: Callable[[Progress], None],
+    known: Callable[[str], Sequence[Row]] = lambda model: (),
+    on_row: Callable[[str, Row], None] = lambda model, row: None,
 ) -> Iterator[Profile]:
     """Yield the profile of each of ``models``, measured one after the other.
 
+    Args:
+        models: Names that the runtime knows.
+        device: Where to run.
+        batches: The batches, or the whole grid.
+        stop: When a point is measured enough.
+        progress: Called while a model is measured.
+        known: Returns the rows of a model that an earlier run has measured already.
+        on_row: Called with the model and each row, as soon as it was measured.
+
     Raises:
         InvalidInput: A model is unknown, or an argument is out of range.
+        MemoryError: The device cannot hold a model even at the smallest batch.
         RemoteFailure: The measuring process died.
     """
+    grid = batches if isinstance(batches, Grid) else Grid(batches=tuple(batches))
     context = multiprocessing.get_context("spawn")
     for model in models:
         ours, theirs = context.Pipe()
-        child = context.Process(target=_child, args=(theirs, model, device, tuple(batches), stop), daemon=True)
+        arguments = (theirs, model, device, grid, stop, tuple(known(model)))
+        child = context.Process(target=_child, args=arguments, daemon=True)
         child.start()
         theirs.close()
         try:
-            yield _receive(ours, model, progress)
+            yield _receive(ours, model, progress, on_row)
         except EOFError:
             child.join()
             raise RemoteFailure(
@@ -67,19 +75,27 @@ def measure(
             child.join()
 
 
-def _receive(connection: Connection, model: str, progress: Callable[[Progress], None]) -> Profile:
+def _receive(
+    connection: Connection, model: str, progress: Callable[[Progress], None], on_row: Callable[[str, Row], None]
+) -> Profile:
     while True:
         message = connection.recv()
         if isinstance(message, Progress):
             progress(message)
+        elif isinstance(message, Row):
+            on_row(model, message)
         elif isinstance(message, str):
             return parse_document(message, Profile, where=f"profile of {model}")
+        elif isinstance(message, MemoryError):
+            raise message
         else:
             raise InvalidInput(message)
 
 
-def _child(connection: Connection, model: str, device: Device, batches: tuple[int, ...], stop: StopRule) -> None:
-    """Measure one model and send progress, then the profile as JSON or the faults as a tuple."""
+def _child(
+    connection: Connection, model: str, device: Device, grid: Grid, stop: StopRule, known: tuple[Row, ...]
+) -> None:
+    """Measure one model and send progress and rows, then the profile as JSON, or what is wrong."""
     from executor.runtime.torch_runtime import TorchRuntime
 
     try:
@@ -90,38 +106,80 @@ def _child(connection: Connection, model: str, device: Device, batches: tuple[in
             model_dir=device.model_dir,
             seed=device.seed,
         )
-        largest = max(batches, default=1)
-        loaded = runtime.load(model, largest)
-        meta = ProfileMeta(
-            device_name=processor_name() if device.device == "cpu" else device.device,
-            torch=version("torch"),
-            dtype=device.dtype,
-            input=", ".join(f"{spec.datatype} {'x'.join(map(str, spec.shape))}" for spec in loaded.inputs),
-            measured_at=datetime.now(UTC).isoformat(timespec="seconds"),
-            tool_version=__version__,
-        )
-        profile = profile_callable(
-            lambda: loaded,
+        loaded, loads = _load(runtime, model, device, grid)
+        profile = profile_group(
+            SingleDevice(loaded=loaded, memory=runtime.peak_growth_bytes),
             model=model,
             gpu_type=device.gpu_type,
-            batches=batches,
+            grid=grid,
             stop=stop,
-            memory=runtime.peak_growth_bytes,
+            energy_j=(lambda: None) if device.index is None else nvml_energy_j(device.index),
             progress=connection.send,
-            meta=meta,
+            meta=_meta(device, loaded),
+            known=known,
+            on_row=connection.send,
         )
-        connection.send(profile.model_dump_json(by_alias=True))
+        rows = tuple(row.model_copy(update=loads) for row in profile.rows)
+        connection.send(profile.model_copy(update={"rows": rows}).model_dump_json(by_alias=True))
     except InvalidInput as error:
         connection.send(error.faults)
+    except MemoryError as error:
+        connection.send(MemoryError(*error.args))
     except KeyboardInterrupt:
         pass  # the parent says so
 
 
-def processor_name() -> str:
-    """Return the processor's name as the operating system gives it, or its architecture."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
+def _load(runtime: Any, model: str, device: Device, grid: Grid) -> tuple[Any, dict[str, float | None]]:
+    """Load ``model`` for the largest batch that fits; with it the times of its loads, as fields of a row.
+
+    A plan should count on the first load in a new process. Cold is a load of files that were dropped from the page
+    cache: a model that is built has none. Warm is a load right after another.
+    """
+    dropped = _drop_from_page_cache(device.model_dir / model) if device.model_dir is not None else False
+    loaded = _load_largest(runtime, model, max(grid.candidates))
+    loads = {
+        "load_s": loaded.load_s,
+        "first_inference_s": loaded.first_inference_s,
+        "load_cold_s": loaded.load_s if dropped else None,
+        "load_warm_s": None,
+    }
+    if loaded.load_s <= _WARM_LOAD_UP_TO_S:
+        largest = loaded.max_batch
+        del loaded  # two copies may not fit
+        loaded = runtime.load(model, largest)
+        loads["load_warm_s"] = loaded.load_s
+    return loaded, loads
+
+
+def _load_largest(runtime: Any, model: str, batch: int) -> Any:
+    while True:
+        try:
+            return runtime.load(model, batch)
+        except MemoryError:
+            if batch == 1:
+                raise
+        batch //= 2
+
+
+def _drop_from_page_cache(folder: Path) -> bool:
+    """Ask the kernel to forget the files of ``folder``; say whether there are any and it was asked."""
+    paths = sorted(folder.glob("*.safetensors"))
+    if not paths or not hasattr(os, "posix_fadvise"):
+        return False
+    for path in paths:
+        with path.open("rb") as stream:
+            os.fsync(stream.fileno())
+            os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    return True
+
+
+def _meta(device: Device, loaded: Any) -> ProfileMeta:
+    return ProfileMeta(
+        device_name=processor_name() if device.device == "cpu" else device.device,
+        torch=version("torch"),
+        dtype=device.dtype,
+        input=", ".join(f"{spec.datatype} {'x'.join(map(str, spec.shape))}" for spec in loaded.inputs),
+        measured_at=datetime.now(UTC).isoformat(timespec="seconds"),
+        tool_version=__version__,
+        options={"threads": str(device.threads)} if device.device == "cpu" else {},
+    )

@@ -1,47 +1,33 @@
-"""The profiler: loads a model and times it, batch by batch, until the median is known well enough.
+"""The profiler: times a loaded model, batch by batch, until the median is known well enough.
 
-It measures anything that can be loaded and run, and knows no torch: the clock, the way to measure memory and the way
-to show progress are handed in.
+It measures anything that can be loaded and run, and knows no torch: the clock, the way to measure memory and power and
+the way to show progress are handed in.
 """
 
 from __future__ import annotations
 
 import time
 from bisect import insort
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 from plans.errors import Fault, InvalidInput
 from profiles.document import Profile, ProfileMeta, Row
+from profiles.group import Grid, LoadedGroup, Measurable, MemoryProbe, Pass, Point, Series, SingleDevice
 from profiles.memory import resident_growth_bytes
 from profiles.sampling import median_interval_ratio, summarise
 
-__all__ = ["CallableModel", "Measurable", "Progress", "StopRule", "load_callable", "profile_callable", "sample"]
-
-Inputs = TypeVar("Inputs")
-
-
-class Measurable(Protocol[Inputs]):
-    """A loaded model; `executor.runtime.protocol.LoadedModel` is one, and `load_callable` makes one of any function."""
-
-    @property
-    def weight_bytes(self) -> int:
-        """Bytes of weights on the device."""
-
-    @property
-    def load_s(self) -> float:
-        """Seconds that loading took, without the first inference."""
-
-    @property
-    def first_inference_s(self) -> float:
-        """Seconds of the first inference."""
-
-    def example(self, batch: int, seed: int = 0) -> Inputs:
-        """Return valid inputs for ``batch`` items."""
-
-    def run(self, inputs: Inputs, /) -> object:
-        """Run one batch to its end."""
+__all__ = [
+    "CallableModel",
+    "Measurable",
+    "Progress",
+    "StopRule",
+    "load_callable",
+    "profile_callable",
+    "profile_group",
+    "sample",
+]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,7 +40,7 @@ class StopRule:
         max_samples: Stop at this many samples.
         tail_samples: A well-known median does not stop the point before this many; a hundred support a p99.
         least_samples: Nothing stops the point before this many.
-        warmup_runs: Runs before the samples, not counted.
+        warmup_runs: Runs before the samples, not counted; the second and later only within half of ``point_s``.
     """
 
     median_error_ratio: float = 0.02
@@ -90,6 +76,7 @@ class Progress:
         points: Points of the whole grid.
         samples: Samples of this point.
         done_ratio: Share of the whole profile that is done, from 0 to 1; never falls.
+        left_s: Seconds that the rest will take if it goes on like this; None before anything is done.
     """
 
     model: str
@@ -98,6 +85,7 @@ class Progress:
     points: int
     samples: int
     done_ratio: float
+    left_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -139,54 +127,97 @@ def profile_callable(
     *,
     model: str,
     gpu_type: str,
-    batches: Sequence[int],
+    batches: Sequence[int] | None,
     stop: StopRule | None = None,
     clock: Callable[[], float] = time.perf_counter,
-    memory: Callable[[Callable[[], object]], int] = resident_growth_bytes,
+    memory: MemoryProbe = resident_growth_bytes,
     progress: Callable[[Progress], None] | None = None,
     meta: ProfileMeta | None = None,
 ) -> Profile:
     """Load a model once and measure it at each of ``batches``, smallest first, on one device (tp = pp = 1).
 
-    A batch that the device cannot hold (`MemoryError`) ends the grid there, if a smaller one was measured.
-
-    Args:
-        load: Loads and warms up the model, and is called once.
-        model: Name of the model.
-        gpu_type: Name of the device's type, as in ``cluster.yaml``.
-        batches: The grid; order and repetition do not matter.
-        stop: When a point is measured enough.
-        clock: Monotonic seconds.
-        memory: Runs an action once and returns the bytes that it took on top of what was held before, at the peak.
-        progress: Called after the load and after every sample.
-        meta: How the numbers came about.
-
-    Returns:
-        A profile with source ``measured``. ``peak_bytes`` is the weights plus what ``memory`` reports; it never falls
-        with the batch.
+    ``load`` loads and warms up the model, and is called once. All else is as for `profile_group`.
 
     Raises:
         InvalidInput: ``batches`` is empty or names a batch below 1.
         MemoryError: The device cannot hold even the smallest batch.
     """
-    grid = sorted(set(batches))
-    if not grid or grid[0] < 1:
-        raise InvalidInput.of("at least one batch, each at least 1", field="batches", found=list(batches))
-    loaded = load()
+    grid = Grid(batches=None if batches is None else tuple(batches))
+    return profile_group(
+        SingleDevice(loaded=load(), memory=memory),
+        model=model,
+        gpu_type=gpu_type,
+        grid=grid,
+        stop=stop,
+        clock=clock,
+        progress=progress,
+        meta=meta,
+    )
+
+
+def profile_group(
+    group: LoadedGroup,
+    *,
+    model: str,
+    gpu_type: str,
+    grid: Grid,
+    stop: StopRule | None = None,
+    clock: Callable[[], float] = time.perf_counter,
+    energy_j: Callable[[], float | None] = lambda: None,
+    progress: Callable[[Progress], None] | None = None,
+    meta: ProfileMeta | None = None,
+    known: Iterable[Row] = (),
+    on_row: Callable[[Row], None] | None = None,
+) -> Profile:
+    """Measure a loaded model at every point of ``grid``, smallest batch first.
+
+    A batch that the device cannot hold (`MemoryError`) ends its series there, if anything was measured before.
+
+    Args:
+        group: The loaded model.
+        model: Its name.
+        gpu_type: Name of the device's type, as in ``cluster.yaml``.
+        grid: What to measure.
+        stop: When a point is measured enough.
+        clock: Monotonic seconds.
+        energy_j: Energy that the group's GPUs took so far, joules, or None where nothing counts it.
+        progress: Called after the load and after every sample.
+        meta: How the numbers came about.
+        known: Rows of an earlier run that need not be measured again.
+        on_row: Called with every row that was measured, as soon as it is.
+
+    Returns:
+        A profile with source ``measured``. ``peak_bytes`` never falls with the batch.
+
+    Raises:
+        InvalidInput: The model has no such phase or number of tokens.
+        MemoryError: The device cannot hold even the smallest batch.
+    """
     bench = _Bench(
-        loaded=loaded, model=model, points=len(grid), stop=stop or StopRule(), clock=clock, memory=memory, show=progress
+        group=group,
+        model=model,
+        grid=grid,
+        stop=stop or StopRule(),
+        clock=clock,
+        energy_j=energy_j,
+        show=progress,
+        known={row.key: row for row in known},
+        on_row=on_row,
+        started_s=clock(),
     )
     bench.report(None, point=0, samples=0, share=0.0)
     rows: list[Row] = []
-    for point, batch in enumerate(grid):
-        try:
-            rows.append(bench.measure(point, batch, at_least_bytes=rows[-1].peak_bytes[0] if rows else 0))
-        except MemoryError:
-            if not rows:
-                raise
-            break
-    bench.report(rows[-1].batch, point=len(grid), samples=rows[-1].samples, share=0.0)
-    return Profile(model=model, gpu_type=gpu_type, source="measured", meta=meta or ProfileMeta(), rows=tuple(rows))
+    for position, series in enumerate(grid.series):
+        rows.extend(bench.measure_series(series, position, may_fail=bool(rows)))
+    bench.report(rows[-1].batch, point=bench.points, samples=rows[-1].samples, share=0.0)
+    return Profile(
+        model=model,
+        gpu_type=gpu_type,
+        source="measured",
+        meta=meta or ProfileMeta(),
+        rows=tuple(rows),
+        kv_bytes_per_token=group.kv_bytes_per_token,
+    )
 
 
 def sample(
@@ -202,7 +233,9 @@ def sample(
     clock counts as a nanosecond.
     """
     start = clock()
-    for _ in range(stop.warmup_runs):
+    for warmed in range(stop.warmup_runs):
+        if warmed and clock() - start > stop.point_s / 2:
+            break
         run()
     samples: list[float] = []
     ordered: list[float] = []
@@ -236,50 +269,119 @@ def _is_enough(ordered: Sequence[float], elapsed_s: float, stop: StopRule) -> bo
 class _Bench:
     """One loaded model and all that measuring a point of its grid takes."""
 
-    loaded: Measurable[Any]
+    group: LoadedGroup
     model: str
-    points: int
+    grid: Grid
     stop: StopRule
     clock: Callable[[], float]
-    memory: Callable[[Callable[[], object]], int]
+    energy_j: Callable[[], float | None]
     show: Callable[[Progress], None] | None
+    known: dict[object, Row]
+    on_row: Callable[[Row], None] | None
+    started_s: float
 
-    def measure(self, point: int, batch: int, *, at_least_bytes: int) -> Row:
-        inputs = self.loaded.example(batch)
+    @property
+    def points(self) -> int:
+        return len(self.grid.series) * len(self.grid.candidates)
 
-        def run() -> object:
-            return self.loaded.run(inputs)
+    def measure_series(self, series: Series, position: int, *, may_fail: bool) -> list[Row]:
+        rows: list[Row] = []
+        for index, batch in enumerate(self.grid.candidates):
+            point = position * len(self.grid.candidates) + index
+            at_least = rows[-1].peak_bytes if rows else self.group.weight_bytes
+            try:
+                rows.append(self._row(Point(series=series, batch=batch), point, at_least))
+            except MemoryError:
+                if not rows and not may_fail:
+                    raise
+                break
+            if self.grid.is_enough({row.batch: row.latency_s.mean for row in rows}):
+                break
+        return rows
 
+    def _row(self, at: Point, point: int, at_least_bytes: Sequence[int]) -> Row:
+        earlier = self.known.get(_key(self.group, at))
+        if earlier is not None:
+            return earlier
+        row = self._measure(at, point, at_least_bytes)
+        if self.on_row is not None:
+            self.on_row(row)
+        return row
+
+    def _measure(self, at: Point, point: int, at_least_bytes: Sequence[int]) -> Row:
+        run = self.group.prepare(at)
         # Memory first: what the allocator keeps from this run would hide from a later look at the process.
-        peak_bytes = max(self.loaded.weight_bytes + self.memory(run), at_least_bytes)
+        used = self.group.activation_bytes(run)
+        stages = _StageTimes(run=run)
+        before_j, before_s = self.energy_j(), self.clock()
         samples = sample(
-            run,
+            stages,
             self.stop,
             clock=self.clock,
-            on_sample=lambda count, share: self.report(batch, point=point, samples=count, share=share),
+            on_sample=lambda count, share: self.report(at.batch, point=point, samples=count, share=share),
         )
+        after_j, after_s = self.energy_j(), self.clock()
         latency_s = summarise(samples)
         return Row(
-            batch=batch,
+            tp=self.group.tp,
+            pp=self.group.pp,
+            batch=at.batch,
+            phase=at.series.phase,
+            input_tokens=at.series.input_tokens,
+            output_tokens=at.series.output_tokens,
             latency_s=latency_s,
-            stage_latency_s=(latency_s.mean,),
-            weight_bytes=(self.loaded.weight_bytes,),
-            peak_bytes=(peak_bytes,),
-            load_s=self.loaded.load_s,
-            first_inference_s=self.loaded.first_inference_s,
+            stage_latency_s=stages.means(len(samples)) or (latency_s.mean,),
+            weight_bytes=self.group.weight_bytes,
+            peak_bytes=tuple(
+                max(weight + more, least)
+                for weight, more, least in zip(self.group.weight_bytes, used, at_least_bytes, strict=True)
+            ),
+            load_s=self.group.load_s,
+            first_inference_s=self.group.first_inference_s,
             samples=len(samples),
+            power_w=_power_w(before_j, after_j, after_s - before_s),
         )
 
     def report(self, batch: int | None, *, point: int, samples: int, share: float) -> None:
-        if self.show is not None:
-            done_ratio = min(1.0, (point + share) / self.points)
-            self.show(
-                Progress(
-                    model=self.model,
-                    batch=batch,
-                    point=point,
-                    points=self.points,
-                    samples=samples,
-                    done_ratio=done_ratio,
-                )
+        if self.show is None:
+            return
+        done_ratio = min(1.0, (point + share) / self.points)
+        taken_s = self.clock() - self.started_s
+        self.show(
+            Progress(
+                model=self.model,
+                batch=batch,
+                point=point,
+                points=self.points,
+                samples=samples,
+                done_ratio=done_ratio,
+                left_s=taken_s * (1 - done_ratio) / done_ratio if done_ratio > 0 else None,
             )
+        )
+
+
+@dataclass(slots=True, kw_only=True)
+class _StageTimes:
+    """Runs a pass and keeps the seconds per stage of every run."""
+
+    run: Pass
+    held_s: list[Sequence[float]] = field(default_factory=list)
+
+    def __call__(self) -> None:
+        self.held_s.append(self.run())
+
+    def means(self, runs: int) -> tuple[float, ...]:
+        """Return the mean seconds per stage over the last ``runs`` runs; empty where nothing told them."""
+        timed = [times for times in self.held_s[-runs:] if times]
+        return tuple(sum(stage) / len(timed) for stage in zip(*timed, strict=True)) if timed else ()
+
+
+def _key(group: LoadedGroup, at: Point) -> tuple[object, ...]:
+    tokens = at.series.input_tokens or 0, at.series.output_tokens or 0
+    return at.series.phase, group.tp, group.pp, *tokens, 1, at.batch
+
+
+def _power_w(before_j: float | None, after_j: float | None, taken_s: float) -> float | None:
+    if before_j is None or after_j is None or taken_s <= 0 or after_j <= before_j:
+        return None
+    return (after_j - before_j) / taken_s

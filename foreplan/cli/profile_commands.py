@@ -1,124 +1,305 @@
-"""``profile run`` and ``profile show``."""
+"""``profile run``, ``estimate``, ``calibrate`` and ``accuracy``: commands that run models, or count what they would."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from foreplan.cli import profile_documents
 from foreplan.cli.command import command
 from foreplan.cli.options import ProfilesDir, Seed
-from foreplan.cli.output import Output
+from foreplan.cli.output import Output, Step
 
 if TYPE_CHECKING:
-    from profiles.document import Profile
+    from foreplan.colocation import Slowdowns
+    from foreplan.device import Device
+    from profiles.document import Profile, ProfileMeta, Row
     from profiles.profiler import Progress
+    from profiles.roofline import DeviceRates
 
 __all__ = ["register"]
+
+Models = Annotated[list[str], typer.Argument(metavar="MODEL...", help="Models of the registry or of --model-dir.")]
+OutputDir = Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="Folder for the profile documents.")]
+GpuTypeName = Annotated[str, typer.Option(help="Name of this device's type in cluster.yaml.")]
+DeviceName = Annotated[str, typer.Option(help="torch device: cpu, cuda:0, ...")]
+Dtype = Annotated[str, typer.Option(help="fp32, bf16 or fp16.")]
+Threads = Annotated[int, typer.Option(help="CPU threads of one worker.", min=1)]
+ModelDir = Annotated[Path | None, typer.Option(metavar="DIR", help="Folder of local models (safetensors).")]
 
 
 def register(app: typer.Typer) -> None:
     """Add the commands to ``app``."""
-    group = typer.Typer(help="Measure models, and look at what was measured.", no_args_is_help=True)
+    group = typer.Typer(help="Measure, estimate and import profiles, and look at them.", no_args_is_help=True)
     app.add_typer(group, name="profile")
     command(group, "run")(run)
-    command(group, "show")(show)
+    command(group, "estimate")(estimate)
+    command(group, "calibrate")(calibrate)
+    command(group, "accuracy")(accuracy)
+    profile_documents.register(group)
 
 
 def run(
     out: Output,
-    models: Annotated[list[str], typer.Argument(metavar="MODEL...", help="Models of the registry or of --model-dir.")],
-    output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="Folder for the profile documents.")],
-    gpu_type: Annotated[str, typer.Option(help="Name of this device's type in cluster.yaml.")] = "cpu",
-    device: Annotated[str, typer.Option(help="torch device: cpu, cuda:0, ...")] = "cpu",
-    dtype: Annotated[str, typer.Option(help="fp32, bf16 or fp16.")] = "fp32",
-    threads: Annotated[int, typer.Option(help="CPU threads of one worker.", min=1)] = 1,
-    batches: Annotated[str, typer.Option(help="Batches to measure, comma-separated.")] = "1,2,4,8",
-    model_dir: Annotated[Path | None, typer.Option(metavar="DIR", help="Folder of local models (safetensors).")] = None,
+    models: Models,
+    output: OutputDir,
+    gpu_type: GpuTypeName = "cpu",
+    device: DeviceName = "cpu",
+    dtype: Dtype = "fp32",
+    threads: Threads = 1,
+    batches: Annotated[
+        str | None,
+        typer.Option(help="Batches, comma-separated. By default doubled until throughput is flat or memory ends."),
+    ] = None,
+    max_batch: Annotated[int, typer.Option(help="Doubling goes no further.", min=1, max=4096)] = 64,
+    concurrency: Annotated[
+        str, typer.Option(help="Also measure this many copies at once on the device, comma-separated.")
+    ] = "",
+    pairs: Annotated[bool, typer.Option("--pairs", help="Also measure every two MODELs beside each other.")] = False,
+    model_dir: ModelDir = None,
     point_seconds: Annotated[float, typer.Option(help="Most seconds for one batch size.", min=0.05)] = 2.0,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Do not go on where an interrupted run stopped.")] = False,
     seed: Seed = 0,
 ) -> None:
     """Measure latency, memory and load time of models on this machine."""
-    from foreplan.measure import Device, measure
-    from plans.documents import write_document
+    from foreplan.device import Device
+    from foreplan.measure import measure
+    from foreplan.resume import RowStore
+    from profiles.group import Grid
     from profiles.profiler import StopRule
 
     where = Device(gpu_type=gpu_type, device=device, dtype=dtype, threads=threads, model_dir=model_dir, seed=seed)
-    grid = _batches(batches)
+    grid = Grid(batches=_numbers(batches, "--batches") if batches else None, max_batch=max_batch)
+    copies: tuple[int, ...] = _numbers(concurrency, "--concurrency", least=2) if concurrency else ()
+    stop = StopRule(point_s=point_seconds)
     output.mkdir(parents=True, exist_ok=True)
-    written: list[Path] = []
+    store = RowStore(output, where, grid, stop)
+    if fresh:
+        for model in models:
+            store.finish(model)
+    resumed = [model for model in models if store.rows(model)]
+    if resumed:
+        out.note(f"going on where an earlier run stopped: {', '.join(resumed)}")
+    done: list[Profile] = []
     with out.progress(f"profiling {len(models)} models", total=len(models)) as step:
+        for profile in measure(
+            models,
+            where,
+            grid,
+            stop,
+            progress=lambda progress: _show(step, len(done), progress),
+            known=store.rows,
+            on_row=store.add,
+        ):
+            _write(output, profile)
+            store.finish(profile.model)
+            done.append(profile)
+            profile_documents.print_profile(out, profile)
+        if copies or pairs:
+            done = _add_slowdowns(out, output, done, where, copies, pairs, step)
+    paths = [output / f"{profile.model}.{profile.gpu_type}.json" for profile in done]
+    out.result({"profiles": [str(path) for path in paths]})
+    out.say(f"wrote {len(paths)} profiles to {output}")
 
-        def show_progress(progress: Progress) -> None:
-            at = "loading" if progress.batch is None else f"batch {progress.batch}, {progress.samples} samples"
-            step.update(len(written) + progress.done_ratio, text=f"{progress.model}: {at}")
 
-        for profile in measure(models, where, grid, StopRule(point_s=point_seconds), progress=show_progress):
-            path = output / f"{profile.model}.{profile.gpu_type}.json"
-            write_document(path, profile)
-            written.append(path)
-            _print_profile(out, profile)
-    out.result({"profiles": [str(path) for path in written]})
-    out.say(f"wrote {len(written)} profiles to {output}")
-
-
-def _batches(text: str) -> list[int]:
+def _numbers(text: str, option: str, least: int = 1) -> tuple[int, ...]:
     from plans.errors import InvalidInput
 
     parts = [part.strip() for part in text.split(",")]
-    if not all(part.isdigit() and 1 <= int(part) <= 4096 for part in parts):
-        raise InvalidInput.of(
-            "batches from 1 to 4096, comma-separated", where="command line", field="--batches", found=repr(text)
-        )
-    return sorted({int(part) for part in parts})
+    if not all(part.isdigit() and least <= int(part) <= 4096 for part in parts):
+        expected = f"numbers from {least} to 4096, comma-separated"
+        raise InvalidInput.of(expected, where="command line", field=option, found=repr(text))
+    return tuple(sorted({int(part) for part in parts}))
 
 
-def show(
+def _show(step: Step, done: int, progress: Progress) -> None:
+    from plans.units import format_seconds
+
+    at = "loading" if progress.batch is None else f"batch {progress.batch}, {progress.samples} samples"
+    left = "" if progress.left_s is None else f", at most {format_seconds(progress.left_s)} left"
+    step.update(done + progress.done_ratio, text=f"{progress.model}: {at}{left}")
+
+
+def _write(output: Path, profile: Profile) -> None:
+    from plans.documents import write_document
+
+    write_document(output / f"{profile.model}.{profile.gpu_type}.json", profile)
+
+
+def _add_slowdowns(
+    out: Output, output: Path, profiles: list[Profile], where: Device, copies: tuple[int, ...], pairs: bool, step: Step
+) -> list[Profile]:
+    """Measure co-location and write the profiles again with it."""
+    from foreplan.colocation import measure_slowdowns
+    from profiles.interference import InterferenceModel
+
+    batches = {profile.model: _middle(profile) for profile in profiles}
+    found = measure_slowdowns(batches, where, copies, pairs=pairs, progress=lambda text: step.update(0, text=text))
+    extended = [_with_slowdowns(profile, found[profile.model], batches[profile.model]) for profile in profiles]
+    for profile in extended:
+        _write(output, profile)
+    fitted = InterferenceModel.of(extended)
+    rows = [
+        [profile.model, batches[profile.model], beside, factor, fitted.sensitivity[profile.model]]
+        for profile in extended
+        for beside, factor in [
+            *((f"{count} at once", factor) for count, factor in profile.interference.items()),
+            *((f"beside {each.model}", each.factor) for each in profile.neighbours),
+        ]
+    ]
+    title = "Slow-downs" if fitted.error_ratio is None else f"Slow-downs (the fit is off by {fitted.error_ratio:.1%})"
+    out.table(["model", "batch", "together", "factor", "sensitivity"], rows, title=title)
+    return extended
+
+
+def _middle(profile: Profile) -> int:
+    batches = sorted({row.batch for row in profile.rows if row.phase == "whole"})
+    return batches[len(batches) // 2]
+
+
+def _with_slowdowns(profile: Profile, found: Slowdowns, batch: int) -> Profile:
+    alone = next(row for row in profile.rows if (row.phase, row.batch, row.concurrency) == ("whole", batch, 1))
+    together = tuple(_together(alone, count, found) for count in found.latency_s)
+    fields = {"interference": found.interference, "neighbours": found.neighbours}
+    return profile.model_copy(update={"rows": (*profile.rows, *together), **fields})
+
+
+def _together(alone: Row, count: int, found: Slowdowns) -> Row:
+    """Return the row of ``count`` copies at once: each holds its own weights and activations."""
+    latency_s, samples = found.latency_s[count]
+    fields = {
+        "concurrency": count,
+        "latency_s": latency_s,
+        "stage_latency_s": (latency_s.mean,),
+        "weight_bytes": tuple(count * weight for weight in alone.weight_bytes),
+        "peak_bytes": tuple(count * peak for peak in alone.peak_bytes),
+        "samples": samples,
+        "power_w": None,
+    }
+    return alone.model_copy(update=fields)
+
+
+def estimate(
     out: Output,
-    profiles: ProfilesDir,
-    model: Annotated[str | None, typer.Argument(help="A model; all when left out.")] = None,
+    models: Models,
+    output: OutputDir,
+    gpu_type: Annotated[str, typer.Option(help="A type of the catalogue, or the one that --rates are of.")] = "cpu",
+    rates: Annotated[Path | None, typer.Option(metavar="FILE", help="Rates from `profile calibrate`.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="fp32, bf16 or fp16; fp32 on a CPU and fp16 else.")] = None,
+    threads: Threads = 1,
+    batches: Annotated[str, typer.Option(help="Batches, comma-separated.")] = "1,2,4,8,16,32",
+    model_dir: ModelDir = None,
 ) -> None:
-    """Print profiles: latency, throughput and memory by batch."""
+    """Write profiles of models that nobody measured, from their operations and bytes and the device's rates."""
+    from executor.runtime.cost import count_costs
+    from profiles.roofline import modelled_profile
+
+    number = dtype or ("fp32" if gpu_type == "cpu" else "fp16")
+    known = _rates(out, gpu_type, rates, number, threads)
+    grid = _numbers(batches, "--batches")
+    output.mkdir(parents=True, exist_ok=True)
+    written = []
+    with out.progress(f"counting the operations of {len(models)} models", total=len(models)) as step:
+        for position, model in enumerate(models):
+            step.update(position, text=model)
+            costs = count_costs(model, grid, dtype=known.dtype, model_dir=model_dir)
+            profile = modelled_profile(model, known.gpu_type, costs, known, meta=_roofline_meta(known))
+            _write(output, profile)
+            profile_documents.print_profile(out, profile)
+            written.append(str(output / f"{model}.{known.gpu_type}.json"))
+    out.warn("these profiles are modelled, not measured: expect latencies within a factor of two, and measure soon")
+    out.result({"profiles": written, "rates": known.model_dump(mode="json")})
+
+
+def _rates(out: Output, gpu_type: str, path: Path | None, dtype: str, threads: int) -> DeviceRates:
+    from executor.runtime.cost import measure_rates
+    from plans.documents import read_document
+    from profiles.roofline import DeviceRates, datasheet_rates
+
+    if path is not None:
+        return read_document(path, DeviceRates)
+    if gpu_type == "cpu":
+        out.note("measuring the rates of this processor")
+        return measure_rates(gpu_type, dtype, threads)
+    return datasheet_rates(gpu_type, dtype)
+
+
+def _roofline_meta(rates: DeviceRates) -> ProfileMeta:
+    from foreplan import __version__
+    from profiles.document import ProfileMeta
+
+    return ProfileMeta(
+        device_name=rates.gpu_type,
+        dtype=rates.dtype,
+        tool_version=__version__,
+        options={"method": "roofline", "rates": rates.source},
+    )
+
+
+def calibrate(
+    out: Output,
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="Where to write the rates.")],
+    gpu_type: GpuTypeName = "cpu",
+    dtype: Dtype = "fp32",
+    threads: Threads = 1,
+) -> None:
+    """Measure this processor's rates of arithmetic and memory, for `profile estimate --rates`."""
+    from executor.runtime.cost import measure_rates
+    from plans.documents import write_document
+
+    rates = measure_rates(gpu_type, dtype, threads)
+    write_document(output, rates)
+    out.result(rates.model_dump(mode="json"))
+    rows = [[kind, rate / 1e9, "GFLOP/s"] for kind, rate in rates.flops_per_s.items()]
+    rows += [["memory", rates.bytes_per_s / 1e9, "GB/s"], ["cache", rates.cache_bytes_per_s / 1e9, "GB/s"]]
+    rows += [["start of an operation", rates.operation_s * 1e6, "us"]]
+    out.table(["", "rate", "unit"], rows, title=f"Rates of {gpu_type} ({dtype}, {threads} threads)")
+
+
+def accuracy(
+    out: Output,
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A model of the registry or of --model-dir.")],
+    profiles: ProfilesDir,
+    images: Annotated[Path | None, typer.Option(metavar="DIR", help="Folder of images.")] = None,
+    labels: Annotated[Path | None, typer.Option(metavar="FILE", help="CSV with the columns file and label.")] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(metavar="MODULE:FUNCTION", help="A function that gets the model and returns (right, all)."),
+    ] = None,
+    device: DeviceName = "cpu",
+    dtype: Dtype = "fp32",
+    threads: Threads = 1,
+    batch: Annotated[int, typer.Option(help="Images at once.", min=1)] = 8,
+    model_dir: ModelDir = None,
+    seed: Seed = 0,
+) -> None:
+    """Measure how often a model is right, and note it in its profiles."""
+    from executor.runtime.torch_runtime import TorchRuntime
+    from foreplan.accuracy import LabelledImages, accuracy_by_function, accuracy_on_images, load_function
     from plans.errors import InvalidInput
     from profiles.library import ProfileLibrary
 
-    library = ProfileLibrary.read(profiles)
-    shown = [profile for profile in library if model in (None, profile.model)]
-    if not shown:
-        known = ", ".join(sorted({profile.model for profile in library}))
-        raise InvalidInput.of(f"one of {known}", where=profiles, field="MODEL", found=repr(model))
-    out.result([_profile_json(profile) for profile in shown])
-    for profile in shown:
-        _print_profile(out, profile)
-
-
-def _profile_json(profile: Profile) -> Any:
-    return profile.model_dump(mode="json", by_alias=True)
-
-
-def _print_profile(out: Output, profile: Profile) -> None:
-    from plans.units import format_bytes, format_seconds
-
-    rows = sorted(profile.rows, key=lambda row: row.key)
-    first = rows[0]
-    load, first_run = format_seconds(first.load_s), format_seconds(first.first_inference_s)
-    out.table(
-        ["tp", "pp", "batch", "mean (ms)", "p50 (ms)", "p99 (ms)", "requests/s", "peak per GPU", "samples"],
-        [
-            [
-                row.tp,
-                row.pp,
-                row.batch,
-                row.latency_s.mean * 1000,
-                None if row.latency_s.p50 is None else row.latency_s.p50 * 1000,
-                None if row.latency_s.p99 is None else row.latency_s.p99 * 1000,
-                row.batch / row.latency_s.mean,
-                format_bytes(max(row.peak_bytes)),
-                row.samples,
-            ]
-            for row in rows
-        ],
-        title=f"{profile.model} on {profile.gpu_type} ({profile.source}): weights "
-        f"{format_bytes(sum(first.weight_bytes))}, load {load}, first inference {first_run}",
-    )
+    by_images = images is not None and labels is not None
+    if by_images == (data is not None) or (images is None) != (labels is None):
+        raise InvalidInput.of("either --images with --labels, or --data", where="command line")
+    known = [profile for profile in ProfileLibrary.read(profiles) if profile.model == model]
+    if not known:
+        remedy = f"run `profile run {model} -o {profiles}` first"
+        raise InvalidInput.of(f"a profile of {model}", where=profiles, found="none", remedy=remedy)
+    runtime = TorchRuntime(device=device, dtype=dtype, threads=threads, model_dir=model_dir, seed=seed)
+    loaded = runtime.load(model, batch)
+    if data is not None:
+        measured = accuracy_by_function(loaded, load_function(data), data)
+    else:
+        assert images is not None
+        assert labels is not None
+        listed = LabelledImages.read(images, labels, model_dir / model if model_dir else None)
+        with out.progress(f"running {len(listed.labels)} images", total=len(listed.labels)) as step:
+            measured = accuracy_on_images(loaded, listed, batch, step.update)
+    for profile in known:
+        _write(profiles, profile.model_copy(update={"accuracy": measured}))
+    out.result(measured.model_dump(mode="json"))
+    out.say(f"{model}: {measured.metric} {measured.value:.4f} on {measured.samples} items of {measured.dataset}")
+    out.note(f"state it in services.yaml: variants: [{{model: {model}, accuracy: {measured.value:.4f}}}]")
