@@ -22,7 +22,7 @@ from executor.runtime.protocol import InvalidTensor, OutOfDeviceMemory, TensorSp
 from executor.runtime.registry import REGISTRY
 from plans.errors import Fault, InvalidInput
 
-__all__ = ["DTYPES", "TorchModel", "TorchRuntime"]
+__all__ = ["DTYPES", "TorchModel", "TorchRuntime", "check_tokens", "random_inputs", "to_tensor"]
 
 DTYPES: Mapping[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 """Types that weights and activations can have; inputs and outputs stay FP32."""
@@ -92,7 +92,7 @@ class TorchRuntime:
             keep_freed_memory()
         start = time.perf_counter()
         with _quiet_transformers(), _out_of_memory_named(variant, max_batch):
-            module, inputs, wanted = self._build(variant)
+            module, inputs, wanted = self.build(variant)
             module = module.to(device=self._device, dtype=DTYPES[self._dtype]).eval().requires_grad_(False)
             self._synchronize()
             load_s = time.perf_counter() - start
@@ -111,7 +111,18 @@ class TorchRuntime:
         """Run ``action`` once and return the bytes that it took on top of what was held before, at the peak."""
         return peak_growth_bytes(action, self._device)
 
-    def _build(self, variant: str) -> tuple[torch.nn.Module, tuple[TensorSpec, ...], tuple[str, ...]]:
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of weights and activations."""
+        return DTYPES[self._dtype]
+
+    def build(self, variant: str) -> tuple[torch.nn.Module, tuple[TensorSpec, ...], tuple[str, ...]]:
+        """Return the module of ``variant`` on the CPU in fp32, its inputs, and the names of its outputs.
+
+        Raises:
+            UnknownVariant: Neither the registry nor the folder has the model.
+            InvalidInput: The model's folder is damaged.
+        """
         if self._model_dir is not None and variant in local_names(self._model_dir):
             return load_folder(self._model_dir, variant)
         architecture = REGISTRY.get(variant)
@@ -170,41 +181,55 @@ class TorchModel:
             OutOfDeviceMemory: The device cannot hold this batch.
         """
         batch = batch_of(inputs, self.inputs, max_batch=self.max_batch, where=self.name)
-        self._check_tokens(inputs)
+        check_tokens(self.name, self.inputs, self._vocabulary, inputs)
         with torch.inference_mode(), _out_of_memory_named(self.name, batch):
-            answer = self._module(**{spec.name: self._to_device(inputs[spec.name]) for spec in self.inputs})
+            tensors = {name: to_tensor(array, self._device, self._dtype) for name, array in inputs.items()}
+            answer = self._module(**tensors)
             return {name: answer[name].float().cpu().numpy() for name in self._wanted}
 
     def example(self, batch: int, seed: int = 0) -> dict[str, NDArray[Any]]:
         """Return valid random inputs for ``batch`` items; the same seed gives the same values."""
-        generator = np.random.default_rng(seed)
-        arrays: dict[str, NDArray[Any]] = {}
-        for spec in self.inputs:
-            shape = (batch, *spec.shape)
-            if spec.datatype == "INT64":
-                arrays[spec.name] = generator.integers(0, max(1, self._vocabulary), shape, dtype=np.int64)
-            else:
-                arrays[spec.name] = generator.standard_normal(shape, dtype=np.float32)
-        return arrays
+        return random_inputs(self.inputs, self._vocabulary, batch, seed)
 
-    def _check_tokens(self, inputs: Mapping[str, NDArray[Any]]) -> None:
-        """A token outside the vocabulary would read beyond the embedding, and on a GPU end the process."""
-        faults = []
-        for spec in self.inputs:
-            if spec.datatype == "INT64":
-                lowest, highest = int(inputs[spec.name].min()), int(inputs[spec.name].max())
-                if lowest < 0 or highest >= self._vocabulary:
-                    found = f"token {lowest if lowest < 0 else highest}"
-                    expected = f"tokens from 0 to {self._vocabulary - 1}"
-                    faults.append(Fault(where=self.name, field=spec.name, found=found, expected=expected))
-        if faults:
-            raise InvalidTensor(faults)
 
-    def _to_device(self, array: NDArray[Any]) -> torch.Tensor:
-        # torch warns on arrays that cannot be written, such as those over received bytes: those are copied.
-        owned = array if array.flags.writeable and array.flags.c_contiguous else np.array(array, order="C")
-        tensor = torch.from_numpy(owned).to(self._device)
-        return tensor.to(self._dtype) if tensor.is_floating_point() else tensor
+def random_inputs(specs: tuple[TensorSpec, ...], vocabulary: int, batch: int, seed: int) -> dict[str, NDArray[Any]]:
+    """Return random inputs for ``batch`` items: tokens of the vocabulary, or normal numbers."""
+    generator = np.random.default_rng(seed)
+    arrays: dict[str, NDArray[Any]] = {}
+    for spec in specs:
+        shape = (batch, *spec.shape)
+        if spec.datatype == "INT64":
+            arrays[spec.name] = generator.integers(0, max(1, vocabulary), shape, dtype=np.int64)
+        else:
+            arrays[spec.name] = generator.standard_normal(shape, dtype=np.float32)
+    return arrays
+
+
+def check_tokens(name: str, specs: tuple[TensorSpec, ...], vocabulary: int, inputs: Mapping[str, NDArray[Any]]) -> None:
+    """Refuse tokens outside the vocabulary: they would read beyond the embedding, and on a GPU end the process.
+
+    Raises:
+        InvalidTensor: There are some.
+    """
+    faults = []
+    for spec in specs:
+        if spec.datatype == "INT64":
+            lowest, highest = int(inputs[spec.name].min()), int(inputs[spec.name].max())
+            if lowest < 0 or highest >= vocabulary:
+                found = f"token {lowest if lowest < 0 else highest}"
+                faults.append(
+                    Fault(where=name, field=spec.name, found=found, expected=f"tokens from 0 to {vocabulary - 1}")
+                )
+    if faults:
+        raise InvalidTensor(faults)
+
+
+def to_tensor(array: NDArray[Any], device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    """Return ``array`` on ``device``, floating point numbers as ``dtype``."""
+    # torch warns on arrays that cannot be written, such as those over received bytes: those are copied.
+    owned = array if array.flags.writeable and array.flags.c_contiguous else np.array(array, order="C")
+    tensor = torch.from_numpy(owned).to(device)
+    return tensor.to(dtype) if tensor.is_floating_point() else tensor
 
 
 def _device_faults(device: str) -> Iterator[Fault]:
