@@ -15,7 +15,7 @@ from grpc_health.v1 import health_pb2
 from executor.agent_control import AgentServicer
 from executor.agent_inference import InferenceServicer
 from executor.agent_metrics import agent_metrics
-from executor.forwarding import FORWARD, ForwardServicer
+from executor.forwarding import ForwardServer
 from executor.grpc_server import HealthServicer, RpcServer, stop_signals
 from executor.http_server import http_server, metrics_application
 from executor.journal import Journal
@@ -40,7 +40,6 @@ _Status = health_pb2.HealthCheckResponse
 _SERVICES = (
     control_pb2.DESCRIPTOR.services_by_name["Agent"].full_name,
     open_inference_pb2.DESCRIPTOR.services_by_name["GRPCInferenceService"].full_name,
-    FORWARD,
 )
 
 _STOP_GRACE_S = 2.0
@@ -68,6 +67,7 @@ class AgentConfig:
         tls: Certificate, key and authorities; without them the agent speaks in the clear.
         insecure: Whether it may do so off loopback.
         metrics: ``host:port`` where Prometheus is answered; empty for nowhere.
+        forward_port: Where gateways hand over requests; 0 takes a free port, which gateways are told.
 
     Raises:
         InvalidInput: A value is impossible; with every fault.
@@ -89,6 +89,7 @@ class AgentConfig:
     tls: TlsFiles | None = None
     insecure: bool = False
     metrics: str = ""
+    forward_port: int = 0
 
     def __post_init__(self) -> None:
         faults = [
@@ -129,9 +130,10 @@ async def serve_agent(
         server = RpcServer(Role.AGENT, max_message_bytes=config.max_message_bytes, credentials=credentials)
         readiness = _Readiness(server.checks)
         node = Node(_node_settings(config), Journal(folder), on_change=lambda: readiness.update(node))
-        services = _Services(config, node, server)
+        services = _Services(config, node, server, credentials)
         try:
             port = server.listen(config.address, _SERVICES)
+            await services.forward.listen(config.address.rpartition(":")[0], config.forward_port)
             await node.start()
             await server.checks.set("", _Status.SERVING)
             await server.start()
@@ -140,30 +142,33 @@ async def serve_agent(
                 on_ready(port)
                 await stopping.wait()
             _log.info("event=agent_stopping node=%s", config.node)
-            services.forward.close()
+            services.forward.refuse()
             await server.checks.enter_graceful_shutdown()
         finally:
             await server.stop(_STOP_GRACE_S)
             await node.stop()
+            await services.forward.close()
             await readiness.close()
 
 
 class _Services:
     """What one agent answers with."""
 
-    def __init__(self, config: AgentConfig, node: Node, server: RpcServer) -> None:
+    def __init__(self, config: AgentConfig, node: Node, server: RpcServer, credentials: Credentials | None) -> None:
         version = importlib.metadata.version("foreplan")
         self._config = config
-        self._control = AgentServicer(node, version=version)
         limits = TensorLimits(total_bytes=config.max_message_bytes)
         self._inference = InferenceServicer(node, version=version, limits=limits)
-        self.forward = ForwardServicer(
-            self._inference.forwarded, self._inference.wait_s, max_message_bytes=config.max_message_bytes
+        self.forward = ForwardServer(
+            self._inference.forwarded,
+            self._inference.wait_s,
+            max_message_bytes=config.max_message_bytes,
+            credentials=credentials,
         )
+        self._control = AgentServicer(node, version=version, forward_port=lambda: self.forward.port)
         control_pb2_grpc.add_AgentServicer_to_server(self._control, server)  # type: ignore[no-untyped-call]
         register = open_inference_pb2_grpc.add_GRPCInferenceServiceServicer_to_server
         register(self._inference, server)  # type: ignore[no-untyped-call]
-        server.add_generic_rpc_handlers((self.forward.handler(),))
 
     @contextlib.asynccontextmanager
     async def metrics_server(self, credentials: Credentials | None) -> AsyncIterator[None]:

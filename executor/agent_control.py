@@ -38,13 +38,22 @@ class AgentServicer(pb_grpc.AgentServicer):
     Args:
         node: The node.
         version: Of Foreplan.
+        forward_port: Returns where gateways hand over requests; 0 for nowhere.
         clock: The time in seconds.
     """
 
-    def __init__(self, node: Node, *, version: str, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        node: Node,
+        *,
+        version: str,
+        forward_port: Callable[[], int] = lambda: 0,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._node = node
         self._version = version
         self._clock = clock
+        self._forward_port = forward_port
         self._lease = Lease()
         self._devices: tuple[DeviceReading, ...] = ()
         self._devices_until_s = -math.inf
@@ -137,6 +146,7 @@ class AgentServicer(pb_grpc.AgentServicer):
             drained=node.drained,
             leased_to=self._lease.holder(self._clock()),
             device_used_bytes=tuple(reading.used_bytes for reading in self.devices()),
+            forward_port=self._forward_port(),
         )
 
     def devices(self) -> tuple[DeviceReading, ...]:

@@ -147,6 +147,8 @@ def _peer(name: str, address: str, state: AgentState | GatewayState | None, lost
     problem = ""
     if state.placement_digest != wanted:
         problem = f"has generation {state.generation}, which is not the plan; run `foreplan apply` again"
+    elif isinstance(state, AgentState) and state.drained:
+        problem = "is drained; `foreplan undrain` takes it back into the rotation"
     elif not state.ready and state.generation:
         problem = "is not ready: see its replicas"
     return PeerStatus(name=name, address=address, generation=state.generation, ready=state.ready, problem=problem)

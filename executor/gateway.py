@@ -1,32 +1,42 @@
-"""The front door of a cluster: the process ``foreplan gateway``.
+"""One process of the front door of a cluster. ``foreplan gateway`` runs one, or several on one port.
 
-Clients speak the Open Inference Protocol to it, and it forwards each request to an agent by the weights of the plan. It
-has no state of its own but the routing table in force, which it keeps in a file.
+Clients speak the Open Inference Protocol to it, by gRPC or HTTP, and it forwards each request to an agent by the
+weights of the plan. It has no state of its own but the routing table in force, which it keeps in a file.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import logging
 from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 
 from grpc_health.v1 import health_pb2
 
 from executor.gateway_control import GatewayControl
+from executor.gateway_family import Family, Member
+from executor.gateway_http import gateway_application
 from executor.gateway_inference import InferenceFrontDoor
 from executor.gateway_journal import RoutingJournal
 from executor.gateway_peer import INFERENCE, PeerTiming
 from executor.gateway_switchboard import Switchboard
 from executor.grpc_server import HealthServicer, RpcServer, stop_signals
+from executor.http_server import http_server, metrics_application
 from executor.logs import log_failure
+from executor.metrics import exposition
 from executor.proto import control_pb2_grpc
-from executor.roles import Role
-from executor.state_folder import locked_folder
+from executor.roles import Guard, Role
+from executor.state import GatewayState
+from executor.state_folder import locked_folder, made_folder
 from executor.tls import Credentials, Dialer, TlsFiles, check_transport
 
 __all__ = ["GatewayConfig", "running_gateway", "serve_gateway"]
+
+_log = logging.getLogger("executor.gateway")
 
 _CONTROL = "foreplan.control.v1.Gateway"
 _SERVING = health_pb2.HealthCheckResponse.SERVING
@@ -41,7 +51,11 @@ class GatewayConfig:
     Attributes:
         listen: ``host:port``; port 0 takes a free one.
         state_dir: Folder for the routing table in force; made when missing.
+        http: ``host:port`` of the HTTP form of the protocol; empty for none.
+        metrics: ``host:port`` where Prometheus is answered; empty for none. Of several processes the first one listens
+            there, and the others on the ports that follow.
         max_message_bytes: Largest request and answer.
+        max_in_flight: Requests that one process holds at once; more are refused with RESOURCE_EXHAUSTED.
         poll_interval_s: Seconds between two questions for an agent's state.
         poll_timeout_s: Seconds without an answer after which an agent counts as lost. Together with the interval this
             bounds how long a machine that hangs stays in the rotation.
@@ -52,7 +66,10 @@ class GatewayConfig:
 
     listen: str
     state_dir: Path
+    http: str = ""
+    metrics: str = ""
     max_message_bytes: int = 64 * 2**20
+    max_in_flight: int = 8192
     poll_interval_s: float = 0.25
     poll_timeout_s: float = 0.7
     grace_s: float = 5.0
@@ -60,61 +77,163 @@ class GatewayConfig:
     insecure: bool = False
 
 
-async def serve_gateway(config: GatewayConfig, on_ready: Callable[[str], None] = lambda _: None) -> None:
-    """Serve until SIGTERM or SIGINT, then let requests in flight end.
+async def serve_gateway(
+    config: GatewayConfig,
+    on_ready: Callable[[str], None] = lambda _: None,
+    *,
+    member: Member | None = None,
+    stop: asyncio.Event | None = None,
+) -> None:
+    """Serve until SIGTERM or SIGINT, or until ``stop`` is set, then let requests in flight end.
 
     Args:
         config: How to run.
         on_ready: Called once with the ``host:port`` that is listened on.
+        member: Which of several processes this is; None for the only one.
+        stop: Ends it from the same process.
 
     Raises:
         InvalidInput: The address cannot be listened on, or only with certificates; a certificate cannot be used; or the
             state folder cannot be used or is in use.
         BadStoredData: The routing table stored in the state folder is damaged.
     """
-    stop = asyncio.Event()
-    with stop_signals(stop):
-        async with running_gateway(config) as address:
+    stopping = stop or asyncio.Event()
+    with stop_signals(stopping):
+        async with running_gateway(config, member=member) as address:
             on_ready(address)
-            await stop.wait()
+            await stopping.wait()
 
 
 @asynccontextmanager
-async def running_gateway(config: GatewayConfig) -> AsyncIterator[str]:
+async def running_gateway(config: GatewayConfig, *, member: Member | None = None) -> AsyncIterator[str]:
     """Serve inside the block, without touching signals; yield the ``host:port`` that is listened on.
 
     Raises:
         InvalidInput: As for `serve_gateway`.
         BadStoredData: As for `serve_gateway`.
     """
-    changed = asyncio.Event()
     credentials = Credentials(config.tls) if config.tls else None
     check_transport(config.listen, credentials, insecure=config.insecure, where="--listen")
-    with locked_folder(config.state_dir, "gateway") as folder:
-        switchboard = Switchboard(
+    async with contextlib.AsyncExitStack() as running:
+        alone = member is None  # of several, the process that started them holds the folder
+        folder = (
+            running.enter_context(locked_folder(config.state_dir, "gateway"))
+            if alone
+            else made_folder(config.state_dir)
+        )
+        process = _Process(config, folder, credentials, member)
+        port = process.server.listen(config.listen, (INFERENCE, _CONTROL))
+        process.switchboard.restore()
+        await running.enter_async_context(process.serving())
+        yield f"{config.listen.rpartition(':')[0]}:{port}"
+
+
+class _Process:
+    """What one gateway process is made of."""
+
+    def __init__(
+        self, config: GatewayConfig, folder: Path, credentials: Credentials | None, member: Member | None
+    ) -> None:
+        self._config = config
+        self._member = member
+        self._credentials = credentials
+        self._changed = asyncio.Event()
+        self.switchboard = Switchboard(
             journal=RoutingJournal(folder),
             timing=PeerTiming(poll_interval_s=config.poll_interval_s, poll_timeout_s=config.poll_timeout_s),
             max_message_bytes=config.max_message_bytes,
             dialer=Dialer(credentials),
-            on_change=changed.set,
+            on_change=self._changed.set,
         )
-        server = RpcServer(Role.GATEWAY, max_message_bytes=config.max_message_bytes, credentials=credentials)
-        checks = server.checks
-        server.add_generic_rpc_handlers((InferenceFrontDoor(switchboard).handler(),))
-        control_pb2_grpc.add_GatewayServicer_to_server(GatewayControl(switchboard), server)  # type: ignore[no-untyped-call]
-        port = server.listen(config.listen, (INFERENCE, _CONTROL))
-        switchboard.restore()
-        reporter = asyncio.create_task(_report_health(switchboard, checks, changed), name="health")
+        self._door = InferenceFrontDoor(self.switchboard, max_in_flight=config.max_in_flight)
+        self._family = (
+            Family(member, self.switchboard, self._state, max_message_bytes=config.max_message_bytes)
+            if member
+            else None
+        )
+        self.server = RpcServer(
+            Role.GATEWAY,
+            max_message_bytes=config.max_message_bytes,
+            credentials=credentials,
+            shared_port=member is not None,
+        )
+        self.server.add_generic_rpc_handlers((self._door.handler(),))
+        if self._family is None:
+            control = GatewayControl(self.switchboard.install, self._state_of_all)
+        else:
+            control = GatewayControl(self._family.install, self._family.state)
+        control_pb2_grpc.add_GatewayServicer_to_server(control, self.server)  # type: ignore[no-untyped-call]
+
+    def _state(self) -> GatewayState:
+        router = self.switchboard.router
+        table = router.table
+        return GatewayState(
+            version=version("foreplan"),
+            generation=table.generation if table else 0,
+            placement_digest=table.placement_digest if table else "",
+            targets=tuple(router.health()),
+            ready=router.ready,
+        )
+
+    async def _state_of_all(self) -> GatewayState:
+        return self._state()
+
+    @asynccontextmanager
+    async def serving(self) -> AsyncIterator[None]:
+        """Answer everything inside the block; then let requests in flight end."""
+        reporter = asyncio.create_task(
+            _report_health(self.switchboard, self.server.checks, self._changed), name="health"
+        )
         reporter.add_done_callback(log_failure)
-        await server.start()
-        try:
-            yield f"{config.listen.rpartition(':')[0]}:{port}"
-        finally:
-            reporter.cancel()
-            await asyncio.gather(reporter, return_exceptions=True)
-            await checks.enter_graceful_shutdown()
-            await server.stop(config.grace_s)
-            await switchboard.close(0.0)
+        async with contextlib.AsyncExitStack() as beside:
+            try:
+                if self._family is not None:
+                    await self._family.start()
+                    beside.push_async_callback(self._family.close)
+                for name, server in self._http_servers():
+                    port = await beside.enter_async_context(server)
+                    _log.info("event=%s_listening port=%d", name, port)
+                await self.server.start()
+                yield
+            finally:
+                reporter.cancel()
+                await asyncio.gather(reporter, return_exceptions=True)
+                await self.server.checks.enter_graceful_shutdown()
+                await self.server.stop(self._config.grace_s)
+                await beside.aclose()
+                await self.switchboard.close(0.0)
+
+    def _http_servers(self) -> list[tuple[str, contextlib.AbstractAsyncContextManager[int]]]:
+        config, member = self._config, self._member
+        servers: list[tuple[str, contextlib.AbstractAsyncContextManager[int]]] = []
+        if config.http:
+            guard = Guard(Role.GATEWAY) if self._credentials else None
+            http = http_server(
+                gateway_application(self._door, guard, config.max_message_bytes),
+                config.http,
+                where="--http",
+                credentials=self._credentials,
+                insecure=config.insecure,
+                shared_port=member is not None,
+            )
+            servers.append(("http", http))
+        if config.metrics:
+            host, _, port = config.metrics.rpartition(":")
+            address = (
+                f"{host}:{int(port) + member.index}" if member and port.isdigit() and port != "0" else config.metrics
+            )
+            metrics = http_server(
+                metrics_application(self._metrics),
+                address,
+                where="--metrics",
+                credentials=self._credentials,
+                insecure=config.insecure,
+            )
+            servers.append(("metrics", metrics))
+        return servers
+
+    def _metrics(self) -> bytes:
+        return exposition(self._door.metrics.collect(self.switchboard.router))
 
 
 async def _report_health(switchboard: Switchboard, checks: HealthServicer, changed: asyncio.Event) -> None:

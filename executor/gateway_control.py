@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from importlib.metadata import version
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import grpc
@@ -10,10 +10,9 @@ import grpc.aio
 
 from executor import wire
 from executor.errors import StateNotStored, status_of
-from executor.gateway_switchboard import Switchboard
 from executor.proto import control_pb2, control_pb2_grpc
-from executor.state import GatewayState
-from plans.errors import InvalidInput, StalePlan
+from executor.state import GatewayState, RoutingTable
+from plans.errors import InvalidInput, RemoteFailure, StalePlan
 
 __all__ = ["GatewayControl"]
 
@@ -21,25 +20,26 @@ _Context = grpc.aio.ServicerContext
 
 
 class GatewayControl(control_pb2_grpc.GatewayServicer):
-    """Reports the routes in force with the health of their targets, and takes new ones."""
+    """Reports the routes in force with the health of their targets, and takes new ones.
 
-    def __init__(self, switchboard: Switchboard) -> None:
-        self._switchboard = switchboard
+    Args:
+        install: Puts a table in force.
+        state: Returns the state to report.
+    """
+
+    def __init__(
+        self,
+        install: Callable[[RoutingTable], Awaitable[None]],
+        state: Callable[[], Awaitable[GatewayState]],
+    ) -> None:
+        self._install = install
+        self._state = state
 
     async def GetState(  # noqa: N802 - the protocol's name
         self, _: control_pb2.GetStateRequest, __: _Context[Any, Any]
     ) -> control_pb2.GatewayState:
         """Report the table in force and its targets."""
-        router = self._switchboard.router
-        table = router.table
-        state = GatewayState(
-            version=version("foreplan"),
-            generation=table.generation if table else 0,
-            placement_digest=table.placement_digest if table else "",
-            targets=tuple(router.health()),
-            ready=router.ready,
-        )
-        return wire.gateway_state_to_proto(state)
+        return wire.gateway_state_to_proto(await self._state())
 
     async def SetRoutes(  # noqa: N802 - the protocol's name
         self, request: control_pb2.RoutingTable, context: _Context[Any, Any]
@@ -47,11 +47,14 @@ class GatewayControl(control_pb2_grpc.GatewayServicer):
         """Put a table in force, all at once; refuse one that is older than the one in force, or contradicts itself."""
         try:
             table = wire.routing_table_from_proto(request)
-            await self._switchboard.install(table)
+            await self._install(table)
         except InvalidInput as error:
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
         except StalePlan as error:
             await context.abort(grpc.StatusCode.FAILED_PRECONDITION, str(error))
         except StateNotStored as error:
             await context.abort(status_of(error), str(error))
+        except RemoteFailure as error:
+            code = grpc.StatusCode.UNAVAILABLE if error.retryable else grpc.StatusCode.FAILED_PRECONDITION
+            await context.abort(code, str(error))
         return control_pb2.GenerationResponse(generation=table.generation)

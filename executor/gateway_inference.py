@@ -31,8 +31,9 @@ _Code = grpc.StatusCode
 class InferenceFrontDoor:
     """Answers ``inference.GRPCInferenceService``."""
 
-    def __init__(self, switchboard: Switchboard, metrics: GatewayMetrics | None = None) -> None:
-        self.metrics = metrics or GatewayMetrics()
+    def __init__(self, switchboard: Switchboard, *, max_in_flight: int = 8192) -> None:
+        self.metrics = GatewayMetrics()
+        self._max_in_flight = max_in_flight
         self._switchboard = switchboard
         self._router = switchboard.router
         self._clock = asyncio.get_running_loop().time
@@ -97,6 +98,9 @@ class InferenceFrontDoor:
         service = header.service
         routes = self._routes(service)
         timeout_s = _timeout_s(time_remaining_s, header.deadline_s, routes.deadline_s)
+        if self.metrics.in_flight >= self._max_in_flight:
+            problem = f"{self.metrics.in_flight} requests are in flight here, the limit"
+            raise CallFailed(_Code.RESOURCE_EXHAUSTED, problem)
         self.metrics.begin()
         code = _Code.CANCELLED
         try:
@@ -200,26 +204,56 @@ class InferenceFrontDoor:
         self, _: messages.ServerReadyRequest, __: _Context[Any, Any]
     ) -> messages.ServerReadyResponse:
         """Say whether every service of the plan in force has a healthy target."""
-        return messages.ServerReadyResponse(ready=self._router.ready)
+        return messages.ServerReadyResponse(ready=self.is_ready(""))
 
     async def server_metadata(
-        self, _: messages.ServerMetadataRequest, __: _Context[Any, Any]
+        self, _: messages.ServerMetadataRequest, __: _Context[Any, Any] | None
     ) -> messages.ServerMetadataResponse:
         """Name this server."""
         return messages.ServerMetadataResponse(
-            name="foreplan-gateway", version=version("foreplan"), extensions=["model_repository", "statistics"]
+            name="foreplan-gateway",
+            version=version("foreplan"),
+            extensions=["binary_tensor_data", "model_repository", "statistics"],
         )
 
     async def model_ready(
         self, request: messages.ModelReadyRequest, _: _Context[Any, Any]
     ) -> messages.ModelReadyResponse:
         """Say whether a service has a healthy target; one that the plan does not have is not ready."""
-        return messages.ModelReadyResponse(ready=not self._router.problem(request.name))
+        return messages.ModelReadyResponse(ready=bool(request.name) and self.is_ready(request.name))
 
     async def repository_index(
         self, request: messages.RepositoryIndexRequest, _: _Context[Any, Any]
     ) -> messages.RepositoryIndexResponse:
         """List the services of the plan in force, with the reason for each that is not ready."""
+        return self.index(request.ready)
+
+    async def repository_model_load(
+        self, request: messages.RepositoryModelLoadRequest, context: _Context[Any, Any]
+    ) -> messages.RepositoryModelLoadResponse:
+        """Succeed for a service that is ready already: what runs where is the plan's to say, not a client's."""
+        try:
+            self.check_load(request.model_name)
+        except CallFailed as failed:
+            await context.abort(failed.code, failed.details)
+        return messages.RepositoryModelLoadResponse()
+
+    async def repository_model_unload(
+        self, request: messages.RepositoryModelUnloadRequest, context: _Context[Any, Any]
+    ) -> messages.RepositoryModelUnloadResponse:
+        """Refuse: `foreplan apply` of a plan without the service unloads it."""
+        try:
+            self.check_unload(request.model_name)
+        except CallFailed as failed:
+            await context.abort(failed.code, failed.details)
+        return messages.RepositoryModelUnloadResponse()
+
+    def is_ready(self, service: str) -> bool:
+        """Say whether ``service``, or with an empty name every service, has a healthy target."""
+        return not self._router.problem(service) if service else self._router.ready
+
+    def index(self, only_ready: bool) -> messages.RepositoryIndexResponse:
+        """Return the services of the plan in force, with the reason for each that is not ready."""
         problems = {service: self._router.problem(service) for service in self._router.services}
         return messages.RepositoryIndexResponse(
             models=[
@@ -227,26 +261,28 @@ class InferenceFrontDoor:
                     name=service, version="1", state="UNAVAILABLE" if problem else "READY", reason=problem
                 )
                 for service, problem in problems.items()
-                if not (request.ready and problem)
+                if not (only_ready and problem)
             ]
         )
 
-    async def repository_model_load(
-        self, request: messages.RepositoryModelLoadRequest, context: _Context[Any, Any]
-    ) -> messages.RepositoryModelLoadResponse:
-        """Succeed for a service that is ready already: what runs where is the plan's to say, not a client's."""
-        problem = self._router.problem(request.model_name)
-        if problem:
-            details = f"{request.model_name!r} is not ready ({problem}); `foreplan apply` loads what a plan places"
-            await context.abort(_Code.FAILED_PRECONDITION, details)
-        return messages.RepositoryModelLoadResponse()
+    def check_load(self, service: str) -> None:
+        """Refuse to load what is not ready.
 
-    async def repository_model_unload(
-        self, request: messages.RepositoryModelUnloadRequest, context: _Context[Any, Any]
-    ) -> messages.RepositoryModelUnloadResponse:
-        """Refuse: `foreplan apply` of a plan without the service unloads it."""
-        details = f"{request.model_name!r} leaves with `foreplan apply` of a plan that does not place it"
-        await context.abort(_Code.FAILED_PRECONDITION, details)
+        Raises:
+            CallFailed: With the reason.
+        """
+        if problem := self._router.problem(service):
+            details = f"{service!r} is not ready ({problem}); `foreplan apply` loads what a plan places"
+            raise CallFailed(_Code.FAILED_PRECONDITION, details)
+
+    def check_unload(self, service: str) -> None:
+        """Refuse to unload anything.
+
+        Raises:
+            CallFailed: Always.
+        """
+        details = f"{service!r} leaves with `foreplan apply` of a plan that does not place it"
+        raise CallFailed(_Code.FAILED_PRECONDITION, details)
 
 
 _ASK_S = 5.0

@@ -11,7 +11,7 @@ import grpc
 import grpc.aio
 
 from executor.control_client import AgentClient, channel_options
-from executor.forwarding import ENVELOPE_BYTES, CallFailed, ForwardLink, shared_bytes
+from executor.forwarding import CallFailed, ForwardLink, shared_bytes
 from executor.infer_header import GROUP_METADATA, group_mark
 from executor.logs import log_failure
 from executor.routing import NodeView, view_of
@@ -96,8 +96,13 @@ class Peer:
 
     def _open(self) -> _Line:
         version = self._dialer.version
-        channel = self._dialer.open(self.backend.address, channel_options(self._max_message_bytes + ENVELOPE_BYTES))
-        link = ForwardLink(channel, self._on_wait, max_message_bytes=self._max_message_bytes)
+        channel = self._dialer.open(self.backend.address, channel_options(self._max_message_bytes))
+        link = ForwardLink(
+            self.backend.address.rpartition(":")[0].strip("[]"),
+            self._dialer.credentials,
+            self._on_wait,
+            max_message_bytes=self._max_message_bytes,
+        )
         return _Line(channel, self.backend.address, version, link)
 
     def start(self) -> None:
@@ -122,8 +127,9 @@ class Peer:
         Raises:
             CallFailed: The call ended with a status other than OK.
         """
-        if len(request) <= self._shared_bytes:
-            answer = await self._line.link.send(request, group, timeout_s)
+        link = self._line.link
+        if link.port and len(request) <= self._shared_bytes:
+            answer = await link.send(request, group, timeout_s)
         else:
             answer = await self.call("ModelInfer", request, group, timeout_s)
         mark = self._marks.get(group)
@@ -156,6 +162,7 @@ class Peer:
         try:
             state = await self._line.agent.state(timeout_s=self._timing.poll_timeout_s)
             view = view_of(self.backend.node, state)
+            self._line.link.port = state.forward_port
         except RemoteFailure as error:
             view = NodeView(problem=f"its agent gives no state: {error}", doubtful=_is_slow(error))
         if turn > self._answered:

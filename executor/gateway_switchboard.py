@@ -59,8 +59,10 @@ class Switchboard:
             _log.info("event=restored generation=%d services=%d", table.generation, len(table.services))
             self._put_in_force(table, self._new_peers(table))
 
-    async def install(self, table: RoutingTable) -> None:
+    async def install(self, table: RoutingTable, *, stored: bool = False) -> None:
         """Put ``table`` in force, all at once, after its agents were asked for their state and it is stored.
+
+        With ``stored`` another process has stored it.
 
         Raises:
             StalePlan: The table may not follow the one in force.
@@ -70,7 +72,8 @@ class Switchboard:
             fresh = self._new_peers(table)
             try:
                 await asyncio.gather(*(peer.poll() for peer in (self._peers | fresh).values()))
-                await self._journal.write(table)
+                if not stored:
+                    await self._journal.write(table)
             except BaseException:
                 await asyncio.gather(*(peer.close(0.0) for peer in fresh.values()))
                 raise

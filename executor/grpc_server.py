@@ -16,7 +16,6 @@ from grpc_health.v1._async import HealthServicer
 from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
 from grpc_reflection.v1alpha._async import ReflectionServicer
 
-from executor.forwarding import ENVELOPE_BYTES
 from executor.roles import Guard, Role
 from executor.tls import Credentials
 from plans.errors import InvalidInput
@@ -51,7 +50,7 @@ class RpcServer:
             options=[
                 ("grpc.so_reuseport", int(shared_port)),  # by accident a second process would silently share the port
                 ("grpc.max_receive_message_length", max_message_bytes),
-                ("grpc.max_send_message_length", max_message_bytes + ENVELOPE_BYTES),
+                ("grpc.max_send_message_length", max_message_bytes),
             ]
         )
         self._credentials = credentials

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import ssl
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 from aiohttp import web
-from cryptography import x509
-from cryptography.x509.oid import NameOID
 
-from executor.roles import Guard, roles_of_names
-from executor.tls import Credentials, check_transport
+from executor.roles import Guard
+from executor.tls import Credentials, check_transport, peer_identity
 from plans.errors import InvalidInput
 
 __all__ = ["http_server", "metrics_application", "role_check"]
@@ -82,21 +79,5 @@ def metrics_application(render: Callable[[], bytes]) -> web.Application:
 
 def role_check(guard: Guard, method: str, request: web.Request) -> str:
     """Return why the caller of ``method`` (a gRPC method's name) is refused; empty when it is let through."""
-    connection = request.get_extra_info("ssl_object")
-    names: list[str] = []
-    name = ""
-    if isinstance(connection, ssl.SSLObject):
-        encoded = connection.getpeercert(binary_form=True)
-        if encoded:
-            name, names = _names_of(encoded)
-    return guard.refusal(method, roles_of_names(names), peer=str(request.remote), name=name)
-
-
-def _names_of(encoded: bytes) -> tuple[str, list[str]]:
-    certificate = x509.load_der_x509_certificate(encoded)
-    common = certificate.subject.get_attributes_for_oid(NameOID.COMMON_NAME)
-    try:
-        names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
-    except x509.ExtensionNotFound:
-        return str(common[0].value) if common else "", []
-    return str(common[0].value) if common else "", names.get_values_for_type(x509.UniformResourceIdentifier)
+    name, roles = peer_identity(request.get_extra_info("ssl_object"))
+    return guard.refusal(method, roles, peer=str(request.remote), name=name)

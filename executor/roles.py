@@ -7,7 +7,7 @@ loopback, or where the user insists) nobody has a role and nothing is guarded.
 role          may call
 ============  ==========================================================================================
 ``operator``  everything
-``gateway``   an agent's state, its inference
+``gateway``   an agent's state, its inference, forwarded or called
 ``agent``     an agent's inference: the next stage of a workflow
 ``client``    a gateway's inference
 ============  ==========================================================================================
@@ -60,7 +60,6 @@ _RULES: Mapping[Role, Mapping[str, frozenset[Role]]] = {
         **_OPEN,
         "/foreplan.control.v1.Agent/GetState": frozenset({Role.OPERATOR, Role.GATEWAY}),
         "/foreplan.control.v1.Agent/": _OPERATOR,
-        "/foreplan.data.v1.Forward/": frozenset({Role.GATEWAY}),
         _INFERENCE: frozenset({Role.OPERATOR, Role.GATEWAY, Role.AGENT}),
     },
     Role.GATEWAY: {

@@ -144,6 +144,7 @@ class AgentState:
     ``resident_bytes``: memory of the agent and its workers. ``drained``: an operator took the node out of the rotation.
     ``leased_to``: the controller that may change the node now; empty when none does.
     ``device_used_bytes``: memory in use on each device, by whomever; empty where it cannot be told (CPU).
+    ``forward_port``: where gateways hand over requests; 0 for by gRPC calls.
     """
 
     node: str
@@ -159,6 +160,7 @@ class AgentState:
     drained: bool = False
     leased_to: str = ""
     device_used_bytes: tuple[int, ...] = ()
+    forward_port: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -19,10 +19,12 @@ import grpc.aio
 from cryptography import x509
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+from cryptography.x509.oid import NameOID
 
+from executor.roles import Role, roles_of_names
 from plans.errors import Fault, InvalidInput
 
-__all__ = ["Credentials", "Dialer", "TlsFiles", "check_transport", "is_loopback"]
+__all__ = ["Credentials", "Dialer", "TlsFiles", "check_transport", "is_loopback", "peer_identity"]
 
 _log = logging.getLogger("executor.security")
 
@@ -88,8 +90,19 @@ class Credentials:
 
     def server(self) -> grpc.ServerCredentials:
         """Return credentials for a server that asks every caller for a certificate; new connections get new files."""
+        told = self.version
+
+        def fetch() -> Any:
+            """Return a new configuration, or None when this server has the newest; gRPC asks at every handshake."""
+            nonlocal told
+            self.refresh()
+            if told == self.version:
+                return None
+            told = self.version
+            return self._server_configuration()
+
         return grpc.dynamic_ssl_server_credentials(
-            self._server_configuration(), self._fetch, require_client_authentication=True
+            self._server_configuration(), fetch, require_client_authentication=True
         )
 
     def channel(self) -> grpc.ChannelCredentials:
@@ -109,15 +122,19 @@ class Credentials:
         self._contexts.append(context)
         return context
 
+    def client_context(self) -> ssl.SSLContext:
+        """Return a context for a connection to a server, from what is in the files now."""
+        self.refresh()
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        context.minimum_version = ssl.TLSVersion.TLSv1_2
+        _load(context, self.files)
+        return context
+
     def _server_configuration(self) -> Any:
         material = self._material
         return grpc.ssl_server_certificate_configuration(
             [(material.key, material.certificate)], root_certificates=material.authorities
         )
-
-    def _fetch(self) -> Any:
-        """Return a new configuration, or None when nothing changed; gRPC calls it for every handshake."""
-        return self._server_configuration() if self.refresh() else None
 
 
 class Dialer:
@@ -139,6 +156,21 @@ class Dialer:
         if self.credentials is None:
             return grpc.aio.insecure_channel(address, options=options)
         return grpc.aio.secure_channel(address, self.credentials.channel(), options=options)
+
+
+def peer_identity(connection: ssl.SSLObject | ssl.SSLSocket | None) -> tuple[str, frozenset[Role]]:
+    """Return the name and the roles that the other end of a TLS connection has proven; nothing without TLS."""
+    encoded = connection.getpeercert(binary_form=True) if connection is not None else None
+    if not encoded:
+        return "", frozenset()
+    certificate = x509.load_der_x509_certificate(encoded)
+    common = certificate.subject.get_attributes_for_oid(NameOID.COMMON_NAME)
+    name = str(common[0].value) if common else ""
+    try:
+        names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    except x509.ExtensionNotFound:
+        return name, frozenset()
+    return name, roles_of_names(names.get_values_for_type(x509.UniformResourceIdentifier))
 
 
 def is_loopback(address: str) -> bool:

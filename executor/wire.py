@@ -286,6 +286,7 @@ def agent_state_to_proto(state: AgentState) -> pb.AgentState:
         drained=state.drained,
         leased_to=state.leased_to,
         device_used_bytes=state.device_used_bytes,
+        forward_port=state.forward_port,
     )
 
 
@@ -309,6 +310,7 @@ def agent_state_from_proto(message: pb.AgentState) -> AgentState:
         drained=message.drained,
         leased_to=message.leased_to,
         device_used_bytes=tuple(message.device_used_bytes),
+        forward_port=message.forward_port,
     )
 
 

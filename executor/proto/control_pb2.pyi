@@ -181,7 +181,7 @@ class ReplicaState(_message.Message):
     def __init__(self, key: _Optional[_Union[ReplicaKey, _Mapping]] = ..., phase: _Optional[_Union[ReplicaPhase, str]] = ..., reason: _Optional[str] = ..., queued: _Optional[int] = ..., running: _Optional[int] = ..., completed: _Optional[int] = ..., dropped: _Optional[int] = ..., failed: _Optional[int] = ..., batches: _Optional[int] = ..., expected_wait_s: _Optional[float] = ..., max_batch: _Optional[int] = ..., weight_bytes: _Optional[int] = ..., load_s: _Optional[float] = ...) -> None: ...
 
 class AgentState(_message.Message):
-    __slots__ = ("node", "version", "generation", "placement_digest", "staged_generation", "replicas", "device", "device_count", "resident_bytes", "ready", "drained", "leased_to", "device_used_bytes")
+    __slots__ = ("node", "version", "generation", "placement_digest", "staged_generation", "replicas", "device", "device_count", "resident_bytes", "ready", "drained", "leased_to", "device_used_bytes", "forward_port")
     NODE_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
     GENERATION_FIELD_NUMBER: _ClassVar[int]
@@ -195,6 +195,7 @@ class AgentState(_message.Message):
     DRAINED_FIELD_NUMBER: _ClassVar[int]
     LEASED_TO_FIELD_NUMBER: _ClassVar[int]
     DEVICE_USED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    FORWARD_PORT_FIELD_NUMBER: _ClassVar[int]
     node: str
     version: str
     generation: int
@@ -208,7 +209,8 @@ class AgentState(_message.Message):
     drained: bool
     leased_to: str
     device_used_bytes: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, node: _Optional[str] = ..., version: _Optional[str] = ..., generation: _Optional[int] = ..., placement_digest: _Optional[str] = ..., staged_generation: _Optional[int] = ..., replicas: _Optional[_Iterable[_Union[ReplicaState, _Mapping]]] = ..., device: _Optional[str] = ..., device_count: _Optional[int] = ..., resident_bytes: _Optional[int] = ..., ready: _Optional[bool] = ..., drained: _Optional[bool] = ..., leased_to: _Optional[str] = ..., device_used_bytes: _Optional[_Iterable[int]] = ...) -> None: ...
+    forward_port: int
+    def __init__(self, node: _Optional[str] = ..., version: _Optional[str] = ..., generation: _Optional[int] = ..., placement_digest: _Optional[str] = ..., staged_generation: _Optional[int] = ..., replicas: _Optional[_Iterable[_Union[ReplicaState, _Mapping]]] = ..., device: _Optional[str] = ..., device_count: _Optional[int] = ..., resident_bytes: _Optional[int] = ..., ready: _Optional[bool] = ..., drained: _Optional[bool] = ..., leased_to: _Optional[str] = ..., device_used_bytes: _Optional[_Iterable[int]] = ..., forward_port: _Optional[int] = ...) -> None: ...
 
 class Backend(_message.Message):
     __slots__ = ("node", "address")

@@ -6,7 +6,14 @@ from typing import Annotated
 
 import typer
 
-from foreplan.cli import evaluate_commands, execute_commands, plan_commands, profile_commands, trace_commands
+from foreplan.cli import (
+    certs_commands,
+    evaluate_commands,
+    execute_commands,
+    plan_commands,
+    profile_commands,
+    trace_commands,
+)
 
 __all__ = ["app", "main"]
 
@@ -35,7 +42,7 @@ def _root(
     """Plan ahead which AI service runs on which GPU, apply the plan to real nodes, and prove it against traces."""
 
 
-for _module in (profile_commands, trace_commands, plan_commands, evaluate_commands, execute_commands):
+for _module in (profile_commands, trace_commands, plan_commands, evaluate_commands, execute_commands, certs_commands):
     _module.register(app)
 
 

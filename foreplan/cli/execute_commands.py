@@ -1,4 +1,4 @@
-"""``agent``, ``gateway``, ``apply``, ``rollback``, ``status``, ``load`` and ``demo``."""
+"""``agent``, ``gateway``, ``apply``, ``rollback``, ``status``, ``drain``, ``undrain``, ``load`` and ``demo``."""
 
 from __future__ import annotations
 
@@ -13,9 +13,20 @@ from foreplan.cli.command import command
 from foreplan.cli.evaluate_commands import RequestsFile, print_summary
 from foreplan.cli.options import ClusterFile, Gateways, PlanFile, Seed, ServicesFile, read_requests
 from foreplan.cli.output import Output, Step
+from foreplan.cli.tls_options import (
+    ClientCert,
+    ClientKey,
+    Insecure,
+    RootCert,
+    ServerCert,
+    ServerKey,
+    client_dialer,
+    server_files,
+)
 
 if TYPE_CHECKING:
-    from executor.controller import ApplyResult, ProgressEvent
+    from executor.controller import ApplyResult, ApplyTimeouts, ProgressEvent
+    from executor.tls import Dialer
     from plans.cluster import Cluster
     from plans.plan import Plan, Prior
     from plans.store import PlanStore
@@ -26,6 +37,15 @@ StoreDir = Annotated[
     Path | None, typer.Option("--store", metavar="DIR", help="Plan store: keeps every plan that was applied.")
 ]
 StateDir = Annotated[Path, typer.Option("--state-dir", metavar="DIR", help="Where state that survives a kill is kept.")]
+Metrics = Annotated[str, typer.Option("--metrics", metavar="HOST:PORT", help="Answer Prometheus there: /metrics.")]
+Timeouts = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--timeout",
+        metavar="STEP=SECONDS",
+        help="Limit of a step: state, validate, stage, commit, routes, finish, abort or converge; repeat for each.",
+    ),
+]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything, change nothing, say what would happen.")]
 
 
@@ -36,6 +56,8 @@ def register(app: typer.Typer) -> None:
     command(app, "apply")(apply)
     command(app, "rollback")(rollback)
     command(app, "status")(status)
+    command(app, "drain")(drain)
+    command(app, "undrain")(undrain)
     command(app, "load")(load)
     command(app, "demo")(demo)
 
@@ -53,6 +75,14 @@ def agent(
     runtime: Annotated[
         str, typer.Option(metavar="MODULE:FACTORY", help="What runs the models.")
     ] = "executor.runtime.torch_runtime:TorchRuntime",
+    metrics: Metrics = "",
+    forward_port: Annotated[
+        int, typer.Option(help="Port where gateways hand over requests; 0 takes a free one.", min=0, max=65535)
+    ] = 0,
+    server_cert: ServerCert = None,
+    server_key: ServerKey = None,
+    root_cert: RootCert = None,
+    insecure: Insecure = False,
 ) -> None:
     """Run the agent of one node: hosts workers, loads models, serves requests. Stops on SIGTERM."""
     from executor.agent import AgentConfig, serve_agent
@@ -82,6 +112,10 @@ def agent(
         threads=threads,
         model_dir=model_dir,
         log_level=log_level,
+        metrics=metrics,
+        forward_port=forward_port,
+        tls=server_files(server_cert, server_key, root_cert),
+        insecure=insecure,
     )
     host = address.rpartition(":")[0]
     asyncio.run(serve_agent(config, on_ready=lambda port: _ready(out, "agent", f"{host}:{port}", node)))
@@ -91,14 +125,30 @@ def gateway(
     out: Output,
     listen: Annotated[str, typer.Option(metavar="HOST:PORT", help="Where to listen.")],
     state_dir: StateDir,
+    processes: Annotated[int, typer.Option(help="Processes that share the port.", min=1)] = 1,
+    http: Annotated[str, typer.Option(metavar="HOST:PORT", help="The protocol's HTTP form, under /v2.")] = "",
+    metrics: Metrics = "",
+    server_cert: ServerCert = None,
+    server_key: ServerKey = None,
+    root_cert: RootCert = None,
+    insecure: Insecure = False,
 ) -> None:
     """Run a gateway: the front door that routes requests by the plan in force. Stops on SIGTERM."""
-    from executor.gateway import GatewayConfig, serve_gateway
+    from executor.gateway import GatewayConfig
+    from executor.gateway_processes import run_gateway
     from executor.logs import configure_logging
 
-    configure_logging((out.log_level or "info").upper())
-    config = GatewayConfig(listen=listen, state_dir=state_dir)
-    asyncio.run(serve_gateway(config, lambda address: _ready(out, "gateway", address)))
+    log_level = (out.log_level or "info").upper()
+    configure_logging(log_level)
+    config = GatewayConfig(
+        listen=listen,
+        state_dir=state_dir,
+        http=http,
+        metrics=metrics,
+        tls=server_files(server_cert, server_key, root_cert),
+        insecure=insecure,
+    )
+    run_gateway(config, lambda address: _ready(out, "gateway", address), processes=processes, log_level=log_level)
 
 
 def _ready(out: Output, role: str, address: str, name: str = "") -> None:
@@ -115,13 +165,95 @@ def apply(
     gateway: Gateways,
     store: StoreDir = None,
     dry_run: DryRun = False,
+    target: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NODE", help="Change these nodes only; the others run on as they are. Needs --store."),
+    ] = None,
+    timeout: Timeouts = None,
+    client_cert: ClientCert = None,
+    client_key: ClientKey = None,
+    root_cert: RootCert = None,
+    insecure: Insecure = False,
 ) -> None:
     """Bring all nodes and gateways to a plan, all or nothing."""
     from plans.cluster import Cluster
     from plans.codec import read_plan
     from plans.documents import read_document
 
-    _apply(out, read_plan(plan), read_document(cluster, Cluster), gateway, store, dry_run=dry_run)
+    inventory = read_document(cluster, Cluster)
+    dialer = _dialer(inventory, gateway, client_cert, client_key, root_cert, insecure=insecure)
+    wanted = read_plan(plan)
+    if target:
+        wanted = _targeted(wanted, inventory, gateway, store, target, dialer)
+    limits = _timeouts(timeout or [])
+    _apply(out, wanted, inventory, gateway, store, dry_run=dry_run, timeouts=limits, dialer=dialer)
+
+
+def _dialer(
+    cluster: Cluster,
+    gateways: list[str],
+    certificate: Path | None,
+    key: Path | None,
+    authorities: Path | None,
+    *,
+    insecure: bool,
+) -> Dialer:
+    addresses = [*(node.address for node in cluster.nodes if node.address), *gateways]
+    return client_dialer(addresses, certificate, key, authorities, insecure=insecure)
+
+
+def _targeted(
+    plan: Plan, cluster: Cluster, gateways: list[str], store: Path | None, nodes: list[str], dialer: Dialer
+) -> Plan:
+    """Return the live plan, which the store must hold, with the part of ``nodes`` taken from ``plan``."""
+    from executor.cluster_status import status as observe
+    from executor.targeting import targeted
+    from plans.errors import Fault, InvalidInput
+    from plans.store import PlanStore
+
+    known = {node.name for node in cluster.nodes}
+    if unknown := [node for node in nodes if node not in known]:
+        expected = f"one of {', '.join(sorted(known))}"
+        raise InvalidInput([Fault(where="--target", found=repr(node), expected=expected) for node in unknown])
+    live = asyncio.run(observe(cluster, gateways, dialer=dialer)).live
+    if live is None:
+        return targeted(plan, None, nodes, None)
+    if store is None:
+        raise InvalidInput.of("the store that holds the live plan", where="--store", found="nothing")
+    plans = PlanStore(store)
+    for stored in reversed(plans.generations()):
+        found = plans.get(stored.name)
+        if found.placement_digest == live.digest:
+            return targeted(plan, found, nodes, live)
+    raise InvalidInput.of(f"the live plan, of generation {live.generation}", where=store, found="no such plan")
+
+
+def _timeouts(given: list[str]) -> ApplyTimeouts:
+    """Return the limits that ``STEP=SECONDS`` texts change.
+
+    Raises:
+        InvalidInput: A step is unknown, or its time no number above 0; with every fault.
+    """
+    import dataclasses
+
+    from executor.controller import ApplyTimeouts
+    from plans.errors import Fault, InvalidInput
+
+    steps = [field.name.removesuffix("_s") for field in dataclasses.fields(ApplyTimeouts)]
+    faults = []
+    chosen: dict[str, float] = {}
+    for text in given:
+        step, _, seconds = text.partition("=")
+        try:
+            chosen[f"{step}_s"] = float(seconds)
+        except ValueError:
+            chosen[f"{step}_s"] = -1.0
+        if step not in steps or not 0 < chosen[f"{step}_s"] < 1e6:
+            expected = f"STEP=SECONDS, with a step of {', '.join(steps)} and seconds above 0"
+            faults.append(Fault(where="--timeout", found=repr(text), expected=expected))
+    if faults:
+        raise InvalidInput(faults)
+    return ApplyTimeouts(**chosen)
 
 
 def rollback(
@@ -133,6 +265,11 @@ def rollback(
         int | None, typer.Argument(metavar="[GENERATION]", help="Which; the newest that is not live when left out.")
     ] = None,
     dry_run: DryRun = False,
+    timeout: Timeouts = None,
+    client_cert: ClientCert = None,
+    client_key: ClientKey = None,
+    root_cert: RootCert = None,
+    insecure: Insecure = False,
 ) -> None:
     """Apply a plan of the store again, whatever is live."""
     from executor.cluster_status import status as observe
@@ -142,12 +279,14 @@ def rollback(
 
     plans = PlanStore(store)
     inventory = read_document(cluster, Cluster)
-    live = asyncio.run(observe(inventory, gateway)).live
+    dialer = _dialer(inventory, gateway, client_cert, client_key, root_cert, insecure=insecure)
+    live = asyncio.run(observe(inventory, gateway, dialer=dialer)).live
     if generation is None:
         generation = _generation_before(plans, live)
     plan = plans.get(plans.generation(generation).name)
     out.say(f"rolling back to the plan of generation {generation}")
-    _apply(out, plan, inventory, gateway, store, dry_run=dry_run, prior=live)
+    limits = _timeouts(timeout or [])
+    _apply(out, plan, inventory, gateway, store, dry_run=dry_run, prior=live, timeouts=limits, dialer=dialer)
 
 
 def _generation_before(plans: PlanStore, live: Prior | None) -> int:
@@ -168,6 +307,8 @@ def _apply(
     store: Path | None,
     *,
     dry_run: bool,
+    timeouts: ApplyTimeouts,
+    dialer: Dialer,
     prior: Prior | None = None,
 ) -> None:
     from executor.controller import WouldApply
@@ -176,7 +317,16 @@ def _apply(
 
     with out.progress("applying the plan") as step:
         result = asyncio.run(
-            bring(plan, cluster, gateways, prior=prior, dry_run=dry_run, progress=lambda event: _event(step, event))
+            bring(
+                plan,
+                cluster,
+                gateways,
+                prior=prior,
+                dry_run=dry_run,
+                timeouts=timeouts,
+                progress=lambda event: _event(out, step, event),
+                dialer=dialer,
+            )
         )
     if store is not None and not isinstance(result, WouldApply):
         plans = PlanStore(store)
@@ -186,15 +336,18 @@ def _apply(
     _print_applied(out, result)
 
 
-def _event(step: Step, event: ProgressEvent) -> None:
-    step.update(0, text=f"{event.step} {event.peer}: {event.outcome} {event.detail}".rstrip())
+def _event(out: Output, step: Step, event: ProgressEvent) -> None:
+    text = f"{event.step} {event.peer}: {event.outcome} {event.detail}".rstrip()
+    step.update(0, text=text)
+    if event.outcome != "begun":
+        out.note(text)
 
 
 def _print_applied(out: Output, result: ApplyResult) -> None:
     from executor.controller import Applied, NoChanges
 
     changes = () if isinstance(result, NoChanges) else result.changes
-    deferred = result.deferred if isinstance(result, Applied) else ()
+    deferred = () if isinstance(result, NoChanges) else result.deferred
     outcome = "no changes" if isinstance(result, NoChanges) else "applied" if isinstance(result, Applied) else "dry run"
     out.result(
         {
@@ -209,7 +362,8 @@ def _print_applied(out: Output, result: ApplyResult) -> None:
     for change in changes:
         out.say(f"{signs[change.action]} {change.key.group} {change.key.service} ({change.key.variant})")
     for key in deferred:
-        out.warn(f"{key.group} {key.service} had to wait until the memory of what it replaces was free")
+        waits = "had to wait" if isinstance(result, Applied) else "would have to wait"
+        out.warn(f"{key.group} {key.service} {waits} until the memory of what it replaces is free")
     if isinstance(result, NoChanges):
         for line in result.converged:
             out.say(f"put right: {line}")
@@ -224,13 +378,23 @@ def _key_json(key: Any) -> dict[str, str]:
     return {"group": key.group, "service": key.service, "variant": key.variant}
 
 
-def status(out: Output, cluster: ClusterFile, gateway: Gateways) -> None:
+def status(
+    out: Output,
+    cluster: ClusterFile,
+    gateway: Gateways,
+    client_cert: ClientCert = None,
+    client_key: ClientKey = None,
+    root_cert: RootCert = None,
+    insecure: Insecure = False,
+) -> None:
     """Show what is live, replica by replica, and the reason for each difference from the plan in force."""
     from executor.cluster_status import status as observe
     from plans.cluster import Cluster
     from plans.documents import read_document
 
-    found = asyncio.run(observe(read_document(cluster, Cluster), gateway))
+    inventory = read_document(cluster, Cluster)
+    dialer = _dialer(inventory, gateway, client_cert, client_key, root_cert, insecure=insecure)
+    found = asyncio.run(observe(inventory, gateway, dialer=dialer))
     out.result(found.to_json())
     out.say(f"generation {found.live.generation} is live" if found.live else "nothing is live")
     out.table(
@@ -250,6 +414,66 @@ def status(out: Output, cluster: ClusterFile, gateway: Gateways) -> None:
             for one in found.replicas
         ],
     )
+
+
+NodeName = Annotated[str, typer.Argument(metavar="NODE", help="A node of the cluster.")]
+
+
+def drain(
+    out: Output,
+    node: NodeName,
+    cluster: ClusterFile,
+    gateway: Gateways,
+    force: Annotated[
+        bool, typer.Option("--force", help="Also when a service then has no replica elsewhere, and fails.")
+    ] = False,
+    timeout: Annotated[float, typer.Option(metavar="SECONDS", help="How long to wait until it is idle.")] = 60.0,
+    client_cert: ClientCert = None,
+    client_key: ClientKey = None,
+    root_cert: RootCert = None,
+    insecure: Insecure = False,
+) -> None:
+    """Take a node out of the rotation, and wait until it is idle. Nothing is unloaded."""
+    _drain(out, node, True, cluster, gateway, timeout, (client_cert, client_key, root_cert), insecure, force=force)
+
+
+def undrain(
+    out: Output,
+    node: NodeName,
+    cluster: ClusterFile,
+    gateway: Gateways,
+    timeout: Annotated[float, typer.Option(metavar="SECONDS", help="How long to wait until it is used.")] = 60.0,
+    client_cert: ClientCert = None,
+    client_key: ClientKey = None,
+    root_cert: RootCert = None,
+    insecure: Insecure = False,
+) -> None:
+    """Take a drained node back into the rotation."""
+    _drain(out, node, False, cluster, gateway, timeout, (client_cert, client_key, root_cert), insecure)
+
+
+def _drain(
+    out: Output,
+    node: str,
+    drained: bool,
+    cluster: Path,
+    gateways: list[str],
+    timeout_s: float,
+    files: tuple[Path | None, Path | None, Path | None],
+    insecure: bool,
+    *,
+    force: bool = False,
+) -> None:
+    from executor.draining import set_drained
+    from plans.cluster import Cluster
+    from plans.documents import read_document
+
+    inventory = read_document(cluster, Cluster)
+    dialer = _dialer(inventory, gateways, *files, insecure=insecure)
+    done = asyncio.run(set_drained(inventory, gateways, node, drained, force=force, timeout_s=timeout_s, dialer=dialer))
+    out.result({"node": node, "drained": drained, "services": list(done.services), "wall_s": done.wall_s})
+    how = "is drained: no gateway sends to it, and nothing runs" if drained else "takes requests again"
+    out.say(f"{node} {how} ({done.wall_s:.1f} s)")
 
 
 def load(

@@ -18,7 +18,7 @@ import grpc.aio
 from google.protobuf.message import Message
 
 from executor import wire
-from executor.forwarding import CallFailed, ForwardServicer
+from executor.forwarding import CallFailed, ForwardServer
 from executor.gateway_peer import INFERENCE
 from executor.infer_header import GROUP_METADATA
 from executor.lease import Lease
@@ -108,6 +108,17 @@ class FakeAgent(_Scripted, control_pb2_grpc.AgentServicer):
         self.wait_s = 0.0
         self.drained = False
         self.lease = Lease()
+        self.forward: ForwardServer | None = None
+
+    async def start(self) -> Self:
+        self.forward = ForwardServer(self._forwarded, lambda group: self.wait_s, max_message_bytes=1 << 26)
+        await self.forward.listen("127.0.0.1")
+        return await super().start()
+
+    async def kill(self) -> None:
+        if self.forward is not None:
+            await self.forward.close()
+        await super().kill()
 
     def register(self, server: grpc.aio.Server) -> None:
         control_pb2_grpc.add_AgentServicer_to_server(self, server)
@@ -115,9 +126,7 @@ class FakeAgent(_Scripted, control_pb2_grpc.AgentServicer):
             "ModelInfer": grpc.unary_unary_rpc_method_handler(self._infer),
             "ModelMetadata": grpc.unary_unary_rpc_method_handler(self._metadata),
         }
-        forward = ForwardServicer(self._forwarded, lambda group: self.wait_s, max_message_bytes=1 << 26)
-        handlers = (grpc.method_handlers_generic_handler(INFERENCE, methods), forward.handler())
-        server.add_generic_rpc_handlers(handlers)
+        server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(INFERENCE, methods),))
 
     def serve(self, *keys: ReplicaKey) -> None:
         """Report these replicas as serving, without any apply."""
@@ -134,6 +143,7 @@ class FakeAgent(_Scripted, control_pb2_grpc.AgentServicer):
             staged_generation=self.staged.generation if self.staged else 0,
             replicas=tuple(ReplicaState(key=key, phase=phase) for key, phase in sorted(self.phases.items())),
             drained=self.drained,
+            forward_port=self.forward.port if self.forward else 0,
             ready=wanted <= {key for key, phase in self.phases.items() if phase is Phase.SERVING},
         )
 

@@ -27,8 +27,10 @@ _END_S = 20.0
 class PeerProcess:
     """One process; `start` again after `kill` listens on the same address with the same state."""
 
-    def __init__(self, kind: str, folder: Path, *, node: str = "") -> None:
+    def __init__(self, kind: str, folder: Path, *, node: str = "", processes: int = 1, http: str = "") -> None:
         self.kind = kind
+        self.processes = processes
+        self.http = http
         self.node = node
         self.folder = folder
         self.address = "127.0.0.1:0"
@@ -43,6 +45,7 @@ class PeerProcess:
             self._reap()
         self.folder.mkdir(parents=True, exist_ok=True)
         arguments = [self.kind, "--listen", self.address, "--state-dir", str(self.folder), "--node", self.node]
+        arguments += ["--processes", str(self.processes), "--http", self.http]
         with (self.folder / "log").open("a") as log:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "tests.executor.peer_process", *arguments],
@@ -134,8 +137,13 @@ def main() -> None:
     parser.add_argument("--listen", required=True)
     parser.add_argument("--state-dir", type=Path, required=True)
     parser.add_argument("--node", required=True)
+    parser.add_argument("--processes", type=int, default=1)
+    parser.add_argument("--http", default="")
     chosen = parser.parse_args()
-    asyncio.run(_gateway(chosen) if chosen.kind == "gateway" else _agent(chosen))
+    if chosen.kind == "gateway":
+        _gateway(chosen)
+    else:
+        asyncio.run(_agent(chosen))
 
 
 async def _agent(chosen: argparse.Namespace) -> None:
@@ -153,10 +161,12 @@ async def _agent(chosen: argparse.Namespace) -> None:
     await serve_agent(config, on_ready=lambda port: _say(f"127.0.0.1:{port}"))
 
 
-async def _gateway(chosen: argparse.Namespace) -> None:
-    from executor.gateway import GatewayConfig, serve_gateway
+def _gateway(chosen: argparse.Namespace) -> None:
+    from executor.gateway import GatewayConfig
+    from executor.gateway_processes import run_gateway
 
-    await serve_gateway(GatewayConfig(listen=chosen.listen, state_dir=chosen.state_dir), on_ready=_say)
+    config = GatewayConfig(listen=chosen.listen, state_dir=chosen.state_dir, http=chosen.http)
+    run_gateway(config, _say, processes=chosen.processes)
 
 
 def _say(address: str) -> None:

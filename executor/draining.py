@@ -1,0 +1,125 @@
+"""Taking a node out of the rotation, and back: ``foreplan drain`` and ``foreplan undrain``.
+
+Nothing is unloaded and the plan stays as it is: gateways stop sending to the node, which answers what it has.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from executor.cluster_connection import ClusterConnection
+from executor.lease import LeaseTiming, holding, new_holder
+from executor.state import AgentState, Phase
+from executor.tls import Dialer
+from plans.cluster import Cluster
+from plans.errors import Fault, InvalidInput, RemoteFailure
+
+__all__ = ["Drained", "set_drained", "sole_services"]
+
+_CALL_S = 5.0
+_PAUSE_S = 0.05
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Drained:
+    """How a drain, or its end, went: ``services`` are those of the node, ``wall_s`` how long it took."""
+
+    node: str
+    drained: bool
+    services: tuple[str, ...]
+    wall_s: float
+
+
+async def set_drained(
+    cluster: Cluster,
+    gateways: Sequence[str],
+    node: str,
+    drained: bool,
+    *,
+    force: bool = False,
+    timeout_s: float = 60.0,
+    dialer: Dialer | None = None,
+    lease: LeaseTiming | None = None,
+) -> Drained:
+    """Take ``node`` out of the rotation of ``gateways`` and wait until it is idle; or take it back.
+
+    Args:
+        cluster: The inventory.
+        gateways: ``host:port`` of each gateway.
+        node: Which.
+        drained: True to take it out.
+        force: Also when services then have no replica elsewhere, and fail.
+        timeout_s: How long to wait until every gateway follows, and no request waits or runs on the node.
+        dialer: Opens the channels; without one, in the clear.
+        lease: How long to wait for a controller at work.
+
+    Raises:
+        InvalidInput: The cluster has no such node, or a service would be left without a replica.
+        RemoteFailure: A peer does not answer, or it took too long; the node stays as asked.
+        StalePlan: Another controller is at work.
+    """
+    known = [one.name for one in cluster.nodes]
+    if node not in known:
+        raise InvalidInput.of(f"one of {', '.join(known)}", where="cluster", field="NODE", found=repr(node))
+    clock = asyncio.get_running_loop().time
+    start_s = clock()
+    async with (
+        ClusterConnection(cluster, gateways, dialer) as connection,
+        holding(connection, new_holder(), lease or LeaseTiming()),
+    ):
+        agents, _, lost = await connection.states(timeout_s=_CALL_S)
+        if node in lost:
+            raise lost[node]
+        services = tuple(sorted({replica.key.service for replica in agents[node].replicas}))
+        if drained and not force and (alone := sole_services(node, agents)):
+            remedy = "plan a replica elsewhere first, or give --force and let its requests fail"
+            raise InvalidInput(
+                [
+                    Fault(
+                        where=node,
+                        found=f"the only serving replica of {one!r}",
+                        expected="another one elsewhere",
+                        remedy=remedy,
+                    )
+                    for one in alone
+                ]
+            )
+        await connection.agents[node].drain(drained, timeout_s=_CALL_S)
+        while problem := await _remaining(connection, node, drained):
+            if clock() - start_s > timeout_s:
+                raise RemoteFailure(node, f"after {timeout_s:g} s: {problem}", retryable=True)
+            await asyncio.sleep(_PAUSE_S)
+    return Drained(node=node, drained=drained, services=services, wall_s=clock() - start_s)
+
+
+def sole_services(node: str, agents: dict[str, AgentState]) -> tuple[str, ...]:
+    """Return the services that ``node`` serves and no other node in rotation does."""
+    serving = {
+        name: {replica.key.service for replica in state.replicas if replica.phase is Phase.SERVING}
+        for name, state in agents.items()
+        if not state.drained or name == node
+    }
+    elsewhere = set().union(*(services for name, services in serving.items() if name != node))
+    return tuple(sorted(serving.get(node, set()) - elsewhere))
+
+
+async def _remaining(connection: ClusterConnection, node: str, drained: bool) -> str:
+    """Return what is not yet as asked; empty when all is."""
+    agents, doors, lost = await connection.states(timeout_s=_CALL_S)
+    for failure in lost.values():
+        return str(failure)
+    for address, door in doors.items():
+        behind = [target.group for target in door.targets if _is_of(target.group, node) and target.healthy is drained]
+        ready = agents[node].ready or drained
+        if behind and ready:
+            return f"gateway {address} {'still' if drained else 'does not yet'} send to {', '.join(behind)}"
+    if drained:
+        busy = [str(one.key) for one in agents[node].replicas if one.queued or one.running]
+        return f"requests wait or run: {', '.join(busy)}" if busy else ""
+    return ""
+
+
+def _is_of(group: str, node: str) -> bool:
+    return group.rpartition("/")[0] == node

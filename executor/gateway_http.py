@@ -1,0 +1,190 @@
+"""The gateway by HTTP: the JSON form of the Open Inference Protocol under ``/v2``, with binary tensors.
+
+Every call becomes the one that gRPC would have made, so that routing, deadlines, refusals and counters are the same.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import grpc
+from aiohttp import web
+from google.protobuf import json_format
+
+from executor.forwarding import CallFailed
+from executor.gateway_inference import InferenceFrontDoor
+from executor.http_server import role_check
+from executor.http_tensors import answer_to_http, request_from_http
+from executor.proto import open_inference_pb2 as messages
+from executor.roles import Guard
+from executor.tensors import TensorLimits
+from plans.errors import InvalidInput
+
+__all__ = ["gateway_application"]
+
+_Code = grpc.StatusCode
+_STATUS = {
+    _Code.INVALID_ARGUMENT: 400,
+    _Code.FAILED_PRECONDITION: 400,
+    _Code.PERMISSION_DENIED: 403,
+    _Code.NOT_FOUND: 404,
+    _Code.RESOURCE_EXHAUSTED: 429,
+    _Code.CANCELLED: 499,
+    _Code.UNIMPLEMENTED: 501,
+    _Code.UNAVAILABLE: 503,
+    _Code.DEADLINE_EXCEEDED: 504,
+}
+_HEADER_LENGTH = "Inference-Header-Content-Length"
+_METHOD = "/inference.GRPCInferenceService/"
+
+_Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+
+def gateway_application(door: InferenceFrontDoor, guard: Guard | None, max_message_bytes: int) -> web.Application:
+    """Return the application to serve.
+
+    Args:
+        door: Answers the calls.
+        guard: Says who may call, or None without TLS.
+        max_message_bytes: Largest request.
+    """
+    routes = _Routes(door, TensorLimits(total_bytes=max_message_bytes))
+    application = web.Application(
+        middlewares=[_answering_errors(guard)], client_max_size=max_message_bytes + _JSON_OVERHEAD_BYTES
+    )
+    add = application.router
+    add.add_get("/v2", routes.server)
+    add.add_get("/v2/health/live", routes.live)
+    add.add_get("/v2/health/ready", routes.ready)
+    add.add_get("/v2/models/stats", routes.statistics)
+    for prefix in ("/v2/models/{model}", "/v2/models/{model}/versions/{version}"):
+        add.add_get(prefix, routes.metadata)
+        add.add_get(f"{prefix}/ready", routes.model_ready)
+        add.add_get(f"{prefix}/stats", routes.statistics)
+        add.add_post(f"{prefix}/infer", routes.infer)
+    add.add_post("/v2/repository/index", routes.index)
+    add.add_post("/v2/repository/models/{model}/load", routes.load)
+    add.add_post("/v2/repository/models/{model}/unload", routes.unload)
+    return application
+
+
+_JSON_OVERHEAD_BYTES = 1 << 20
+
+
+def _answering_errors(guard: Guard | None) -> Any:
+    """Return a middleware that lets callers in by their role, and tells of errors as JSON."""
+
+    @web.middleware
+    async def answering(request: web.Request, handler: _Handler) -> web.StreamResponse:
+        if guard is not None and (problem := role_check(guard, f"{_METHOD}Http", request)):
+            return _problem(_Code.PERMISSION_DENIED, problem)
+        try:
+            return await handler(request)
+        except CallFailed as failed:
+            return _problem(failed.code, failed.details)
+        except InvalidInput as error:
+            return _problem(_Code.INVALID_ARGUMENT, str(error))
+        except web.HTTPException as error:
+            return web.json_response({"error": error.reason}, status=error.status)
+
+    return answering
+
+
+def _problem(code: grpc.StatusCode, details: str) -> web.Response:
+    return web.json_response({"error": details}, status=_STATUS.get(code, 500))
+
+
+class _Routes:
+    def __init__(self, door: InferenceFrontDoor, limits: TensorLimits) -> None:
+        self._door = door
+        self._limits = limits
+
+    async def live(self, _: web.Request) -> web.Response:
+        return web.Response()
+
+    async def ready(self, _: web.Request) -> web.Response:
+        return web.Response(status=200 if self._door.is_ready("") else 503)
+
+    async def model_ready(self, request: web.Request) -> web.Response:
+        return web.Response(status=200 if self._door.is_ready(request.match_info["model"]) else 503)
+
+    async def server(self, request: web.Request) -> web.Response:
+        return _message(await self._door.server_metadata(messages.ServerMetadataRequest(), None))
+
+    async def metadata(self, request: web.Request) -> web.Response:
+        asked = messages.ModelMetadataRequest(
+            name=request.match_info["model"], version=request.match_info.get("version", "")
+        )
+        answer = await self._door.describe(asked.SerializeToString(), None)
+        return _message(messages.ModelMetadataResponse.FromString(answer))
+
+    async def statistics(self, request: web.Request) -> web.Response:
+        return _message(await self._door.statistics_of(request.match_info.get("model", ""), None))
+
+    async def infer(self, request: web.Request) -> web.Response:
+        length = request.headers.get(_HEADER_LENGTH)
+        if length is not None and not length.isdigit():
+            raise InvalidInput.of("a number of bytes", where=_HEADER_LENGTH, found=repr(length))
+        asked = request_from_http(
+            request.match_info["model"],
+            request.match_info.get("version", ""),
+            await request.read(),
+            None if length is None else int(length),
+            self._limits,
+        )
+        answer = await self._door.answer(asked.message.SerializeToString(), None)
+        body, header_bytes = answer_to_http(messages.ModelInferResponse.FromString(answer), asked)
+        headers = {"Content-Type": "application/json"}
+        if header_bytes is not None:
+            headers = {"Content-Type": "application/octet-stream", _HEADER_LENGTH: str(header_bytes)}
+        return web.Response(body=body, headers=headers)
+
+    async def index(self, request: web.Request) -> web.Response:
+        text = await request.read()
+        try:
+            wanted = json.loads(text) if text else {}
+        except ValueError as error:
+            raise InvalidInput.of("a JSON object", where="request", found=str(error)) from error
+        only_ready = isinstance(wanted, dict) and wanted.get("ready") is True
+        return web.json_response(
+            [
+                {"name": model.name, "version": model.version, "state": model.state, "reason": model.reason}
+                for model in self._door.index(only_ready).models
+            ]
+        )
+
+    async def load(self, request: web.Request) -> web.Response:
+        self._door.check_load(request.match_info["model"])
+        return web.Response()
+
+    async def unload(self, request: web.Request) -> web.Response:
+        self._door.check_unload(request.match_info["model"])
+        return web.Response()
+
+
+def _message(message: Any) -> web.Response:
+    """Return a protobuf message as the protocol's JSON: its own field names, 64-bit integers as numbers."""
+    found = json_format.MessageToDict(
+        message, preserving_proto_field_name=True, always_print_fields_with_no_presence=True
+    )
+    return web.json_response(_plain(found, message.DESCRIPTOR))
+
+
+def _plain(value: Any, descriptor: Any) -> Any:
+    """Undo what protobuf's JSON does to 64-bit integers, which it writes as texts."""
+    plain = {}
+    for name, one in value.items():
+        field = descriptor.fields_by_name[name]
+        if field.message_type is not None:
+            plain[name] = (
+                [_plain(item, field.message_type) for item in one]
+                if isinstance(one, list)
+                else _plain(one, field.message_type)
+            )
+        elif field.cpp_type in (field.CPPTYPE_INT64, field.CPPTYPE_UINT64):
+            plain[name] = [int(item) for item in one] if isinstance(one, list) else int(one)
+        else:
+            plain[name] = one
+    return plain

@@ -1,0 +1,191 @@
+"""The HTTP/JSON form of the Open Inference Protocol to its protobuf form and back, with the binary tensor extension.
+
+A body is a JSON object; with the header ``Inference-Header-Content-Length`` the object is that long, and the raw bytes
+of tensors follow it in the order in which they are named there, each ``parameters.binary_data_size`` long. Everything
+becomes raw contents, so that gateways and agents see one form only. What arrives is checked; `InvalidInput` names
+every fault found in one step.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from executor.proto import open_inference_pb2 as pb
+from executor.runtime.protocol import NUMPY_TYPES
+from executor.tensors import TensorLimits, parameter, set_parameter
+from plans.errors import InvalidInput
+
+__all__ = ["HttpRequest", "answer_to_http", "request_from_http"]
+
+_BINARY_SIZE = "binary_data_size"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HttpRequest:
+    """A request that came by HTTP.
+
+    Attributes:
+        message: Its protobuf form.
+        binary: For each output asked for by name, whether it is wanted as raw bytes.
+        binary_default: Whether the others are.
+    """
+
+    message: pb.ModelInferRequest
+    binary: Mapping[str, bool]
+    binary_default: bool
+
+
+def request_from_http(
+    service: str, version: str, body: bytes, header_bytes: int | None, limits: TensorLimits | None = None
+) -> HttpRequest:
+    """Return the request in ``body``; ``header_bytes`` is the length of its JSON part, None for all of it.
+
+    Raises:
+        InvalidInput: It is not one.
+    """
+    if header_bytes is not None and not 0 <= header_bytes <= len(body):
+        raise InvalidInput.of(
+            f"a length of at most {len(body)}", where="Inference-Header-Content-Length", found=header_bytes
+        )
+    end = len(body) if header_bytes is None else header_bytes
+    document = _object(_parsed(body[:end]), "request")
+    bounds = limits or TensorLimits()
+    message = pb.ModelInferRequest(model_name=service, model_version=version, id=_text(document.get("id", ""), "id"))
+    parameters = dict(_object(document.get("parameters", {}), "parameters"))
+    binary_default = parameters.pop("binary_data_output", False) is True
+    _set_parameters(message.parameters, parameters, "parameters")
+    rest = memoryview(body)[end:]
+    for position, tensor in enumerate(_list(document.get("inputs", []), "inputs", bounds.tensors)):
+        rest = _input(message, _object(tensor, f"inputs[{position}]"), f"inputs[{position}]", rest, bounds)
+    if len(rest):
+        raise InvalidInput.of("no bytes behind the last tensor", where="request", found=f"{len(rest)} bytes")
+    binary: dict[str, bool] = {}
+    for position, output in enumerate(_list(document.get("outputs", []), "outputs", bounds.tensors)):
+        wanted = _object(output, f"outputs[{position}]")
+        name = _text(wanted.get("name"), f"outputs[{position}].name")
+        options = _object(wanted.get("parameters", {}), f"outputs[{position}].parameters")
+        message.outputs.add(name=name)
+        if "binary_data" in options:
+            binary[name] = options["binary_data"] is True
+    return HttpRequest(message=message, binary=binary, binary_default=binary_default)
+
+
+def answer_to_http(answer: pb.ModelInferResponse, request: HttpRequest) -> tuple[bytes, int | None]:
+    """Return the body for ``answer``, and the length of its JSON part when raw bytes follow it."""
+    outputs = []
+    raw: list[bytes] = []
+    for tensor, content in zip(answer.outputs, answer.raw_output_contents, strict=True):
+        described: dict[str, Any] = {
+            "name": tensor.name,
+            "datatype": tensor.datatype,
+            "shape": list(tensor.shape),
+        }
+        if request.binary.get(tensor.name, request.binary_default):
+            described["parameters"] = {_BINARY_SIZE: len(content)}
+            raw.append(content)
+        else:
+            described["data"] = _numbers(content, tensor.datatype)
+        outputs.append(described)
+    document: dict[str, Any] = {"model_name": answer.model_name, "model_version": answer.model_version}
+    if answer.id:
+        document["id"] = answer.id
+    if answer.parameters:
+        document["parameters"] = {name: parameter(answer.parameters, name) for name in answer.parameters}
+    document["outputs"] = outputs
+    header = json.dumps(document, separators=(",", ":")).encode()
+    return (b"".join((header, *raw)), len(header)) if raw else (header, None)
+
+
+def _numbers(content: bytes, datatype: str) -> list[Any]:
+    """Return the values as JSON has them; what is no number there (NaN, infinities) becomes null."""
+    array = np.frombuffer(content, dtype=NUMPY_TYPES[datatype])
+    values: list[Any] = array.tolist()
+    if array.dtype.kind == "f" and not np.isfinite(array).all():
+        return [value if math.isfinite(value) else None for value in values]
+    return values
+
+
+def _input(
+    message: pb.ModelInferRequest, tensor: Mapping[str, Any], where: str, rest: memoryview, limits: TensorLimits
+) -> memoryview:
+    """Add one tensor to ``message``; return what follows its raw bytes."""
+    name = _text(tensor.get("name"), f"{where}.name")
+    datatype = _text(tensor.get("datatype"), f"{where}.datatype")
+    shape = _list(tensor.get("shape"), f"{where}.shape", limits.dimensions)
+    if datatype not in NUMPY_TYPES:
+        raise InvalidInput.of(f"one of {', '.join(NUMPY_TYPES)}", field=f"{where}.datatype", found=repr(datatype))
+    if not shape or not all(type(size) is int and 1 <= size < 2**31 for size in shape):
+        raise InvalidInput.of("dimensions of at least 1", field=f"{where}.shape", found=shape)
+    if math.prod(shape) * NUMPY_TYPES[datatype].itemsize > limits.total_bytes:
+        raise InvalidInput.of(f"at most {limits.total_bytes} bytes", field=f"{where}.shape", found=shape)
+    parameters = dict(_object(tensor.get("parameters", {}), f"{where}.parameters"))
+    size_bytes = parameters.pop(_BINARY_SIZE, None)
+    message.inputs.add(name=name, datatype=datatype, shape=shape)
+    if size_bytes is None:
+        message.raw_input_contents.append(_content(tensor.get("data"), datatype, shape, f"{where}.data"))
+        return rest
+    if type(size_bytes) is not int or not 0 <= size_bytes <= len(rest):
+        expected = f"at most the {len(rest)} bytes that follow"
+        raise InvalidInput.of(expected, field=f"{where}.parameters.{_BINARY_SIZE}", found=size_bytes)
+    message.raw_input_contents.append(bytes(rest[:size_bytes]))
+    return rest[size_bytes:]
+
+
+def _content(data: Any, datatype: str, shape: list[int], where: str) -> bytes:
+    dtype = NUMPY_TYPES[datatype]
+    try:
+        given = np.array(data)
+        if given.dtype.kind not in "biuf" or (given.dtype.kind == "f" and dtype.kind != "f"):
+            raise InvalidInput.of(f"numbers of {datatype}", field=where, found=f"a list of {given.dtype}")
+        if (given.dtype.kind == "b") != (dtype.kind == "b"):
+            raise InvalidInput.of(f"numbers of {datatype}", field=where, found=f"a list of {given.dtype}")
+        if dtype.kind in "iu" and given.size:
+            limit = np.iinfo(dtype)
+            if given.min() < limit.min or given.max() > limit.max:
+                found = f"{given.min()} to {given.max()}"
+                raise InvalidInput.of(f"values from {limit.min} to {limit.max}", field=where, found=found)
+        array = given.astype(dtype)
+    except (ValueError, OverflowError) as error:
+        raise InvalidInput.of(f"numbers of {datatype}", field=where, found=str(error)) from error
+    if array.size != math.prod(shape):
+        raise InvalidInput.of(f"{math.prod(shape)} values for shape {shape}", field=where, found=f"{array.size} values")
+    return array.astype(dtype.newbyteorder("<")).tobytes()
+
+
+def _parsed(text: bytes) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise InvalidInput.of("a JSON object", where="request", found=str(error)) from error
+
+
+def _object(value: Any, where: str) -> Mapping[str, Any]:
+    if not isinstance(value, dict):
+        raise InvalidInput.of("a JSON object", field=where, found=type(value).__name__)
+    return value
+
+
+def _list(value: Any, where: str, most: int) -> list[Any]:
+    if not isinstance(value, list) or len(value) > most:
+        found = f"{len(value)} entries" if isinstance(value, list) else type(value).__name__
+        raise InvalidInput.of(f"a list of at most {most} entries", field=where, found=found)
+    return value
+
+
+def _text(value: Any, where: str) -> str:
+    if not isinstance(value, str):
+        raise InvalidInput.of("a text", field=where, found=type(value).__name__)
+    return value
+
+
+def _set_parameters(target: Any, parameters: Mapping[str, Any], where: str) -> None:
+    for name, value in parameters.items():
+        if not isinstance(value, bool | int | float | str) or (type(value) is int and abs(value) >= 2**63):
+            raise InvalidInput.of("a number, a text, true or false", field=f"{where}.{name}", found=repr(value))
+        set_parameter(target[name], value)

@@ -1,0 +1,96 @@
+from __future__ import annotations
+
+import stat
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+from cryptography import x509
+
+from executor.certificates import init_authority, issue, read_certificate, rotate, rotate_authority
+from executor.roles import Role
+from plans.errors import BadStoredData, InvalidInput
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    init_authority(tmp_path / "ca")
+    return tmp_path / "ca"
+
+
+def test_a_certificate_says_name_role_hosts_and_when_it_ends(folder: Path) -> None:
+    now = datetime(2026, 1, 1, tzinfo=UTC)
+    init_authority(folder.with_name("other"), now=now)
+    made = issue(
+        folder.with_name("other"), "node-a", Role.AGENT, hosts=["10.0.0.1", "node-a.lan", "::1"], days=7, now=now
+    )
+    assert (made.name, made.role) == ("node-a", Role.AGENT)
+    assert set(made.hosts) == {"10.0.0.1", "node-a.lan", "::1"}
+    assert made.expires == now + timedelta(days=7)
+
+
+def test_keys_are_for_their_owner_only_and_certificates_for_everybody(folder: Path) -> None:
+    issue(folder, "me", Role.OPERATOR)
+    modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in folder.iterdir()}
+    assert modes == {"ca.pem": 0o644, "ca-key.pem": 0o600, "me.pem": 0o644, "me-key.pem": 0o600}
+
+
+def test_it_is_signed_by_the_authority_and_is_none_itself(folder: Path) -> None:
+    issue(folder, "me", Role.CLIENT)
+    authority, mine = (x509.load_pem_x509_certificate((folder / name).read_bytes()) for name in ("ca.pem", "me.pem"))
+    mine.verify_directly_issued_by(authority)
+    assert not mine.extensions.get_extension_for_class(x509.BasicConstraints).value.ca
+
+
+def test_it_never_outlives_its_authority(tmp_path: Path) -> None:
+    end = init_authority(tmp_path, days=10).expires
+    assert issue(tmp_path, "me", Role.CLIENT, days=90).expires == end
+
+
+def test_rotating_keeps_what_it_says_and_changes_the_key(folder: Path) -> None:
+    before = [issue(folder, "a", Role.AGENT, hosts=["h"]), issue(folder, "me", Role.OPERATOR)]
+    keys = [(folder / name).read_bytes() for name in ("a-key.pem", "me-key.pem")]
+    after = rotate(folder)
+    assert [(one.name, one.role, one.hosts) for one in after] == [(one.name, one.role, one.hosts) for one in before]
+    assert not set(keys) & {(folder / name).read_bytes() for name in ("a-key.pem", "me-key.pem")}
+    assert [one.name for one in rotate(folder, ["me"])] == ["me"]
+
+
+def test_a_new_authority_leaves_the_old_one_trusted_until_it_expires(folder: Path) -> None:
+    old = x509.load_pem_x509_certificate((folder / "ca.pem").read_bytes())
+    rotate_authority(folder)
+    new, kept = x509.load_pem_x509_certificates((folder / "ca.pem").read_bytes())
+    assert kept == old
+    issue(folder, "me", Role.CLIENT)
+    x509.load_pem_x509_certificate((folder / "me.pem").read_bytes()).verify_directly_issued_by(new)
+    rotate_authority(folder)
+    assert old not in x509.load_pem_x509_certificates((folder / "ca.pem").read_bytes())
+
+
+@pytest.mark.parametrize("name", ["", "../x", "a/b", "ca", "x-key", ".hidden"])
+def test_a_name_that_is_no_file_of_its_own_is_refused(folder: Path, name: str) -> None:
+    with pytest.raises(InvalidInput, match="NAME"):
+        issue(folder, name, Role.CLIENT)
+
+
+def test_servers_need_a_host_and_a_second_authority_a_folder_of_its_own(folder: Path) -> None:
+    with pytest.raises(InvalidInput, match="--host"):
+        issue(folder, "g", Role.GATEWAY)
+    with pytest.raises(InvalidInput, match="rotate --ca"):
+        init_authority(folder)
+    with pytest.raises(InvalidInput, match="certs init"):
+        issue(folder.parent, "me", Role.CLIENT)
+    with pytest.raises(InvalidInput, match="NAME"):
+        rotate(folder, ["nobody"])
+
+
+def test_damaged_files_are_named(folder: Path) -> None:
+    issue(folder, "me", Role.CLIENT)
+    (folder / "me.pem").write_text("nothing")
+    with pytest.raises(BadStoredData, match=r"me\.pem"):
+        read_certificate(folder / "me.pem")
+    other = folder.with_name("other")
+    init_authority(other)
+    (folder / "ca-key.pem").write_bytes((other / "ca-key.pem").read_bytes())
+    with pytest.raises(BadStoredData, match=r"not the key"):
+        issue(folder, "you", Role.CLIENT)

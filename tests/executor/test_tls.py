@@ -1,0 +1,276 @@
+"""The TLS matrix: who gets in, who does not, and that new certificates are taken up without a restart."""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+import ssl
+from collections.abc import AsyncIterator, Coroutine
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import grpc
+import grpc.aio
+import numpy as np
+import pytest
+
+from executor.agent import AgentConfig, serve_agent
+from executor.control_client import AgentClient, GatewayClient, channel_options
+from executor.controller import apply
+from executor.gateway import GatewayConfig, running_gateway
+from executor.proto import open_inference_pb2_grpc
+from executor.roles import Guard, Role, roles_of_names
+from executor.state import RoutingTable
+from executor.tensors import encode_request
+from executor.tls import Credentials, Dialer, TlsFiles, check_transport, is_loopback
+from plans.cluster import Cluster
+from plans.errors import InvalidInput, RemoteFailure
+from tests.executor.authority import Authority
+from tests.executor.placements import placement
+from tests.executor.running_agent import WAIT_S, agent_config, eventually
+from tests.free_port import free_port
+
+PLAN = placement({"node-a/0": {"chat": "fake-double"}}, memory_bytes=100)
+Code = grpc.StatusCode
+
+
+@dataclass
+class Site:
+    authority: Authority
+    agent: str
+    gateway: str
+    http: str
+    cluster: Cluster
+
+    def open(self, role: Role, address: str) -> grpc.aio.Channel:
+        return self.authority.dialer(role).open(address, channel_options(1 << 20))
+
+
+@asynccontextmanager
+async def site(folder: Path) -> AsyncIterator[Site]:
+    """An agent and a gateway with certificates, and a plan applied by an operator."""
+    authority = Authority.made(folder / "ca")
+    stop = asyncio.Event()
+    port: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+    config: AgentConfig = agent_config(folder / "agent", tls=authority.issue(Role.AGENT))
+    serving = asyncio.create_task(serve_agent(config, on_ready=port.set_result, stop=stop))
+    try:
+        agent = f"127.0.0.1:{await asyncio.wait_for(port, WAIT_S)}"
+        cluster = Cluster.model_validate(
+            {
+                "gpu_types": {"cpu": {"memory": "1GiB"}},
+                "nodes": [{"name": "node-a", "address": agent, "gpus": {"type": "cpu", "count": 2}}],
+            }
+        )
+        http = f"127.0.0.1:{free_port()}"
+        files = authority.issue(Role.GATEWAY)
+        settings = GatewayConfig(
+            listen="127.0.0.1:0", state_dir=folder / "gateway", http=http, tls=files, poll_interval_s=0.02
+        )
+        async with running_gateway(settings) as gateway:
+            await apply(PLAN, cluster, [gateway], dialer=authority.dialer(Role.OPERATOR))
+            yield Site(authority, agent, gateway, http, cluster)
+    finally:
+        stop.set()
+        await asyncio.wait_for(serving, WAIT_S)
+
+
+def run(scenario: Coroutine[Any, Any, None]) -> None:
+    asyncio.run(asyncio.wait_for(scenario, 60))
+
+
+async def infer(channel: grpc.aio.Channel, timeout_s: float = 5.0) -> str:
+    """Send a request; return the name of the status."""
+    stub: Any = open_inference_pb2_grpc.GRPCInferenceServiceStub(channel)
+    message = encode_request("chat", {"x": np.ones((1, 4), np.float32)})
+    try:
+        await stub.ModelInfer(message, timeout=timeout_s)
+    except grpc.aio.AioRpcError as error:
+        return error.code().name
+    return "OK"
+
+
+def test_every_role_may_do_what_is_its_own_and_nothing_else(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    async def scenario() -> None:
+        async with site(tmp_path) as made:
+            found: dict[Role, list[str]] = {}
+            for role in Role:
+                async with made.open(role, made.gateway) as door, made.open(role, made.agent) as node:
+                    found[role] = [
+                        await infer(door),
+                        await infer(node),
+                        await _code(AgentClient(node, "node").state(timeout_s=5)),
+                        await _code(AgentClient(node, "node").commit(1, "", timeout_s=5)),
+                        await _code(GatewayClient(door, "door").set_routes(_table(), timeout_s=5)),
+                    ]
+            denied = "PERMISSION_DENIED"
+            refused = "FAILED_PRECONDITION"  # the call itself, not the caller
+            assert found == {
+                Role.OPERATOR: ["OK", "OK", "OK", refused, refused],
+                Role.GATEWAY: [denied, "OK", "OK", denied, denied],
+                Role.AGENT: [denied, "OK", denied, denied, denied],
+                Role.CLIENT: ["OK", denied, denied, denied, denied],
+            }
+
+    run(scenario())
+    refusals = [record.getMessage() for record in caplog.records if "event=refused" in record.getMessage()]
+    assert any("method=/foreplan.control.v1.Agent/Commit" in line and "name='client'" in line for line in refusals)
+
+
+async def _code(call: Coroutine[Any, Any, Any]) -> str:
+    try:
+        await call
+    except RemoteFailure as failure:
+        return failure.problem.partition(":")[0]
+    return "OK"
+
+
+def _table() -> RoutingTable:
+    return RoutingTable(generation=1, placement_digest="another")
+
+
+@pytest.mark.parametrize("wrong", ["in the clear", "no certificate", "another authority", "expired"])
+def test_whoever_proves_nothing_gets_nowhere(tmp_path: Path, wrong: str) -> None:
+    async def scenario() -> None:
+        async with site(tmp_path) as made:
+            trusted = made.authority.files("gateway").authorities.read_bytes()
+            for address in (made.gateway, made.agent):
+                async with _wrong_channel(wrong, address, trusted, made.authority, tmp_path) as channel:
+                    assert await infer(channel, 2.0) == "UNAVAILABLE"
+            async with made.open(Role.CLIENT, made.gateway) as channel:
+                assert await infer(channel) == "OK"
+
+    run(scenario())
+
+
+def _wrong_channel(wrong: str, address: str, trusted: bytes, authority: Authority, folder: Path) -> grpc.aio.Channel:
+    if wrong == "in the clear":
+        return grpc.aio.insecure_channel(address)
+    if wrong == "no certificate":
+        return grpc.aio.secure_channel(address, grpc.ssl_channel_credentials(trusted))
+    if wrong == "expired":
+        files = authority.issue(Role.OPERATOR, "old", days_ago=5)
+    else:
+        files = Authority.made(folder / f"other-{address[-5:]}").issue(Role.OPERATOR)
+    credentials = grpc.ssl_channel_credentials(trusted, files.key.read_bytes(), files.certificate.read_bytes())
+    return grpc.aio.secure_channel(address, credentials)
+
+
+def test_a_client_refuses_a_server_of_another_authority(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with site(tmp_path) as made:
+            other = Authority.made(tmp_path / "other").dialer(Role.CLIENT)
+            async with other.open(made.gateway, ()) as channel:
+                assert await infer(channel, 2.0) == "UNAVAILABLE"
+
+    run(scenario())
+
+
+def test_new_certificates_are_taken_up_by_running_processes(tmp_path: Path) -> None:
+    """Rotate everything, the authority too: new callers are let in, and gateway and agent still find each other."""
+    from executor.certificates import rotate, rotate_authority
+
+    async def scenario() -> None:
+        async with site(tmp_path) as made:
+            folder = made.authority.folder
+            made.authority.issue(Role.CLIENT)
+            for _ in range(2):  # twice: after it the first authority is trusted no more
+                rotate_authority(folder)
+                rotate(folder)
+            dialer = Dialer(Credentials(made.authority.files("client")))
+
+            async def answered() -> bool:
+                async with dialer.open(made.gateway, ()) as channel:
+                    return await infer(channel) == "OK"
+
+            await eventually(answered)
+            async with made.open(Role.OPERATOR, made.gateway) as channel:
+                state = await GatewayClient(channel, "door").state(timeout_s=5)
+                assert state.ready
+
+    run(scenario())
+
+
+def test_files_that_are_wrong_for_a_while_change_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    authority = Authority.made(tmp_path)
+    files = authority.issue(Role.CLIENT)
+    credentials = Credentials(files)
+    kept = files.key.read_bytes()
+    files.key.write_text("half a key")
+    assert not credentials.refresh()
+    assert credentials.version == 1
+    assert "certificates_unusable" in caplog.text
+    files.key.write_bytes(kept)
+    assert not credentials.refresh()
+    authority.issue(Role.CLIENT)
+    assert credentials.refresh()
+    assert credentials.version == 2
+
+
+def test_http_asks_for_certificates_too(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with site(tmp_path) as made:
+            found = {}
+            for role in (Role.CLIENT, Role.AGENT):
+                context = Credentials(made.authority.issue(role)).client_context()
+                url = f"https://{made.http}/v2/models/chat/ready"
+                async with aiohttp.ClientSession() as session, session.get(url, ssl=context) as answer:
+                    found[role] = answer.status
+            assert found == {Role.CLIENT: 200, Role.AGENT: 403}
+            nameless = ssl.create_default_context(cafile=str(made.authority.files("client").authorities))
+            async with aiohttp.ClientSession() as session:
+                with pytest.raises(aiohttp.ClientError):
+                    async with session.get(f"https://{made.http}/v2/health/live", ssl=nameless):
+                        pass
+                with pytest.raises(aiohttp.ClientError):
+                    async with session.get(f"http://{made.http}/v2/health/live"):
+                        pass
+
+    run(scenario())
+
+
+def test_off_loopback_it_takes_certificates_or_an_express_wish(tmp_path: Path) -> None:
+    for address in ("0.0.0.0:1", "10.0.0.1:1", "[::]:1", "node-a:1"):
+        assert not is_loopback(address)
+        with pytest.raises(InvalidInput, match=r"--listen.*certs init"):
+            check_transport(address, None, insecure=False, where="--listen")
+        check_transport(address, None, insecure=True, where="--listen")
+        check_transport(
+            address, Credentials(Authority.made(tmp_path / address[:4]).issue(Role.AGENT)), insecure=False, where=""
+        )
+        shutil.rmtree(tmp_path / address[:4])
+    for address in ("127.0.0.1:1", "127.3.2.1:1", "[::1]:1", "localhost:1"):
+        assert is_loopback(address)
+
+    async def scenario() -> None:
+        with pytest.raises(InvalidInput, match="certificates"):
+            await serve_agent(agent_config(tmp_path / "agent", address="0.0.0.0:0"))
+        with pytest.raises(InvalidInput, match="certificates"):
+            async with running_gateway(GatewayConfig(listen="0.0.0.0:0", state_dir=tmp_path / "gateway")):
+                pass
+
+    run(scenario())
+
+
+def test_missing_and_mixed_up_files_are_refused_with_every_fault(tmp_path: Path) -> None:
+    authority = Authority.made(tmp_path / "ca")
+    one, other = authority.issue(Role.CLIENT), authority.issue(Role.OPERATOR)
+    with pytest.raises(InvalidInput, match="the key of another certificate"):
+        Credentials(TlsFiles(certificate=one.certificate, key=other.key, authorities=one.authorities))
+    gone = TlsFiles(certificate=tmp_path / "a", key=tmp_path / "b", authorities=tmp_path / "c")
+    with pytest.raises(InvalidInput) as caught:
+        Credentials(gone)
+    assert len(caught.value.faults) == 3
+    with pytest.raises(InvalidInput) as caught:
+        Credentials(TlsFiles(certificate=one.key, key=one.certificate, authorities=one.key))
+    assert len(caught.value.faults) == 3
+
+
+def test_a_method_that_no_rule_names_is_for_nobody() -> None:
+    for server in (Role.AGENT, Role.GATEWAY):
+        assert Guard(server).allowed("/foreplan.control.v9.Agent/Stage") == frozenset()
+        assert Guard(server).allowed("") == frozenset()
+    assert roles_of_names(["urn:foreplan:role:king", "urn:other:operator", "operator"]) == frozenset()
