@@ -9,6 +9,7 @@ from pathlib import Path
 
 from evaluator import evaluate
 from foreplan import __version__
+from foreplan.polish import PolishSettings, polished
 from planner import Infeasible, NoPlanFound, Problem, Settings, Solved, solve
 from plans.checker import check_plan
 from plans.cluster import Cluster
@@ -23,6 +24,7 @@ from profiles.latency import LatencyModel
 from profiles.library import ProfileLibrary
 from traces.outcomes import ServiceSummary
 from traces.synthesis import Gamma, synthesise
+from traces.table import RequestTrace
 
 __all__ = ["Inputs", "make_plan", "settings_of", "verify"]
 
@@ -63,8 +65,16 @@ class Inputs:
         )
 
 
-def make_plan(inputs: Inputs, settings: Settings) -> Solved | Infeasible | NoPlanFound:
-    """Solve, predict by simulation, order the transition, and have the independent checker verify the result.
+def make_plan(
+    inputs: Inputs, settings: Settings, polish: PolishSettings | None = None, trace: RequestTrace | None = None
+) -> Solved | Infeasible | NoPlanFound:
+    """Solve, polish, predict by simulation, order the transition, and have the independent checker verify the result.
+
+    Args:
+        inputs: The documents.
+        settings: How to plan.
+        polish: How to polish; None, or no time for it, leaves the solver's placement.
+        trace: Arrivals that the demand was taken from, for the polish to sample from.
 
     Raises:
         InvalidInput: The documents contradict each other.
@@ -82,14 +92,17 @@ def make_plan(inputs: Inputs, settings: Settings) -> Solved | Infeasible | NoPla
     result = solve(problem, created_at=created_at, tool_version=__version__)
     if not isinstance(result, Solved):
         return result
-    steps = transition(inputs.current, result.plan, inputs.cluster)
-    plan = _predicted_by_simulation(result.plan, inputs, settings.seed).model_copy(
+    plan = _predicted_by_simulation(result.plan, inputs, settings.seed)
+    if polish is not None and polish.time_s > 0:
+        plan = polished(problem, plan, polish, trace)
+    steps = transition(inputs.current, plan, inputs.cluster)
+    plan = plan.model_copy(
         update={
             "settings": {
                 name: value for name, value in asdict(settings).items() if isinstance(value, str | int | float)
             },
             "transition": steps.steps,
-            "warnings": (*result.plan.warnings, *steps.warnings),
+            "warnings": (*plan.warnings, *steps.warnings),
         }
     )
     broken = verify(plan, inputs.cluster, inputs.services, inputs.profiles, inputs.demand)

@@ -17,6 +17,7 @@ __all__ = [
     "LatencyPercentiles",
     "LoadoutEntry",
     "Plan",
+    "Polish",
     "Prediction",
     "Prior",
     "Route",
@@ -147,6 +148,30 @@ class SolverReport(Document):
     tiers: tuple[Tier, ...] = ()
 
 
+class Polish(Document):
+    """How simulation improved the plan. The certificate in ``solver`` is that of the placement it started from.
+
+    Attributes:
+        scorer: What simulated the candidates.
+        arrivals: Where the sampled arrivals come from.
+        traces: Sampled traces that every candidate was scored on.
+        requests: Requests of the sampled traces that the predictions rest on; the search has not seen them.
+        candidates: Placements that were simulated.
+        start_attainment: Weighted share served in time by the start, on traces that the search has not seen.
+        attainment: The same of this plan, on the same traces.
+        wall_s: Seconds that it took.
+    """
+
+    scorer: str
+    arrivals: str
+    traces: int = Field(ge=1)
+    requests: int = Field(ge=0)
+    candidates: int = Field(ge=0)
+    start_attainment: float = Field(ge=0, le=1)
+    attainment: float = Field(ge=0, le=1)
+    wall_s: float = Field(ge=0)
+
+
 class LatencyPercentiles(Document):
     """Median and 99th percentile of a latency, seconds; None where nothing was served."""
 
@@ -155,12 +180,16 @@ class LatencyPercentiles(Document):
 
 
 class Prediction(Document):
-    """What the planner expects for one service."""
+    """What the planner expects for one service.
+
+    ``attainment_interval`` is a 95 % confidence interval where the prediction was simulated on several sampled traces.
+    """
 
     service: Name
     offered_rps: float = Field(ge=0)
     goodput_rps: float = Field(ge=0)
     attainment: float = Field(ge=0, le=1)
+    attainment_interval: tuple[float, float] | None = None
     latency_s: LatencyPercentiles
     accuracy: float | None = Field(default=None, ge=0, le=1)
     confidence: Confidence
@@ -201,6 +230,7 @@ class Plan(Document):
     settings: Mapping[str, str | int | float] = {}
     prior: Prior | None = None
     solver: SolverReport
+    polish: Polish | None = None
     groups: tuple[Group, ...] = ()
     routes: Mapping[Name, tuple[Route, ...]] = {}
     predicted: tuple[Prediction, ...] = ()

@@ -24,7 +24,7 @@ from foreplan.cli.output import Output
 
 if TYPE_CHECKING:
     from planner import Infeasible, NoPlanFound
-    from plans.plan import Plan
+    from plans.plan import Plan, Prediction
 
 __all__ = ["register"]
 
@@ -86,18 +86,26 @@ def make(
     blocking: Annotated[Blocking, typer.Option(help="Charge for sharing a group.")] = Blocking.expected,
     headroom: Annotated[float, typer.Option(help="Share of GPU memory left free.", min=0, max=0.99)] = 0.05,
     window: Window = 60.0,
+    polish: Annotated[float, typer.Option(help="Seconds of search guided by simulation; 0: none.", min=0)] = 0.0,
+    polish_traces: Annotated[
+        int, typer.Option(help="Sampled traces that every candidate of the polish is scored on.", min=3, max=1000)
+    ] = 16,
     seed: Seed = 1,
 ) -> None:
     """Decide which service runs where, with a proven optimality gap, and write the plan."""
     from foreplan.planning import Inputs, make_plan
+    from foreplan.polish import PolishSettings
     from planner import Settings, Solved
     from plans.codec import write_plan
+    from traces.files import read_request_trace
 
+    expected = read_demand(demand, trace, window, out)
+    arrivals = read_request_trace(trace).value if trace is not None and polish > 0 else None
     inputs = Inputs.read(
         cluster=cluster,
         services=services,
         profiles=profiles,
-        demand=read_demand(demand, trace, window, out),
+        demand=expected,
         current=current,
     )
     settings = Settings(
@@ -108,8 +116,9 @@ def make(
         headroom_ratio=headroom,
         seed=seed,
     )
-    with out.progress(f"solving with {solver.value}, at most {time_limit:g} s"):
-        result = make_plan(inputs, settings)
+    polishing = f", then polishing for {polish:g} s" if polish > 0 else ""
+    with out.progress(f"solving with {solver.value}, at most {time_limit:g} s{polishing}"):
+        result = make_plan(inputs, settings, PolishSettings(time_s=polish, traces=polish_traces), arrivals)
     if not isinstance(result, Solved):
         _no_plan(out, result)
     write_plan(output, result.plan)
@@ -134,6 +143,8 @@ def plan_json(plan: Plan, path: Path) -> dict[str, Any]:
     """Return what ``plan --json`` prints."""
     data = plan.model_dump(mode="json", by_alias=True)
     kept = {key: data[key] for key in ("solver", "predicted", "unserved", "shadow_prices", "warnings")}
+    if plan.polish is not None:
+        kept["polish"] = data["polish"]
     return kept | {"plan": str(path), "gpus_used": plan.gpus_used}
 
 
@@ -179,6 +190,13 @@ def show(out: Output, plan: PlanFile) -> None:
     _print_plan(out, read)
 
 
+def _attainment(prediction: Prediction) -> str:
+    if prediction.attainment_interval is None:
+        return f"{prediction.attainment:.2%}"
+    low, high = prediction.attainment_interval
+    return f"{prediction.attainment:.2%} ({low:.2%} to {high:.2%})"
+
+
 def _print_plan(out: Output, plan: Plan) -> None:
     from plans.units import format_bytes, format_seconds
 
@@ -187,6 +205,13 @@ def _print_plan(out: Output, plan: Plan) -> None:
         f"{solver.status}: goodput {solver.objective:.6g} rps (weighted), proven at most {solver.bound:.6g}, gap "
         f"{solver.gap:.3%}; {plan.gpus_used} GPUs; {solver.name}, {format_seconds(solver.wall_s)}"
     )
+    if plan.polish is not None:
+        polish = plan.polish
+        out.say(
+            f"polished by {polish.scorer} on {polish.traces} traces ({polish.arrivals}): attainment "
+            f"{polish.start_attainment:.2%} -> {polish.attainment:.2%} on traces kept out of the search; "
+            f"{polish.candidates} candidates, {format_seconds(polish.wall_s)}"
+        )
     out.table(
         ["group", "tp", "pp", "service", "variant", "batch", "rate (rps)", "memory per GPU"],
         [
@@ -212,7 +237,7 @@ def _print_plan(out: Output, plan: Plan) -> None:
                 prediction.service,
                 prediction.offered_rps,
                 prediction.goodput_rps,
-                f"{prediction.attainment:.2%}",
+                _attainment(prediction),
                 None if prediction.latency_s.p50 is None else prediction.latency_s.p50 * 1000,
                 None if prediction.latency_s.p99 is None else prediction.latency_s.p99 * 1000,
                 prediction.accuracy,

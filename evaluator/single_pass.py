@@ -1,0 +1,511 @@
+"""The single-pass mode: admission at arrival, no batching, one pass over the sorted arrivals without an event queue.
+
+The semantics are those of docs/evaluator.md, sections 4, 7 and 13. When a request arrives, everything that decides its
+fate is known: the clocks of the pipeline stages, reserved by what was accepted before. So it is routed, its finish is
+predicted by walking through the stages, and it is accepted when that is early enough and dropped otherwise.
+
+The kernels are compiled once per number of pipeline stages and routing policy, so that the walk is unrolled and no
+policy is asked for inside the loop.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, Literal, get_args
+
+import numba
+import numpy as np
+from numpy.typing import NDArray
+
+from plans import dispatch
+from plans.errors import Fault, InvalidInput
+from plans.plan import Plan
+from plans.service import Services
+
+__all__ = [
+    "SINGLE_PASS_ROUTINGS",
+    "Hosts",
+    "Race",
+    "SinglePassOutcome",
+    "SinglePassRouting",
+    "SinglePassTrace",
+    "compile_hosts",
+    "count_good",
+    "race",
+    "run_single_pass",
+]
+
+SinglePassRouting = Literal["earliest-free", "least-finish", "weighted", "round-robin"]
+"""How a request chooses among the groups that host its service; ties go to the first."""
+
+SINGLE_PASS_ROUTINGS: tuple[SinglePassRouting, ...] = get_args(SinglePassRouting)
+
+_EARLIEST_FREE, _LEAST_FINISH, _WEIGHTED, _ROUND_ROBIN = range(4)
+_MOST_UNROLLED = 8
+"""Pipelines longer than this run through a loop."""
+
+Floats = NDArray[np.float64]
+Integers = NDArray[np.int64]
+Indices = NDArray[np.int32]
+
+_next_replica = numba.njit(cache=True)(dispatch.next_replica)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SinglePassTrace:
+    """Arrivals in one or several blocks, each simulated from an idle start.
+
+    Attributes:
+        arrival_s: Shape (request,): seconds since the start of the block, at least 0, sorted within each block.
+        service: Shape (request,): position of the service.
+        first: Shape (block + 1,): block b is requests first[b] to first[b + 1].
+    """
+
+    arrival_s: Floats
+    service: Indices
+    first: Integers
+
+    @classmethod
+    def whole(cls, arrival_s: Floats, service: NDArray[Any]) -> SinglePassTrace:
+        """Return the trace of one block."""
+        first = np.array([0, len(arrival_s)], dtype=np.int64)
+        return cls(arrival_s=arrival_s, service=service.astype(np.int32), first=first)
+
+    def offered(self, services: int) -> Integers:
+        """Return the requests of each service in each block, shape (block, service)."""
+        blocks = len(self.first) - 1
+        block = np.repeat(np.arange(blocks), np.diff(self.first))
+        flat = np.bincount(block * services + self.service, minlength=blocks * services)
+        return flat.reshape(blocks, services).astype(np.int64)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Hosts:
+    """Where each service runs. Rows are services, padded to the service with the most hosts.
+
+    Attributes:
+        count: Shape (service,): hosts of each service.
+        group: Shape (service, host): position of the group; below ``groups``.
+        option: Shape (service, host): row of ``stage_s``.
+        weight: Shape (service, host): routing weight, above 0; used by the weighted policy alone.
+        stage_s: Shape (option, stage): seconds that one request holds each stage; 0 beyond the last.
+        deadline_s: Shape (service,): seconds from arrival within which a request is good.
+        groups: Number of groups.
+    """
+
+    count: Indices
+    group: Indices
+    option: Indices
+    weight: Floats
+    stage_s: Floats
+    deadline_s: Floats
+    groups: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SinglePassOutcome:
+    """What became of every request.
+
+    Attributes:
+        accepted: Shape (request,): whether it was admitted; all others were dropped at arrival, or had no host.
+        finish_s: Shape (request,): predicted finish at the client, met exactly when accepted; NaN without a host.
+        host: Shape (request,): position among the hosts of its service, -1 without one.
+        busy_s: Shape (group, stage): seconds that each stage was held.
+    """
+
+    accepted: NDArray[np.bool_]
+    finish_s: Floats
+    host: Indices
+    busy_s: Floats
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Race:
+    """How far a candidate came.
+
+    Attributes:
+        blocks: Blocks that were run; fewer than there are when the race was given up.
+        value: Shape (block,): value served in each; 0 in blocks that were not run.
+        good: Shape (service, host): requests served in time, over the blocks that were run.
+    """
+
+    blocks: int
+    value: Floats
+    good: Integers
+
+
+def compile_hosts(plan: Plan, services: Services) -> Hosts:
+    """Return where ``plan`` runs each service, with batches of one; replicas without routing weight are left out.
+
+    Raises:
+        InvalidInput: The plan names a service that ``services`` does not have.
+    """
+    index = {service.name: position for position, service in enumerate(services.services)}
+    unknown = sorted({entry.service for group in plan.groups for entry in group.loadout} - index.keys())
+    if unknown:
+        raise InvalidInput(
+            Fault(where="plan", field="groups", found=repr(name), expected="a service of services.yaml")
+            for name in unknown
+        )
+    weights = {(name, route.group): route.weight for name, routes in plan.routes.items() for route in routes}
+    rows: list[list[tuple[int, int, float]]] = [[] for _ in index]
+    latencies: list[tuple[float, ...]] = []
+    for position, group in enumerate(plan.groups):
+        for entry in group.loadout:
+            weight = weights.get((entry.service, group.id), 0.0)
+            if weight > 0:
+                rows[index[entry.service]].append((position, len(latencies), weight))
+                latencies.append(entry.stage_latency_s[0])
+    most = max(1, *map(len, rows))
+    padded = np.zeros((len(rows), most, 3))
+    for service, row in enumerate(rows):
+        padded[service, : len(row)] = np.array(row).reshape(-1, 3)
+    stage_s = np.zeros((max(1, len(latencies)), max((group.pp for group in plan.groups), default=1)))
+    for option, latency_s in enumerate(latencies):
+        stage_s[option, : len(latency_s)] = latency_s
+    return Hosts(
+        count=np.array([len(row) for row in rows], dtype=np.int32),
+        group=padded[:, :, 0].astype(np.int32),
+        option=padded[:, :, 1].astype(np.int32),
+        weight=padded[:, :, 2].copy(),
+        stage_s=stage_s,
+        deadline_s=np.array([service.deadline_s() for service in services.services], dtype=np.float64),
+        groups=len(plan.groups),
+    )
+
+
+def count_good(
+    hosts: Hosts,
+    trace: SinglePassTrace,
+    *,
+    routing: SinglePassRouting = "least-finish",
+    overhead_s: float = 0.0,
+    response_s: float = 0.0,
+    margin_s: float = 0.0,
+) -> Integers:
+    """Return the requests of each service that are served in time, shape (service,); arguments as `run_single_pass`.
+
+    Raises:
+        InvalidInput: There is no such routing policy in this mode.
+    """
+    blocks = len(trace.first) - 1
+    good = np.zeros(hosts.group.shape, dtype=np.int64)
+    times_s = (overhead_s, response_s, margin_s)
+    racing_kernel(_unrolled(hosts), _code(routing), not any(times_s))(
+        trace.arrival_s,
+        trace.service,
+        trace.first,
+        0,
+        *_arrays(hosts),
+        *times_s,
+        np.zeros(len(hosts.stage_s)),
+        np.zeros(blocks),
+        -np.inf,
+        blocks,
+        np.zeros(blocks),
+        good,
+    )
+    total: Integers = good.sum(axis=1)
+    return total
+
+
+def run_single_pass(
+    hosts: Hosts,
+    arrival_s: Floats,
+    service: NDArray[Any],
+    *,
+    routing: SinglePassRouting = "least-finish",
+    overhead_s: float = 0.0,
+    response_s: float = 0.0,
+    margin_s: float = 0.0,
+) -> SinglePassOutcome:
+    """Return what becomes of every request of one trace.
+
+    Args:
+        hosts: Where services run.
+        arrival_s: Shape (request,), sorted, at least 0.
+        service: Shape (request,): position of each request's service.
+        routing: How a host is chosen.
+        overhead_s: Seconds between a request's arrival and its group.
+        response_s: Seconds from the end of the last stage to the client.
+        margin_s: A request is accepted when its finish is at least this long before its deadline.
+
+    Raises:
+        InvalidInput: There is no such routing policy in this mode.
+    """
+    requests = len(arrival_s)
+    accepted = np.zeros(requests, dtype=np.bool_)
+    finish_s = np.full(requests, np.nan)
+    host = np.full(requests, -1, dtype=np.int32)
+    busy_s = np.zeros((hosts.groups, hosts.stage_s.shape[1]))
+    recording_kernel(_unrolled(hosts), _code(routing))(
+        arrival_s,
+        service.astype(np.int32),
+        *_arrays(hosts),
+        overhead_s,
+        response_s,
+        margin_s,
+        accepted,
+        finish_s,
+        host,
+        busy_s,
+    )
+    return SinglePassOutcome(accepted=accepted, finish_s=finish_s, host=host, busy_s=busy_s)
+
+
+def race(
+    hosts: Hosts,
+    trace: SinglePassTrace,
+    value: Floats,
+    *,
+    rival: Floats,
+    needed: float,
+    start: int = 0,
+    least: int = 3,
+    routing: SinglePassRouting = "least-finish",
+) -> Race:
+    """Run block after block until it is improbable that the candidate beats its rival by what is needed.
+
+    Given up after some blocks when the mean gain per block plus two standard errors is below the share of ``needed``
+    per block: the paired test of common random numbers.
+
+    Args:
+        hosts: The candidate.
+        trace: Blocks of arrivals.
+        value: Shape (option,): what a request served in time by that option counts.
+        rival: Shape (block,): the value that the rival serves in each block.
+        needed: Least gain over the rival in all blocks together that is of interest; -inf to run all.
+        start: The block to begin with, so that not always the same blocks decide.
+        least: Blocks to run at least; two or more, for fewer say nothing about how much blocks differ.
+        routing: How a host is chosen.
+    """
+    blocks = len(trace.first) - 1
+    values = np.zeros(blocks)
+    good = np.zeros(hosts.group.shape, dtype=np.int64)
+    ran = racing_kernel(_unrolled(hosts), _code(routing), True)(
+        trace.arrival_s,
+        trace.service,
+        trace.first,
+        start,
+        *_arrays(hosts),
+        0.0,
+        0.0,
+        0.0,
+        value,
+        rival,
+        needed / max(blocks, 1),
+        least,
+        values,
+        good,
+    )
+    return Race(blocks=ran, value=values, good=good)
+
+
+def _arrays(hosts: Hosts) -> tuple[Any, ...]:
+    return (
+        hosts.count,
+        hosts.group,
+        hosts.option,
+        hosts.weight,
+        hosts.stage_s,
+        hosts.deadline_s,
+        hosts.groups,
+    )
+
+
+def _unrolled(hosts: Hosts) -> int:
+    stages = hosts.stage_s.shape[1]
+    return stages if stages <= _MOST_UNROLLED else 0
+
+
+def _code(routing: str) -> int:
+    if routing not in SINGLE_PASS_ROUTINGS:
+        expected = f"one of {', '.join(SINGLE_PASS_ROUTINGS)} with a single pass"
+        raise InvalidInput.of(expected, where="evaluate", field="routing", found=repr(routing))
+    return SINGLE_PASS_ROUTINGS.index(routing)
+
+
+@numba.njit(cache=True, inline="always")
+def _later(one_s: float, other_s: float) -> float:
+    return one_s if one_s > other_s else other_s  # noqa: FURB136 - numba's max also looks for NaN
+
+
+@numba.njit(cache=True, inline="always")
+def _walk(stages: int, entry_s: float, free_s: Floats, stage_s: Floats) -> float:
+    """Return when a request leaves the last stage: each begins when the one before is done and it is free."""
+    end_s = entry_s
+    for stage in range(stages):
+        end_s = _later(end_s, free_s[stage]) + stage_s[stage]
+    return end_s
+
+
+@numba.njit(cache=True, inline="always")
+def _choose(
+    policy: int,
+    stages: int,
+    s: int,
+    entry_s: float,
+    count: Indices,
+    group: Indices,
+    option: Indices,
+    weight: Floats,
+    stage_s: Floats,
+    free_s: Floats,
+    last_s: Floats,
+    credit: Floats,
+) -> int:
+    """Return the host of a request of service ``s``, by its position among the hosts; -1 without one."""
+    hosts = count[s]
+    chosen = -1
+    if policy == _WEIGHTED:
+        chosen = _next_replica(weight[s, :hosts], credit[s, :hosts])
+    elif policy == _ROUND_ROBIN:
+        if hosts > 0:
+            chosen = int(credit[s, 0])
+            credit[s, 0] = chosen + 1 if chosen + 1 < hosts else 0
+    elif policy == _EARLIEST_FREE:
+        earliest_s = np.inf
+        for host in range(hosts):
+            if last_s[group[s, host]] < earliest_s:
+                earliest_s = last_s[group[s, host]]
+                chosen = host
+    else:
+        least_s = np.inf
+        for host in range(hosts):
+            end_s = _walk(stages, entry_s, free_s[group[s, host]], stage_s[option[s, host]])
+            if end_s < least_s:
+                least_s = end_s
+                chosen = host
+    return chosen
+
+
+@cache
+def racing_kernel(stages: int, policy: int, plain: bool) -> Callable[..., int]:
+    """Return the kernel behind `race` and `count_good`.
+
+    Args:
+        stages: Pipeline stages, to unroll; 0 for as many as the table has.
+        policy: Position in `SINGLE_PASS_ROUTINGS`.
+        plain: Whether overhead, response and margin are 0, and need not be added to every request.
+    """
+
+    @numba.njit(cache=True, nogil=True)
+    def race_blocks(
+        arrival_s: Floats,
+        service: Indices,
+        first: Integers,
+        start: int,
+        count: Indices,
+        group: Indices,
+        option: Indices,
+        weight: Floats,
+        stage_s: Floats,
+        deadline_s: Floats,
+        groups: int,
+        overhead_s: float,
+        response_s: float,
+        margin_s: float,
+        value: Floats,
+        rival: Floats,
+        needed: float,
+        least: int,
+        values: Floats,
+        good: Integers,
+    ) -> int:
+        unrolled = stages if stages > 0 else stage_s.shape[1]
+        blocks = len(first) - 1
+        before = total = squares = 0.0
+        free_s = np.zeros((groups, stage_s.shape[1]))
+        last_s = np.zeros(groups)
+        credit = np.zeros(weight.shape)
+        for ran in range(1, blocks + 1):
+            b = (start + ran - 1) % blocks
+            free_s[:] = 0.0
+            last_s[:] = 0.0
+            credit[:] = 0.0
+            for i in range(first[b], first[b + 1]):
+                s = service[i]
+                entry_s = arrival_s[i] if plain else arrival_s[i] + overhead_s
+                host = _choose(
+                    policy, unrolled, s, entry_s, count, group, option, weight, stage_s, free_s, last_s, credit
+                )
+                if host < 0:
+                    continue
+                g, o = group[s, host], option[s, host]
+                end_s = _walk(unrolled, entry_s, free_s[g], stage_s[o])
+                finish_s = end_s if plain else end_s + response_s + margin_s
+                if finish_s <= arrival_s[i] + deadline_s[s]:
+                    good[s, host] += 1
+                    end_s = entry_s
+                    for stage in range(unrolled):
+                        end_s = _later(end_s, free_s[g, stage]) + stage_s[o, stage]
+                        free_s[g, stage] = end_s
+                    last_s[g] = end_s
+            upto = 0.0
+            for s in range(len(count)):
+                for host in range(count[s]):
+                    upto += good[s, host] * value[option[s, host]]
+            values[b] = upto - before
+            before = upto
+            gain = values[b] - rival[b]
+            total += gain
+            squares += gain * gain
+            if least <= ran < blocks:
+                mean = total / ran
+                error = np.sqrt(max(squares / ran - mean * mean, 0.0) / max(ran - 1, 1))
+                if mean + 2.0 * error < needed:
+                    return ran
+        return blocks
+
+    return race_blocks
+
+
+@cache
+def recording_kernel(stages: int, policy: int) -> Callable[..., None]:
+    """Return the kernel behind `run_single_pass`; arguments as for `racing_kernel`."""
+
+    @numba.njit(cache=True, nogil=True)
+    def record(
+        arrival_s: Floats,
+        service: Indices,
+        count: Indices,
+        group: Indices,
+        option: Indices,
+        weight: Floats,
+        stage_s: Floats,
+        deadline_s: Floats,
+        groups: int,
+        overhead_s: float,
+        response_s: float,
+        margin_s: float,
+        accepted: NDArray[np.bool_],
+        finish_s: Floats,
+        chosen: Indices,
+        busy_s: Floats,
+    ) -> None:
+        unrolled = stages if stages > 0 else stage_s.shape[1]
+        free_s = np.zeros((groups, stage_s.shape[1]))
+        last_s = np.zeros(groups)
+        credit = np.zeros(weight.shape)
+        for i in range(len(arrival_s)):
+            s = service[i]
+            entry_s = arrival_s[i] + overhead_s
+            host = _choose(policy, unrolled, s, entry_s, count, group, option, weight, stage_s, free_s, last_s, credit)
+            chosen[i] = host
+            if host < 0:
+                continue
+            g, o = group[s, host], option[s, host]
+            end_s = _walk(unrolled, entry_s, free_s[g], stage_s[o])
+            finish_s[i] = end_s + response_s
+            if finish_s[i] + margin_s <= arrival_s[i] + deadline_s[s]:
+                accepted[i] = True
+                end_s = entry_s
+                for stage in range(unrolled):
+                    end_s = _later(end_s, free_s[g, stage]) + stage_s[o, stage]
+                    free_s[g, stage] = end_s
+                    busy_s[g, stage] += stage_s[o, stage]
+                last_s[g] = end_s
+
+    return record
