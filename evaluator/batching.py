@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from evaluator import rules
+from evaluator import iterations, rules
 from evaluator.access import (
     floats,
     free_of,
@@ -19,15 +19,19 @@ from evaluator.access import (
     stages_of,
 )
 from evaluator.bundles import flush
-from evaluator.memory import compiled
+from evaluator.calls import lose_call, note_ended
+from evaluator.extras import call_at, small_of
+from evaluator.memory import compiled, inlined
 from evaluator.queues import first_slot, free_slot, pop
 from evaluator.recording import record, record_busy
 from evaluator.state import CREDITS, DISPLACED, EXPONENTIAL, GOOD, HOPELESS, LATE, MEAN, NOWHERE
 from plans import dispatch as shared
 
-__all__ = ["advance_group", "append_running", "dispatch", "first_free_s", "reserve", "wake"]
+__all__ = ["advance_group", "append_running", "dispatch", "first_free_s", "reserve", "step", "wake"]
 
 _SHARED_HOPELESS = shared.HOPELESS
+_LATEST = np.int64(2**62)
+"""Sequence of what goes after everything that has entered a queue."""
 
 COMPLETION, FLUSH, DISPATCH = 1, 3, 4
 """Priorities of the events of a group (docs/evaluator.md, section 1)."""
@@ -39,7 +43,29 @@ def first_free_s(w: Any, g: int, now: float) -> float:
     group = group_at(w, g)
     if group.concurrency == 1:
         return free_of(w, g)[0]
+    if group.stopped:
+        return _lost_free_s(w, g, now)
     return now if group.running_count < group.concurrency else group.end_s
+
+
+@compiled
+def _lost_free_s(w: Any, g: int, now: float) -> float:
+    """Return what `first_free_s` would be if the group, which has failed, still ran its batches."""
+    first_s = np.inf
+    running = 0
+    lead = np.int64(group_at(w, g).running)
+    while lead != NOWHERE:
+        if slot_at(w, lead).end_s > now:
+            first_s = min(first_s, slot_at(w, lead).end_s)
+            running += 1
+        lead = np.int64(slot_at(w, lead).batch_after)
+    return first_s if running >= group_at(w, g).concurrency else now
+
+
+@inlined
+def _generates(w: Any, r: int) -> bool:
+    """Say whether replica ``r`` runs iterations."""
+    return w.generation != 0 and replica_at(w, r).generates != NOWHERE
 
 
 @compiled
@@ -59,7 +85,7 @@ def wake(w: Any, g: int, r: int, now: float) -> None:
     if group.stopped:
         return
     when = max(now, first_free_s(w, g, now))
-    if w.batch_delay_s > 0.0:
+    if w.batch_delay_s > 0.0 and not _generates(w, r):
         when = max(when, _ready_s(w, r))
     if when < group.dispatch_s:
         group.dispatch_s = when
@@ -70,7 +96,7 @@ def _next_replica(w: Any, g: int, now: float) -> int:
     """Return the replica of group ``g`` to serve next, or NOWHERE when no queue is ready."""
     group = group_at(w, g)
     if group.last - group.first == 1 and w.batch_delay_s == 0.0:
-        return group.first if group.queued > 0 else NOWHERE
+        return group.first
     if w.edf and w.batch_delay_s == 0.0:
         local = rules.earliest(floats(w.head_key + 8 * group.first, group.last - group.first))
         return group.first + local if local >= 0 else NOWHERE
@@ -86,9 +112,10 @@ def _next_ready(w: Any, g: int, now: float) -> int:
         key = head_keys(w)[r]
         if key > smallest or key == np.inf:
             continue
-        if w.batch_delay_s > 0.0 and _ready_s(w, r) > now:
+        if w.batch_delay_s > 0.0 and not _generates(w, r) and _ready_s(w, r) > now:
             continue
-        entered = slot_at(w, first_slot(w, r)).sequence
+        head = first_slot(w, r)
+        entered = _LATEST if head == NOWHERE or slot_at(w, head).key > key else slot_at(w, head).sequence
         if key < smallest or (not w.edf and entered < sequence):
             best, smallest, sequence = r, key, entered
     return best
@@ -99,7 +126,7 @@ def dispatch(w: Any, g: int, now: float) -> None:
     """Start whatever group ``g`` can start now, drop what cannot be met, and say when to look again."""
     group = group_at(w, g)
     group.dispatch_s = np.inf
-    while group.queued > 0:
+    while group.queued > 0 or group.generating > 0:
         free_s = first_free_s(w, g, now)
         if free_s > now or (group.concurrency > 1 and group.running_count >= group.concurrency):
             group.dispatch_s = free_s
@@ -108,6 +135,9 @@ def dispatch(w: Any, g: int, now: float) -> None:
         if r == NOWHERE:
             _look_again(w, g)
             return
+        if _generates(w, r):
+            _iterate(w, g, r, now)
+            continue
         replica = replica_at(w, r)
         due_s = slot_at(w, first_slot(w, r)).due_s
         if w.early_drop:
@@ -125,7 +155,7 @@ def _look_again(w: Any, g: int) -> None:
     """No queue of ``g`` is ready: look again when the first one is."""
     when = np.inf
     for r in range(group_at(w, g).first, group_at(w, g).last):
-        if head_keys(w)[r] < np.inf:
+        if replica_at(w, r).queued > 0:
             when = min(when, _ready_s(w, r))
     group_at(w, g).dispatch_s = when
 
@@ -137,9 +167,32 @@ def _drop_head(w: Any, r: int, code: int, now: float) -> None:
         request = slot_at(w, slot)
         after = request.frame_after
         replica_at(w, r).open -= 1
-        record(w, request.position, request.service, request.arrival_s, code, now, r, 0)
-        free_slot(w, slot)
+        if w.workflows and call_at(w, slot).lead != NOWHERE:
+            lose_call(w, slot, code, now)
+        else:
+            record(w, request.position, request.service, request.arrival_s, code, now, r, 0)
+            free_slot(w, slot)
         slot = after
+
+
+@compiled
+def _iterate(w: Any, g: int, r: int, now: float) -> None:
+    """Give generating replica ``r`` its turn: drop heads that cannot be met, and start an iteration, if any."""
+    while iterations.is_hopeless(w, r, now):
+        _drop_head(w, r, HOPELESS, now)
+    lead, takes_s = iterations.begin(w, r)
+    if lead == NOWHERE:
+        return
+    group = group_at(w, g)
+    start_s = now
+    for stage in range(group.stages):
+        start_s = max(start_s, free_of(w, g)[stage])
+    end_s = start_s + takes_s * _factor(w, g, r, NOWHERE)
+    for stage in range(group.stages):
+        free_of(w, g)[stage] = end_s
+        record_busy(w, g, stage, start_s, end_s)
+    group.started += 1
+    append_running(w, g, lead, end_s, now)
 
 
 @compiled
@@ -176,18 +229,32 @@ def _chain_frames(w: Any, lead: int) -> int:
 
 @compiled
 def _factor(w: Any, g: int, r: int, size: int) -> float:
-    """Return what multiplies the latency of the batch of ``size`` that group ``g`` starts now."""
+    """Return what multiplies the latency of the batch of ``size`` (NOWHERE: an iteration) that ``g`` starts now."""
     group = group_at(w, g)
     factor = 1.0
     if w.latency != MEAN:
         u = rules.draw(w.seed, rules.DRAW_LATENCY, (np.int64(g) << 32) + group.started)
         if w.latency == EXPONENTIAL:
             factor = rules.exponential(u)
-        else:
+        elif size != NOWHERE:
             at = row_of(w.quantile, r * w.largest + size - 1, 4)
             factor = rules.quantile(at[0], at[1], at[2], at[3], u)
     if group.concurrency > 1:
         factor *= row_of(w.interference, r, w.most_concurrent)[group.running_count]
+    if w.overlaps:
+        factor *= _overlap_factor(w, g)
+    return factor
+
+
+@compiled
+def _overlap_factor(w: Any, g: int) -> float:
+    """Return 1 more than the number of busy groups that share a GPU with ``g``."""
+    factor = 1.0
+    first, last = small_of(w.overlap_first + 4 * g, 2)
+    for place in range(first, last):
+        other = group_at(w, small_of(w.overlap_other, last)[place])
+        if other.running_count > 0 and not other.stopped:
+            factor += 1.0
     return factor
 
 
@@ -249,7 +316,18 @@ def _complete(w: Any, g: int) -> None:
             record_busy(w, g, 0, group.busy_from_s, end_s)
     else:
         group.end_s = slot_at(w, group.running).end_s
-    r = slot_at(w, lead).replica
+    r = np.int64(slot_at(w, lead).replica)
+    if _generates(w, r):
+        iterations.end_iteration(w, r, end_s)
+    else:
+        _end_batch(w, r, lead, end_s)
+    if w.routing == CREDITS:
+        _settle_credit(w, r)
+
+
+@compiled
+def _end_batch(w: Any, r: int, lead: int, end_s: float) -> None:
+    """End every request of a batch."""
     size = slot_at(w, lead).batch
     replica_at(w, r).open -= size
     finish_s = end_s + w.response_s
@@ -257,12 +335,13 @@ def _complete(w: Any, g: int) -> None:
     while slot != NOWHERE:
         request = slot_at(w, slot)
         after = request.after
-        code = GOOD if finish_s <= request.deadline_s else LATE
-        record(w, request.position, request.service, request.arrival_s, code, finish_s, r, size)
-        free_slot(w, slot)
+        if w.workflows and call_at(w, slot).lead != NOWHERE:
+            note_ended(w, slot)
+        else:
+            code = GOOD if finish_s <= request.deadline_s else LATE
+            record(w, request.position, request.service, request.arrival_s, code, finish_s, r, size)
+            free_slot(w, slot)
         slot = after
-    if w.routing == CREDITS:
-        _settle_credit(w, r)
 
 
 @compiled
@@ -276,6 +355,19 @@ def _settle_credit(w: Any, r: int) -> None:
         w.credit_increase,
         w.credit_decrease,
     )
+
+
+@compiled
+def step(w: Any, g: int) -> None:
+    """Process the next event of group ``g``, and that alone. There must be one."""
+    group = group_at(w, g)
+    if group.end_s <= group.flush_s and group.end_s <= group.dispatch_s:
+        _complete(w, g)
+    elif group.flush_s <= group.dispatch_s:
+        now = group.flush_s
+        wake(w, g, flush(w, g), now)
+    else:
+        dispatch(w, g, group.dispatch_s)
 
 
 @compiled

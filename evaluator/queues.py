@@ -12,10 +12,11 @@ from typing import Any
 import numpy as np
 
 from evaluator.access import group_at, head_keys, replica_at, slot_at
+from evaluator.generation import turn_key
 from evaluator.memory import compiled
 from evaluator.state import NOWHERE
 
-__all__ = ["enqueue", "first_slot", "free_slot", "pop", "take_slot", "withdraw"]
+__all__ = ["enqueue", "first_slot", "free_slot", "pop", "set_head_key", "take_slot", "withdraw"]
 
 
 @compiled
@@ -30,6 +31,7 @@ def take_slot(w: Any) -> int:
     slot_at(w, slot).frame_after = NOWHERE
     slot_at(w, slot).stream = NOWHERE
     slot_at(w, slot).retries = 0
+    slot_at(w, slot).waiting = 0
     slot_at(w, slot).withdrawn = 0
     return slot
 
@@ -100,9 +102,13 @@ def first_slot(w: Any, r: int) -> int:
 
 
 @compiled
-def _set_head_key(w: Any, r: int) -> None:
+def set_head_key(w: Any, r: int) -> None:
+    """Find out anew by which key replica ``r`` asks for its turn; inf: it has nothing to do."""
     slot = first_slot(w, r)
-    head_keys(w)[r] = np.inf if slot == NOWHERE else slot_at(w, slot).key
+    key = np.inf if slot == NOWHERE else slot_at(w, slot).key
+    if w.generation and replica_at(w, r).generates != NOWHERE:
+        key = min(key, turn_key(w, np.int64(replica_at(w, r).generates)))
+    head_keys(w)[r] = key
 
 
 @compiled
@@ -116,6 +122,7 @@ def enqueue(w: Any, slot: int) -> None:
     group.queued += frames
     for _ in range(frames):
         group.work_s += replica.share_s
+    slot_at(w, slot).waiting = 1
     slot_at(w, slot).after = NOWHERE
     tail = replica.tail
     if tail == NOWHERE:
@@ -142,6 +149,7 @@ def _unlink_first(w: Any, r: int) -> int:
             replica.tail = NOWHERE
     else:
         replica.heap = _without_root(w, slot)
+    slot_at(w, slot).waiting = 0
     return slot
 
 
@@ -176,7 +184,7 @@ def pop(w: Any, r: int) -> int:
     _leave(w, r, slot_at(w, slot).frames)
     if w.withdrawals:
         _free_withdrawn(w, r)
-    _set_head_key(w, r)
+    set_head_key(w, r)
     return slot
 
 
@@ -187,7 +195,8 @@ def withdraw(w: Any, slot: int) -> None:
     Only where `Rules.withdrawals` is set, and only slots without further frames.
     """
     r = slot_at(w, slot).replica
+    slot_at(w, slot).waiting = 0
     slot_at(w, slot).withdrawn = 1
     _leave(w, r, 1)
     _free_withdrawn(w, r)
-    _set_head_key(w, r)
+    set_head_key(w, r)

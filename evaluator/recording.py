@@ -8,7 +8,7 @@ import numpy as np
 
 from evaluator.access import floats, integers, replica_at, row_of, short, small, tiny
 from evaluator.memory import compiled
-from evaluator.state import CELLS, COUNTED, GOOD, LATE
+from evaluator.state import CELLS, COUNTED, GOOD, LATE, NOWHERE
 
 __all__ = ["cell_of", "record", "record_busy"]
 
@@ -50,8 +50,9 @@ def record(
         return
     integers(w.counts, w.service_count * COUNTED)[service * COUNTED + code] += 1
     if code == GOOD or code == LATE:
-        replica_at(w, replica).finished += 1
-        replica_at(w, replica).inverse_batch += 1.0 / batch
+        if replica != NOWHERE:
+            replica_at(w, replica).finished += 1
+            replica_at(w, replica).inverse_batch += 1.0 / batch
         if w.histogram != 0:
             integers(w.histogram, w.service_count * CELLS)[service * CELLS + cell_of(end_s - arrival_s)] += 1
     if w.timeline != 0:

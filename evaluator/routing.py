@@ -22,6 +22,9 @@ from evaluator.access import (
 )
 from evaluator.batching import advance_group, first_free_s, reserve, wake
 from evaluator.bundles import gather
+from evaluator.calls import lose_call
+from evaluator.extras import call_at
+from evaluator.iterations import prepare
 from evaluator.memory import compiled
 from evaluator.queues import enqueue, free_slot, take_slot
 from evaluator.recording import record
@@ -33,12 +36,13 @@ from evaluator.state import (
     NOWHERE,
     ROUND_ROBIN,
     SHORTEST_QUEUE,
+    TOO_LARGE,
     UNROUTED,
     WEIGHTED,
     WEIGHTED_RANDOM,
 )
 
-__all__ = ["arrive", "come_in", "predicted_end_s", "route"]
+__all__ = ["arrive", "come_in", "predicted_end_s", "route", "route_frame"]
 
 ENTRY = 2
 """Priority of an entry (docs/evaluator.md, section 1)."""
@@ -120,7 +124,7 @@ def _stream_of(w: Any, position: int, service: int) -> int:
 
 
 @compiled
-def _route_frame(w: Any, stream: int, service: int, draw_index: int, now: float) -> int:
+def route_frame(w: Any, stream: int, service: int, draw_index: int, now: float) -> int:
     """Return the replica that ``stream`` is on, or follow the policy when it is on none that takes requests."""
     r = np.int64(stream_at(w, stream).replica)
     if r != NOWHERE and floats(w.route_weight, w.replica_count)[replica_at(w, r).route] > 0.0:
@@ -154,7 +158,7 @@ def arrive(w: Any, position: int, now: float) -> int:
     if stream == NOWHERE:
         r = route(w, service, position, now)
     else:
-        r = _route_frame(w, stream, service, position, now)
+        r = route_frame(w, stream, service, position, now)
     if r == NOWHERE:
         record(w, position, service, arrival_s, UNROUTED, now, NOWHERE, 0)
         return NOWHERE
@@ -180,8 +184,11 @@ def come_in(w: Any, slot: int, now: float) -> None:
     replica = replica_at(w, r)
     advance_group(w, replica.group, now, ENTRY)
     request.entry_s = now
-    request.key = request.due_s if w.edf else now
     replica.open += 1
+    if w.generation and replica.generates != NOWHERE and not prepare(w, slot):
+        _turn_away(w, slot, TOO_LARGE, now)
+        return
+    request.key = request.due_s if w.edf else now
     if w.admission:
         _admit(w, slot, now)
         return
@@ -205,7 +212,17 @@ def _admit(w: Any, slot: int, now: float) -> None:
         slot_at(w, slot).batch = 1
         reserve(w, replica_at(w, r).group, r, slot, 1, now)
         return
-    replica_at(w, r).open -= 1
+    _turn_away(w, slot, ADMISSION, now)
+
+
+@compiled
+def _turn_away(w: Any, slot: int, code: int, now: float) -> None:
+    """Drop a request on entry."""
     request = slot_at(w, slot)
-    record(w, request.position, request.service, request.arrival_s, ADMISSION, now, r, 0)
+    r = np.int64(request.replica)
+    replica_at(w, r).open -= 1
+    if w.workflows and call_at(w, slot).lead != NOWHERE:
+        lose_call(w, slot, code, now)
+        return
+    record(w, request.position, request.service, request.arrival_s, code, now, r, 0)
     free_slot(w, slot)

@@ -15,6 +15,8 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
+from evaluator.extras import EXTRA_FIELDS
+
 __all__ = [
     "ADMISSION",
     "CELLS",
@@ -111,6 +113,7 @@ GROUP: Final = np.dtype(
         ("running_last", _i4),
         ("running_count", _i4),
         ("started", _i8),  # batches and iterations started so far
+        ("generating", _i4),  # sequences that run
         ("stopped", np.int8),  # starts and ends nothing: its node failed
     ],
     align=True,
@@ -173,6 +176,7 @@ SLOT: Final = np.dtype(
         ("batch", _i4),  # requests in the batch
         ("batch_after", _i4),  # next running batch or gathering bundle
         ("retries", _i4),  # times that it entered again
+        ("waiting", np.int8),  # it is in a queue
         ("withdrawn", np.int8),  # left its queue from the middle; its slot is freed when it comes to the head
     ],
     align=True,
@@ -223,7 +227,8 @@ WORLD: Final = np.dtype(
         ("most_concurrent", _i8),
         ("bins", _i8),  # of the timeline
         ("bin_s", _f8),
-        ("service_count", _i8),
+        ("service_count", _i8),  # and workflows, which come after the services
+        ("slot_count", _i8),  # of the pool
         # Addresses of arrays; 0: there is none.
         ("arrival_s", _i8),  # f8 (request,), sorted
         ("code", _i8),  # i8 (request,): which of the trace's names
@@ -258,6 +263,7 @@ WORLD: Final = np.dtype(
         ("log_code", _i8),  # i1 (request,)
         ("log_replica", _i8),  # i4 (request,)
         ("log_batch", _i8),  # i2 (request,)
+        *EXTRA_FIELDS,
     ],
     align=True,
 )

@@ -46,7 +46,7 @@ class CostArrays:
     """Costs of all replicas.
 
     Attributes:
-        points: Shape (replica,): points of prefill that are known; 0 for replicas without token costs.
+        points: Shape (replica,): points of prefill that are known.
         prefill_tokens: Shape (replica, most points).
         prefill_s: Shape (replica, most points).
         decode_s: Shape (replica, largest batch).
@@ -93,11 +93,10 @@ def token_costs_of(
     return None if profile is None else token_costs(profile, group, entry)
 
 
-def cost_arrays(costs: Sequence[TokenCosts | None]) -> CostArrays:
+def cost_arrays(costs: Sequence[TokenCosts]) -> CostArrays:
     """Return the arrays of ``costs``, one entry per replica."""
-    known = [each for each in costs if each is not None]
-    most_points = max((len(each.prefill_s) for each in known), default=1)
-    largest = max((len(each.decode_s) for each in known), default=1)
+    most_points = max((len(each.prefill_s) for each in costs), default=1)
+    largest = max((len(each.decode_s) for each in costs), default=1)
     arrays = CostArrays(
         points=np.zeros(len(costs), dtype=np.int64),
         prefill_tokens=np.zeros((len(costs), most_points)),
@@ -107,8 +106,6 @@ def cost_arrays(costs: Sequence[TokenCosts | None]) -> CostArrays:
         kv_limit_tokens=np.full(len(costs), UNLIMITED_TOKENS, dtype=np.int64),
     )
     for replica, each in enumerate(costs):
-        if each is None:
-            continue
         arrays.points[replica] = len(each.prefill_s)
         arrays.prefill_tokens[replica, : len(each.prefill_s)] = each.prefill_tokens
         arrays.prefill_s[replica, : len(each.prefill_s)] = each.prefill_s
