@@ -1,172 +1,85 @@
-"""The compiled event loop.
+"""The loops over time.
 
-Events are ordered by (time, priority, sequence): at equal times arrivals come before dispatches, so that what arrives
-together can be batched together, and otherwise the earlier cause comes first. The dispatch rules are those of
-`plans.dispatch`, compiled.
+Groups touch each other only where a request chooses between them (and in workflows and plan changes), so mostly there
+is no queue of events at all: each group is brought up to date when a request that concerns it enters. What a group does
+then is the same, in the same order, as if all events had been processed in the order of their times.
+
+The entry points are cached on disk under a digest of every source file that they are compiled from: numba itself looks
+at the file of the entry point alone.
 """
 
 from __future__ import annotations
 
-import heapq
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numba
-import numpy as np
-from numpy.typing import NDArray
 
+from evaluator.access import floats
+from evaluator.batching import advance_group
+from evaluator.routing import ENTRY, arrive
+from evaluator.state import NOWHERE
 from plans import dispatch
 
-__all__ = ["DROPPED_DISPLACED", "DROPPED_HOPELESS", "FAILED_UNROUTED", "FINISHED", "simulate"]
+__all__ = ["DONE", "POOL_FULL", "advance"]
 
-FINISHED = 1
-DROPPED_HOPELESS = 2
-DROPPED_DISPLACED = 3
-FAILED_UNROUTED = 4
+DONE = 0
+POOL_FULL = 1
 
-_next_batch = numba.njit(cache=True)(dispatch.next_batch)
-_next_replica = numba.njit(cache=True)(dispatch.next_replica)
-_earliest = numba.njit(cache=True)(dispatch.earliest)
+_COMPILED = (
+    "access",
+    "batching",
+    "bundles",
+    "kernel",
+    "memory",
+    "queues",
+    "recording",
+    "routing",
+    "rules",
+    "state",
+)
 
-_HOPELESS = dispatch.HOPELESS
-_DISPLACED = dispatch.DISPLACED
+
+def _digest() -> int:
+    """Return a number that changes with any source that the entry points are compiled from."""
+    folder = Path(__file__).parent
+    found = hashlib.sha256(Path(dispatch.__file__).read_bytes())
+    for name in _COMPILED:
+        found.update((folder / f"{name}.py").read_bytes())
+    return int.from_bytes(found.digest()[:7], "big")
 
 
-@numba.njit(cache=True)
-def simulate(  # noqa: C901 - one loop; calls across jitted functions would copy its state around
-    arrival_s: NDArray[np.float64],
-    service: NDArray[np.int64],
-    deadline_s: NDArray[np.float64],
-    overhead_s: float,
-    group_of: NDArray[np.int64],
-    max_batch: NDArray[np.int64],
-    stage_s: NDArray[np.float64],
-    total_s: NDArray[np.float64],
-    stages: NDArray[np.int64],
-    first: NDArray[np.int64],
-    weight: NDArray[np.float64],
-    service_first: NDArray[np.int64],
-    service_replicas: NDArray[np.int64],
-) -> tuple[Any, Any, Any, Any, Any]:
-    """Run every request to its end.
-
-    Args:
-        arrival_s: Shape (request,), sorted: when each request is sent.
-        service: Shape (request,): its service.
-        deadline_s: Shape (request,): absolute deadline.
-        overhead_s: Seconds that gateway and transport add to each request before its queue.
-        group_of: As in `evaluator.scenario.Replicas`, and so the following.
-        max_batch: Largest batch of each replica.
-        stage_s: Stage latencies.
-        total_s: Batch latencies.
-        stages: Pipeline stages of each group.
-        first: Replicas of each group.
-        weight: Routing weights.
-        service_first: Replicas of each service, as positions in the next.
-        service_replicas: Replicas sorted by service.
-
-    Returns:
-        Per request: state (FINISHED, DROPPED_*, FAILED_UNROUTED), finish time (of the drop when dropped), replica (-1
-        without), batch size (0 without); per group: seconds that each stage was busy, shape (group, stage).
-    """
-    requests = len(arrival_s)
-    groups = len(stages)
-    state = np.zeros(requests, dtype=np.int64)
-    finish_s = np.full(requests, np.nan)
-    replica_of = np.full(requests, -1, dtype=np.int64)
-    batch_of = np.zeros(requests, dtype=np.int64)
-    busy_s = np.zeros((groups, stage_s.shape[2]))
-    free_s = np.zeros((groups, stage_s.shape[2]))
-    awake = np.zeros(groups, dtype=np.bool_)  # a dispatch of the group is in the heap
-    credit = np.zeros(len(weight))
-    # One queue per replica: a doubly linked list through the requests, sorted by deadline.
-    head = np.full(len(weight), -1, dtype=np.int64)
-    tail = np.full(len(weight), -1, dtype=np.int64)
-    queued = np.zeros(len(weight), dtype=np.int64)
-    after = np.full(requests, -1, dtype=np.int64)
-    before = np.full(requests, -1, dtype=np.int64)
-    head_deadline = np.full(len(weight), np.inf)
-
-    events: Any = [(np.float64(0.0), np.int64(0), np.int64(0), np.int64(0))]
-    events.clear()
-    sequence = 0
-    upcoming = 0
-    while upcoming < requests or len(events) > 0:
-        if upcoming < requests and (len(events) == 0 or arrival_s[upcoming] + overhead_s <= events[0][0]):
-            request = upcoming
-            upcoming += 1
-            now = arrival_s[request] + overhead_s
-            choices = service_replicas[service_first[service[request]] : service_first[service[request] + 1]]
-            share = credit[choices]
-            chosen = _next_replica(weight[choices], share)
-            credit[choices] = share
-            if chosen < 0:
-                state[request] = FAILED_UNROUTED
-                finish_s[request] = now
-                continue
-            replica = choices[chosen]
-            replica_of[request] = replica
-            place = tail[replica]
-            while place >= 0 and deadline_s[place] > deadline_s[request]:
-                place = before[place]
-            follower = head[replica] if place < 0 else after[place]
-            before[request] = place
-            after[request] = follower
-            if place < 0:
-                head[replica] = request
-                head_deadline[replica] = deadline_s[request]
-            else:
-                after[place] = request
-            if follower < 0:
-                tail[replica] = request
-            else:
-                before[follower] = request
-            queued[replica] += 1
-            group = group_of[replica]
-            if not awake[group]:
-                awake[group] = True
-                heapq.heappush(events, (max(now, free_s[group, 0]), 1, sequence, group))
-                sequence += 1
-            continue
-
-        now, _, _, group = heapq.heappop(events)
-        awake[group] = False
-        while True:
-            local = _earliest(head_deadline[first[group] : first[group + 1]])
-            if local < 0:
+def _entry_point(digest: int) -> Callable[..., int]:
+    @numba.njit(cache=True, nogil=True)
+    def advance(world: Any, until_s: float, priority: int) -> int:
+        digest  # noqa: B018 - a variable of the closure is part of the key of the cache
+        w = world[0]
+        arrival_s = floats(w.arrival_s, w.request_count)
+        while w.cursor < w.request_count:
+            now = arrival_s[w.cursor] + w.overhead_s
+            if now > until_s or (now == until_s and priority <= ENTRY):
                 break
-            replica = first[group] + local
-            latency_s = total_s[replica]
-            size = _next_batch(now, head_deadline[replica], queued[replica], max_batch[replica], latency_s)
-            taken = max(size, 1)
-            done_s = now
-            if size >= 1:
-                start_s = now
-                for stage in range(stages[group]):
-                    start_s = max(start_s, free_s[group, stage])
-                    held_s = stage_s[replica, size - 1, stage]
-                    free_s[group, stage] = start_s + held_s
-                    busy_s[group, stage] += held_s
-                    start_s += held_s
-                done_s = start_s
-            for _ in range(taken):
-                request = head[replica]
-                head[replica] = after[request]
-                if after[request] >= 0:
-                    before[after[request]] = -1
-                    head_deadline[replica] = deadline_s[after[request]]
-                else:
-                    tail[replica] = -1
-                    head_deadline[replica] = np.inf
-                queued[replica] -= 1
-                finish_s[request] = done_s
-                batch_of[request] = max(size, 0)
-                if size >= 1:
-                    state[request] = FINISHED
-                else:
-                    state[request] = DROPPED_HOPELESS if size == _HOPELESS else DROPPED_DISPLACED
-            if size >= 1:
-                awake[group] = True
-                heapq.heappush(events, (free_s[group, 0], 1, sequence, group))
-                sequence += 1
-                break
-    return state, finish_s, replica_of, batch_of, busy_s
+            if w.free == NOWHERE:
+                return POOL_FULL
+            arrive(w, w.cursor, now)
+            w.cursor += 1
+        for g in range(w.group_count):
+            advance_group(w, g, until_s, priority)
+        return DONE
+
+    return advance  # type: ignore[no-any-return]  # numba has no types
+
+
+advance = _entry_point(_digest())
+"""Process every event before (until_s, priority).
+
+Args:
+    w: The world.
+    until_s: Seconds.
+    priority: Of events at that very time those with a smaller priority are processed.
+
+Returns:
+    `DONE`; or `POOL_FULL`: grow the pool and call again.
+"""

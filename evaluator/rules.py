@@ -74,12 +74,12 @@ def draw(seed: np.uint64, purpose: int, index: int) -> float:
 @numba.njit
 def quantile(at_0: float, at_50: float, at_95: float, at_99: float, u: float) -> float:
     """Return the quantile at ``u`` of a distribution that is linear between four of its quantiles, then constant."""
-    if u < 0.5:
-        return at_0 + (at_50 - at_0) * (u / 0.5)
-    if u < 0.95:
-        return at_50 + (at_95 - at_50) * ((u - 0.5) / (0.95 - 0.5))
-    if u < 0.99:
-        return at_95 + (at_99 - at_95) * ((u - 0.95) / (0.99 - 0.95))
+    if u <= 0.5:
+        return at_0 + (at_50 - at_0) * u / 0.5
+    if u <= 0.95:
+        return at_50 + (at_95 - at_50) * (u - 0.5) / (0.95 - 0.5)
+    if u <= 0.99:
+        return at_95 + (at_99 - at_95) * (u - 0.95) / (0.99 - 0.95)
     return at_99
 
 

@@ -1,98 +1,169 @@
-"""A plan, its services and a trace as the arrays that the kernel runs on."""
+"""A plan, its services and a trace as the arrays that a run is made of."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import pandas as pd
 from numpy.typing import NDArray
 
+from evaluator.state import NOWHERE
+from plans.cluster import Cluster
 from plans.errors import Fault, InvalidInput
-from plans.plan import Plan
-from plans.service import Services
+from plans.plan import Group, LoadoutEntry, Plan
+from plans.service import GenerationService, Services
+from profiles.document import Profile, Row
+from profiles.library import ProfileLibrary
 from traces.table import RequestTrace
 
-__all__ = ["Replicas", "Requests", "compile_replicas", "compile_requests"]
+__all__ = [
+    "Arrivals",
+    "Deadlines",
+    "Replicas",
+    "compile_arrivals",
+    "compile_deadlines",
+    "compile_replicas",
+    "replica_arrays",
+]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Replicas:
-    """Every service on every group, sorted by group then service, as arrays.
+    """Every service on every group, sorted by group then loadout, as arrays.
 
     Attributes:
-        group_of: Shape (replica,): index of the group in ``Plan.groups``.
-        service_of: Shape (replica,): index of the service in ``Services.services``.
+        group_of: Shape (replica,): position of its group, rising.
+        service_of: Shape (replica,): position of its service.
         max_batch: Shape (replica,).
+        frames: Shape (replica,): frames of one stream that enter together.
         stage_s: Shape (replica, largest batch, most stages): seconds that a batch of b + 1 holds a stage; 0 beyond.
-        total_s: Shape (replica, largest batch): latency of a batch of b + 1.
+        weight: Shape (replica,): routing weight among the replicas of the service; 0: it gets nothing.
         stages: Shape (group,): pipeline stages.
-        first: Shape (group + 1,): replicas of group g are first[g] to first[g + 1].
-        weight: Shape (replica,): routing weight among the replicas of the service.
-        service_first: Shape (service + 1,): replicas of service s are service_replicas[service_first[s] :
-            service_first[s + 1]].
-        service_replicas: Shape (replica,): replicas sorted by service, then group.
+        quantile: Shape (replica, largest batch, 4): latency over its mean at u = 0, 0.5, 0.95 and 0.99 for a batch of
+            b + 1; None where all are 1.
+        interference: Shape (replica, concurrent): factor of a batch that starts beside b others; None: b + 1.
     """
 
-    group_of: NDArray[np.int64]
-    service_of: NDArray[np.int64]
-    max_batch: NDArray[np.int64]
+    group_of: NDArray[np.int32]
+    service_of: NDArray[np.int32]
+    max_batch: NDArray[np.int32]
+    frames: NDArray[np.int32]
     stage_s: NDArray[np.float64]
-    total_s: NDArray[np.float64]
-    stages: NDArray[np.int64]
-    first: NDArray[np.int64]
     weight: NDArray[np.float64]
-    service_first: NDArray[np.int64]
-    service_replicas: NDArray[np.int64]
+    stages: NDArray[np.int32]
+    quantile: NDArray[np.float64] | None = None
+    interference: NDArray[np.float64] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Requests:
-    """The requests of a trace, in order of arrival: when, for which service, and until when, all shape (request,)."""
+class Deadlines:
+    """What the services allow; all of shape (service,).
+
+    Attributes:
+        allowed_s: Seconds from arrival to deadline.
+        per_token_s: Seconds more for each output token after the first; 0 unless the service generates.
+        sticky: Whether streams of the service stay with their replica.
+    """
+
+    allowed_s: NDArray[np.float64]
+    per_token_s: NDArray[np.float64]
+    sticky: NDArray[np.bool_]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Arrivals:
+    """The requests of a trace; arrays are read-only.
+
+    Attributes:
+        arrival_s: Shape (request,), sorted.
+        code: Shape (request,): which of the trace's names.
+        service_of_code: Shape (name,): position of the service of each name.
+        duration_s: Time that the trace covers.
+        stream: Shape (request,): number of its stream among all of class frequency, or -1; None without any.
+        stream_names: For each number the service's position and the name of the stream.
+        output_tokens: Shape (request,), NaN where unknown; None where no service asks for them.
+    """
 
     arrival_s: NDArray[np.float64]
-    service: NDArray[np.int64]
-    deadline_s: NDArray[np.float64]
+    code: NDArray[np.int64]
+    service_of_code: NDArray[np.int32]
+    duration_s: float
+    stream: NDArray[np.int32] | None = None
+    stream_names: tuple[tuple[int, str], ...] = ()
+    output_tokens: NDArray[np.float64] | None = None
 
 
-def compile_replicas(plan: Plan, services: Services) -> Replicas:
-    """Return the arrays of ``plan``.
+def compile_replicas(
+    plan: Plan, services: Services, *, cluster: Cluster | None = None, profiles: ProfileLibrary | None = None
+) -> Replicas:
+    """Return the arrays of ``plan``, with the spread and interference that ``profiles`` state.
 
     Raises:
         InvalidInput: The plan names a service that ``services`` does not have.
     """
+    weights = {(s, route.group): route.weight for s, routes in plan.routes.items() for route in routes}
+    pairs = [(group, entry) for group in plan.groups for entry in group.loadout]
+    weight = [weights.get((entry.service, group.id), 0.0) for group, entry in pairs]
+    return replica_arrays(plan.groups, pairs, weight, services, cluster=cluster, profiles=profiles)
+
+
+def replica_arrays(
+    groups: Sequence[Group],
+    pairs: Sequence[tuple[Group, LoadoutEntry]],
+    weight: Sequence[float],
+    services: Services,
+    *,
+    cluster: Cluster | None = None,
+    profiles: ProfileLibrary | None = None,
+) -> Replicas:
+    """Return the arrays of the replicas ``pairs``, which are sorted by their group's place in ``groups``.
+
+    Raises:
+        InvalidInput: An entry names a service that ``services`` does not have.
+    """
     index = {service.name: position for position, service in enumerate(services.services)}
-    pairs = [(g, entry) for g, group in enumerate(plan.groups) for entry in group.loadout]
     unknown = sorted({entry.service for _, entry in pairs} - index.keys())
     if unknown:
         raise InvalidInput(
             Fault(where="plan", field="groups", found=repr(name), expected="a service of services.yaml")
             for name in unknown
         )
-    most_stages = max((group.pp for group in plan.groups), default=1)
+    place = {id(group): position for position, group in enumerate(groups)}
+    most_stages = max((group.pp for group in groups), default=1)
     largest = max((entry.max_batch for _, entry in pairs), default=1)
     stage_s = np.zeros((len(pairs), largest, most_stages))
     for replica, (_, entry) in enumerate(pairs):
         table = np.asarray(entry.stage_latency_s)
         stage_s[replica, : table.shape[0], : table.shape[1]] = table
-    service_of = np.array([index[entry.service] for _, entry in pairs], dtype=np.int64)
-    group_of = np.array([g for g, _ in pairs], dtype=np.int64)
-    weights = {(s, route.group): route.weight for s, routes in plan.routes.items() for route in routes}
+    known = [_profile(group, entry, cluster, profiles) for group, entry in pairs]
     return Replicas(
-        group_of=group_of,
-        service_of=service_of,
-        max_batch=np.array([entry.max_batch for _, entry in pairs], dtype=np.int64),
+        group_of=np.array([place[id(group)] for group, _ in pairs], dtype=np.int32),
+        service_of=np.array([index[entry.service] for _, entry in pairs], dtype=np.int32),
+        max_batch=np.array([entry.max_batch for _, entry in pairs], dtype=np.int32),
+        frames=np.array([min(entry.multi_frame, entry.max_batch) for _, entry in pairs], dtype=np.int32),
         stage_s=stage_s,
-        total_s=stage_s.sum(axis=2),
-        stages=np.array([group.pp for group in plan.groups], dtype=np.int64),
-        first=np.searchsorted(group_of, np.arange(len(plan.groups) + 1)).astype(np.int64),
-        weight=np.array([weights.get((entry.service, plan.groups[g].id), 0.0) for g, entry in pairs], dtype=np.float64),
-        service_first=np.searchsorted(np.sort(service_of), np.arange(len(services.services) + 1)).astype(np.int64),
-        service_replicas=np.argsort(service_of, kind="stable").astype(np.int64),
+        weight=np.array(weight, dtype=np.float64),
+        stages=np.array([group.pp for group in groups], dtype=np.int32),
+        quantile=_quantiles(pairs, known, largest),
+        interference=_interference(known),
     )
 
 
-def compile_requests(trace: RequestTrace, services: Services) -> Requests:
-    """Return the arrays of ``trace``, with each request's deadline from its service's SLO (and its tokens).
+def compile_deadlines(services: Services) -> Deadlines:
+    """Return what ``services`` allow."""
+    return Deadlines(
+        allowed_s=np.array([service.deadline_s(1) for service in services.services], dtype=np.float64),
+        per_token_s=np.array(
+            [service.slo.tpot_s if isinstance(service, GenerationService) else 0.0 for service in services.services]
+        ),
+        sticky=np.array([service.request_class == "frequency" for service in services.services], dtype=np.bool_),
+    )
+
+
+def compile_arrivals(trace: RequestTrace, services: Services) -> Arrivals:
+    """Return the arrays of ``trace``.
 
     Raises:
         InvalidInput: The trace names services that ``services`` does not have.
@@ -110,11 +181,84 @@ def compile_requests(trace: RequestTrace, services: Services) -> Requests:
             )
             for name in unknown
         )
-    service = np.array([index[name] for name in trace.services], dtype=np.int64)[trace.codes]
-    allowed_s = np.array([service.deadline_s() for service in services.services], dtype=np.float64)[service]
-    tokens = trace.numbers("output_tokens")
-    for position, known in enumerate(services.services):
-        if known.request_class == "generation":
-            rows = np.flatnonzero((service == position) & ~np.isnan(tokens))
-            allowed_s[rows] = [known.deadline_s(count) for count in tokens[rows]]
-    return Requests(arrival_s=trace.arrival_s, service=service, deadline_s=trace.arrival_s + allowed_s)
+    known = [services.services[index[name]] for name in trace.services]
+    stream, names = None, ()
+    if any(service.request_class == "frequency" for service in known):
+        stream, names = _streams(trace, [service.request_class == "frequency" for service in known], index)
+    generates = any(service.request_class == "generation" for service in known)
+    return Arrivals(
+        arrival_s=trace.arrival_s,
+        code=trace.codes,
+        service_of_code=np.array([index[name] for name in trace.services], dtype=np.int32),
+        duration_s=trace.duration_s,
+        stream=stream,
+        stream_names=names,
+        output_tokens=trace.numbers("output_tokens") if generates else None,
+    )
+
+
+def _streams(
+    trace: RequestTrace, sticky: Sequence[bool], index: dict[str, int]
+) -> tuple[NDArray[np.int32] | None, tuple[tuple[int, str], ...]]:
+    """Number the streams of the services of class frequency in the order of their first frames."""
+    frame = trace.frame
+    if "stream" not in frame:
+        return None, ()
+    label, labels = pd.factorize(frame["stream"])
+    counts = (label != NOWHERE) & np.asarray(sticky, dtype=np.bool_)[trace.codes]
+    if not counts.any():
+        return None, ()
+    pair = np.where(counts, trace.codes * len(labels) + label, NOWHERE)
+    number, pairs = pd.factorize(np.where(counts, pair, np.iinfo(np.int64).max))
+    outside = np.flatnonzero(pairs == np.iinfo(np.int64).max)
+    if outside.size:  # rows that belong to no stream: close the gap in the numbers that they leave
+        number = np.where(number == outside[0], NOWHERE, number - (number > outside[0]))
+        pairs = np.delete(pairs, outside[0])
+    names = tuple(
+        (index[trace.services[int(each) // len(labels)]], str(labels[int(each) % len(labels)])) for each in pairs
+    )
+    return number.astype(np.int32), names
+
+
+def _profile(
+    group: Group, entry: LoadoutEntry, cluster: Cluster | None, profiles: ProfileLibrary | None
+) -> Profile | None:
+    if cluster is None or profiles is None:
+        return None
+    return profiles.profile(entry.variant, cluster.node(group.node).gpus.type)
+
+
+def _quantiles(
+    pairs: Sequence[tuple[Group, LoadoutEntry]], known: Sequence[Profile | None], largest: int
+) -> NDArray[np.float64] | None:
+    """Return the spread of each batch, from the row of the nearest batch (the smaller of two equally near)."""
+    if all(profile is None for profile in known):
+        return None
+    factors = np.ones((len(pairs), largest, 4))
+    for replica, ((group, entry), profile) in enumerate(zip(pairs, known, strict=True)):
+        rows = [row for row in profile.rows if (row.tp, row.pp, row.phase) == (group.tp, group.pp, "whole")] if profile else []
+        lowest = min((row.concurrency for row in rows), default=1)
+        rows = [row for row in rows if row.concurrency == lowest]
+        for batch in range(1, entry.max_batch + 1 if rows else 1):
+            nearest = min(rows, key=lambda row: (abs(row.batch - batch), row.batch))  # noqa: B023 - used at once
+            factors[replica, batch - 1] = _spread(nearest)
+    return factors
+
+
+def _spread(row: Row) -> tuple[float, float, float, float]:
+    mean = row.latency_s.mean
+    r50, r95, r99 = (
+        1.0 if value is None else value / mean for value in (row.latency_s.p50, row.latency_s.p95, row.latency_s.p99)
+    )
+    return max(r50 / 2, 2 * r50 - r95), r50, r95, r99
+
+
+def _interference(known: Sequence[Profile | None]) -> NDArray[np.float64] | None:
+    most = max((k for profile in known if profile for k in profile.interference), default=0)
+    if most == 0:
+        return None
+    factors = np.tile(np.arange(1.0, most + 1), (len(known), 1))
+    for replica, profile in enumerate(known):
+        for together, factor in (profile.interference if profile else {}).items():
+            factors[replica, together - 1] = 1.0 if together == 1 else factor
+    return factors

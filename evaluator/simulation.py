@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Literal
 
-import numpy as np
 import pandas as pd
 
-from evaluator import kernel
-from evaluator.scenario import compile_replicas, compile_requests
+from evaluator.measures import RequestLog, StreamSummary, Timeline, stream_summaries, summary_of, timeline_of
+from evaluator.run import Run
+from evaluator.scenario import compile_arrivals, compile_deadlines, compile_replicas
+from evaluator.settings import Settings
+from plans.cluster import Cluster
 from plans.errors import InvalidInput
 from plans.plan import Plan
 from plans.service import Services
-from traces.outcomes import RunSummary, summarise
+from profiles.library import ProfileLibrary
+from traces.outcomes import RunSummary
 from traces.table import RequestTrace
 
 __all__ = ["Evaluation", "evaluate"]
 
-_SHORTEST_RUN_S = 1e-3
-"""A run without extent (all at time 0, nothing served) counts as this long, so that rates exist."""
+_MOST_BINS = 10_000_000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,87 +33,126 @@ class Evaluation:
 
     Attributes:
         summary: Counts, attainment and percentiles, per service and in total.
-        requests: One row per request, in order of arrival: ``service, scheduled_s, latency_s`` (NaN unless finished),
-            ``outcome`` (good, late, dropped, failed), ``reason`` (why dropped or failed), ``group, variant,
-            batch_size, accuracy`` (missing unless finished).
+        mode: Which simulator produced it (docs/evaluator.md, section 13).
+        settings: How it was simulated.
+        log: What became of each request; None where that was not kept.
+        streams: What became of each stream; empty where requests were not kept.
+        timeline: Counts over time; None where that was not asked for.
     """
 
     summary: RunSummary
-    requests: pd.DataFrame
+    mode: Literal["event", "single-pass"]
+    settings: Settings
+    log: RequestLog | None
+    streams: tuple[StreamSummary, ...]
+    timeline: Timeline | None
+
+    @property
+    def requests(self) -> pd.DataFrame:
+        """One row per request offered, in order of arrival.
+
+        Columns: ``service, scheduled_s, latency_s`` (NaN unless finished), ``outcome`` (of
+        `traces.outcomes.OUTCOMES`), ``reason`` (why dropped or failed), ``group, variant`` (missing unless it had a
+        place), ``batch_size, accuracy`` (missing unless finished). Made anew at each call.
+
+        Raises:
+            ValueError: Requests were not kept.
+        """
+        return self._kept().table(self._kept().offered)
+
+    def request_parts(self, rows: int = 1_000_000) -> Iterator[pd.DataFrame]:
+        """Yield `requests` in parts of at most ``rows`` rows, for logs that should not be in memory as a table.
+
+        Raises:
+            ValueError: Requests were not kept.
+        """
+        return self._kept().parts(rows)
+
+    def _kept(self) -> RequestLog:
+        if self.log is None:
+            raise ValueError("the requests of this run were not kept: evaluate(..., keep_requests=True)")
+        return self.log
 
 
-def evaluate(plan: Plan, services: Services, trace: RequestTrace, *, overhead_s: float = 0.0) -> Evaluation:
-    """Simulate ``plan`` serving ``trace``, open loop, until the last request has ended.
-
-    Requests are routed by the plan's weights, queue per service and group by deadline, and are batched and dropped by
-    the rules of `plans.dispatch`. Batches take exactly the plan's latency table; pipeline stages overlap successive
-    batches. Repeatable bit by bit.
+def evaluate(
+    plan: Plan,
+    services: Services,
+    trace: RequestTrace,
+    *,
+    settings: Settings | None = None,
+    overhead_s: float | None = None,
+    cluster: Cluster | None = None,
+    profiles: ProfileLibrary | None = None,
+    keep_requests: bool = True,
+    timeline_s: float | None = None,
+) -> Evaluation:
+    """Simulate ``plan`` serving ``trace``, open loop, as docs/evaluator.md says; repeatable bit by bit.
 
     Args:
         plan: What runs where.
         services: Deadlines and accuracies.
         trace: Arrivals.
-        overhead_s: Seconds added to each request between its arrival and its queue (gateway, transport).
+        settings: How to simulate; the defaults are what the executor does.
+        overhead_s: Replaces that of ``settings``.
+        cluster: GPU types of the nodes, to find profiles by.
+        profiles: Where percentiles and interference factors come from; without them latencies do not vary and batches
+            that run at once share the time.
+        keep_requests: Whether to keep what becomes of each request (15 bytes each), which makes percentiles exact and
+            measures streams. Without, memory grows with the requests in flight alone.
+        timeline_s: Width of the bins of a timeline, seconds.
 
     Raises:
-        InvalidInput: Plan or trace name services that ``services`` lacks, the trace holds no request, or the overhead
-            is negative.
+        InvalidInput: Plan or trace name services that ``services`` lacks, the trace holds no request that counts, a
+            setting is out of its range, or latencies shall be drawn from profiles that are not there.
     """
+    chosen = settings or Settings()
+    if overhead_s is not None:
+        chosen = dataclasses.replace(chosen, overhead_s=overhead_s)
+    _check(trace, chosen, timeline_s, profiled=cluster is not None and profiles is not None)
+    run = Run(
+        compile_replicas(plan, services, cluster=cluster, profiles=profiles),
+        compile_arrivals(trace, services),
+        compile_deadlines(services),
+        chosen,
+        keep_requests=keep_requests,
+        keep_latencies=not keep_requests,
+        bin_s=timeline_s,
+    )
+    run.finish()
+    return Evaluation(
+        summary=summary_of(run, plan, services),
+        mode="event",
+        settings=chosen,
+        log=_log(run, plan, services, trace) if keep_requests else None,
+        streams=stream_summaries(run, services) if keep_requests else (),
+        timeline=None if timeline_s is None else timeline_of(run, plan, services),
+    )
+
+
+def _check(trace: RequestTrace, settings: Settings, timeline_s: float | None, *, profiled: bool) -> None:
     if not len(trace):
         raise InvalidInput.of("at least one request", where="trace", found="none")
-    if not 0 <= overhead_s < float("inf"):
-        raise InvalidInput.of("at least 0 seconds and finite", where="evaluate", field="overhead_s", found=overhead_s)
-    replicas = compile_replicas(plan, services)
-    requests = compile_requests(trace, services)
-    state, finish_s, replica_of, batch, busy_s = kernel.simulate(
-        requests.arrival_s,
-        requests.service,
-        requests.deadline_s,
-        overhead_s,
-        replicas.group_of,
-        replicas.max_batch,
-        replicas.stage_s,
-        replicas.total_s,
-        replicas.stages,
-        replicas.first,
-        replicas.weight,
-        replicas.service_first,
-        replicas.service_replicas,
-    )
-    finished = state == kernel.FINISHED
-    good = finished & (finish_s <= requests.deadline_s)
-    dropped = (state == kernel.DROPPED_HOPELESS) | (state == kernel.DROPPED_DISPLACED)
-    outcome = np.select([good, finished, dropped], ["good", "late", "dropped"], "failed")
-    reasons = {
-        kernel.DROPPED_HOPELESS: "deadline cannot be met",
-        kernel.DROPPED_DISPLACED: "gave way to a full batch",
-        kernel.FAILED_UNROUTED: "no route",
-    }
+    if trace.arrival_s[-1] < settings.warmup_s or (settings.until_s or math.inf) < trace.arrival_s[0]:
+        raise InvalidInput.of("a request between warm-up and end of the run", where="trace", found="none")
+    if settings.latency == "profile" and not profiled:
+        raise InvalidInput.of("cluster and profiles with latency 'profile'", where="evaluate", found="none")
+    if timeline_s is not None and not (math.isfinite(timeline_s) and timeline_s > trace.duration_s / _MOST_BINS):
+        expected = f"a width above 0 seconds with at most {_MOST_BINS} bins over the trace"
+        raise InvalidInput.of(expected, where="evaluate", field="timeline_s", found=timeline_s)
+
+
+def _log(run: Run, plan: Plan, services: Services, trace: RequestTrace) -> RequestLog:
     entries = [(group.id, entry) for group in plan.groups for entry in group.loadout]
-    accuracy = [services.service(entry.service).accuracy_of(entry.variant) for _, entry in entries]
-    # The last label stands for "no replica": index -1.
-    frame = pd.DataFrame(
-        {
-            "service": trace.frame["service"].to_numpy(),
-            "scheduled_s": requests.arrival_s,
-            "latency_s": np.where(finished, finish_s - requests.arrival_s, np.nan),
-            "outcome": outcome,
-            "reason": [reasons.get(int(code)) for code in state],
-            "group": np.array([group for group, _ in entries] + [None], dtype=object)[replica_of],
-            "variant": np.array([entry.variant for _, entry in entries] + [None], dtype=object)[replica_of],
-            "batch_size": np.where(finished, batch, np.nan),
-            "accuracy": np.where(finished, np.array([*accuracy, np.nan])[replica_of], np.nan),
-        }
+    world = run.world
+    return RequestLog(
+        arrivals=run.arrivals,
+        offered=run.offered(),
+        names=trace.services,
+        end_s=world.array("log_end_s"),
+        code=world.array("log_code"),
+        replica=world.array("log_replica"),
+        batch=world.array("log_batch"),
+        groups=tuple(group for group, _ in entries),
+        variants=tuple(entry.variant for _, entry in entries),
+        accuracy=tuple(services.service(entry.service).accuracy_of(entry.variant) for _, entry in entries),
     )
-    wall_s = max(trace.duration_s, float(np.max(finish_s)), _SHORTEST_RUN_S)
-    utilisation = {
-        group.id: float(busy_s[position, : group.pp].max() / wall_s) for position, group in enumerate(plan.groups)
-    }
-    summary = summarise(
-        frame,
-        wall_s=wall_s,
-        gpus=plan.gpus_used,
-        services=[service.name for service in services.services],
-        utilisation=utilisation,
-    )
-    return Evaluation(summary=summary, requests=frame)

@@ -12,8 +12,10 @@ group          id of the GPU group that served it; missing where it was not serv
 =============  ========================================================================================
 
 A request is *finished* when it was answered, in time (good) or not (late). Percentiles are over finished requests, by
-nearest rank: the p-th percentile of n values is the one of rank ceil(p/100 * n). Where nothing finished there is no
-percentile, mean batch or accuracy, and where nothing was offered there is no attainment: those fields are None.
+nearest rank: the p-th percentile of n values is the one of rank ceil(p/100 * n). They are given only where the sample
+supports them, that is where at least one value lies beyond: the 99th from 100 values on, the 95th from 20, the median
+from 2. Where nothing finished there is no mean batch or accuracy, and where nothing was offered there is no attainment:
+those fields are None.
 """
 
 from __future__ import annotations
@@ -38,6 +40,8 @@ __all__ = [
     "ServiceSummary",
     "nearest_rank",
     "summarise",
+    "supported_percentile",
+    "supported_rank",
 ]
 
 OUTCOMES = ("good", "late", "dropped", "failed", "in_flight")
@@ -49,7 +53,7 @@ COLUMNS = ("service", "outcome", "latency_s", "batch_size", "accuracy", "group")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LatencySummary:
-    """Percentiles of the latency of finished requests, seconds; None where none finished."""
+    """Percentiles of the latency of finished requests, seconds; None where the sample does not support them."""
 
     p50: float | None
     p95: float | None
@@ -207,11 +211,29 @@ def nearest_rank(sorted_values: NDArray[np.float64], percent: float) -> float | 
         sorted_values: Shape (value,), rising.
         percent: In (0, 100].
     """
-    if not len(sorted_values):
-        return None
+    return float(sorted_values[_rank(len(sorted_values), percent) - 1]) if len(sorted_values) else None
+
+
+def supported_rank(count: int, percent: float) -> int | None:
+    """Return the rank, from 1, of the ``percent``-th percentile of ``count`` values; None when no value is beyond it."""
+    rank = _rank(count, percent)
+    return rank if rank < count else None
+
+
+def supported_percentile(sorted_values: NDArray[np.float64], percent: float) -> float | None:
+    """Return the ``percent``-th percentile by nearest rank; None when no value lies beyond it.
+
+    Args:
+        sorted_values: Shape (value,), rising.
+        percent: In (0, 100].
+    """
+    rank = supported_rank(len(sorted_values), percent)
+    return None if rank is None else float(sorted_values[rank - 1])
+
+
+def _rank(count: int, percent: float) -> int:
     # The tolerance keeps 95 % of 20 at rank 19: the product may come out as 19.000000000000004.
-    rank = max(1, math.ceil(percent * len(sorted_values) / 100 - 1e-9))
-    return float(sorted_values[rank - 1])
+    return max(1, math.ceil(percent * count / 100 - 1e-9))
 
 
 def _check(requests: pd.DataFrame, wall_s: float, services: Sequence[str]) -> None:
@@ -249,7 +271,9 @@ def _summarise_service(name: str, rows: pd.DataFrame) -> ServiceSummary:
         service=name,
         offered=len(rows),
         latency_s=LatencySummary(
-            p50=nearest_rank(latency_s, 50), p95=nearest_rank(latency_s, 95), p99=nearest_rank(latency_s, 99)
+            p50=supported_percentile(latency_s, 50),
+            p95=supported_percentile(latency_s, 95),
+            p99=supported_percentile(latency_s, 99),
         ),
         mean_batch=len(batch_size) / float(np.sum(1 / batch_size)) if len(batch_size) else None,
         accuracy=float(accuracy.mean()) if len(accuracy) else None,

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from plans.errors import InvalidInput
-from traces.outcomes import COLUMNS, OUTCOMES, ServiceSummary, nearest_rank, summarise
+from traces.outcomes import COLUMNS, OUTCOMES, ServiceSummary, nearest_rank, summarise, supported_percentile
 from traces.outcomes import LatencySummary as Latency
 
 SERVICES = ("chat", "detect")
@@ -85,6 +85,23 @@ def test_nearest_rank_of_twenty_values(percent: float, rank: int) -> None:
     assert nearest_rank(np.arange(1.0, 21.0), percent) == rank
 
 
+@pytest.mark.parametrize(("percent", "least"), [(50, 2), (95, 20), (99, 100)])
+def test_a_percentile_is_given_only_where_a_value_lies_beyond_it(percent: float, least: int) -> None:
+    values = np.arange(1.0, least + 1)
+    assert supported_percentile(values[:-1], percent) is None
+    found = supported_percentile(values, percent)
+    assert found is not None
+    assert found < values[-1]
+    assert found == nearest_rank(values, percent)
+
+
+def test_no_percentile_is_that_of_the_largest_value() -> None:
+    rows = [("chat", "good", float(n), 1, 1.0, "g") for n in range(1, 100)]
+    assert summarise(frame(*rows), wall_s=1, gpus=1, services=["chat"]).services[0].latency_s == Latency(
+        p50=50.0, p95=95.0, p99=None
+    )
+
+
 def test_a_batch_counts_once_however_many_requests_it_served() -> None:
     rows = [("chat", "good", 0.1, 4, 1.0, "g")] * 4 + [("chat", "good", 0.1, 1, 1.0, "g")]
     assert summarise(frame(*rows), wall_s=1, gpus=1, services=["chat"]).services[0].mean_batch == pytest.approx(2.5)
@@ -122,7 +139,7 @@ def test_json_has_the_documented_shape() -> None:
                 "dropped": 1,
                 "failed": 0,
                 "attainment": 0.5,
-                "latency_s": {"p50": 0.1, "p95": 0.1, "p99": 0.1},
+                "latency_s": {"p50": None, "p95": None, "p99": None},
                 "mean_batch": 2.0,
                 "accuracy": 0.9,
             }
