@@ -29,10 +29,11 @@ def assemble(
     running = problem.current
     left_out = unserved(space, placement)
     predicted = predict(space, placement)
+    offered = dict(zip(space.names, space.offered_rps, strict=True))
     notes = [*warnings, *_warnings(space, placement)]
     notes += [
-        f"{each.service}: {each.rate_rps:.4g} of {space.offered_rps[space.names.index(each.service)]:.4g} rps "
-        f"are not served ({each.reason}): {each.detail}"
+        f"{each.service}: {each.rate_rps:.4g} of {offered[each.service]:.4g} rps are not served ({each.reason}): "
+        f"{each.detail}"
         for each in left_out
     ]
     return Plan(
@@ -84,8 +85,14 @@ def _prior(running: Plan | None) -> Prior | None:
 
 def _groups(space: PlanningSpace, placement: Placement) -> tuple[Group, ...]:
     loadouts: dict[int, list[LoadoutEntry]] = {}
+    position_of = {name: index for index, name in enumerate(space.names)}
+    idle: dict[int, LoadoutEntry] = {}
     for placed in placement:
-        loadouts.setdefault(placed.group, []).append(_entry(space, placed))
+        if placed.option not in idle:
+            idle[placed.option] = _idle_entry(space, placed.option)
+        # Checked once per option: the rate is the one thing that differs, and checking every entry takes longest.
+        entry = idle[placed.option].model_copy(update={"rate_rps": _rate_rps(space, placed)})
+        loadouts.setdefault(placed.group, []).append(entry)
     return tuple(
         Group(
             id=space.groups[position].id,
@@ -93,20 +100,21 @@ def _groups(space: PlanningSpace, placement: Placement) -> tuple[Group, ...]:
             gpus=space.groups[position].gpus,
             tp=space.groups[position].tp,
             pp=space.groups[position].pp,
-            loadout=tuple(sorted(entries, key=lambda entry: space.names.index(entry.service))),
+            loadout=tuple(sorted(entries, key=lambda entry: position_of[entry.service])),
         )
         for position, entries in loadouts.items()
     )
 
 
-def _entry(space: PlanningSpace, placed: Placed) -> LoadoutEntry:
-    option = space.options[placed.option]
+def _idle_entry(space: PlanningSpace, position: int) -> LoadoutEntry:
+    """Return the entry of an option (by position) that is given no rate."""
+    option = space.options[position]
     return LoadoutEntry(
         service=option.service,
         variant=option.variant,
         max_batch=option.batch,
         multi_frame=option.multi_frame,
-        rate_rps=_rate_rps(space, placed),
+        rate_rps=0.0,
         memory_bytes=tuple(size for size in option.memory_bytes for _ in range(option.tp)),
         weight_bytes=option.weight_bytes,
         load_s=option.load_s,

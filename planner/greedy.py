@@ -10,7 +10,7 @@ import numpy as np
 from planner.board import NEGLIGIBLE, Board
 from planner.space import Placement, PlanningSpace
 
-__all__ = ["Target", "greedy", "pack", "running"]
+__all__ = ["Target", "add_minimum", "greedy", "pack", "running"]
 
 Target = tuple[int, int, float, int]
 """(class, option, compute share over the class, least number of replicas)."""
@@ -25,7 +25,7 @@ def greedy(space: PlanningSpace) -> Placement | None:
     """
     for smallest_first in (False, True):
         board = Board(space)
-        if _minimum(board, smallest_first=smallest_first):
+        if add_minimum(board, smallest_first=smallest_first):
             fill(board)
             return board.placement()
     return None
@@ -47,7 +47,7 @@ def pack(space: PlanningSpace, targets: Sequence[Target], order: Order) -> Place
         )
         for _ in range(max(0, missing)):
             _place_best(board, option, float(space.requirements.least_share[option]))
-    if not _minimum(board, smallest_first=True):
+    if not add_minimum(board, smallest_first=True):
         return None
     fill(board)
     return board.placement()
@@ -109,7 +109,7 @@ def _place_best(board: Board, option: int, wanted: float) -> bool:
     return True
 
 
-def _minimum(board: Board, *, smallest_first: bool) -> bool:
+def add_minimum(board: Board, *, smallest_first: bool = True) -> bool:
     """Place replicas until every service has its minimum; False when one finds no place."""
     space = board.space
     density = _density(space)

@@ -24,7 +24,7 @@ from planner.neighbourhood import neighbourhoods
 from planner.objective import ACCURACY, GOODPUT, Kept, Objective, gap_of, tiers, with_kept
 from planner.space import Placed, Placement, PlanningSpace
 
-__all__ = ["Exhausted", "Outcome", "Search", "TierOutcome", "Unsatisfiable"]
+__all__ = ["Exhausted", "Outcome", "Search", "Tier", "TierOutcome", "Unsatisfiable"]
 
 _LARGEST_EXACT_MODEL = 40_000
 """Pairs of group and option up to which the exact model is worth building."""
@@ -108,9 +108,15 @@ class Search:
         self._ends_at_s = ends_at_s
         self._solver: Solver = solver(self._settings.backend)
         self._local_solver = local_solver(self._settings.backend)
-        self._over_classes = Formulation(space, space.classes)
+        self._classes_model: Formulation | None = None
         self._exact: Formulation | None = None
         self._used_options: frozenset[int] = frozenset()
+
+    @property
+    def _over_classes(self) -> Formulation:
+        if self._classes_model is None:
+            self._classes_model = Formulation(self._space, self._space.classes)
+        return self._classes_model
 
     def run(self) -> Outcome | Unsatisfiable | Exhausted:
         """Solve every objective in turn."""
@@ -118,7 +124,7 @@ class Search:
         kept: tuple[Kept, ...] = ()
         outcomes: list[TierOutcome] = []
         for position, objective in enumerate(tiers(self._space)):
-            tier = _Tier(
+            tier = Tier(
                 objective=objective,
                 kept=kept,
                 best=best,
@@ -201,7 +207,7 @@ class Search:
         now = self._clock()
         return now + max(0.0, self._ends_at_s - now) * _TIER_SHARE[min(position, len(_TIER_SHARE) - 1)]
 
-    def _solve_tier(self, tier: _Tier) -> bool:
+    def _solve_tier(self, tier: Tier) -> bool:
         """Improve ``tier`` until its gap is closed, nothing helps or time is over; True when proven infeasible."""
         if tier.best is not None:
             self._offer(tier, self.best_rates(_pairs(tier.best), tier.objective, tier.kept))
@@ -223,7 +229,7 @@ class Search:
                 return False
         return self._solve_groups(tier, None, proves=True)
 
-    def _search_neighbourhoods(self, tier: _Tier) -> None:
+    def _search_neighbourhoods(self, tier: Tier) -> None:
         """Free a few groups at a time and solve them exactly, until nothing was gained for some rounds."""
         generator = np.random.default_rng(self._settings.seed)
         target = _LATER_GAP if tier.kept else 0.0
@@ -242,7 +248,7 @@ class Search:
             rounds += 1
             stalled = stalled + 1 if tier.best is best else 0
 
-    def _solve_neighbourhood(self, tier: _Tier, free: list[tuple[int, int]], stays: list[tuple[int, int]]) -> None:
+    def _solve_neighbourhood(self, tier: Tier, free: list[tuple[int, int]], stays: list[tuple[int, int]]) -> None:
         places = sorted({group for group, _ in (*free, *stays)})
         position = {group: index for index, group in enumerate(places)}
         pairs = sorted((position[group], option) for group, option in (*free, *stays))
@@ -270,13 +276,13 @@ class Search:
         used = self._used_options | {placed.option for placed in placement}
         return [frozenset(used & set(group.options)) for group in self._space.groups]
 
-    def _closed(self, tier: _Tier, gap: float = 0.0) -> bool:
+    def _closed(self, tier: Tier, gap: float = 0.0) -> bool:
         if tier.best is None:
             return False
         value = tier.objective.value(self._space, tier.best)
         return gap_of(value, tier.bound_for(value)) <= max(self._settings.gap, gap, 1e-7)
 
-    def _solve_classes(self, tier: _Tier) -> list[Target] | None:
+    def _solve_classes(self, tier: Tier) -> list[Target] | None:
         """Bound ``tier`` over classes; return what to pack, or None when even this relaxation is infeasible."""
         over = self._over_classes
         model = with_kept(over, tier.objective, tier.kept)
@@ -291,7 +297,7 @@ class Search:
         tier.tighten(answer.bound)
         return _targets(over, answer.values)
 
-    def _pack(self, tier: _Tier, targets: list[Target]) -> None:
+    def _pack(self, tier: Tier, targets: list[Target]) -> None:
         for order in ("memory", "share", "density"):
             placement = pack(self._space, targets, order)
             if placement is not None:
@@ -299,7 +305,7 @@ class Search:
             if self._closed(tier):
                 return
 
-    def _promising(self, tier: _Tier, targets: list[Target]) -> list[tuple[int, int]]:
+    def _promising(self, tier: Tier, targets: list[Target]) -> list[tuple[int, int]]:
         """Return the (group, option) pairs of the exact model that the stages before found worth using."""
         pairs = {(placed.group, placed.option) for placed in tier.best or ()}
         by_class: dict[int, set[int]] = {place: set() for place in range(len(self._space.classes))}
@@ -312,7 +318,7 @@ class Search:
             pairs.update((group, option) for group in self._space.classes[place].members for option in options)
         return sorted(pairs)
 
-    def _solve_groups(self, tier: _Tier, pairs: list[tuple[int, int]] | None, *, proves: bool) -> bool:
+    def _solve_groups(self, tier: Tier, pairs: list[tuple[int, int]] | None, *, proves: bool) -> bool:
         """Solve the model over single groups; True when it proves infeasibility."""
         if pairs is None:
             if self._exact is None:
@@ -347,7 +353,7 @@ class Search:
             renamed.update(zip(used, members, strict=False))
         return tuple(sorted(Placed(renamed.get(each.group, each.group), each.option, each.share) for each in placement))
 
-    def _offer(self, tier: _Tier, placement: Placement | None) -> None:
+    def _offer(self, tier: Tier, placement: Placement | None) -> None:
         """Take ``placement`` when it keeps the earlier objectives and is better in this one."""
         if placement is None:
             return
@@ -360,7 +366,7 @@ class Search:
 
 
 @dataclass(slots=True, kw_only=True)
-class _Tier:
+class Tier:
     """State of one objective while it is solved."""
 
     objective: Objective

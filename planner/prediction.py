@@ -33,9 +33,13 @@ class _Share:
 def predict(space: PlanningSpace, placement: Placement) -> tuple[Prediction, ...]:
     """Return one prediction per service, in the order of the services document."""
     shares: dict[int, list[_Share]] = {}
+    known: dict[tuple[tuple[int, float], ...], list[_Share]] = {}
     for _, members in groupby(sorted(placement), key=lambda placed: placed.group):
         serving = [placed for placed in members if placed.share > 0]
-        for placed, share in zip(serving, _of_group(space, serving), strict=True):
+        key = tuple((placed.option, placed.share) for placed in serving)
+        if key not in known:
+            known[key] = _of_group(space, serving)
+        for placed, share in zip(serving, known[key], strict=True):
             shares.setdefault(int(space.service_of[placed.option]), []).append(share)
     offered = space.offered_rps
     return tuple(_of_service(name, offered, shares.get(index, []), index) for index, name in enumerate(space.names))

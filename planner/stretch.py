@@ -16,42 +16,49 @@ def stretch_batches(space: PlanningSpace, placement: Placement) -> Placement:
     them when they come together. Models see rates only and are content with the smallest batch that sustains them.
     Rates stay; an option is taken only when it sustains at least as much as the one that it replaces.
     """
+    larger = _larger(space)
     stretched: list[Placed] = []
-    for _, members in groupby(sorted(placement), key=lambda placed: placed.group):
-        group = list(members)
-        for position in range(len(group)):
-            group[position] = _stretched(space, group, position)
-        stretched.extend(group)
+    known: dict[tuple[int, ...], tuple[int, ...]] = {}
+    for group, members in groupby(sorted(placement), key=lambda placed: placed.group):
+        before = list(members)
+        options = tuple(placed.option for placed in before)
+        if options not in known:
+            known[options] = _stretched(space, larger, options)
+        for placed, option in zip(before, known[options], strict=True):
+            share = placed.share * space.sustained_rps[placed.option] / space.sustained_rps[option]
+            stretched.append(Placed(group, option, float(share)))
     return tuple(sorted(stretched))
 
 
-def _stretched(space: PlanningSpace, group: list[Placed], position: int) -> Placed:
-    """Return one member of a group at its largest batch, given the other members as they are."""
-    placed = group[position]
-    neighbours = [other.option for index, other in enumerate(group) if index != position]
-    memory_left = 1.0 - space.memory[neighbours].sum(axis=0)
-    now = space.options[placed.option]
-    fitting = [
-        option
-        for option in space.groups[placed.group].options
-        if space.options[option].batch >= now.batch
-        and _same_replica(space, option, placed.option)
-        and space.sustained_rps[option] >= space.sustained_rps[placed.option]
-        and (space.memory[option] <= memory_left + 1e-9).all()
-        and not space.conflicts([option], neighbours).any()
-    ]
-    largest = max(fitting, key=lambda option: space.options[option].batch, default=placed.option)
-    share = placed.share * space.sustained_rps[placed.option] / space.sustained_rps[largest]
-    return Placed(placed.group, largest, float(share))
+def _stretched(
+    space: PlanningSpace, larger: dict[tuple[object, ...], list[int]], options: tuple[int, ...]
+) -> tuple[int, ...]:
+    """Return the options of one group, each at its largest batch given the others as they are by then."""
+    chosen = list(options)
+    for position, option in enumerate(chosen):
+        neighbours = [other for index, other in enumerate(chosen) if index != position]
+        memory_left = 1.0 - space.memory[neighbours].sum(axis=0)
+        fitting = [
+            other
+            for other in larger[_replica(space, option)]
+            if space.options[other].batch >= space.options[option].batch
+            and space.sustained_rps[other] >= space.sustained_rps[option]
+            and (space.memory[other] <= memory_left + 1e-9).all()
+            and not space.conflicts([other], neighbours).any()
+        ]
+        chosen[position] = max(fitting, key=lambda other: space.options[other].batch, default=option)
+    return tuple(chosen)
 
 
-def _same_replica(space: PlanningSpace, option: int, other: int) -> bool:
-    """Whether two options run the same variant for the same service in the same way."""
-    one, two = space.options[option], space.options[other]
-    return (one.service, one.variant, one.tp, one.pp, one.multi_frame) == (
-        two.service,
-        two.variant,
-        two.tp,
-        two.pp,
-        two.multi_frame,
-    )
+def _replica(space: PlanningSpace, option: int) -> tuple[object, ...]:
+    """Return what options that run the same variant for the same service in the same way have in common."""
+    one = space.options[option]
+    return (one.service, one.variant, one.gpu_type, one.tp, one.pp, one.multi_frame)
+
+
+def _larger(space: PlanningSpace) -> dict[tuple[object, ...], list[int]]:
+    """Return the options of each kind of replica."""
+    found: dict[tuple[object, ...], list[int]] = {}
+    for option in range(len(space.options)):
+        found.setdefault(_replica(space, option), []).append(option)
+    return found

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
 from planner.board import NEGLIGIBLE, Board
 from planner.option import Rejection
@@ -32,37 +33,61 @@ class Binding:
 def unserved(space: PlanningSpace, placement: Placement) -> tuple[Unserved, ...]:
     """Return what ``placement`` leaves out, and why, in the order of the services."""
     missing = space.offered_rps - space.served_rps(placement)
+    standing = _Standing(space, placement)
     found = []
     for service, name in enumerate(space.names):
         if missing[service] > max(_SERVED_RATIO * space.offered_rps[service], 1e-9):
-            why = binding(space, placement, service)
+            why = _binding(standing, service)
             found.append(Unserved(service=name, rate_rps=float(missing[service]), reason=why.reason, detail=why.detail))
     return tuple(found)
 
 
 def binding(space: PlanningSpace, placement: Placement, service: int) -> Binding:
     """Return what keeps ``service`` (by position) from being served more."""
-    options = [int(option) for option in np.flatnonzero(space.service_of == service)]
+    return _binding(_Standing(space, placement), service)
+
+
+class _Standing:
+    """What stands, laid out once for all services that are asked about."""
+
+    def __init__(self, space: PlanningSpace, placement: Placement) -> None:
+        self.space = space
+        self.board = _board(space, placement)
+        self.gpus = np.zeros(len(space.names))
+        for placed in placement:
+            self.gpus[space.service_of[placed.option]] += len(space.groups[placed.group].gpus)
+        order = np.argsort(space.service_of, kind="stable")
+        cuts = np.searchsorted(space.service_of[order], np.arange(1, len(space.names)))
+        self.options = [each.tolist() for each in np.split(order, cuts)]
+        self.in_class = [np.unique(space.service_of[list(each.options)]) for each in space.classes]
+
+    def homes(self, service: int) -> NDArray[np.bool_]:
+        """Return the groups that some option of a service could run on, shape (group,)."""
+        allowed = np.zeros(len(self.space.groups), dtype=bool)
+        for each, services in zip(self.space.classes, self.in_class, strict=True):
+            if service in services:
+                allowed[list(each.members)] = True
+        return allowed
+
+
+def _binding(standing: _Standing, service: int) -> Binding:
+    space, options = standing.space, standing.options[service]
     if not options:
         return _no_option(space, space.names[service])
-    homes = [group for group in space.groups if any(option in group.options for option in options)]
-    if not homes:
+    homes = standing.homes(service)
+    if not homes.any():
         return Binding(reason="budget", detail="pin and forbid leave no group of GPUs that its options can run on")
-    board = _board(space, placement)
     smallest = min(space.options[option].gpus for option in options)
-    used = sum(
-        len(space.groups[placed.group].gpus) for placed in placement if space.service_of[placed.option] == service
-    )
+    used = int(standing.gpus[service])
     limit = space.max_gpus[service]
     if used + smallest > limit:
         detail = f"runs on {used} of at most {limit:.0f} GPUs (max_gpus); its smallest option needs {smallest} more"
         return Binding(reason="budget", detail=detail)
-    return _crowded_out(space, board, options)
+    return _crowded_out(space, standing.board, options, homes)
 
 
-def _crowded_out(space: PlanningSpace, board: Board, options: list[int]) -> Binding:
+def _crowded_out(space: PlanningSpace, board: Board, options: list[int], allowed: NDArray[np.bool_]) -> Binding:
     """Say what is in the way on the groups that still have compute to spare."""
-    allowed = np.array([bool(set(options) & set(group.options)) for group in space.groups])
     spare = np.flatnonzero(allowed & (board.compute_left > 100 * NEGLIGIBLE) & board.open_groups())
     least = min(options, key=lambda option: (space.memory[option].max(), option))
     if not len(spare):

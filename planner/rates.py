@@ -1,0 +1,82 @@
+"""The best rates for given loadouts, where groups with one loadout are alike: a linear program of their number's size."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from planner.linear import Floats, Integers
+from planner.linking import Linking
+from planner.program import LinearProgram
+from planner.space import PlanningSpace
+
+__all__ = ["Loadout", "best_shares"]
+
+Loadout = tuple[int, tuple[int, ...]]
+"""(class, pairs of the linking rows, rising)."""
+
+
+def best_shares(
+    space: PlanningSpace, linking: Linking, counts: Mapping[Loadout, int], time_limit_s: float
+) -> tuple[dict[Loadout, Floats], float] | None:
+    """Return the compute shares of each loadout that are best for the objective of ``linking``, and its value.
+
+    With the loadouts fixed, groups of one loadout may share alike: the program is convex. None when the rows cannot
+    be satisfied, or not in time.
+    """
+    loadouts = sorted(counts)
+    lengths = [len(pairs) for _, pairs in loadouts]
+    pairs: Integers = np.array([pair for _, mine in loadouts for pair in mine], dtype=np.int64)
+    owner = np.repeat(np.arange(len(loadouts)), lengths)
+    count = np.array([float(counts[each]) for each in loadouts])
+    options = linking.pair_option[pairs]
+    statics, rows = len(linking.static_lower), len(linking.rows)
+
+    constant = np.zeros(rows)
+    value = 0.0
+    for number, (place, _) in zip(count, loadouts, strict=True):
+        objective, touched, amounts = linking.use[place]
+        value += number * objective
+        constant[touched] += number * amounts
+    lengths_of = linking.first[pairs + 1] - linking.first[pairs]
+    starts = (
+        np.repeat(linking.first[pairs] - np.concatenate([[0], np.cumsum(lengths_of)[:-1]]), lengths_of)
+        if len(pairs)
+        else np.zeros(0, dtype=np.int64)
+    )
+    at = (starts + np.arange(len(starts))).astype(np.int64)
+    column = np.repeat(np.arange(len(pairs)), lengths_of)
+    row, run, share = linking.entry_row[at], linking.entry_run[at], linking.entry_share[at]
+    times = count[owner[column]] if len(pairs) else np.zeros(0)
+    inside = row >= 0
+    np.add.at(constant, row[inside], (run * times)[inside])
+    value += float((run * times)[~inside].sum())
+    objective = np.concatenate([linking.static_objective, np.zeros(len(pairs))])
+    np.add.at(objective, statics + column[~inside], share[~inside])
+    scale = np.zeros(rows)
+    cap = space.share_cap[options] if len(pairs) else np.zeros(0)
+    least = space.requirements.least_share[options] if len(pairs) else np.zeros(0)
+    np.maximum.at(scale, row[inside], np.abs(share[inside]) * np.maximum(cap[column[inside]], 1e-9))
+    empty = scale <= 0
+    np.maximum.at(scale, linking.static_row, np.abs(linking.static_value) * empty[linking.static_row])
+    scale[scale <= 0] = 1.0
+    ends = np.where(np.isfinite(linking.static_upper), linking.static_upper, 0.0)
+    program = LinearProgram(
+        np.concatenate([linking.lower - constant, np.full(len(loadouts), -np.inf)]),
+        np.concatenate([linking.upper - constant, count]),
+        np.concatenate([linking.static_lower, least * count[owner]]),
+        np.concatenate([linking.static_upper, np.maximum(cap, least) * count[owner]]),
+        objective,
+        np.concatenate([linking.static_row, row[inside], rows + owner]),
+        np.concatenate([linking.static_of, statics + column[inside], statics + np.arange(len(pairs))]),
+        np.concatenate([linking.static_value, share[inside], np.ones(len(pairs))]),
+        row_scale=np.concatenate([scale, np.maximum(count, 1.0)]),
+        objective_scale=max(float(np.sum(np.abs(linking.static_objective) * ends)), 1e-9),
+    )
+    found = program.solve(time_limit_s)
+    if found is None:
+        return None
+    shares = np.clip(found.values[statics:] / count[owner], 0.0, 1.0) if len(pairs) else np.zeros(0)
+    cuts = np.cumsum(lengths)[:-1]
+    return dict(zip(loadouts, np.split(shares, cuts), strict=True)), value + found.objective
