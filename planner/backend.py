@@ -80,15 +80,19 @@ class Solver(Protocol):
         ...
 
 
-def solver(name: Backend) -> Solver:
-    """Return the solver called ``name``; its library is imported only now."""
+def solver(name: Backend, *, presolve: bool = True) -> Solver:
+    """Return the solver called ``name``; its library is imported only now.
+
+    Without ``presolve`` HiGHS does not reduce the model first: with rows that hold the least or the greatest of many
+    sums, its presolve (OR-Tools 9.15) made it prove optima that were none (tests/planner/test_quota.py).
+    """
     if name == "cbc":
         from planner.pulp_backend import CbcSolver
 
         return CbcSolver()
     from planner.mathopt_backend import MathOptSolver
 
-    return MathOptSolver(name)
+    return MathOptSolver(name, presolve=presolve)
 
 
 def local_solver(name: Backend) -> Solver:

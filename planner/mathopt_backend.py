@@ -28,9 +28,10 @@ _OPTIMAL_GAP = 1e-6
 class MathOptSolver:
     """One of the solvers that MathOpt reaches, on one thread."""
 
-    def __init__(self, name: Literal["highs", "scip"], *, cuts: bool = True) -> None:
+    def __init__(self, name: Literal["highs", "scip"], *, cuts: bool = True, presolve: bool = True) -> None:
         self.name: Backend = name
         self._cuts = cuts
+        self._presolve = presolve
 
     def solve(self, model: LinearModel, budget: Budget, hint: Floats | None = None) -> BackendResult:
         """Solve ``model``; see `planner.backend.Solver`."""
@@ -66,6 +67,8 @@ class MathOptSolver:
             absolute_gap_tolerance=0.0,
             random_seed=budget.seed,
         )
+        if not self._presolve:
+            parameters.presolve = mathopt.Emphasis.OFF
         if not self._cuts:
             parameters.cuts = mathopt.Emphasis.OFF
         if budget.node_limit is not None:
