@@ -30,16 +30,24 @@ POOL_FULL = 1
 
 _COMPILED = (
     "access",
+    "agenda",
     "batching",
     "bundles",
+    "calls",
+    "extras",
+    "failures",
+    "generation",
+    "iterations",
     "kernel",
     "memory",
+    "ordered",
     "queues",
     "recording",
     "routing",
     "rules",
     "state",
 )
+"""Every module that compiled code may come from."""
 
 
 def _digest() -> int:

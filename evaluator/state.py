@@ -282,6 +282,7 @@ class World:
     def __init__(self, dtype: np.dtype[Any] = WORLD) -> None:
         self.record: Any = np.zeros(1, dtype)
         self._arrays: dict[str, NDArray[Any]] = {}
+        self._per_slot: dict[str, int] = {}
 
     def attach(self, name: str, array: NDArray[Any]) -> None:
         """Let the field ``name`` point to ``array``, which is kept alive (an empty one counts as none)."""
@@ -289,6 +290,11 @@ class World:
             raise ValueError(f"{name}: an array in C order")
         self._arrays[name] = array
         self.record[name] = array.ctypes.data if array.size else 0
+
+    def attach_per_slot(self, name: str, dtype: Any, width: int = 1) -> None:
+        """Let the field ``name`` point to zeros, ``width`` for each slot of the pool; they grow with it."""
+        self._per_slot[name] = width
+        self.attach(name, np.zeros(int(self["slot_count"]) * width, dtype))
 
     def array(self, name: str) -> Any:
         """Return the array that the field ``name`` points to."""
@@ -309,4 +315,10 @@ class World:
         pool["after"][old:] = np.arange(old + 1, old + slots + 1)
         pool["after"][-1] = self["free"] if old else NOWHERE
         self["free"] = old
+        self["slot_count"] = old + slots
         self.attach("pool", pool)
+        for name, width in self._per_slot.items():
+            before = self._arrays[name]
+            longer = np.zeros((old + slots) * width, before.dtype)
+            longer[: len(before)] = before
+            self.attach(name, longer)
