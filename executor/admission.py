@@ -49,13 +49,6 @@ def _group_faults(group: DesiredGroup, facts: NodeFacts) -> Iterator[Fault]:
             expected = f"a device from 0 to {facts.device_count - 1}"
             remedy = "start the agent with more devices, or correct the cluster document"
             yield Fault(field=f"{field}.gpus", found=str(gpu), expected=expected, remedy=remedy)
-    if group.tensor_parallel * group.pipeline_parallel != 1:
-        yield Fault(
-            field=field,
-            found=f"tp {group.tensor_parallel} x pp {group.pipeline_parallel}",
-            expected="tp 1 x pp 1: this runtime runs one device per group",
-            remedy="plan with profiles of tp 1 and pp 1 only",
-        )
     for replica in group.replicas:
         if replica.variant not in facts.variants:
             known = ", ".join(sorted(facts.variants))

@@ -41,6 +41,7 @@ def desired_state(plan: Plan, node: str, generation: int) -> DesiredState:
                         deadline_s=entry.deadline_s,
                         batch_latency_s=tuple(entry.batch_latency_s(batch + 1) for batch in range(entry.max_batch)),
                         memory_bytes=entry.memory_bytes,
+                        shape=(group.tp, group.pp),
                     )
                     for entry in group.loadout
                 ),

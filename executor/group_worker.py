@@ -30,6 +30,7 @@ class _Model:
     phase: ModelPhase
     max_batch: int
     memory_bytes: tuple[int, ...]
+    shape: tuple[int, int] = (1, 1)
     loaded: Loaded | None = None
     problem: str = ""
     failures: int = 0
@@ -41,7 +42,7 @@ class GroupWorker:
 
     Args:
         group: Id of the group.
-        gpus: Its devices; the worker owns the first one.
+        gpus: Its devices; the worker owns them all.
         settings: How the worker is started.
         on_lost: Called with the reason when the worker ended by itself; its models are gone then.
         clock: The time in seconds.
@@ -87,6 +88,7 @@ class GroupWorker:
                     phase=model.phase,
                     max_batch=model.max_batch,
                     memory_bytes=model.memory_bytes,
+                    shape=model.shape,
                     not_before_s=model.not_before_s,
                 )
                 for variant, model in self._models.items()
@@ -124,7 +126,7 @@ class GroupWorker:
         """
         self.phase = WorkerPhase.STARTING
         try:
-            link = spare or await WorkerLink.start(self._settings, self._gpus[0], self._lost)
+            link = spare or await WorkerLink.start(self._settings, self._gpus, self._lost)
         except (WorkerGone, WorkerRefused) as error:
             self._note_failure(str(error))
             raise
@@ -145,20 +147,23 @@ class GroupWorker:
         self._models.clear()
         self.phase = WorkerPhase.ENDED
 
-    async def load(self, variant: str, max_batch: int, memory_bytes: tuple[int, ...]) -> Loaded:
-        """Load a model, or load it again for larger batches; it goes on running meanwhile.
+    async def load(
+        self, variant: str, max_batch: int, memory_bytes: tuple[int, ...], shape: tuple[int, int] = (1, 1)
+    ) -> Loaded:
+        """Load a model, or load it again for larger batches or in another shape; it goes on running meanwhile.
 
         Raises:
             WorkerRefused: It could not be loaded; the next try is not due before a while.
             WorkerGone: The worker ended.
         """
         link = self._linked()
-        model = self._models.setdefault(variant, _Model(ModelPhase.LOADING, max_batch, memory_bytes))
-        before = model.max_batch, model.memory_bytes
-        model.phase, model.max_batch, model.memory_bytes = ModelPhase.LOADING, max_batch, memory_bytes
+        model = self._models.setdefault(variant, _Model(ModelPhase.LOADING, max_batch, memory_bytes, shape))
+        before = model.max_batch, model.memory_bytes, model.shape
+        model.phase = ModelPhase.LOADING
+        model.max_batch, model.memory_bytes, model.shape = max_batch, memory_bytes, shape
         model.problem = ""
         try:
-            loaded = await link.load(variant, max_batch)
+            loaded = await link.load(variant, max_batch, shape)
         except WorkerRefused as error:
             model.failures += 1
             model.problem = str(error)
@@ -166,7 +171,7 @@ class GroupWorker:
             model.phase = ModelPhase.FAILED
             if model.loaded is not None:
                 model.phase = ModelPhase.LOADED
-                model.max_batch, model.memory_bytes = before
+                model.max_batch, model.memory_bytes, model.shape = before
             raise
         model.phase, model.loaded, model.failures = ModelPhase.LOADED, loaded, 0
         return loaded

@@ -65,6 +65,7 @@ class ModelView:
         phase: Where it is in its life. A model that is loaded again for larger batches is LOADING, and runs meanwhile.
         max_batch: Largest batch that it is loaded, or being loaded, for.
         memory_bytes: Bytes on each GPU of the group that it is charged.
+        shape: Tensor and pipeline parallelism that it is loaded, or being loaded, with.
         not_before_s: A load that failed is not tried again before this time.
     """
 
@@ -72,6 +73,7 @@ class ModelView:
     phase: ModelPhase
     max_batch: int
     memory_bytes: tuple[int, ...]
+    shape: tuple[int, int] = (1, 1)
     not_before_s: float = 0.0
 
 
@@ -113,6 +115,7 @@ class LoadModel:
     variant: str
     max_batch: int
     memory_bytes: tuple[int, ...]
+    shape: tuple[int, int] = (1, 1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -160,6 +163,7 @@ class _Need:
     variant: str
     max_batch: int
     memory_bytes: tuple[int, ...]
+    shape: tuple[int, int]
     committed: bool
 
 
@@ -203,6 +207,7 @@ def reconcile(
                     variant=need.variant,
                     max_batch=need.max_batch,
                     memory_bytes=need.memory_bytes,
+                    shape=need.shape,
                 )
             )
     actions += _charges(needs, views, admitted)
@@ -223,9 +228,9 @@ def deferred(replicas: Sequence[Replica], groups: Sequence[GroupView], capacity_
     )
 
 
-def has_room(model: ModelView, max_batch: int, memory_bytes: Sequence[int]) -> bool:
-    """Say whether a model is loaded for batches of ``max_batch`` or more, and charged ``memory_bytes`` or more."""
-    if model.phase is not ModelPhase.LOADED or model.max_batch < max_batch:
+def has_room(model: ModelView, max_batch: int, memory_bytes: Sequence[int], shape: tuple[int, int]) -> bool:
+    """Say whether a model is loaded in ``shape`` for batches of ``max_batch`` or more, and charged enough memory."""
+    if model.phase is not ModelPhase.LOADED or model.max_batch < max_batch or model.shape != shape:
         return False
     return all(has >= size for has, size in zip(model.memory_bytes, memory_bytes, strict=True))
 
@@ -257,6 +262,7 @@ def _needs(replicas: Iterable[Replica]) -> list[_Need]:
                 variant=variant,
                 max_batch=max(replica.max_batch_needed for replica in staying),
                 memory_bytes=tuple(max(sizes) for sizes in zip(*(one.memory_bytes for one in mine), strict=True)),
+                shape=staying[-1].shape,
                 committed=any(replica.committed for replica in staying),
             )
             needs.append(need)
@@ -295,7 +301,8 @@ def _load_due(need: _Need, model: ModelView | None, admitted: set[tuple[str, str
         return True
     if model.phase is ModelPhase.FAILED:  # what is only staged is not tried again: its stage has failed
         return need.committed and now_s >= model.not_before_s
-    return model.phase is ModelPhase.LOADED and model.max_batch < need.max_batch and now_s >= model.not_before_s
+    falls_short = model.max_batch < need.max_batch or model.shape != need.shape
+    return model.phase is ModelPhase.LOADED and falls_short and now_s >= model.not_before_s
 
 
 def _charges(
@@ -306,7 +313,8 @@ def _charges(
         model = view.model(need.variant) if view else None
         if model is None or model.phase is not ModelPhase.LOADED or (need.group, need.variant) not in admitted:
             continue
-        if model.max_batch >= need.max_batch and model.memory_bytes != need.memory_bytes:
+        fits = model.max_batch >= need.max_batch and model.shape == need.shape
+        if fits and model.memory_bytes != need.memory_bytes:
             yield Charge(group=need.group, variant=need.variant, memory_bytes=need.memory_bytes)
 
 
@@ -316,7 +324,7 @@ def _adoptions(replicas: Iterable[Replica], views: Mapping[str, GroupView]) -> I
         model = view.model(replica.key.variant) if view else None
         if model is None or replica.phase not in (Phase.LOADING, Phase.FAILED):
             continue
-        if has_room(model, replica.max_batch_needed, replica.memory_bytes):
+        if has_room(model, replica.max_batch_needed, replica.memory_bytes, replica.shape):
             yield Adopt(key=replica.key)
 
 

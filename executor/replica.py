@@ -94,6 +94,11 @@ class Replica:
         return tuple(max(sizes) for sizes in zip(*(one.memory_bytes for one in self._possible), strict=True))
 
     @property
+    def shape(self) -> tuple[int, int]:
+        """Tensor and pipeline parallelism that it is to have: after the commit, where a generation is staged."""
+        return (self.staged or self.settings).shape
+
+    @property
     def _possible(self) -> tuple[DesiredReplica, ...]:
         return tuple(one for one in (self.settings, self.staged, self.earlier) if one is not None)
 

@@ -53,10 +53,10 @@ class SpareWorker:
             await asyncio.shield(self.start())
         return self._variants or ()
 
-    async def take(self, gpu: int) -> WorkerLink | None:
-        """Return the worker if it is one for the device ``gpu`` and lives; the caller owns it then."""
+    async def take(self, gpus: tuple[int, ...]) -> WorkerLink | None:
+        """Return the worker if it is one for the devices ``gpus`` and lives; the caller owns it then."""
         task = self._starting
-        if task is None or gpu != _DEVICE:
+        if task is None or gpus != (_DEVICE,):
             return None
         try:
             link = await asyncio.shield(task)
@@ -76,7 +76,7 @@ class SpareWorker:
         await self._end()
 
     async def _start(self) -> WorkerLink:
-        link = await WorkerLink.start(self._settings, _DEVICE, lambda reason: None)
+        link = await WorkerLink.start(self._settings, (_DEVICE,), lambda reason: None)
         self._variants = link.variants
         if self._timer is None:
             self._timer = asyncio.get_running_loop().call_later(_IDLE_S, self._end_unused)

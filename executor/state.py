@@ -60,6 +60,7 @@ class DesiredReplica:
         deadline_s: Seconds from arrival within which a request counts as good; used when a request carries none.
         batch_latency_s: Shape (max_batch,): seconds that a batch of b takes from start to end, in entry b - 1.
         memory_bytes: Peak bytes per GPU of the group, weights included.
+        shape: Tensor and pipeline parallelism of the group.
     """
 
     service: str
@@ -69,6 +70,7 @@ class DesiredReplica:
     deadline_s: float
     batch_latency_s: tuple[float, ...]
     memory_bytes: tuple[int, ...]
+    shape: tuple[int, int] = (1, 1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

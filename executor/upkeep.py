@@ -153,12 +153,13 @@ class Upkeep:
     def _configure(self, key: ReplicaKey) -> None:
         """Put the settings of a replica in force; a larger batch only once its model is loaded and has room for it."""
         replica, server = self.replicas[key], self.groups[key.group]
-        has_room = self._has_room(key, replica.settings.max_batch, replica.settings.memory_bytes)
+        settings = replica.settings
+        has_room = self._has_room(key, settings.max_batch, settings.memory_bytes, settings.shape)
         server.configure(key, replica.settings, limit=None if has_room else server.max_batch(key))
 
-    def _has_room(self, key: ReplicaKey, max_batch: int, memory_bytes: tuple[int, ...]) -> bool:
+    def _has_room(self, key: ReplicaKey, max_batch: int, memory_bytes: tuple[int, ...], shape: tuple[int, int]) -> bool:
         model = self.groups[key.group].worker.view().model(key.variant)
-        return model is not None and has_room(model, max_batch, memory_bytes)
+        return model is not None and has_room(model, max_batch, memory_bytes, shape)
 
     # What is.
 
@@ -212,7 +213,7 @@ class Upkeep:
         if replica.committed and replica.phase in (Phase.LOADING, Phase.FAILED):
             return True
         loaded = replica.phase in (Phase.STAGED, Phase.SERVING)
-        return loaded and self._has_room(key, replica.max_batch_needed, replica.memory_bytes)
+        return loaded and self._has_room(key, replica.max_batch_needed, replica.memory_bytes, replica.shape)
 
     def deferred(self, planned: DesiredState | None = None) -> tuple[ReplicaKey, ...]:
         """Return the replicas that do not fit beside what the devices hold now; with those of ``planned``, if given.
@@ -324,7 +325,7 @@ class Upkeep:
 
     async def _start_worker(self, group: GroupServer) -> None:
         group.worker.begin_start()
-        spare = await self.spare.take(group.gpus[0])
+        spare = await self.spare.take(group.gpus)
         try:
             variants = await group.start_worker(spare)
         except (WorkerGone, WorkerRefused) as error:
@@ -344,7 +345,7 @@ class Upkeep:
             if replica.phase is Phase.FAILED:
                 self.advance(replica.key, Event.RETRIED, replica.reason)
         try:
-            await group.worker.load(action.variant, action.max_batch, action.memory_bytes)
+            await group.worker.load(action.variant, action.max_batch, action.memory_bytes, action.shape)
         except WorkerRefused as error:
             _log.error("event=load_failed group=%s variant=%s reason=%r", action.group, action.variant, str(error))
             for replica in self._of_model(action.group, action.variant):

@@ -120,6 +120,7 @@ def desired_state_from_proto(message: pb.DesiredState) -> DesiredState:
                         deadline_s=replica.deadline_s,
                         batch_latency_s=tuple(replica.batch_latency_s),
                         memory_bytes=tuple(replica.memory_bytes),
+                        shape=(group.tensor_parallel, group.pipeline_parallel),
                     )
                     for replica in group.replicas
                 ),

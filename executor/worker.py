@@ -17,17 +17,21 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
+from numpy.typing import NDArray
+
 from executor.logs import configure_logging
-from executor.runtime.protocol import LoadedModel, Runtime, UnknownVariant
+from executor.runtime.protocol import DevicesLost, GroupRuntime, LoadedModel, PipelinedModel, UnknownVariant
 from executor.segment import SharedSegment
 from executor.worker_wire import (
     Done,
     Failed,
     FrameSplitter,
+    Freed,
     FromWorker,
     Load,
     Loaded,
@@ -58,7 +62,7 @@ class Worker:
         runtime: Loads the models.
     """
 
-    def __init__(self, connection: socket.socket, segment: SharedSegment, runtime: Runtime) -> None:
+    def __init__(self, connection: socket.socket, segment: SharedSegment, runtime: GroupRuntime) -> None:
         self._connection = connection
         self._segment = segment
         self._runtime = runtime
@@ -107,27 +111,55 @@ class Worker:
     def _run_all(self) -> None:
         while not isinstance(message := self._runs.get(), Stop):
             if isinstance(message, Run):
-                self._answer(message.call, functools.partial(self._run, message))
+                model = self._models.get(message.variant)
+                act = self._submit if isinstance(model, PipelinedModel) else self._run
+                self._answer(message.call, functools.partial(act, message))
             else:
                 self._answer(message.call, functools.partial(self._unload, message))
 
-    def _answer(self, call: int, act: Callable[[], FromWorker]) -> None:
-        """Send what ``act`` returns, or why it could not. What a model raises ends its call, not the process."""
-        answer: FromWorker
+    def _submit(self, message: Run) -> None:
+        """Start a batch in a pipeline; its `Done` follows when it is out."""
+        model = self._models[message.variant]
+        assert isinstance(model, PipelinedModel)
+        start_s = time.perf_counter()
+        outputs = model.submit({place.name: self._segment.array(place) for place in message.inputs})
+
+        def out(future: Future[dict[str, NDArray[Any]]]) -> None:
+            def done() -> Done:
+                return self._done(message, future.result(), time.perf_counter() - start_s)
+
+            self._answer(message.call, done)
+
+        # The first stage is free: said before the end is, however soon that comes.
+        self._send(Freed(call=message.call))
+        outputs.add_done_callback(out)
+
+    def _answer(self, call: int, act: Callable[[], FromWorker | None]) -> None:
+        """Send what ``act`` returns, or why it could not. What a model raises ends its call, not the process.
+
+        Only when devices of the group are lost does the process end: it is of no use without them.
+        """
+        answer: FromWorker | None
         try:
             answer = act()
         except InvalidInput as error:
             answer = Failed(call=call, problem=str(error), invalid_input=True)
+        except DevicesLost as error:
+            _log.error("event=devices_lost problem=%r action=exit", str(error))
+            logging.shutdown()
+            os._exit(1)
         except ForeplanError as error:
             answer = Failed(call=call, problem=str(error))
         except Exception as error:  # noqa: BLE001 - the edge between a model's code and this process
             _log.exception("event=call_failed call=%d", call)
             answer = Failed(call=call, problem=f"{type(error).__name__}: {error}")
-        self._send(answer)
+        if answer is not None:
+            self._send(answer)
 
     def _load(self, message: Load) -> Loaded:
-        model = self._runtime.load(message.variant, message.max_batch)
-        self._models[message.variant] = model
+        model = self._runtime.load(message.variant, message.max_batch, message.shape)
+        replaced, self._models[message.variant] = self._models.get(message.variant), model
+        _close(replaced)
         _log.info("event=loaded variant=%s max_batch=%d load_s=%.3f", message.variant, message.max_batch, model.load_s)
         return Loaded(
             call=message.call,
@@ -139,7 +171,7 @@ class Worker:
         )
 
     def _unload(self, message: Unload) -> Unloaded:
-        self._models.pop(message.variant, None)
+        _close(self._models.pop(message.variant, None))
         _log.info("event=unloaded variant=%s", message.variant)
         return Unloaded(call=message.call)
 
@@ -150,7 +182,9 @@ class Worker:
         inputs = {place.name: self._segment.array(place) for place in message.inputs}
         start_s = time.perf_counter()
         outputs = model.run(inputs)
-        run_s = time.perf_counter() - start_s
+        return self._done(message, outputs, time.perf_counter() - start_s)
+
+    def _done(self, message: Run, outputs: Mapping[str, NDArray[Any]], run_s: float) -> Done:
         places = self._segment.write_outputs(outputs, message.output_offset_bytes, message.output_capacity_bytes)
         return Done(call=message.call, outputs=places, run_s=run_s)
 
@@ -162,7 +196,14 @@ class Worker:
             _log.debug("event=agent_gone")  # the reading thread sees it as well, and ends the process
 
 
-def runtime_factory(path: str) -> Callable[..., Runtime]:
+def _close(model: LoadedModel | None) -> None:
+    """Free what a model holds beyond this process."""
+    close = getattr(model, "close", None)
+    if close is not None:
+        close()
+
+
+def runtime_factory(path: str) -> Callable[..., GroupRuntime]:
     """Return the callable that ``path`` (``module:name``) names.
 
     Raises:
@@ -175,7 +216,7 @@ def runtime_factory(path: str) -> Callable[..., Runtime]:
         raise InvalidInput.of("module:factory of a runtime", field="runtime", found=f"{path!r} ({error})") from error
     if not callable(factory):
         raise InvalidInput.of("module:factory of a runtime", field="runtime", found=repr(path))
-    made: Callable[..., Runtime] = factory
+    made: Callable[..., GroupRuntime] = factory
     return made
 
 
@@ -184,7 +225,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--socket", type=int, required=True, help="descriptor of the socket to the agent")
     parser.add_argument("--segment", type=int, required=True, help="descriptor of the shared memory")
     parser.add_argument("--runtime", required=True, help="module:factory")
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--devices", default="cpu", help="the group's devices, separated by commas")
     parser.add_argument("--dtype", default="fp32")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--model-dir", type=Path)
@@ -200,7 +241,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with socket.socket(fileno=options.socket) as connection:
         try:
             runtime = runtime_factory(options.runtime)(
-                device=options.device, dtype=options.dtype, threads=options.threads, model_dir=options.model_dir
+                devices=tuple(options.devices.split(",")),
+                dtype=options.dtype,
+                threads=options.threads,
+                model_dir=options.model_dir,
             )
         except ForeplanError as error:
             connection.sendall(encode_from_worker(Failed(call=0, problem=str(error), invalid_input=True)))

@@ -20,6 +20,7 @@ from executor.worker_wire import (
     Failed,
     FrameError,
     FrameSplitter,
+    Freed,
     FromWorker,
     Load,
     Loaded,
@@ -57,7 +58,7 @@ class WorkerSettings:
         unload_limit_s: Likewise for an unload, which waits for the batches before it.
     """
 
-    runtime: str = "executor.runtime.torch_runtime:TorchRuntime"
+    runtime: str = "executor.runtime.group_runtime:GroupRuntime"
     device: str = "cpu"
     dtype: str = "fp32"
     threads: int = 1
@@ -67,9 +68,9 @@ class WorkerSettings:
     load_limit_s: float = 600.0
     unload_limit_s: float = 60.0
 
-    def device_of(self, gpu: int) -> str:
-        """Return the runtime's name of the device with index ``gpu``."""
-        return f"cuda:{gpu}" if self.device == "cuda" else self.device
+    def devices_of(self, gpus: tuple[int, ...]) -> tuple[str, ...]:
+        """Return the runtime's names of the devices with the indices ``gpus``."""
+        return tuple(f"cuda:{gpu}" if self.device == "cuda" else self.device for gpu in gpus)
 
 
 class WorkerLink(asyncio.Protocol):
@@ -89,6 +90,7 @@ class WorkerLink(asyncio.Protocol):
         self._transport: asyncio.WriteTransport | None = None
         self._frames = FrameSplitter()
         self._calls: dict[int, asyncio.Future[FromWorker]] = {}
+        self._freed: dict[int, Callable[[], None]] = {}
         self._numbers = itertools.count(1)
         self._ready: asyncio.Future[FromWorker] = asyncio.get_running_loop().create_future()
         self._ready.add_done_callback(lambda ready: ready.cancelled() or ready.exception())  # seen, if nobody waits
@@ -97,12 +99,12 @@ class WorkerLink(asyncio.Protocol):
         self._stopping = False
 
     @classmethod
-    async def start(cls, settings: WorkerSettings, gpu: int, on_end: Callable[[str], None]) -> WorkerLink:
-        """Start a worker for the device ``gpu`` and wait until its runtime is up.
+    async def start(cls, settings: WorkerSettings, gpus: tuple[int, ...], on_end: Callable[[str], None]) -> WorkerLink:
+        """Start a worker for the devices ``gpus`` and wait until its runtime is up.
 
         Args:
             settings: How to start it.
-            gpu: Index of its device.
+            gpus: Indices of its devices.
             on_end: Called once with the reason when the process ends without having been stopped, after start-up.
 
         Raises:
@@ -110,12 +112,12 @@ class WorkerLink(asyncio.Protocol):
             WorkerGone: The process ended during its start, or could not be started at all.
         """
         try:
-            return await cls._start(settings, gpu, on_end)
+            return await cls._start(settings, gpus, on_end)
         except OSError as error:
             raise WorkerGone(f"cannot start a worker: {error.strerror or error}") from error
 
     @classmethod
-    async def _start(cls, settings: WorkerSettings, gpu: int, on_end: Callable[[str], None]) -> WorkerLink:
+    async def _start(cls, settings: WorkerSettings, gpus: tuple[int, ...], on_end: Callable[[str], None]) -> WorkerLink:
         ours, theirs = socket.socketpair()
         try:
             link = cls(SharedSegment.create(), settings, on_end)
@@ -126,7 +128,7 @@ class WorkerLink(asyncio.Protocol):
         try:
             with theirs:
                 link._process = await asyncio.create_subprocess_exec(
-                    *_command(settings, gpu, theirs.fileno(), link.segment.descriptor),
+                    *_command(settings, gpus, theirs.fileno(), link.segment.descriptor),
                     pass_fds=(theirs.fileno(), link.segment.descriptor),
                     stdin=asyncio.subprocess.DEVNULL,
                     env=_environment(),
@@ -159,14 +161,14 @@ class WorkerLink(asyncio.Protocol):
         ready = self._ready.result()
         return ready.variants if isinstance(ready, Ready) else ()
 
-    async def load(self, variant: str, max_batch: int) -> Loaded:
-        """Load a variant, in place of an older load of it.
+    async def load(self, variant: str, max_batch: int, shape: tuple[int, int] = (1, 1)) -> Loaded:
+        """Load a variant, in place of an older load of it; ``shape`` is tensor and pipeline parallelism.
 
         Raises:
             WorkerRefused: It could not be loaded.
             WorkerGone: The process ended.
         """
-        call = self._call(Load(call=next(self._numbers), variant=variant, max_batch=max_batch))
+        call = self._call(Load(call=next(self._numbers), variant=variant, max_batch=max_batch, shape=shape))
         answer = await self._within(self._settings.load_limit_s, call, f"load of {variant}")
         assert isinstance(answer, Loaded)
         return answer
@@ -182,15 +184,22 @@ class WorkerLink(asyncio.Protocol):
         assert isinstance(answer, Unloaded)
 
     def run(
-        self, variant: str, inputs: tuple[TensorPlace, ...], output_offset_bytes: int, output_capacity_bytes: int
+        self,
+        variant: str,
+        inputs: tuple[TensorPlace, ...],
+        output_offset_bytes: int,
+        output_capacity_bytes: int,
+        freed: Callable[[], None] = lambda: None,
     ) -> asyncio.Future[FromWorker]:
-        """Send one batch at once; the future holds `Done`.
+        """Send one batch at once; the future holds `Done`. In a pipeline ``freed`` is called when the next may come.
 
         It fails with `WorkerRefused` when the inputs do not fit the model or the model failed, and with `WorkerGone`.
         """
+        number = next(self._numbers)
+        self._freed[number] = freed
         return self._call(
             Run(
-                call=next(self._numbers),
+                call=number,
                 variant=variant,
                 inputs=inputs,
                 output_offset_bytes=output_offset_bytes,
@@ -267,6 +276,7 @@ class WorkerLink(asyncio.Protocol):
         self._closed.set()
         started = self._ready.done() and self._ready.exception() is None
         calls, self._calls = self._calls, {}
+        self._freed.clear()
         for call in calls.values():
             if not call.done():
                 call.set_exception(WorkerGone(reason))
@@ -293,6 +303,11 @@ class WorkerLink(asyncio.Protocol):
 
     def _answered(self, message: FromWorker) -> None:
         number = 0 if isinstance(message, Ready) else message.call
+        freed = self._freed.pop(number, None)
+        if isinstance(message, Freed):
+            if freed is not None:
+                freed()
+            return
         call = self._calls.pop(number, None)
         if call is None or call.done():
             return
@@ -302,9 +317,13 @@ class WorkerLink(asyncio.Protocol):
             call.set_result(message)
 
 
-def _command(settings: WorkerSettings, gpu: int, connection: int, segment: int) -> list[str]:
+def _command(settings: WorkerSettings, gpus: tuple[int, ...], connection: int, segment: int) -> list[str]:
     command = [sys.executable, "-P", "-m", "executor.worker", f"--socket={connection}", f"--segment={segment}"]
-    command += [f"--runtime={settings.runtime}", f"--device={settings.device_of(gpu)}", f"--dtype={settings.dtype}"]
+    command += [
+        f"--runtime={settings.runtime}",
+        f"--devices={','.join(settings.devices_of(gpus))}",
+        f"--dtype={settings.dtype}",
+    ]
     command += [f"--threads={settings.threads}", f"--log-level={settings.log_level}"]
     return command + ([f"--model-dir={settings.model_dir}"] if settings.model_dir else [])
 

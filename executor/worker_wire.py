@@ -21,6 +21,7 @@ __all__ = [
     "Failed",
     "FrameError",
     "FrameSplitter",
+    "Freed",
     "FromWorker",
     "Load",
     "Loaded",
@@ -62,11 +63,15 @@ class TensorPlace:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Load:
-    """Load ``variant`` for batches up to ``max_batch``; a variant that is loaded already is replaced."""
+    """Load ``variant`` for batches up to ``max_batch``; a variant that is loaded already is replaced.
+
+    ``shape`` is tensor and pipeline parallelism over the worker's devices.
+    """
 
     call: int
     variant: str
     max_batch: int
+    shape: tuple[int, int] = (1, 1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -123,6 +128,13 @@ class Done:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Freed:
+    """The batch of a `Run` has left the first stage: the next one may come, and its inputs are not needed any more."""
+
+    call: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Unloaded:
     """Answer to `Unload`."""
 
@@ -139,7 +151,7 @@ class Failed:
 
 
 ToWorker = Load | Unload | Run | Stop
-FromWorker = Ready | Loaded | Done | Unloaded | Failed
+FromWorker = Ready | Loaded | Done | Freed | Unloaded | Failed
 
 
 def encode_to_worker(message: ToWorker) -> bytes:
@@ -147,7 +159,13 @@ def encode_to_worker(message: ToWorker) -> bytes:
     match message:
         case Load():
             body = pb.ToWorker(
-                load=pb.ToWorker.Load(call=message.call, variant=message.variant, max_batch=message.max_batch)
+                load=pb.ToWorker.Load(
+                    call=message.call,
+                    variant=message.variant,
+                    max_batch=message.max_batch,
+                    tensor_parallel=message.shape[0],
+                    pipeline_parallel=message.shape[1],
+                )
             )
         case Unload():
             body = pb.ToWorker(unload=pb.ToWorker.Unload(call=message.call, variant=message.variant))
@@ -176,7 +194,8 @@ def decode_to_worker(body: bytes) -> ToWorker:
     match message.WhichOneof("message"):
         case "load":
             load = message.load
-            return Load(call=load.call, variant=load.variant, max_batch=load.max_batch)
+            shape = (load.tensor_parallel, load.pipeline_parallel)
+            return Load(call=load.call, variant=load.variant, max_batch=load.max_batch, shape=shape)
         case "unload":
             return Unload(call=message.unload.call, variant=message.unload.variant)
         case "run":
@@ -213,6 +232,8 @@ def encode_from_worker(message: FromWorker) -> bytes:
         case Done():
             outputs = [_place_to_proto(place) for place in message.outputs]
             body = pb.FromWorker(done=pb.FromWorker.Done(call=message.call, outputs=outputs, run_s=message.run_s))
+        case Freed():
+            body = pb.FromWorker(freed=pb.FromWorker.Freed(call=message.call))
         case Unloaded():
             body = pb.FromWorker(unloaded=pb.FromWorker.Unloaded(call=message.call))
         case Failed():
@@ -248,6 +269,8 @@ def decode_from_worker(body: bytes) -> FromWorker:
             done = message.done
             outputs = tuple(_place_from_proto(place) for place in done.outputs)
             return Done(call=done.call, outputs=outputs, run_s=done.run_s)
+        case "freed":
+            return Freed(call=message.freed.call)
         case "unloaded":
             return Unloaded(call=message.unloaded.call)
         case "failed":

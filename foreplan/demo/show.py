@@ -236,7 +236,7 @@ def _serve(
         text = f"replaying {len(load.arrivals)} requests in {duration_s:g} s"
         with out.progress(text, total=len(load.arrivals)) as step:
             options = LoadOptions(
-                seed=seed, gpus=plan.gpus_used, on_progress=lambda done, total: step.update(done, total=total)
+                seed=seed, gpus=plan.gpus_used, on_progress=lambda one: step.update(one.done, total=one.total)
             )
             result = asyncio.run(replay(load.arrivals, gateway, services, options))
     for warning in result.warnings:

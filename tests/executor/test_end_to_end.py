@@ -13,7 +13,7 @@ import pandas as pd
 import pytest
 
 from executor.controller import Applied, ApplyTimeouts, NoChanges, ProgressEvent, apply, status
-from executor.load import LoadOptions, LoadResult, replay
+from executor.load import LoadOptions, LoadProgress, LoadResult, replay
 from plans.errors import ApplyRolledBack, InvalidInput, RemoteFailure
 from plans.plan import Plan
 from plans.service import Services
@@ -61,8 +61,8 @@ class Site:
         """Replay ``count`` requests; ``at`` gives what to do as soon as so many have ended."""
         todo = dict(at or {})
 
-        def progress(done: int, _: int) -> None:
-            for due in [due for due in todo if due <= done]:
+        def progress(one: LoadProgress) -> None:
+            for due in [due for due in todo if due <= one.done]:
                 todo.pop(due)()
 
         arrivals = pd.DataFrame({"arrival_s": np.arange(count) / rate_rps, "service": "chat"})

@@ -14,7 +14,7 @@ import pytest
 from executor.control_client import GatewayClient
 from executor.gateway import GatewayConfig, running_gateway
 from executor.infer_header import group_mark, read_answer_header
-from executor.load import LoadOptions, replay
+from executor.load import LoadOptions, LoadProgress, replay
 from executor.load_requests import example_inputs
 from executor.proto import open_inference_pb2 as inference
 from executor.state import Backend, ReplicaKey, RoutingTable, ServiceRoutes, Target
@@ -169,7 +169,7 @@ class TestReplay:
         async def scenario() -> None:
             async with Bench(tmp_path) as bench:
                 seen: list[tuple[int, int]] = []
-                options = LoadOptions(on_progress=lambda done, total: seen.append((done, total)))
+                options = LoadOptions(on_progress=lambda one: seen.append((one.done, one.total)))
                 await replay(requests(5), bench.address, SERVICES, options)
                 assert seen[-1] == (5, 5)
 
@@ -300,3 +300,38 @@ class TestAnswerHeader:
     def test_bytes_that_are_no_answer_are_refused(self) -> None:
         with pytest.raises(InvalidInput, match="ModelInferResponse"):
             read_answer_header(b"\xff\xff\xff")
+
+
+class TestProcesses:
+    def test_several_processes_send_what_one_would(self, tmp_path: Path) -> None:
+        async def scenario() -> None:
+            async with Bench(tmp_path) as bench:
+                seen: list[LoadProgress] = []
+                options = LoadOptions(processes=2, on_progress=seen.append)
+                result = await replay(requests(60, gap_s=0.005), bench.address, SERVICES, options)
+                assert list(result.requests["outcome"]) == ["good"] * 60
+                assert np.allclose(result.requests["scheduled_s"], np.arange(60) * 0.005)
+                assert set(result.requests["group"]) == {"a/0"}
+                assert len(bench.agent.served) == 60
+                assert (seen[-1].done, seen[-1].good, seen[-1].latency.count) == (60, 60, 60)
+
+        run(scenario())
+
+    def test_a_gateway_that_dies_gives_every_request_an_end(self, tmp_path: Path) -> None:
+        async def scenario() -> None:
+            async with Bench(tmp_path) as bench:
+                task = asyncio.create_task(
+                    replay(requests(200, gap_s=0.005), bench.address, SERVICES, LoadOptions(processes=2))
+                )
+                while len(bench.agent.served) < 20:
+                    await asyncio.sleep(0.001)
+                await bench.stop_gateway()
+                outcomes = (await task).requests["outcome"].value_counts()
+                assert outcomes.sum() == 200
+                assert outcomes["failed"] > 0
+
+        run(scenario())
+
+    def test_no_process_is_refused(self, tmp_path: Path) -> None:
+        with pytest.raises(InvalidInput, match="--processes"):
+            run(replay(requests(1), "127.0.0.1:1", SERVICES, LoadOptions(processes=0)))

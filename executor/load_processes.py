@@ -1,0 +1,163 @@
+"""A replay by several processes: each sends every n-th request, all from one start, and their notes are put together.
+
+One Python process sends some thousand requests per second; beyond that the load client would measure itself.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import multiprocessing
+import multiprocessing.connection
+import struct
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+
+import numpy as np
+import pandas as pd
+
+from executor.control_client import channel_options
+from executor.latency_histogram import LatencyHistogram
+from executor.load_run import LoadProgress, LoadRun, Schedule
+from executor.tls import Credentials, Dialer, TlsFiles
+from plans.errors import ForeplanError, RemoteFailure
+
+__all__ = ["LoadTarget", "replay_in_processes"]
+
+_READY, _PROGRESS, _RESULT, _FAILED = b"A", b"P", b"R", b"F"
+_COUNTS = struct.Struct("<QQ")
+_START_S = 60.0
+_LEAD_S = 0.2
+"""How long after the last process is ready the run starts."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadTarget:
+    """Where to send: the gateway's ``host:port``, connections of each process, and how they are made."""
+
+    gateway: str
+    connections: int = 1
+    max_message_bytes: int = 64 * 2**20
+    tls: TlsFiles | None = None
+
+
+def replay_in_processes(
+    schedule: Schedule,
+    bodies: Sequence[bytes],
+    target: LoadTarget,
+    processes: int,
+    on_progress: Callable[[LoadProgress], None] = lambda _: None,
+) -> tuple[pd.DataFrame, float]:
+    """Send ``schedule`` from ``processes`` processes; return what `LoadRun.frame` says of all requests, and seconds.
+
+    Raises:
+        RemoteFailure: A process of the load client failed; says how.
+    """
+    context = multiprocessing.get_context("spawn")
+    children = []
+    for index in range(processes):
+        ours, theirs = context.Pipe()
+        child = context.Process(
+            target=_child, args=(schedule.part(index, processes), list(bodies), target, theirs), daemon=True
+        )
+        child.start()
+        theirs.close()
+        children.append((child, ours))
+    try:
+        start_s = _started([ours for _, ours in children])
+        parts = _collected([ours for _, ours in children], len(schedule), on_progress)
+        wall_s = time.monotonic() - start_s
+    finally:
+        for child, ours in children:
+            ours.close()
+            child.join(timeout=2.0)
+            if child.is_alive():
+                child.kill()
+                child.join()
+    whole = pd.concat([part.set_axis(np.arange(index, len(schedule), processes)) for index, part in enumerate(parts)])
+    return whole.sort_index(), wall_s
+
+
+def _started(connections: Sequence[Connection]) -> float:
+    """Wait until every process is ready, tell all when to start, and return that."""
+    for index, connection in enumerate(connections):
+        if not connection.poll(_START_S):
+            raise RemoteFailure(f"load process {index}", f"is not ready after {_START_S:g} s", retryable=True)
+        _received(connection, index)
+    start_s = time.monotonic() + _LEAD_S
+    for connection in connections:
+        connection.send_bytes(struct.pack("<d", start_s))
+    return start_s
+
+
+def _collected(
+    connections: Sequence[Connection], total: int, on_progress: Callable[[LoadProgress], None]
+) -> list[pd.DataFrame]:
+    """Pass progress on until every process has sent its result; return those."""
+    found: dict[int, pd.DataFrame] = {}
+    latest: dict[int, tuple[int, int, LatencyHistogram]] = {}
+    index_of = {id(connection): index for index, connection in enumerate(connections)}
+    waiting = list(connections)
+    while waiting:
+        for ready in multiprocessing.connection.wait(waiting):
+            assert isinstance(ready, Connection)
+            index = index_of[id(ready)]
+            kind, body = _received(ready, index)
+            if kind == _RESULT:
+                found[index] = pd.read_parquet(io.BytesIO(body))
+                waiting.remove(ready)
+                continue
+            done, good = _COUNTS.unpack_from(body)
+            counts = np.frombuffer(body, dtype=np.int64, offset=_COUNTS.size).copy()
+            latest[index] = (done, good, LatencyHistogram(counts))
+        on_progress(_sum(latest, total))
+    return [found[index] for index in range(len(connections))]
+
+
+def _sum(latest: dict[int, tuple[int, int, LatencyHistogram]], total: int) -> LoadProgress:
+    latency = LatencyHistogram()
+    for _, _, histogram in latest.values():
+        latency.merge(histogram)
+    done, good = (sum(ended) for ended in zip(*((done, good) for done, good, _ in latest.values()), strict=True))
+    return LoadProgress(done=done, total=total, good=good, latency=latency)
+
+
+def _received(connection: Connection, index: int) -> tuple[bytes, bytes]:
+    try:
+        message = connection.recv_bytes()
+    except EOFError as error:
+        raise RemoteFailure(f"load process {index}", "ended before its work was done", retryable=False) from error
+    if message[:1] == _FAILED:
+        raise RemoteFailure(f"load process {index}", message[1:].decode(), retryable=False)
+    return message[:1], message[1:]
+
+
+def _child(schedule: Schedule, bodies: list[bytes], target: LoadTarget, parent: Connection) -> None:
+    import uvloop
+
+    try:
+        uvloop.run(_replay(schedule, bodies, target, parent))
+    except ForeplanError as error:
+        parent.send_bytes(_FAILED + str(error).encode())
+
+
+async def _replay(schedule: Schedule, bodies: list[bytes], target: LoadTarget, parent: Connection) -> None:
+    def tell(progress: LoadProgress) -> None:
+        parent.send_bytes(_PROGRESS + _COUNTS.pack(progress.done, progress.good) + progress.latency.counts.tobytes())
+
+    dialer = Dialer(Credentials(target.tls) if target.tls else None)
+    options = channel_options(target.max_message_bytes)
+    channels = [dialer.open(target.gateway, options) for _ in range(target.connections)]
+    try:
+        await asyncio.gather(*(channel.channel_ready() for channel in channels))
+        parent.send_bytes(_READY)
+        (start_s,) = struct.unpack("<d", await asyncio.to_thread(parent.recv_bytes))
+        run = LoadRun(schedule, bodies, channels, tell)
+        await run.replay(start_s)
+    finally:
+        await asyncio.gather(*(channel.close(None) for channel in channels))
+    stream = io.BytesIO()
+    run.frame().to_parquet(stream, index=False)
+    parent.send_bytes(_RESULT + stream.getvalue())

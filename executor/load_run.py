@@ -1,0 +1,170 @@
+"""Sending the requests of one process at their times, and noting what came back."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import grpc
+import grpc.aio
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from executor.gateway_peer import INFERENCE
+from executor.infer_header import AnswerHeader, read_answer_header
+from executor.latency_histogram import LatencyHistogram
+from plans.errors import InvalidInput
+
+__all__ = ["LoadProgress", "LoadRun", "Schedule"]
+
+_NOTHING = AnswerHeader(batch_size=None, run_s=None, variant=None, group=None)
+_TICK_S = 0.2
+_SPIN_S = 0.0005
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Schedule:
+    """What to send when.
+
+    Attributes:
+        due_s: Shape (request,): when each is due, seconds from the start of the run, not falling.
+        deadline_s: Shape (request,): the time that each has from then.
+        body: Shape (request,): which of the bodies each sends.
+        duration_s: Length of the run, at least.
+    """
+
+    due_s: NDArray[np.float64]
+    deadline_s: NDArray[np.float64]
+    body: NDArray[np.int64]
+    duration_s: float
+
+    def __len__(self) -> int:
+        """Return the number of requests."""
+        return len(self.due_s)
+
+    def part(self, index: int, count: int) -> Schedule:
+        """Return every ``count``-th request from the one at ``index`` on."""
+        return Schedule(
+            due_s=self.due_s[index::count],
+            deadline_s=self.deadline_s[index::count],
+            body=self.body[index::count],
+            duration_s=self.duration_s,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadProgress:
+    """How far a run is: requests ended, of how many, how many of them in time, and the latencies of those answered."""
+
+    done: int
+    total: int
+    good: int
+    latency: LatencyHistogram
+
+
+class LoadRun:
+    """One process's part of a replay.
+
+    Args:
+        schedule: What to send when.
+        bodies: Serialised requests.
+        channels: To the gateway, taken in turn.
+        on_progress: Told now and then how far it is.
+    """
+
+    def __init__(
+        self,
+        schedule: Schedule,
+        bodies: Sequence[bytes],
+        channels: Sequence[grpc.aio.Channel],
+        on_progress: Callable[[LoadProgress], None] = lambda _: None,
+    ) -> None:
+        count = len(schedule)
+        self._schedule = schedule
+        self._bodies = bodies
+        self._send = [channel.unary_unary(f"/{INFERENCE}/ModelInfer", None, None) for channel in channels]
+        self._on_progress = on_progress
+        self._sent_s = np.full(count, math.nan)
+        self._ended_s = np.full(count, math.nan)
+        self._status: list[str] = [""] * count
+        self._headers: list[AnswerHeader] = [_NOTHING] * count
+        self._latency = LatencyHistogram()
+        self._done = self._good = 0
+        self._start_s = 0.0
+
+    async def replay(self, start_s: float | None = None) -> float:
+        """Send everything, wait for every end, and return the length of the run in seconds.
+
+        Args:
+            start_s: When the run starts, on the clock of ``time.monotonic``; now when left out.
+        """
+        self._start_s = time.monotonic() if start_s is None else start_s
+        ticker = asyncio.create_task(self._tick())
+        try:
+            async with asyncio.TaskGroup() as group:
+                for position, due_s in enumerate(self._schedule.due_s.tolist()):
+                    wait_s = self._start_s + due_s - time.monotonic()
+                    if wait_s > _SPIN_S:
+                        await asyncio.sleep(wait_s)
+                    elif position % 64 == 0:
+                        await asyncio.sleep(0)  # behind schedule: answers must still be read
+                    group.create_task(self._one(position))
+                await asyncio.sleep(self._start_s + self._schedule.duration_s - time.monotonic())
+        finally:
+            ticker.cancel()
+        self._on_progress(self._progress())
+        return time.monotonic() - self._start_s
+
+    def frame(self) -> pd.DataFrame:
+        """Return what became of each request, in their order.
+
+        Columns: sent_s and ended_s (seconds from the start), status (name of the gRPC status), batch_size, run_s,
+        variant and group (of the answer, missing without one).
+        """
+        return pd.DataFrame(
+            {
+                "sent_s": self._sent_s,
+                "ended_s": self._ended_s,
+                "status": self._status,
+                "batch_size": np.array([header.batch_size for header in self._headers], dtype=np.float64),
+                "run_s": np.array([header.run_s for header in self._headers], dtype=np.float64),
+                "variant": pd.Series([header.variant for header in self._headers], dtype="str"),
+                "group": pd.Series([header.group for header in self._headers], dtype="str"),
+            }
+        )
+
+    async def _one(self, position: int) -> None:
+        schedule = self._schedule
+        due_s, deadline_s = schedule.due_s[position], schedule.deadline_s[position]
+        sent_s = time.monotonic() - self._start_s
+        self._sent_s[position] = sent_s
+        send = self._send[position % len(self._send)]
+        try:
+            body = self._bodies[schedule.body[position]]
+            answer = await send(body, timeout=max(0.0, due_s + deadline_s - sent_s))
+        except grpc.aio.AioRpcError as error:
+            self._status[position] = error.code().name
+        else:
+            try:
+                self._headers[position] = read_answer_header(answer)
+                self._status[position] = "OK"
+            except InvalidInput:
+                self._status[position] = grpc.StatusCode.INTERNAL.name  # what a client makes of a broken answer
+        ended_s = time.monotonic() - self._start_s
+        self._ended_s[position] = ended_s
+        self._done += 1
+        if self._status[position] == "OK":
+            self._latency.add(ended_s - due_s)
+            self._good += ended_s - due_s <= deadline_s
+
+    def _progress(self) -> LoadProgress:
+        return LoadProgress(done=self._done, total=len(self._schedule), good=self._good, latency=self._latency)
+
+    async def _tick(self) -> None:
+        while True:
+            self._on_progress(self._progress())
+            await asyncio.sleep(_TICK_S)

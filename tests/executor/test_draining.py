@@ -1,0 +1,65 @@
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import pytest
+
+from executor.controller import apply
+from executor.draining import set_drained, sole_services
+from executor.gateway import GatewayConfig, running_gateway
+from executor.state import AgentState, Phase, ReplicaKey, ReplicaState
+from plans.cluster import Cluster
+from plans.errors import InvalidInput
+from tests.executor.fake_agent import FakeAgent
+from tests.executor.placements import placement
+from tests.executor.test_gateway import Door
+
+PLAN = placement({"a/0": {"chat": "v", "alone": "v"}, "b/0": {"chat": "v"}})
+
+
+def test_a_drained_node_gets_no_requests_until_it_is_taken_back(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        a, b = [await FakeAgent(name).start() for name in "ab"]
+        nodes = [
+            {"name": agent.node, "address": agent.address, "gpus": {"type": "cpu", "count": 1}} for agent in (a, b)
+        ]
+        cluster = Cluster.model_validate({"gpu_types": {"cpu": {"memory": "1GiB"}}, "nodes": nodes})
+        config = GatewayConfig(listen="127.0.0.1:0", state_dir=tmp_path, poll_interval_s=0.01)
+        async with running_gateway(config) as address:
+            await apply(PLAN, cluster, [address])
+            door = Door.to(address)
+            with pytest.raises(InvalidInput, match=r"only serving replica of 'alone'.*--force"):
+                await set_drained(cluster, [address], "a", True)
+            with pytest.raises(InvalidInput, match="one of a, b"):
+                await set_drained(cluster, [address], "c", True)
+            assert not a.drained
+            done = await set_drained(cluster, [address], "a", True, force=True)
+            assert done.services == ("alone", "chat")
+            for _ in range(4):
+                await door.infer()
+            assert {group for group, _ in b.served} == {"b/0"}
+            assert not a.served
+            state = await door.state()
+            assert all("undrain" in target.reason for target in state.targets if target.group == "a/0")
+            await set_drained(cluster, [address], "a", False)
+            for _ in range(4):
+                await door.infer()
+            assert a.served
+            await door.channel.close()
+        await asyncio.gather(a.kill(), b.kill())
+
+    asyncio.run(asyncio.wait_for(scenario(), 30))
+
+
+def test_what_only_a_drained_node_serves_elsewhere_does_not_count() -> None:
+    def agent(node: str, *services: str, drained: bool = False) -> AgentState:
+        replicas = tuple(
+            ReplicaState(key=ReplicaKey(group=f"{node}/0", service=service, variant="v"), phase=Phase.SERVING)
+            for service in services
+        )
+        return AgentState(node=node, version="", replicas=replicas, drained=drained)
+
+    agents = {"a": agent("a", "x", "y"), "b": agent("b", "x", drained=True), "c": agent("c", "y")}
+    assert sole_services("a", agents) == ("x",)
+    assert sole_services("c", agents) == ()

@@ -1,0 +1,171 @@
+"""A gateway of two processes on one port, as a client and a controller see it, and what a kill of one costs."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import subprocess
+import sys
+import urllib.request
+from collections.abc import Iterator
+from typing import Any
+
+import grpc
+import grpc.aio
+import numpy as np
+import psutil
+import pytest
+
+from executor.cluster_status import status
+from executor.controller import Applied, apply
+from executor.gateway_family import merged
+from executor.proto import open_inference_pb2_grpc
+from executor.state import GatewayState, TargetState
+from executor.tensors import encode_request
+from tests.executor.peer_process import ROOT, PeerProcess, cluster_of, processes
+from tests.executor.placements import placement
+from tests.executor.running_agent import eventually
+from tests.free_port import free_port
+
+FIRST = placement({"a/0": {"double": "fake-double"}})
+SECOND = placement({"a/1": {"double": "fake-double"}}, prior=FIRST)
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[PeerProcess, PeerProcess]]:
+    folder = tmp_path_factory.mktemp("family")
+    agent = PeerProcess("agent", folder / "a", node="a")
+    gateway = PeerProcess("gateway", folder / "g", processes=2, http=f"127.0.0.1:{free_port()}")
+    with processes(agent, gateway):
+        yield agent, gateway
+
+
+def members(gateway: PeerProcess) -> list[psutil.Process]:
+    """Return the two processes, without the one that keeps them."""
+    found = []
+    for child in psutil.Process(gateway.process.pid).children():
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if "spawn_main" in " ".join(child.cmdline()):
+                found.append(child)
+    return found
+
+
+async def ask(address: str, times: int) -> list[str]:
+    """Send requests over a connection each, so that they spread over the processes; return statuses."""
+
+    async def one() -> str:
+        options = [("grpc.use_local_subchannel_pool", 1)]
+        async with grpc.aio.insecure_channel(address, options=options) as channel:
+            stub: Any = open_inference_pb2_grpc.GRPCInferenceServiceStub(channel)
+            message = encode_request("double", {"x": np.ones((1, 4), np.float32)})
+            try:
+                await stub.ModelInfer(message, timeout=10)
+            except grpc.aio.AioRpcError as error:
+                return error.code().name
+            return "OK"
+
+    return [await one() for _ in range(times)]
+
+
+def test_both_processes_follow_every_plan(site: tuple[PeerProcess, PeerProcess]) -> None:
+    agent, gateway = site
+    cluster = cluster_of(agent)
+    assert len(members(gateway)) == 2
+    live = asyncio.run(status(cluster, [gateway.address])).live
+    for plan in (FIRST, SECOND, FIRST):
+        result = asyncio.run(apply(plan, cluster, [gateway.address], prior=live))
+        live = asyncio.run(status(cluster, [gateway.address])).live
+        assert isinstance(result, Applied)
+        assert asyncio.run(ask(gateway.address, 12)) == ["OK"] * 12
+        assert live is not None
+        assert live.digest == plan.placement_digest
+
+
+def test_a_killed_process_comes_back_with_the_routes_in_force(site: tuple[PeerProcess, PeerProcess]) -> None:
+    agent, gateway = site
+    cluster = cluster_of(agent)
+    live = asyncio.run(status(cluster, [gateway.address])).live
+    asyncio.run(apply(SECOND, cluster, [gateway.address], prior=live))
+    before = {one.pid for one in members(gateway)}
+    for victim in members(gateway):
+        victim.kill()
+
+        async def both_answer(gone: int = victim.pid) -> bool:
+            now = {one.pid for one in members(gateway)}
+            return len(now) == 2 and gone not in now and await ask(gateway.address, 16) == ["OK"] * 16
+
+        asyncio.run(eventually(both_answer))
+    assert not before & {one.pid for one in members(gateway)}
+    found = asyncio.run(status(cluster, [gateway.address]))
+    assert found.live is not None
+    assert found.live.digest == SECOND.placement_digest
+    assert isinstance(asyncio.run(apply(FIRST, cluster, [gateway.address], prior=found.live)), Applied)
+
+
+def test_a_stock_tritonclient_speaks_http_to_it(site: tuple[PeerProcess, PeerProcess]) -> None:
+    agent, gateway = site
+    live = asyncio.run(status(cluster_of(agent), [gateway.address])).live
+    asyncio.run(apply(FIRST, cluster_of(agent), [gateway.address], prior=live))
+    probe = subprocess.run(
+        [sys.executable, str(ROOT / "tests/executor/triton_http_probe.py"), gateway.http, "double"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert probe.returncode == 0, probe.stderr
+    found = json.loads(probe.stdout)
+    assert found["live"]
+    assert found["ready"]
+    assert found["model_ready"]
+    assert not found["unknown_ready"]
+    assert found["server"] == "foreplan-gateway"
+    assert found["inputs"] == [["x", "FP32", [-1, 4]]]
+    assert found["index"] == [["double", "READY"]]
+    assert found["got"] == [[[2 * value for value in row] for row in found["sent"]]] * 4
+    assert min(found["statistics"]) >= 4
+    assert {name: code for name, (code, _) in found["errors"].items()} == {
+        "infer": "404",
+        "unload": "400",
+        "wrong_shape": "400",
+    }
+
+
+def test_what_http_does_not_know_is_told_as_json(site: tuple[PeerProcess, PeerProcess]) -> None:
+    _, gateway = site
+    for path, code in (("/v3", 404), ("/v2/models/double/infer", 405), ("/v2/models/nobody/stats", 404)):
+        with pytest.raises(urllib.error.HTTPError) as caught:
+            urllib.request.urlopen(f"http://{gateway.http}{path}", timeout=10)
+        with caught.value as answer:
+            assert answer.code == code
+            assert json.loads(answer.read())["error"]
+
+
+def test_it_ends_with_all_its_processes(site: tuple[PeerProcess, PeerProcess]) -> None:
+    _, gateway = site
+    mine = members(gateway)
+    assert gateway.stop() == 0
+    assert not any(one.is_running() for one in mine)
+    gateway.address = f"127.0.0.1:{free_port()}"
+    gateway.start()
+    mine = members(gateway)
+    gateway.process.kill()
+    _, alive = psutil.wait_procs(mine, timeout=20)
+    assert not alive, "processes outlived the one that keeps them"
+    gateway.start()
+
+
+def test_states_are_merged_to_the_oldest_and_the_worst() -> None:
+    def state(generation: int, *, healthy: bool, sent: int) -> GatewayState:
+        target = TargetState(service="s", group="g", healthy=healthy, reason="" if healthy else "gone", sent=sent)
+        return GatewayState(version="1", generation=generation, targets=(target,), ready=healthy)
+
+    found = merged([state(2, healthy=True, sent=3), state(2, healthy=False, sent=4)])
+    assert (found.ready, found.targets[0].healthy, found.targets[0].reason, found.targets[0].sent) == (
+        False,
+        False,
+        "gone",
+        7,
+    )
+    assert merged([state(3, healthy=True, sent=1), state(2, healthy=True, sent=1)]).generation == 2
