@@ -98,13 +98,14 @@ def _draw(figure: Any, profile: Profile, name: str, rows: Sequence[Row], color: 
     model = LatencyModel(only, first.tp, first.pp, first.input_tokens, first.output_tokens, first.phase)
     batches = list(range(first.batch, max(last.batch + 1, int(last.batch * _BEYOND)) + 1))
     shared: dict[str, Any] = {"legendgroup": name, "name": name, "row": 1}
-    _draw_fit(figure, model, batches, last.batch, {"color": color}, shared)
+    if len(rows) > 1:
+        _draw_fit(figure, model, batches, last.batch, {"color": color}, shared)
     dots: dict[str, Any] = {"mode": "markers", "marker": {"color": color, "size": 8}, **shared}
     measured = [row.batch for row in rows]
     means = [row.latency_s.mean * 1000 for row in rows]
     tails = [max(0.0, (row.latency_s.p99 or row.latency_s.mean) - row.latency_s.mean) * 1000 for row in rows]
     error = {"type": "data", "array": tails, "arrayminus": [0.0] * len(rows), "thickness": 1}
-    rates = [1000 * batch / mean for batch, mean in zip(measured, means, strict=True)]
+    rates = [row.concurrency * row.batch / row.latency_s.mean for row in rows]
     memory = [max(row.peak_bytes) / 2**20 for row in rows]
     figure.add_scatter(x=measured, y=means, error_y=error, col=1, **dots)
     figure.add_scatter(x=measured, y=rates, showlegend=False, col=2, **dots)

@@ -14,6 +14,7 @@ from foreplan.cli.output import Output
 if TYPE_CHECKING:
     from profiles.document import Profile
     from profiles.holdout import ErrorSummary, HeldOut
+    from profiles.importing import Imported
 
 __all__ = ["print_profile", "register"]
 
@@ -27,6 +28,7 @@ def register(group: typer.Typer) -> None:
     command(group, "show")(show)
     command(group, "plot")(plot)
     command(group, "check")(check)
+    command(group, "import")(import_)
     command(group, "gpu-types")(gpu_types)
 
 
@@ -183,6 +185,97 @@ def _summary_json(summary: ErrorSummary) -> dict[str, object]:
 
 def _place(point: HeldOut) -> str:
     return f"{point.model} on {point.gpu_type}, batch {point.row.batch}"
+
+
+def import_(
+    out: Output,
+    kind: Annotated[str, typer.Argument(metavar="FORMAT", help="One of the formats that `docs/profiles.md` lists.")],
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="What the other tool wrote.")],
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="Folder for the profile documents.")],
+    model: Annotated[str | None, typer.Option(help="Name of the model; goes before the file's.")] = None,
+    gpu_type: Annotated[str | None, typer.Option(help="Name of the GPU type; goes before the file's.")] = None,
+    weights: Annotated[str | None, typer.Option(metavar="SIZE", help="Weights per GPU, such as 14GiB.")] = None,
+    peak: Annotated[str | None, typer.Option(metavar="SIZE", help="Peak memory per GPU, weights included.")] = None,
+    batch: Annotated[int, typer.Option(help="Items per request, where the file does not say.", min=1)] = 1,
+    tp: Annotated[int, typer.Option(help="Tensor parallelism, where the file does not say.", min=1)] = 1,
+    pp: Annotated[int, typer.Option(help="Pipeline parallelism, where the file does not say.", min=1)] = 1,
+    layers: Annotated[int | None, typer.Option(help="Layers of the model (vidur).", min=1)] = None,
+    input_buckets: Annotated[str, typer.Option(help="Prompt tokens of a table's rows (melange).")] = "",
+    output_buckets: Annotated[str, typer.Option(help="Answer tokens of its columns (melange).")] = "",
+    max_rejected: Annotated[float, typer.Option(help="Most rows that may be rejected, percent.", min=0)] = 50.0,
+) -> None:
+    """Import profiles that another tool measured; say of every row whether it was taken, and why not."""
+    from plans.documents import write_document
+    from plans.errors import InvalidInput
+    from profiles.importing import ImportOptions, import_profiles
+
+    options = ImportOptions(
+        model=model,
+        gpu_type=gpu_type,
+        weight_bytes=_size(weights, "--weights"),
+        peak_bytes=_size(peak, "--peak"),
+        batch=batch,
+        tp=tp,
+        pp=pp,
+        layers=layers,
+        input_buckets=_tokens(input_buckets, "--input-buckets"),
+        output_buckets=_tokens(output_buckets, "--output-buckets"),
+    )
+    imported = import_profiles(kind, file, options)
+    if len(imported.rejected) > max_rejected / 100 * imported.rows:
+        reasons = "; ".join(f"{count} x {reason}" for reason, count in list(imported.reasons.items())[:5])
+        raise InvalidInput.of(
+            f"at most {max_rejected:g} % of the rows rejected",
+            where=file,
+            found=f"{len(imported.rejected)} of {imported.rows}: {reasons}",
+            remedy="--max-rejected allows more",
+        )
+    output.mkdir(parents=True, exist_ok=True)
+    paths = [output / f"{profile.model}.{profile.gpu_type}.json" for profile in imported.profiles]
+    for path, profile in zip(paths, imported.profiles, strict=True):
+        write_document(path, profile)
+    _report_import(out, imported, paths)
+
+
+def _report_import(out: Output, imported: Imported, paths: list[Path]) -> None:
+    for note in imported.notes:
+        out.warn(note)
+    for reason, count in imported.reasons.items():
+        first = next(each.place for each in imported.rejected if each.reason == reason)
+        out.note(f"left out {count} x {reason} (first: {first})")
+    out.result(
+        {
+            "profiles": [str(path) for path in paths],
+            "rows": imported.rows,
+            "taken": imported.taken,
+            "rejected": [{"place": each.place, "reason": each.reason} for each in imported.rejected],
+            "notes": list(imported.notes),
+        }
+    )
+    out.say(
+        f"read {imported.rows} rows, took {imported.taken}, left out {len(imported.rejected)}; "
+        f"wrote {len(paths)} profiles"
+    )
+
+
+def _size(text: str | None, option: str) -> int | None:
+    from plans.errors import InvalidInput
+    from plans.units import parse_bytes
+
+    try:
+        return None if text is None else parse_bytes(text)
+    except ValueError as error:
+        raise InvalidInput.of(str(error), where="command line", field=option, found=repr(text)) from error
+
+
+def _tokens(text: str, option: str) -> tuple[int, ...]:
+    from plans.errors import InvalidInput
+
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    if not all(part.isdigit() and int(part) > 0 for part in parts):
+        expected = "numbers of tokens, comma-separated"
+        raise InvalidInput.of(expected, where="command line", field=option, found=repr(text))
+    return tuple(map(int, parts))
 
 
 def gpu_types(out: Output) -> None:
