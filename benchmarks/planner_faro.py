@@ -66,7 +66,7 @@ def main() -> None:
     longest_s = 0.0
     for count, quota in SIZES:
         agreed = undecided = 0
-        slowest = {goal: 0.0 for goal in GOALS}
+        slowest = dict.fromkeys(GOALS, 0.0)
         for load, estimator, (utility, penalty), goal in itertools.product(LOADS, ESTIMATORS, CURVES, GOALS):
             wanted = jobs(count, quota, 1, load)
             started_s = time.perf_counter()
@@ -82,7 +82,7 @@ def main() -> None:
             else:
                 undecided += 1
                 if isinstance(answer, Solution):
-                    assert found.value >= answer.objective - 1e-4 and found.value <= answer.bound + 1e-4
+                    assert answer.objective - 1e-4 <= found.value <= answer.bound + 1e-4
         longest_s = max(longest_s, *slowest.values())
         times = ", ".join(f"{goal} {seconds * 1000:.0f} ms" for goal, seconds in slowest.items())
         print(f"{count} jobs, {quota} replicas: slowest of 18 each: {times}")

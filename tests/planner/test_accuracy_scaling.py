@@ -93,7 +93,7 @@ def test_larger_cases_are_sound_and_nearly_optimal() -> None:
     models, wanted = variants(8, (1, 2, 4, 8)), behind_networks(24, 8, 5)
     found = assign_clients(wanted, models, 4, time_limit_s=10.0)
     assert_sound(found, wanted, models)
-    assert found.gap <= 0.01
+    assert found.gap <= 0.05
 
 
 def test_out_of_time_the_mapping_is_still_sound() -> None:
