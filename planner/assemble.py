@@ -56,11 +56,14 @@ def assemble(
     )
 
 
-def solver_report(space: PlanningSpace, tiers: tuple[TierOutcome, ...], wall_s: float) -> SolverReport:
-    """Return the certificate: the first tier's, with every tier beside it."""
+def solver_report(
+    space: PlanningSpace, tiers: tuple[TierOutcome, ...], wall_s: float, *, method: str = "direct"
+) -> SolverReport:
+    """Return the certificate: the first tier's, with every tier beside it. Its name tells solver and method."""
     first = tiers[0]
+    backend = space.problem.settings.backend
     return SolverReport(
-        name=space.problem.settings.backend,
+        name=backend if method == "direct" else f"{backend}+{method}",
         status="optimal" if first.gap <= 1e-6 else "feasible",
         objective=first.value,
         bound=first.bound,

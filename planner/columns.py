@@ -1,8 +1,8 @@
 """Column generation over loadouts: the search for problems whose groups are too many for one model.
 
-docs/formulation.md, section 9. The loop over the objectives is that of the direct search (`planner.lexicographic`); what
-differs is how one objective is solved: prices and a bound from a relaxation, loadouts by pricing, whole counts by diving,
-rates by a linear program, and groups by mapping.
+docs/formulation.md, section 9. The loop over the objectives is that of the direct search (`planner.lexicographic`);
+what differs is how one objective is solved: prices and a bound from a relaxation, loadouts by pricing, whole counts by
+diving, rates by a linear program, groups by mapping, and a local search that frees a few groups at a time.
 """
 
 from __future__ import annotations
@@ -237,7 +237,8 @@ class ColumnSearch(Search):
 
     def _shortfall(self, placement: Placement, linking: Linking, solution: MasterSolution) -> Floats:
         """Return, per cell, by how much its groups earn less than their GPUs cost at the prices of ``solution``."""
-        assert self._network is not None and self._cells is not None
+        assert self._network is not None
+        assert self._cells is not None
         share, run, use = linking.values(solution.duals)
         rent = np.zeros(len(self._space.classes))
         for capacity, dual in zip(self._network.capacities, solution.capacity_duals, strict=True):

@@ -24,10 +24,10 @@ from planner.neighbourhood import neighbourhoods
 from planner.objective import ACCURACY, GOODPUT, Kept, Objective, gap_of, tiers, with_kept
 from planner.space import Placed, Placement, PlanningSpace
 
-__all__ = ["Exhausted", "Outcome", "Search", "Tier", "TierOutcome", "Unsatisfiable"]
+__all__ = ["LARGEST_EXACT_MODEL", "Exhausted", "Outcome", "Search", "Tier", "TierOutcome", "Unsatisfiable"]
 
-_LARGEST_EXACT_MODEL = 40_000
-"""Pairs of group and option up to which the exact model is worth building."""
+LARGEST_EXACT_MODEL = 40_000
+"""Pairs of group and option up to which the exact model is worth building; beyond, columns are generated."""
 
 _SMALL_EXACT_MODEL = 600
 """Pairs up to which the exact model is solved at once; larger ones are searched locally first."""
@@ -106,7 +106,9 @@ class Search:
         self._settings = space.problem.settings
         self._clock = clock
         self._ends_at_s = ends_at_s
-        self._solver: Solver = solver(self._settings.backend)
+        # Goodput and utilities have no rows that hold a least or a greatest sum; see `solver`.
+        presolve = self._settings.objective in ("goodput", "utility")
+        self._solver: Solver = solver(self._settings.backend, presolve=presolve)
         self._local_solver = local_solver(self._settings.backend)
         self._classes_model: Formulation | None = None
         self._exact: Formulation | None = None
@@ -224,7 +226,7 @@ class Search:
         if pairs > _SMALL_EXACT_MODEL and tier.best is not None:
             self._search_neighbourhoods(tier)
             good_enough = bool(tier.kept) or self._closed(tier, _STALLED_GAPS * self._settings.gap)
-            if good_enough or pairs > _LARGEST_EXACT_MODEL or self._clock() >= tier.ends_at_s:
+            if good_enough or pairs > LARGEST_EXACT_MODEL or self._clock() >= tier.ends_at_s:
                 tier.open = not self._closed(tier)
                 return False
         return self._solve_groups(tier, None, proves=True)

@@ -33,6 +33,7 @@ class Linking:
         static_lower: Shape (static,): variables of no class.
         static_upper: Shape (static,).
         static_objective: Shape (static,).
+        wastes: How many of the statics, the last ones, take what is supplied beyond a demand.
         static_row: Shape (entry,): non-zeros of the statics.
         static_of: Shape (entry,).
         static_value: Shape (entry,).
@@ -52,6 +53,7 @@ class Linking:
     static_lower: Floats
     static_upper: Floats
     static_objective: Floats
+    wastes: int = 0
     static_row: Integers
     static_of: Integers
     static_value: Floats
@@ -170,6 +172,7 @@ class Linking:
             static_lower=np.concatenate([self.static_lower, np.zeros(len(wastes))]),
             static_upper=np.concatenate([self.static_upper, np.full(len(wastes), np.inf)]),
             static_objective=np.concatenate([self.static_objective, objective]),
+            wastes=len(wastes),
             static_row=np.concatenate([self.static_row, np.array(extra_row, dtype=np.int64)]),
             static_of=np.concatenate([self.static_of, np.array(extra_of, dtype=np.int64)]),
             static_value=np.concatenate([self.static_value, np.array(extra_value)]),

@@ -14,7 +14,7 @@ import numpy as np
 from planner.linear import Floats, Integers
 from planner.linking import Capacity, Linking, NodeKind, capacity_of, node_kinds
 from planner.pricing import ClassOptions, Priced, best_loadout
-from planner.program import LinearProgram
+from planner.program import LinearProgram, Optimum
 from planner.space import PlanningSpace
 
 __all__ = ["Column", "Master", "MasterSolution", "Network", "converge"]
@@ -210,7 +210,25 @@ class Master:
         )
 
     def foresee(self, time_limit_s: float) -> None:
-        """Take first prices from the relaxation in which a group runs any fraction of an option: (9.6)."""
+        """Take first prices and a first bound from the relaxation."""
+        found = self.relaxation(time_limit_s)
+        if found is None:
+            return
+        link = self.linking
+        rows = len(link.rows)
+        self.bound = min(self.bound, found.objective + _ROUNDING * max(abs(found.objective), 1.0))
+        # What rewards running at all is cheap in a real group with memory to spare, and dear in this relaxation.
+        rewards = np.zeros(rows, dtype=bool)
+        rewards[link.entry_row[(link.entry_row >= 0) & (link.entry_run != 0)]] = True
+        self._stable = self._signed(np.where(rewards, np.maximum(found.duals[:rows], 0.0), found.duals[:rows]))
+
+    def relaxation(self, time_limit_s: float, *, extra: Floats | None = None) -> Optimum | None:
+        """Solve the relaxation in which a group runs any fraction of an option: (9.6).
+
+        Args:
+            time_limit_s: Seconds that it may take.
+            extra: Shape (capacity,): what capacities allow beyond what there is.
+        """
         link, network = self.linking, self._network
         pairs = np.flatnonzero(self._cap > 1e-9)
         rows, places, statics = len(link.rows), len(self.space.classes), len(link.static_lower)
@@ -249,7 +267,7 @@ class Master:
         np.add.at(objective, column[link.entry_pair[counts]], amounts[counts])
         counts = (link.entry_row < 0) & (rank[link.entry_pair] >= 0)
         np.add.at(objective, first_idle + rank[link.entry_pair[counts]], link.entry_run[counts])
-        limits = np.array([each.limit for each in network.capacities])
+        limits = self.limits if extra is None else self.limits + extra
         program = LinearProgram(
             np.concatenate([link.lower, np.full(counted + 2 * places, -np.inf)]),
             np.concatenate([link.upper, limits, np.zeros(2 * places)]),
@@ -262,13 +280,7 @@ class Master:
             row_scale=np.concatenate([self._row_scale, np.ones(counted + 2 * places)]),
             objective_scale=self._objective_scale,
         )
-        found = program.solve(time_limit_s)
-        if found is not None:
-            self.bound = min(self.bound, found.objective + _ROUNDING * max(abs(found.objective), 1.0))
-            # What rewards running at all is cheap in a real group with memory to spare, and dear in this relaxation.
-            rewards = np.zeros(rows, dtype=bool)
-            rewards[link.entry_row[(link.entry_row >= 0) & (link.entry_run != 0)]] = True
-            self._stable = self._signed(np.where(rewards, np.maximum(found.duals[:rows], 0.0), found.duals[:rows]))
+        return program.solve(time_limit_s)
 
     def improve(self, solution: MasterSolution, *, smoothing: float = _SMOOTHING) -> int:
         """Price every class, tighten the bound, and return how many columns were added that ``solution`` lacks."""

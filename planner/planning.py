@@ -5,16 +5,17 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Literal
 
 from planner.assemble import assemble, solver_report
 from planner.backend import Budget, solver
 from planner.balance import balance
 from planner.conflict import Conflict, find_conflicts
 from planner.formulation import Formulation
-from planner.lexicographic import Exhausted, Search, Unsatisfiable
+from planner.lexicographic import LARGEST_EXACT_MODEL, Exhausted, Search, Unsatisfiable
 from planner.linear import LinearModel
 from planner.problem import Problem, check
-from planner.shadow import shadow_prices
+from planner.shadow import shadow_prices, shadow_prices_of_loadouts
 from planner.space import PlanningSpace, build_space
 from planner.stretch import stretch_batches
 from plans.plan import Plan
@@ -24,12 +25,16 @@ __all__ = ["Infeasible", "NoPlanFound", "Report", "Solved", "exact_model", "solv
 _SEARCH_SHARE = 0.9
 """Share of the time limit that the search may take; the rest is for rates, prices and the document."""
 
+_AFTERWARDS_S = 0.003
+"""Seconds per group that rates, predictions and the document take on top; at most half the time limit in all."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Report:
     """How the plan came about.
 
     Attributes:
+        method: How placements were searched: one model over groups, or column generation over loadouts.
         options: Options that could be placed.
         pruned: Options left out because another is at least as good in everything.
         rejected: Options that do not fit, miss the deadline, or are below the minimum accuracy.
@@ -38,6 +43,7 @@ class Report:
         open: Names of the objectives that were left with a gap, for want of time or of progress.
     """
 
+    method: Literal["direct", "columns"]
     options: int
     pruned: int
     rejected: int
@@ -97,9 +103,10 @@ def solve(
     warnings = check(problem)
     settings = problem.settings
     space = build_space(problem)
-    search = Search(space, clock, started_s + _SEARCH_SHARE * settings.time_limit_s)
-    outcome = search.run()
+    method = method_for(space)
     ends_at_s = started_s + settings.time_limit_s
+    search_ends_at_s = started_s + _SEARCH_SHARE * settings.time_limit_s - _AFTERWARDS_S * len(space.groups)
+    outcome = _search(space, method, clock, max(search_ends_at_s, started_s + 0.5 * settings.time_limit_s)).run()
     if isinstance(outcome, Unsatisfiable):
         # Finding out why is worth as much time again.
         return Infeasible(conflicts=find_conflicts(space, clock, clock() + settings.time_limit_s))
@@ -111,18 +118,37 @@ def solve(
     linear = solver(settings.backend)
     budget = Budget(time_limit_s=max(0.5, ends_at_s - clock()), seed=settings.seed)
     placement = balance(space, stretch_batches(space, outcome.placement), linear, budget)
-    prices = shadow_prices(space, linear, replace(budget, time_limit_s=max(0.5, ends_at_s - clock())))
+    if method == "columns":
+        prices = shadow_prices_of_loadouts(space, clock, ends_at_s)
+    else:
+        prices = shadow_prices(space, linear, replace(budget, time_limit_s=max(0.5, ends_at_s - clock())))
     plan = assemble(
         space,
         placement,
-        solver_report(space, outcome.tiers, clock() - started_s),
+        solver_report(space, outcome.tiers, clock() - started_s, method=method),
         shadow_prices=prices,
         warnings=warnings,
         created_at=created_at,
         tool_version=tool_version,
     )
     open_tiers = tuple(tier.objective.name for tier in outcome.tiers if tier.open)
-    return Solved(plan=plan, report=_report(space, open_tiers))
+    return Solved(plan=plan, report=_report(space, method, open_tiers))
+
+
+def method_for(space: PlanningSpace) -> Literal["direct", "columns"]:
+    """Return how ``space`` is searched: as the settings say, or by its size."""
+    wanted = space.problem.settings.method
+    if wanted != "auto":
+        return wanted
+    return "columns" if sum(len(group.options) for group in space.groups) > LARGEST_EXACT_MODEL else "direct"
+
+
+def _search(space: PlanningSpace, method: str, clock: Callable[[], float], ends_at_s: float) -> Search:
+    if method == "direct":
+        return Search(space, clock, ends_at_s)
+    from planner.columns import ColumnSearch  # compiled code that small problems do without
+
+    return ColumnSearch(space, clock, ends_at_s)
 
 
 def exact_model(problem: Problem) -> LinearModel:
@@ -137,8 +163,9 @@ def exact_model(problem: Problem) -> LinearModel:
     return formulation.model.with_objective(formulation.goodput(), maximise=True)
 
 
-def _report(space: PlanningSpace, open_tiers: tuple[str, ...]) -> Report:
+def _report(space: PlanningSpace, method: Literal["direct", "columns"], open_tiers: tuple[str, ...]) -> Report:
     return Report(
+        method=method,
         options=len(space.options),
         pruned=space.catalogue.pruned,
         rejected=len(space.catalogue.rejections),

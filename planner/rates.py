@@ -61,12 +61,14 @@ def best_shares(
     empty = scale <= 0
     np.maximum.at(scale, linking.static_row, np.abs(linking.static_value) * empty[linking.static_row])
     scale[scale <= 0] = 1.0
+    static_upper = linking.static_upper.copy()
+    static_upper[statics - linking.wastes :] = 0.0
     ends = np.where(np.isfinite(linking.static_upper), linking.static_upper, 0.0)
     program = LinearProgram(
         np.concatenate([linking.lower - constant, np.full(len(loadouts), -np.inf)]),
         np.concatenate([linking.upper - constant, count]),
         np.concatenate([linking.static_lower, least * count[owner]]),
-        np.concatenate([linking.static_upper, np.maximum(cap, least) * count[owner]]),
+        np.concatenate([static_upper, np.maximum(cap, least) * count[owner]]),
         objective,
         np.concatenate([linking.static_row, row[inside], rows + owner]),
         np.concatenate([linking.static_of, statics + column[inside], statics + np.arange(len(pairs))]),

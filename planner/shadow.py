@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import numpy as np
+
 from planner.backend import Budget, Solution, Solver
 from planner.formulation import Formulation
+from planner.linking import Linking
+from planner.objective import GOODPUT, with_kept
 from planner.space import PlanningSpace
 
-__all__ = ["shadow_prices"]
+__all__ = ["shadow_prices", "shadow_prices_of_loadouts"]
 
 
 def shadow_prices(space: PlanningSpace, solver: Solver, budget: Budget) -> dict[str, float]:
@@ -25,6 +31,29 @@ def shadow_prices(space: PlanningSpace, solver: Solver, budget: Budget) -> dict[
         if more is not None:
             gain = max(0.0, more - base)
             prices[gpu_type] = gain if gain > 1e-7 * max(1.0, base) else 0.0
+    return prices
+
+
+def shadow_prices_of_loadouts(space: PlanningSpace, clock: Callable[[], float], ends_at_s: float) -> dict[str, float]:
+    """Return the same from the relaxation of column generation (9.6), which stays small on large problems."""
+    from planner.master import Master, Network  # numba and MathOpt load with it
+
+    joined = Formulation(space, space.classes, loadouts=False)
+    linking = Linking.of(joined, with_kept(joined, GOODPUT, ()))
+    cap = space.share_cap[linking.pair_option] if len(linking.pair_option) else np.zeros(0)
+    network = Network.of(space, linking)
+    master = Master(space, linking, network, cap)
+    base = master.relaxation(ends_at_s - clock())
+    prices: dict[str, float] = {}
+    if base is None:
+        return prices
+    for gpu_type in sorted({each.gpu_type for each in space.classes}):
+        mine = np.array([each.gpu_type == gpu_type for each in space.classes])
+        extra = np.array([float(each.coefficients[mine].any()) for each in network.capacities])
+        more = master.relaxation(ends_at_s - clock(), extra=extra) if clock() < ends_at_s else None
+        if more is not None:
+            gain = max(0.0, more.objective - base.objective)
+            prices[gpu_type] = gain if gain > 1e-7 * max(1.0, base.objective) else 0.0
     return prices
 
 
