@@ -172,7 +172,8 @@ class Ledger:
     def row(self, place: str) -> Iterator[None]:
         """Count one row of the file: taken if the block ends well, rejected with the reason of its ValueError if not.
 
-        What the block took before it failed stays out as well.
+        Values of another shape than the format has (KeyError, TypeError, ...) reject it as well. What the block took
+        before it failed stays out.
         """
         self.read += 1
         self._pending = {}
@@ -185,6 +186,8 @@ class Ledger:
             self._rejected.append(Rejected(place=place, reason=reason))
         except ValueError as error:
             self._rejected.append(Rejected(place=place, reason=str(error)))
+        except (KeyError, TypeError, AttributeError, IndexError) as error:
+            self._rejected.append(Rejected(place=place, reason=f"it is malformed ({type(error).__name__}: {error})"))
         else:
             self.taken += 1
             for (name, row_key), row in self._pending.items():

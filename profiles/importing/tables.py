@@ -53,7 +53,8 @@ def read_alpaserve(path: Path, options: ImportOptions) -> Imported:
     if not isinstance(tables, dict) or not isinstance(tables.get("models"), dict):
         raise InvalidInput.of("an object with models", where=path, field="models", found=type(tables).__name__)
     for model, table in tables["models"].items():
-        for position, config in enumerate(table.get("configs", ())):
+        configs = table.get("configs") if isinstance(table, dict) else None
+        for position, config in enumerate(configs if isinstance(configs, list) else ()):
             for batch, stages in config.get("latency_s", {}).items():
                 with ledger.row(f"models.{model}.configs[{position}].latency_s.{batch}"):
                     _add_alpaserve(ledger, model, config, batch, stages)

@@ -1,0 +1,152 @@
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import pytest
+
+from plans.errors import InvalidInput
+from profiles.document import Row
+from profiles.group import Grid, Pass, Point, Series, SingleDevice
+from profiles.profiler import Progress, StopRule, load_callable, profile_group
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now_s = 0.0
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
+class TwoStages:
+    """A pipeline of two stages on 2 GPUs each: 2 ms, and 1 ms an item and 100 tokens; throughput is flat from 8 on."""
+
+    tp, pp = 2, 2
+    weight_bytes = (1000, 2000)
+    load_s, first_inference_s = 1.5, 0.2
+    kv_bytes_per_token = 64
+
+    def __init__(self, clock: Clock, limit: int = 10**6) -> None:
+        self.clock = clock
+        self.limit = limit
+        self.prepared: list[Point] = []
+
+    def prepare(self, point: Point, /) -> Pass:
+        if point.batch > self.limit:
+            raise MemoryError(f"batch {point.batch}")
+        self.prepared.append(point)
+        work_s = 0.001 * (point.series.input_tokens or 100) / 100
+        first_s, second_s = 0.002, work_s * max(point.batch, 8)
+
+        def run() -> Sequence[float]:
+            self.clock.now_s += first_s + second_s
+            return first_s, second_s
+
+        return run
+
+    def activation_bytes(self, run: Pass, /) -> tuple[int, ...]:
+        run()
+        return (10, 20 * self.prepared[-1].batch)
+
+
+def profiled(group: TwoStages, **arguments: object) -> tuple[Row, ...]:
+    stop = StopRule(tail_samples=5, max_samples=10)
+    return profile_group(  # type: ignore[arg-type]
+        group, model="m", gpu_type="g", clock=group.clock, **{"stop": stop, "grid": Grid(), **arguments}
+    ).rows
+
+
+def test_stages_parallelism_and_memory_of_a_group_are_kept() -> None:
+    (row,) = profiled(TwoStages(Clock()), grid=Grid(batches=(4,)))
+    assert (row.tp, row.pp) == (2, 2)
+    assert row.stage_latency_s == pytest.approx((0.002, 0.008))
+    assert row.latency_s.mean == pytest.approx(0.010)
+    assert (row.weight_bytes, row.peak_bytes) == ((1000, 2000), (1010, 2080))
+    assert row.activation_bytes == (10, 80)
+    assert row.power_w is None
+
+
+def test_batches_double_until_throughput_is_flat() -> None:
+    # 8 items take what 1 takes; 32 are only 1.19 times as fast as 8; 128 are not 5 % faster than 32.
+    batches = [row.batch for row in profiled(TwoStages(Clock()))]
+    assert batches == [1, 2, 4, 8, 16, 32, 64, 128]
+    assert [row.batch for row in profiled(TwoStages(Clock()), grid=Grid(max_batch=4))] == [1, 2, 4]
+
+
+def test_batches_stop_doubling_once_one_takes_too_long() -> None:
+    assert [row.batch for row in profiled(TwoStages(Clock()), grid=Grid(max_batch_s=0.015))] == [1, 2, 4, 8, 16]
+
+
+def test_the_end_of_memory_ends_the_series_but_not_the_profile() -> None:
+    series = (Series(phase="prefill", input_tokens=100), Series(phase="decode", input_tokens=500))
+    rows = profiled(TwoStages(Clock(), limit=3), grid=Grid(series=series))
+    assert [(row.phase, row.batch, row.input_tokens) for row in rows] == [
+        ("prefill", 1, 100),
+        ("prefill", 2, 100),
+        ("decode", 1, 500),
+        ("decode", 2, 500),
+    ]
+    with pytest.raises(MemoryError):
+        profiled(TwoStages(Clock(), limit=0))
+
+
+def test_rows_of_an_interrupted_run_are_not_measured_again() -> None:
+    first: list[Row] = []
+
+    class Interrupted(Exception):
+        pass
+
+    def stop_after_three(row: Row) -> None:
+        first.append(row)
+        if len(first) == 3:
+            raise Interrupted
+
+    with pytest.raises(Interrupted):
+        profiled(TwoStages(Clock()), on_row=stop_after_three)
+    again = TwoStages(Clock())
+    rows = profiled(again, known=first)
+    assert [point.batch for point in again.prepared] == [8, 16, 32, 64, 128]
+    assert [row.batch for row in rows] == [1, 2, 4, 8, 16, 32, 64, 128]
+    for row, whole in zip(rows, profiled(TwoStages(Clock())), strict=True):
+        assert (row.key, row.peak_bytes) == (whole.key, whole.peak_bytes)
+        assert row.latency_s.mean == pytest.approx(whole.latency_s.mean)
+
+
+def test_power_is_energy_over_time_and_missing_where_nothing_counts_it() -> None:
+    clock = Clock()
+    (row,) = profiled(TwoStages(clock), grid=Grid(batches=(1,)), energy_j=lambda: 250.0 * clock.now_s)
+    assert row.power_w == pytest.approx(250.0)
+    (row,) = profiled(TwoStages(Clock()), grid=Grid(batches=(1,)), energy_j=lambda: 3.0)
+    assert row.power_w is None
+
+
+def test_progress_tells_the_time_left_and_never_goes_back() -> None:
+    told: list[Progress] = []
+    profiled(TwoStages(Clock()), grid=Grid(batches=(1, 2)), progress=told.append)
+    assert told[0].left_s is None
+    done = [each.done_ratio for each in told]
+    assert done == sorted(done)
+    assert (told[-1].done_ratio, told[-1].left_s) == (1.0, 0.0)
+    halfway = next(each for each in told if each.done_ratio >= 0.5)
+    assert halfway.left_s is not None
+    assert 0 < halfway.left_s < 1
+
+
+def test_one_device_knows_whole_requests_alone() -> None:
+    def build() -> Callable[[int], object]:
+        return lambda batch: None
+
+    group = SingleDevice(loaded=load_callable(build, weight_bytes=5), input_tokens=16)
+    assert group.prepare(Point(series=Series(input_tokens=16), batch=2))() == ()
+    for series in (Series(phase="decode", input_tokens=16), Series(input_tokens=32), Series(output_tokens=4)):
+        with pytest.raises(InvalidInput, match="whole requests"):
+            group.prepare(Point(series=series, batch=1))
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"batches": ()}, {"batches": (0,)}, {"series": ()}, {"max_batch": 0}, {"flat_gain_ratio": -1}, {"max_batch_s": 0}],
+)
+def test_a_grid_of_nothing_is_refused(wrong: dict[str, object]) -> None:
+    with pytest.raises(InvalidInput, match=next(iter(wrong))):
+        Grid(**wrong)  # type: ignore[arg-type]
