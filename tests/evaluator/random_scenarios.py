@@ -279,7 +279,7 @@ class _Drawer:
         told |= {"retries": self.rng.choice([0, 1, 2]), "detection_s": self.time_s(0, self.rng.choice([0, 20]))}
         told |= {"max_prefill_tokens": self.rng.choice([32, 100, 8192])}
         if self.rng.random() < 0.15:
-            told["until_s"] = end_s * self.rng.choice([0.5, 0.75, 1.0, 2.0])
+            told["until_s"] = max(rows[0].arrival_s, GRID_S, end_s * self.rng.choice([0.5, 0.75, 1.0, 2.0]))
         plans = [plan, *(change.plan for change in changes if isinstance(change, NewPlan))]
         if self.has("controller"):
             others = [self.plan(services) for _ in range(3)]
