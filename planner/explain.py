@@ -8,11 +8,13 @@ from typing import Any
 
 import numpy as np
 
+from planner.backend import Budget, solver
 from planner.board import Board
 from planner.option import Option
 from planner.problem import Problem, check
 from planner.space import Placed, Placement, PlanningSpace, build_space
 from planner.unserved import binding
+from planner.whynot import budget_price, price_of
 from plans.errors import InvalidInput
 from plans.plan import Confidence, Plan
 from plans.units import format_bytes, format_seconds
@@ -60,6 +62,8 @@ class Explanation:
         variants: The other variants, and why not those.
         confidence: The least trustworthy profile that the answer rests on; None when the service runs nowhere.
         shadow_prices: Weighted requests per second that one more GPU of each type is worth.
+        budget_price: The same for one more GPU of ``max_gpus``; None without one.
+        solved_again: What the node that was asked for, and the next smaller and larger parallelism, would cost.
     """
 
     service: str
@@ -72,6 +76,8 @@ class Explanation:
     variants: tuple[Alternative, ...]
     confidence: Confidence | None
     shadow_prices: dict[str, float]
+    budget_price: float | None = None
+    solved_again: tuple[Alternative, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Return the explanation as plain data."""
@@ -97,23 +103,42 @@ class Explanation:
             if alternatives:
                 yield f"{title}:"
                 yield from (f"  {each.what}: {each.why_not}" for each in alternatives)
+        if self.solved_again:
+            yield "if it had to (solved again):"
+            yield from (f"  {each.what}: {each.why_not}" for each in self.solved_again)
+        if self.budget_price is not None:
+            yield f"one more GPU of max_gpus is worth {self.budget_price:.4g} weighted rps"
         for gpu_type, price in sorted(self.shadow_prices.items()):
             yield f"one more {gpu_type} is worth {price:.4g} weighted rps"
         if self.confidence is not None:
             yield f"this rests on profiles that are {self.confidence}"
 
 
-def explain(problem: Problem, plan: Plan, service: str) -> Explanation:
+def explain(
+    problem: Problem, plan: Plan, service: str, *, node: str | None = None, time_limit_s: float = 0.0
+) -> Explanation:
     """Explain what ``plan``, made from ``problem``, does about ``service``.
 
+    Args:
+        problem: The documents and settings.
+        plan: A plan made from them.
+        service: Name of the service.
+        node: A node to price: what would be lost if the service had to run there too.
+        time_limit_s: Seconds for solving again with that node, and with the next smaller and larger parallelism; 0
+            leaves all of that out.
+
     Raises:
-        InvalidInput: There is no such service, or the documents contradict each other.
+        InvalidInput: There is no such service or node, or the documents contradict each other.
     """
     problem = replace(problem, current=plan)
     check(problem)
     if service not in {each.name for each in problem.services.services}:
         known = ", ".join(each.name for each in problem.services.services)
         raise InvalidInput.of(f"one of the services {known}", where="explain", field="service", found=repr(service))
+    nodes = [each.name for each in problem.cluster.nodes]
+    if node is not None and node not in nodes:
+        expected = f"one of the nodes {', '.join(nodes)}"
+        raise InvalidInput.of(expected, where="explain", field="node", found=repr(node))
     space = build_space(problem)
     placement = placement_of(space, plan)
     index = space.names.index(service)
@@ -129,11 +154,44 @@ def explain(problem: Problem, plan: Plan, service: str) -> Explanation:
         binding="served in full" if full else _binding(space, placement, index),
         replicas=tuple(_replica(space, placement, placed) for placed in mine),
         parallelisms=_parallelisms(space, index, running),
-        places=_places(space, placement, index, mine),
+        places=_places(space, placement, index, mine, first=node),
         variants=_variants(space, service, running),
         confidence=worst(*(option.confidence for option in running)) if running else None,
         shadow_prices=dict(plan.shadow_prices),
+        budget_price=_budget_price(space, index),
+        solved_again=_solved_again(space, placement, index, running, node, time_limit_s) if time_limit_s > 0 else (),
     )
+
+
+def _budget_price(space: PlanningSpace, service: int) -> float | None:
+    settings = space.problem.settings
+    return budget_price(space, service, solver(settings.backend), Budget(time_limit_s=5.0, seed=settings.seed))
+
+
+def _solved_again(
+    space: PlanningSpace,
+    placement: Placement,
+    service: int,
+    running: list[Option],
+    node: str | None,
+    time_limit_s: float,
+) -> tuple[Alternative, ...]:
+    """Price the node asked for, and the next smaller and larger parallelism that the service has options for."""
+    shapes = sorted({(o.gpus, o.tp, o.pp) for o in space.options if space.names[service] == o.service})
+    used = {(option.gpus, option.tp, option.pp) for option in running}
+    smaller = [shape for shape in shapes if used and shape < min(used)][-1:]
+    larger = [shape for shape in shapes if used and shape > max(used)][:1]
+    asked: list[tuple[str, str | None, tuple[int, int] | None]] = []
+    if node is not None:
+        asked.append((node, node, None))
+    asked += [(f"tp {tp}, pp {pp}", None, (tp, pp)) for _, tp, pp in (*smaller, *larger)]
+    found = []
+    for what, place, shape in asked:
+        part_s = time_limit_s / len(asked)
+        price = price_of(space, placement, service, node=place, parallelism=shape, time_limit_s=part_s)
+        why = f"no answer within {part_s:.2g} s" if price is None else str(price)
+        found.append(Alternative(what=what, why_not=why))
+    return tuple(found)
 
 
 def placement_of(space: PlanningSpace, plan: Plan) -> Placement:
@@ -209,8 +267,10 @@ def _parallelisms(space: PlanningSpace, service: int, running: list[Option]) -> 
     return tuple(found[:_MOST_LINES])
 
 
-def _places(space: PlanningSpace, placement: Placement, service: int, mine: list[Placed]) -> tuple[Alternative, ...]:
-    """Say for every node without the service what is in the way there."""
+def _places(
+    space: PlanningSpace, placement: Placement, service: int, mine: list[Placed], *, first: str | None
+) -> tuple[Alternative, ...]:
+    """Say for every node without the service what is in the way there; ``first`` comes first."""
     board = Board(space)
     for placed in placement:
         board.place(placed.group, placed.option, placed.share)
@@ -218,7 +278,7 @@ def _places(space: PlanningSpace, placement: Placement, service: int, mine: list
     document = space.problem.services.service(space.names[service])
     options = np.flatnonzero(space.service_of == service)
     found = []
-    for node in space.problem.cluster.nodes:
+    for node in sorted(space.problem.cluster.nodes, key=lambda each: each.name != first):
         if node.name in hosts:
             continue
         homes = [

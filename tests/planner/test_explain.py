@@ -6,9 +6,12 @@ from dataclasses import replace
 import pytest
 
 from planner import Solved, explain, solve
+from planner.explain import placement_of
 from planner.problem import Problem
+from planner.space import build_space
+from planner.whynot import Price, price_of
 from plans.errors import InvalidInput
-from plans.plan import Unserved
+from plans.plan import Plan, Unserved
 from plans.service import Service
 from tests.planner.problems import cluster, demand, latency_service, problem, profile, town
 
@@ -141,6 +144,79 @@ def test_a_service_that_runs_nowhere_is_explained_too() -> None:
     assert found.confidence is None
     assert found.binding.startswith("memory")
     assert any("memory" in each.why_not for each in found.variants)
+
+
+def test_a_node_is_priced_by_solving_again() -> None:
+    wanted = crowd(
+        latency_service("s", ("m", 1.0)), latency_service("heavy", ("heavy", 1.0), weight=5.0), s=1.0, heavy=90
+    )
+    result = solve(wanted)
+    assert isinstance(result, Solved)
+    homes = {group.node for group in result.plan.groups if group.entry("s")}
+    free = next(node.name for node in wanted.cluster.nodes if node.name not in homes)
+    found = explain(wanted, result.plan, "s", node=free, time_limit_s=20.0)
+    (priced,) = found.solved_again
+    assert priced.what == free
+    pinned = [
+        service.model_copy(update={"pin": (free,)}) if service.name == "s" else service
+        for service in wanted.services.services
+    ]
+    forced = [service.model_copy(update={"min_replicas": 1}) if service.name == "s" else service for service in pinned]
+    again = solve(replace(wanted, services=wanted.services.model_copy(update={"services": tuple(forced)})))
+    assert isinstance(again, Solved)
+    # Pinned there alone it may not do better than when it only has to run there too.
+    price = price_of_node(wanted, result.plan, "s", free)
+    assert price is not None
+    assert price.forced is not None
+    assert again.plan.solver.objective - 1e-6 <= price.forced <= result.plan.solver.objective + 1e-6
+
+
+def price_of_node(wanted: Problem, plan: Plan, service: str, node: str) -> Price | None:
+    space = build_space(replace(wanted, current=plan))
+    return price_of(space, placement_of(space, plan), space.names.index(service), node=node, time_limit_s=20.0)
+
+
+def test_what_no_plan_can_do_is_said_so() -> None:
+    wanted = crowd(latency_service("s", ("m", 1.0), pin=("a",)), s=1.0)
+    result = solve(wanted)
+    assert isinstance(result, Solved)
+    price = price_of_node(wanted, result.plan, "s", "b")
+    assert price is not None
+    assert price.forced is None
+    assert "no plan that keeps every limit" in str(price)
+
+
+def test_the_next_larger_parallelism_is_priced_too() -> None:
+    wanted = problem(
+        cluster(("a", "gpu", 2)),
+        [latency_service("s", ("m", 1.0))],
+        [profile("m", parallelisms=((1, 1), (2, 1)))],
+        demand(s=5.0),
+    )
+    result = solve(wanted)
+    assert isinstance(result, Solved)
+    (priced,) = explain(wanted, result.plan, "s", time_limit_s=20.0).solved_again
+    assert priced.what == "tp 2, pp 1"
+    assert priced.why_not == "goodput would be the same, at 1 more per hour"
+
+
+def test_one_more_gpu_of_a_budget_is_worth_what_solving_with_it_says() -> None:
+    wanted = crowd(latency_service("s", ("m", 1.0), max_gpus=1, weight=2.0), s=1000.0)
+    result = solve(wanted)
+    assert isinstance(result, Solved)
+    price = explain(wanted, result.plan, "s").budget_price
+    more = wanted.services.services[0].model_copy(update={"max_gpus": 2})
+    again = solve(replace(wanted, services=wanted.services.model_copy(update={"services": (more,)})))
+    assert isinstance(again, Solved)
+    assert price == pytest.approx(again.plan.solver.objective - result.plan.solver.objective, rel=1e-5)
+
+
+def test_an_unknown_node_is_an_error() -> None:
+    wanted = crowd(latency_service("s", ("m", 1.0)), s=1.0)
+    result = solve(wanted)
+    assert isinstance(result, Solved)
+    with pytest.raises(InvalidInput, match="one of the nodes a, b"):
+        explain(wanted, result.plan, "s", node="z")
 
 
 def test_an_unknown_service_is_an_error_that_lists_the_known_ones() -> None:
