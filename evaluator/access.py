@@ -1,5 +1,8 @@
 """The world's arrays, as compiled code gets at them (`evaluator.memory`)."""
 
+# mypy: disable-error-code="no-any-return"
+# Records and their fields have no types for mypy.
+
 from __future__ import annotations
 
 from typing import Any

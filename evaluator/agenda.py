@@ -1,5 +1,8 @@
 """The order of events across groups: a tournament of their next events, and a heap of what enters later."""
 
+# mypy: disable-error-code="no-any-return"
+# Records and their fields have no types for mypy.
+
 from __future__ import annotations
 
 from typing import Any
@@ -8,7 +11,7 @@ import numpy as np
 
 from evaluator.access import group_at
 from evaluator.extras import agenda_at, call_at, small_of
-from evaluator.memory import compiled, inlined
+from evaluator.memory import compiled, inlined, int64
 from evaluator.state import NOWHERE
 
 __all__ = ["first_group", "first_pending_s", "note_group", "pop_pending", "push_pending", "rebuild"]
@@ -52,7 +55,7 @@ def note_group(w: Any, g: int) -> None:
     tree = small_of(w.tree, 2 * w.leaves)
     node = (w.leaves + g) // 2
     while node >= 1:
-        tree[node] = _winner(w, np.int64(tree[2 * node]), np.int64(tree[2 * node + 1]))
+        tree[node] = _winner(w, int64(tree[2 * node]), int64(tree[2 * node + 1]))
         node //= 2
 
 
@@ -65,13 +68,13 @@ def rebuild(w: Any) -> None:
         _look(w, g)
         tree[w.leaves + g] = g
     for node in range(w.leaves - 1, 0, -1):
-        tree[node] = _winner(w, np.int64(tree[2 * node]), np.int64(tree[2 * node + 1]))
+        tree[node] = _winner(w, int64(tree[2 * node]), int64(tree[2 * node + 1]))
 
 
 @inlined
 def first_group(w: Any) -> int:
     """Return the group whose event is first; NOWHERE when there is no group."""
-    return np.int64(small_of(w.tree, 2)[1])
+    return int64(small_of(w.tree, 2)[1])
 
 
 @compiled
@@ -89,7 +92,7 @@ def push_pending(w: Any, slot: int, enter_s: float) -> None:
     place = w.pending_count
     w.pending_count += 1
     heap = small_of(w.pending, w.pending_count)
-    while place > 0 and _earlier(w, slot, np.int64(heap[(place - 1) // 2])):
+    while place > 0 and _earlier(w, slot, int64(heap[(place - 1) // 2])):
         heap[place] = heap[(place - 1) // 2]
         place = (place - 1) // 2
     heap[place] = slot
@@ -100,25 +103,25 @@ def first_pending_s(w: Any) -> float:
     """Return when the next of what enters later does; inf without any."""
     if w.pending_count == 0:
         return np.inf
-    return float(call_at(w, np.int64(small_of(w.pending, 1)[0])).enter_s)
+    return float(call_at(w, int64(small_of(w.pending, 1)[0])).enter_s)
 
 
 @compiled
 def pop_pending(w: Any) -> int:
     """Take out what enters next."""
     heap = small_of(w.pending, w.pending_count)
-    top = np.int64(heap[0])
+    top = int64(heap[0])
     w.pending_count -= 1
     size = w.pending_count
-    slot = np.int64(heap[size])
+    slot = int64(heap[size])
     place = 0
     while True:
         child = 2 * place + 1
         if child >= size:
             break
-        if child + 1 < size and _earlier(w, np.int64(heap[child + 1]), np.int64(heap[child])):
+        if child + 1 < size and _earlier(w, int64(heap[child + 1]), int64(heap[child])):
             child += 1
-        if not _earlier(w, np.int64(heap[child]), slot):
+        if not _earlier(w, int64(heap[child]), slot):
             break
         heap[place] = heap[child]
         place = child

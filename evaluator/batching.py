@@ -1,5 +1,8 @@
 """What one group does: look for something to start, start it, end it. Nothing here depends on other groups."""
 
+# mypy: disable-error-code="no-any-return"
+# Records and their fields have no types for mypy.
+
 from __future__ import annotations
 
 from typing import Any
@@ -21,7 +24,7 @@ from evaluator.access import (
 from evaluator.bundles import flush
 from evaluator.calls import lose_call, note_ended
 from evaluator.extras import call_at, small_of
-from evaluator.memory import compiled, inlined
+from evaluator.memory import compiled, inlined, int64
 from evaluator.queues import first_slot, free_slot, pop
 from evaluator.recording import record, record_busy
 from evaluator.state import CREDITS, DISPLACED, EXPONENTIAL, GOOD, HOPELESS, LATE, MEAN, NOWHERE
@@ -30,7 +33,7 @@ from plans import dispatch as shared
 __all__ = ["advance_group", "append_running", "dispatch", "first_free_s", "reserve", "step", "wake"]
 
 _SHARED_HOPELESS = shared.HOPELESS
-_LATEST = np.int64(2**62)
+_LATEST = int64(2**62)
 """Sequence of what goes after everything that has entered a queue."""
 
 COMPLETION, FLUSH, DISPATCH = 1, 3, 4
@@ -53,12 +56,12 @@ def _lost_free_s(w: Any, g: int, now: float) -> float:
     """Return what `first_free_s` would be if the group, which has failed, still ran its batches."""
     first_s = np.inf
     running = 0
-    lead = np.int64(group_at(w, g).running)
+    lead = int64(group_at(w, g).running)
     while lead != NOWHERE:
         if slot_at(w, lead).end_s > now:
             first_s = min(first_s, slot_at(w, lead).end_s)
             running += 1
-        lead = np.int64(slot_at(w, lead).batch_after)
+        lead = int64(slot_at(w, lead).batch_after)
     return first_s if running >= group_at(w, g).concurrency else now
 
 
@@ -107,7 +110,7 @@ def _next_replica(w: Any, g: int, now: float) -> int:
 def _next_ready(w: Any, g: int, now: float) -> int:
     best = NOWHERE
     smallest = np.inf
-    sequence = np.int64(0)
+    sequence = int64(0)
     for r in range(group_at(w, g).first, group_at(w, g).last):
         key = head_keys(w)[r]
         if key > smallest or key == np.inf:
@@ -233,7 +236,7 @@ def _factor(w: Any, g: int, r: int, size: int) -> float:
     group = group_at(w, g)
     factor = 1.0
     if w.latency != MEAN:
-        u = rules.draw(w.seed, rules.DRAW_LATENCY, (np.int64(g) << 32) + group.started)
+        u = rules.draw(w.seed, rules.DRAW_LATENCY, (int64(g) << 32) + group.started)
         if w.latency == EXPONENTIAL:
             factor = rules.exponential(u)
         elif size != NOWHERE:
@@ -316,7 +319,7 @@ def _complete(w: Any, g: int) -> None:
             record_busy(w, g, 0, group.busy_from_s, end_s)
     else:
         group.end_s = slot_at(w, group.running).end_s
-    r = np.int64(slot_at(w, lead).replica)
+    r = int64(slot_at(w, lead).replica)
     if _generates(w, r):
         iterations.end_iteration(w, r, end_s)
     else:
@@ -347,9 +350,9 @@ def _end_batch(w: Any, r: int, lead: int, end_s: float) -> None:
 @compiled
 def _settle_credit(w: Any, r: int) -> None:
     replica = replica_at(w, r)
-    credits = floats(w.route_credit, w.replica_count)
-    credits[replica.route] = rules.credit_after(
-        credits[replica.route],
+    credit = floats(w.route_credit, w.replica_count)
+    credit[replica.route] = rules.credit_after(
+        credit[replica.route],
         replica.queued,
         w.credit_target,
         w.credit_increase,

@@ -1,5 +1,8 @@
 """Multi-frame: frames of one stream gather at their replica and enter its queue together."""
 
+# mypy: disable-error-code="no-any-return"
+# Records and their fields have no types for mypy.
+
 from __future__ import annotations
 
 from typing import Any
@@ -122,10 +125,13 @@ def _first(w: Any, g: int) -> int:
         lead = replica_at(w, r).gather
         if lead == NOWHERE:
             continue
-        if first == NOWHERE or slot_at(w, lead).end_s < slot_at(w, first).end_s:
-            first = lead
-        elif (
-            slot_at(w, lead).end_s == slot_at(w, first).end_s and slot_at(w, lead).sequence < slot_at(w, first).sequence
+        if (
+            first == NOWHERE
+            or slot_at(w, lead).end_s < slot_at(w, first).end_s
+            or (
+                slot_at(w, lead).end_s == slot_at(w, first).end_s
+                and slot_at(w, lead).sequence < slot_at(w, first).sequence
+            )
         ):
             first = lead
     return first

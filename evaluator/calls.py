@@ -4,6 +4,9 @@ An instance is known by the slot of its first call; all slots of its calls are t
 it ends. Calls that run or travel on at that time are orphans, and give theirs back when that is over.
 """
 
+# mypy: disable-error-code="no-any-return"
+# Records and their fields have no types for mypy.
+
 from __future__ import annotations
 
 from typing import Any
@@ -28,7 +31,7 @@ from evaluator.extras import (
     small_of,
     taken_of,
 )
-from evaluator.memory import compiled
+from evaluator.memory import compiled, int64
 from evaluator.queues import free_slot, take_slot, withdraw
 from evaluator.recording import record
 from evaluator.state import GOOD, LATE, NOWHERE
@@ -68,7 +71,7 @@ def draw_instance(w: Any, workflow: int, position: int) -> int:
         flow_edge_at(w, workflow, edge).drawn = 0
     total = 0
     for stage in range(flow.stages):
-        calls = np.int64(1 if flow_stage_at(w, workflow, stage).entry else 0)
+        calls = int64(1 if flow_stage_at(w, workflow, stage).entry else 0)
         for edge in range(flow.edges):
             if flow_edge_at(w, workflow, edge).target == stage:
                 calls = max(calls, flow_edge_at(w, workflow, edge).drawn)
@@ -103,8 +106,8 @@ def _draw_edges(w: Any, workflow: int, stage: int, position: int) -> None:
 def begin_instance(w: Any, workflow: int, position: int) -> int:
     """Make the calls of the instance that was drawn last; return its lead. There must be slots enough."""
     flow = flow_at(w, workflow)
-    lead = np.int64(NOWHERE)
-    last = np.int64(NOWHERE)
+    lead = int64(NOWHERE)
+    last = int64(NOWHERE)
     for stage in range(flow.stages):
         for number in range(flow_stage_at(w, workflow, stage).drawn):
             slot = _take_call(w, workflow, stage, position)
@@ -137,7 +140,7 @@ def begin_instance(w: Any, workflow: int, position: int) -> int:
 @compiled
 def _take_call(w: Any, workflow: int, stage: int, position: int) -> int:
     """Return a slot for a call that is not released."""
-    slot = np.int64(take_slot(w))
+    slot = int64(take_slot(w))
     request = slot_at(w, slot)
     arrival_s = floats(w.arrival_s, w.request_count)[position]
     request.position = position
@@ -192,11 +195,11 @@ def longest_transfer_s(w: Any, lead: int, stage: int, by: int, group: int) -> fl
             continue
         if by != NOWHERE and call_at(w, by).stage != edge.source:
             continue
-        slot = np.int64(instance_stage_at(w, lead, edge.source).first) if by == NOWHERE else by
+        slot = int64(instance_stage_at(w, lead, edge.source).first) if by == NOWHERE else by
         for _ in range(instance_stage_at(w, lead, edge.source).calls if by == NOWHERE else 1):
-            came_from = np.int64(replica_at(w, slot_at(w, slot).replica).group)
+            came_from = int64(replica_at(w, slot_at(w, slot).replica).group)
             longest_s = max(longest_s, _transfer_s(w, came_from, group, edge.payload_bytes))
-            slot = np.int64(call_at(w, slot).after)
+            slot = int64(call_at(w, slot).after)
     return longest_s
 
 
@@ -253,7 +256,7 @@ def lose_call(w: Any, slot: int, code: int, now: float) -> None:
         _forget(w, slot)
         return
     call.state = ENDED
-    lead = np.int64(call.lead)
+    lead = int64(call.lead)
     instance_stage_at(w, lead, call.stage).lost += 1
     workflow = instance_at(w, lead).workflow
     fatal = True
@@ -293,8 +296,8 @@ def _end_instance(w: Any, lead: int, code: int, end_s: float) -> None:
     slot = lead
     while slot != NOWHERE:
         call = call_at(w, slot)
-        following = np.int64(call.after)
-        r = np.int64(slot_at(w, slot).replica)
+        following = int64(call.after)
+        r = int64(slot_at(w, slot).replica)
         if call.state == TRANSIT:
             if r != NOWHERE:
                 replica_at(w, r).open -= 1

@@ -1,5 +1,8 @@
 """What happens to a group that fails, and to what was on it (docs/evaluator.md, section 10)."""
 
+# mypy: disable-error-code="no-any-return"
+# Records and their fields have no types for mypy.
+
 from __future__ import annotations
 
 from typing import Any
@@ -11,7 +14,7 @@ from evaluator.access import free_of, group_at, replica_at, slot_at, stream_at
 from evaluator.agenda import push_pending
 from evaluator.calls import lose_call
 from evaluator.extras import ORPHANED, TRANSIT, call_at, small_of
-from evaluator.memory import compiled
+from evaluator.memory import compiled, int64
 from evaluator.queues import free_slot, pop
 from evaluator.recording import record, record_busy
 from evaluator.state import LOST, NOWHERE
@@ -55,9 +58,9 @@ def clear_group(w: Any, g: int, found: int, count: int) -> int:
     for r in range(group.first, group.last):
         replica = replica_at(w, r)
         while replica.queued > 0:
-            count = _take_frames(w, np.int64(pop(w, r)), found, count)
+            count = _take_frames(w, int64(pop(w, r)), found, count)
         while replica.gather != NOWHERE:
-            lead = np.int64(replica.gather)
+            lead = int64(replica.gather)
             replica.gather = slot_at(w, lead).batch_after
             if stream_at(w, slot_at(w, lead).stream).gather == lead:
                 stream_at(w, slot_at(w, lead).stream).gather = NOWHERE
@@ -65,15 +68,15 @@ def clear_group(w: Any, g: int, found: int, count: int) -> int:
         replica.gather_last = NOWHERE
         if replica.generates != NOWHERE:
             rest = small_of(found + 4 * count, w.slot_count - count)
-            count += generation.release_all(w, np.int64(replica.generates), rest)
-    lead = np.int64(group.running)
+            count += generation.release_all(w, int64(replica.generates), rest)
+    lead = int64(group.running)
     while lead != NOWHERE:
-        following = np.int64(slot_at(w, lead).batch_after)
+        following = int64(slot_at(w, lead).batch_after)
         slot = lead
         while slot != NOWHERE and replica_at(w, slot_at(w, lead).replica).generates == NOWHERE:
             small_of(found, w.slot_count)[count] = slot
             count += 1
-            slot = np.int64(slot_at(w, slot).after)
+            slot = int64(slot_at(w, slot).after)
         lead = following
     group.running = NOWHERE
     group.running_last = NOWHERE
@@ -89,7 +92,7 @@ def _take_frames(w: Any, slot: int, found: int, count: int) -> int:
     while slot != NOWHERE:
         small_of(found, w.slot_count)[count] = slot
         count += 1
-        slot = np.int64(slot_at(w, slot).frame_after)
+        slot = int64(slot_at(w, slot).frame_after)
     return count
 
 

@@ -5,6 +5,9 @@ them, the end of a sequence is known as a count of decodes when it is admitted: 
 iteration O(1) beside the sequences that start or end in it. ``row`` is that of the replica's `GENERATOR`.
 """
 
+# mypy: disable-error-code="no-any-return"
+# Records and their fields have no types for mypy.
+
 from __future__ import annotations
 
 from typing import Any
@@ -13,7 +16,7 @@ import numpy as np
 
 from evaluator.access import row_of
 from evaluator.extras import generator_at, sequence_at, small_of
-from evaluator.memory import compiled
+from evaluator.memory import compiled, int64
 from evaluator.state import NOWHERE
 
 __all__ = [
@@ -104,7 +107,7 @@ def preempt(w: Any, row: int) -> int:
         place += 1
     _remove(w, row, place)
     _leave(w, row, slot)
-    return np.int64(slot)
+    return int64(slot)
 
 
 @compiled
@@ -117,12 +120,12 @@ def end_prefill(w: Any, row: int, end_s: float, ended: Any) -> int:
     generator = generator_at(w, row)
     slot = generator.newest
     for _ in range(generator.starting - 1):
-        slot = np.int64(sequence_at(w, slot).before)
+        slot = int64(sequence_at(w, slot).before)
     count = 0
     while generator.starting > 0:
         generator.starting -= 1
         sequence = sequence_at(w, slot)
-        follower = np.int64(sequence.after)
+        follower = int64(sequence.after)
         sequence.produced += 1
         generator.context += 1
         if np.isnan(sequence.first_s):
@@ -147,7 +150,7 @@ def end_decode(w: Any, row: int, ended: Any) -> int:
     heap = small_of(w.ends + 4 * row * w.most_running, w.most_running)
     count = 0
     while generator.heaped > 0:
-        slot = np.int64(heap[0])
+        slot = int64(heap[0])
         sequence = sequence_at(w, slot)
         if sequence.last_decode > generator.decodes:
             break
@@ -180,9 +183,9 @@ def _leave(w: Any, row: int, slot: int) -> None:
     generator = generator_at(w, row)
     sequence = sequence_at(w, slot)
     if sequence.before != NOWHERE:
-        sequence_at(w, np.int64(sequence.before)).after = sequence.after
+        sequence_at(w, int64(sequence.before)).after = sequence.after
     if sequence.after != NOWHERE:
-        sequence_at(w, np.int64(sequence.after)).before = sequence.before
+        sequence_at(w, int64(sequence.after)).before = sequence.before
     else:
         generator.newest = sequence.before
     generator.running -= 1
@@ -208,8 +211,8 @@ def _push(w: Any, row: int, slot: int) -> None:
 
 @compiled
 def _rise(w: Any, heap: Any, place: int) -> None:
-    slot = np.int64(heap[place])
-    while place > 0 and _precedes(w, slot, np.int64(heap[(place - 1) // 2])):
+    slot = int64(heap[place])
+    while place > 0 and _precedes(w, slot, int64(heap[(place - 1) // 2])):
         heap[place] = heap[(place - 1) // 2]
         place = (place - 1) // 2
     heap[place] = slot
@@ -223,14 +226,14 @@ def _remove(w: Any, row: int, place: int) -> None:
     size = generator.heaped
     if place == size:
         return
-    slot = np.int64(heap[size])
+    slot = int64(heap[size])
     while True:
         child = 2 * place + 1
         if child >= size:
             break
-        if child + 1 < size and _precedes(w, np.int64(heap[child + 1]), np.int64(heap[child])):
+        if child + 1 < size and _precedes(w, int64(heap[child + 1]), int64(heap[child])):
             child += 1
-        if not _precedes(w, np.int64(heap[child]), slot):
+        if not _precedes(w, int64(heap[child]), slot):
             break
         heap[place] = heap[child]
         place = child

@@ -1,5 +1,8 @@
 """Turns of generating replicas: `evaluator.generation` on the queues of the world."""
 
+# mypy: disable-error-code="no-any-return"
+# Records and their fields have no types for mypy.
+
 from __future__ import annotations
 
 from typing import Any
@@ -9,7 +12,7 @@ import numpy as np
 from evaluator import generation
 from evaluator.access import floats, group_at, replica_at, slot_at
 from evaluator.extras import call_at, generator_at, sequence_at, small_of
-from evaluator.memory import compiled
+from evaluator.memory import compiled, int64
 from evaluator.queues import enqueue, first_slot, free_slot, pop, set_head_key
 from evaluator.recording import record
 from evaluator.state import GOOD, LATE, NOWHERE
@@ -63,12 +66,12 @@ def begin(w: Any, r: int) -> tuple[int, float]:
         The slot of a sequence that runs in it (NOWHERE: there is nothing to do) and the seconds that it takes.
     """
     replica = replica_at(w, r)
-    row = np.int64(replica.generates)
+    row = int64(replica.generates)
     generator = generator_at(w, row)
     before = generator.running
     tokens = 0
     while replica.queued > 0 and generator.running < replica.max_batch:
-        slot = np.int64(first_slot(w, r))
+        slot = int64(first_slot(w, r))
         context = sequence_at(w, slot).prompt + sequence_at(w, slot).produced
         if generator.starting > 0 and tokens + context > w.max_prefill_tokens:
             break
@@ -85,14 +88,14 @@ def begin(w: Any, r: int) -> tuple[int, float]:
             enqueue(w, generation.preempt(w, row))
         takes_s = generation.decode_time_s(w, row)
     group_at(w, replica.group).generating += generator.running - before
-    return np.int64(generator.newest), takes_s
+    return int64(generator.newest), takes_s
 
 
 @compiled
 def end_iteration(w: Any, r: int, end_s: float) -> None:
     """Give every sequence of the iteration that ends now its token, and end those that have all of theirs."""
     replica = replica_at(w, r)
-    row = np.int64(replica.generates)
+    row = int64(replica.generates)
     generator = generator_at(w, row)
     ended = small_of(w.ended, max(1, w.in_use))
     generator.end_s = end_s
@@ -106,7 +109,7 @@ def end_iteration(w: Any, r: int, end_s: float) -> None:
     replica.open -= count
     w.ended_count = 0
     for place in range(count):
-        slot = np.int64(ended[place])
+        slot = int64(ended[place])
         if call_at(w, slot).lead != NOWHERE:
             ended[w.ended_count] = slot
             w.ended_count += 1

@@ -23,7 +23,7 @@ from evaluator.routing import ENTRY, arrive
 from evaluator.state import NOWHERE
 from plans import dispatch
 
-__all__ = ["DONE", "POOL_FULL", "advance"]
+__all__ = ["DONE", "POOL_FULL", "advance", "source_digest"]
 
 DONE = 0
 POOL_FULL = 1
@@ -40,6 +40,7 @@ _COMPILED = (
     "iterations",
     "kernel",
     "memory",
+    "operations",
     "ordered",
     "queues",
     "recording",
@@ -50,7 +51,7 @@ _COMPILED = (
 """Every module that compiled code may come from."""
 
 
-def _digest() -> int:
+def source_digest() -> int:
     """Return a number that changes with any source that the entry points are compiled from."""
     folder = Path(__file__).parent
     found = hashlib.sha256(Path(dispatch.__file__).read_bytes())
@@ -77,10 +78,10 @@ def _entry_point(digest: int) -> Callable[..., int]:
             advance_group(w, g, until_s, priority)
         return DONE
 
-    return advance  # type: ignore[no-any-return]  # numba has no types
+    return advance
 
 
-advance = _entry_point(_digest())
+advance = _entry_point(source_digest())
 """Process every event before (until_s, priority).
 
 Args:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from evaluator.run import Run
 from evaluator.scenario import Arrivals
-from evaluator.state import CELLS, DROPPED, FAILED, GOOD, LATE, NOWHERE, REASONS
+from evaluator.state import DROPPED, FAILED, GOOD, LATE, NOWHERE, REASONS
 from plans.plan import Plan
 from plans.service import FrequencyService, Services
 from traces.outcomes import (
@@ -300,5 +300,5 @@ def _from_histogram(cells: NDArray[np.int64]) -> LatencySummary:
     found: dict[str, float | None] = {}
     for percent in (50, 95, 99):
         rank = supported_rank(int(upto[-1]), percent)
-        found[f"p{percent}"] = None if rank is None else cell_latency_s(min(int(np.searchsorted(upto, rank)), CELLS - 1))
+        found[f"p{percent}"] = None if rank is None else cell_latency_s(int(np.searchsorted(upto, rank)))
     return LatencySummary(**found)

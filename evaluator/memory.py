@@ -8,7 +8,8 @@ made the arrays must keep them alive and in place; `evaluator.state.World` does.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import numba
 import numpy as np
@@ -17,14 +18,26 @@ from numba.extending import intrinsic
 from numba.np.arrayobj import make_array, populate_array
 from numba.np.numpy_support import from_dtype
 
-__all__ = ["compiled", "inlined", "record_at", "view_of"]
+__all__ = ["compiled", "inlined", "int64", "record_at", "view_of"]
+
+int64: Any = np.int64
+"""Widens the 32 bits of a record's field, so that compiled code has one type of index. Untyped: to all it is an int."""
+
+_make_array: Any = make_array
+_populate_array: Any = populate_array
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+_njit: Any = numba.njit  # its types know only some of its options
+_OPTIONS = _njit(error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True)
+_INLINE_OPTIONS = _njit(error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True, forceinline=True)
 
 
 def record_at(dtype: np.dtype[Any]) -> Any:
     """Return the compiled function (base, index) -> record number ``index`` of the array of ``dtype`` at ``base``."""
     record = from_dtype(dtype)
 
-    @intrinsic  # type: ignore[untyped-decorator]
+    @intrinsic
     def at(typing_context: Any, base: Any, index: Any) -> Any:
         def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
             base, index = arguments
@@ -41,12 +54,12 @@ def view_of(dtype: Any) -> Any:
     item_bytes = np.dtype(dtype).itemsize
     array = types.Array(from_dtype(np.dtype(dtype)), 1, "C")
 
-    @intrinsic  # type: ignore[untyped-decorator]
+    @intrinsic
     def view(typing_context: Any, base: Any, length: Any) -> Any:
         def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
             base, length = arguments
-            view = make_array(array)(context, builder)
-            populate_array(
+            view = _make_array(array)(context, builder)
+            _populate_array(
                 view,
                 data=builder.inttoptr(base, view.data.type),
                 shape=[length],
@@ -61,8 +74,11 @@ def view_of(dtype: Any) -> Any:
     return view
 
 
-compiled: Any = numba.njit(error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True)
-"""Compile a function that only compiled functions call."""
+def compiled(function: _Function) -> _Function:
+    """Compile a function that only compiled functions call (later, with what it is called with)."""
+    return _OPTIONS(function)  # type: ignore[no-any-return]  # it is called as what it was
 
-inlined: Any = numba.njit(error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True, forceinline=True)
-"""The same, copied into its callers: for the few lines that a call would cost more than they do."""
+
+def inlined(function: _Function) -> _Function:
+    """The same, copied into its callers: for the few lines that a call would cost more than they do."""
+    return _INLINE_OPTIONS(function)  # type: ignore[no-any-return]  # it is called as what it was

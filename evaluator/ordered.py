@@ -4,6 +4,9 @@ Used where calls of workflows are released by what other groups finish, where wh
 groups share a GPU. Otherwise `evaluator.kernel` does the same faster.
 """
 
+# mypy: disable-error-code="no-any-return"
+# Records and their fields have no types for mypy.
+
 from __future__ import annotations
 
 from typing import Any
@@ -35,7 +38,7 @@ from evaluator.extras import (
     instance_stage_at,
     small_of,
 )
-from evaluator.memory import compiled
+from evaluator.memory import compiled, int64
 from evaluator.queues import free_slot
 from evaluator.recording import record
 from evaluator.routing import arrive, come_in, route, route_frame
@@ -54,7 +57,7 @@ def run_ordered(w: Any, until_s: float, priority: int) -> bool:
     rebuild(w)
     while True:
         g = first_group(w)
-        event_s, event_priority = np.inf, np.int64(0)
+        event_s, event_priority = np.inf, int64(0)
         if g != NOWHERE:
             event_s, event_priority = agenda_at(w, g).next_s, agenda_at(w, g).priority
         sent_s = np.inf
@@ -84,8 +87,8 @@ def run_ordered(w: Any, until_s: float, priority: int) -> bool:
 def _look_again(w: Any, now: float) -> None:
     """Tell the agenda of every group that was touched."""
     for place in range(w.touched_count):
-        r = np.int64(small_of(w.touched, w.touched_count)[place])
-        g = np.int64(replica_at(w, r).group)
+        r = int64(small_of(w.touched, w.touched_count)[place])
+        g = int64(replica_at(w, r).group)
         if replica_at(w, r).queued > 0:
             wake(w, g, r, now)
         note_group(w, g)
@@ -96,7 +99,7 @@ def _look_again(w: Any, now: float) -> None:
 def _send(w: Any, position: int, now: float) -> bool:
     """A row of the trace enters now; say whether the pool has room for it."""
     code = integers(w.code, w.request_count)[position]
-    row = np.int64(small(w.service_of_code, code + 1)[code])
+    row = int64(small(w.service_of_code, code + 1)[code])
     workflow = row - (w.service_count - w.flow_count)
     if workflow < 0:
         if w.free == NOWHERE:
@@ -119,14 +122,14 @@ def _release(w: Any, lead: int, stage: int, by: int, now: float, at_once: bool) 
     """Route the calls of ``stage`` and let them enter, at once or after the transfer from what released them."""
     instance = instance_at(w, lead)
     instance_stage_at(w, lead, stage).released = 1
-    slot = np.int64(instance_stage_at(w, lead, stage).first)
+    slot = int64(instance_stage_at(w, lead, stage).first)
     position = slot_at(w, lead).position
     for _ in range(instance_stage_at(w, lead, stage).calls):
         call = call_at(w, slot)
-        following = np.int64(call.after)
+        following = int64(call.after)
         call.number = instance.released_calls
         instance.released_calls += 1
-        r = np.int64(route(w, np.int64(slot_at(w, slot).service), position * _CALLS + call.number, now))
+        r = int64(route(w, int64(slot_at(w, slot).service), position * _CALLS + call.number, now))
         slot_at(w, slot).replica = r
         if r == NOWHERE:
             lose_call(w, slot, UNROUTED, now)
@@ -135,7 +138,7 @@ def _release(w: Any, lead: int, stage: int, by: int, now: float, at_once: bool) 
         else:
             replica_at(w, r).open += 1
             call.state = TRANSIT
-            transfer_s = longest_transfer_s(w, lead, stage, by, np.int64(replica_at(w, r).group))
+            transfer_s = longest_transfer_s(w, lead, stage, by, int64(replica_at(w, r).group))
             push_pending(w, slot, now + transfer_s)
         if instance.over:
             return
@@ -144,7 +147,7 @@ def _release(w: Any, lead: int, stage: int, by: int, now: float, at_once: bool) 
 
 @compiled
 def _come_in(w: Any, slot: int, now: float) -> None:
-    r = np.int64(slot_at(w, slot).replica)
+    r = int64(slot_at(w, slot).replica)
     call_at(w, slot).state = INSIDE
     come_in(w, slot, now)
     touch(w, r)
@@ -160,17 +163,17 @@ def _enter(w: Any, slot: int, now: float) -> None:
         free_slot(w, slot)
         return
     request = slot_at(w, slot)
-    r = np.int64(request.replica)
+    r = int64(request.replica)
     if r != NOWHERE:
         replica_at(w, r).open -= 1
         if not floats(w.route_weight, w.replica_count)[replica_at(w, r).route] > 0.0:
-            r = np.int64(NOWHERE)
+            r = int64(NOWHERE)
     if r == NOWHERE:
         index = request.position * _CALLS + call.number if is_call else request.position
         if request.stream != NOWHERE:
-            r = np.int64(route_frame(w, np.int64(request.stream), np.int64(request.service), index, now))
+            r = int64(route_frame(w, int64(request.stream), int64(request.service), index, now))
         else:
-            r = np.int64(route(w, np.int64(request.service), index, now))
+            r = int64(route(w, int64(request.service), index, now))
         request.replica = r
     if r != NOWHERE:
         _come_in(w, slot, now)
@@ -185,17 +188,17 @@ def _enter(w: Any, slot: int, now: float) -> None:
 def _take_in_ended(w: Any, now: float) -> None:
     """Release and end what the calls that finished just now release and end."""
     for place in range(w.ended_count):
-        slot = np.int64(small_of(w.ended, w.ended_count)[place])
-        lead = np.int64(call_at(w, slot).lead)
-        stage = np.int64(call_at(w, slot).stage)
+        slot = int64(small_of(w.ended, w.ended_count)[place])
+        lead = int64(call_at(w, slot).lead)
+        stage = int64(call_at(w, slot).stage)
         if not finish_call(w, slot):
             continue
         instance = instance_at(w, lead)
-        workflow = np.int64(instance.workflow)
+        workflow = int64(instance.workflow)
         for target in range(stage + 1, flow_at(w, workflow).stages):
             if not instance.over and is_released_by(w, lead, target, stage):
                 by_any = flow_stage_at(w, workflow, target).join_any != 0
-                _release(w, lead, target, slot if by_any else np.int64(NOWHERE), now, False)
+                _release(w, lead, target, slot if by_any else int64(NOWHERE), now, False)
         if not instance.over and instance.open_last == 0:
             complete_instance(w, lead, now)
     w.ended_count = 0

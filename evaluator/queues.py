@@ -5,6 +5,9 @@ Sedgewick, Sleator, Tarjan, Algorithmica 1986) of what did not: constant time to
 however much the deadlines of one queue vary. Its head is the smaller of the two by (key, sequence).
 """
 
+# mypy: disable-error-code="no-any-return"
+# Records and their fields have no types for mypy.
+
 from __future__ import annotations
 
 from typing import Any
@@ -13,7 +16,7 @@ import numpy as np
 
 from evaluator.access import group_at, head_keys, replica_at, slot_at
 from evaluator.generation import turn_key
-from evaluator.memory import compiled
+from evaluator.memory import compiled, int64
 from evaluator.state import NOWHERE
 
 __all__ = ["enqueue", "first_slot", "free_slot", "pop", "set_head_key", "take_slot", "withdraw"]
@@ -65,26 +68,26 @@ def _melded(w: Any, one: int, other: int) -> int:
 @compiled
 def _without_root(w: Any, root: int) -> int:
     """Return the root of the heap without its root: pair the children from the left, meld the pairs from the right."""
-    child = slot_at(w, root).child
-    pairs = np.int32(NOWHERE)
+    child = int64(slot_at(w, root).child)
+    pairs = int64(NOWHERE)
     while child != NOWHERE:
-        partner = slot_at(w, child).sibling
+        partner = int64(slot_at(w, child).sibling)
         if partner == NOWHERE:
             slot_at(w, child).sibling = pairs
             pairs = child
             break
-        rest = slot_at(w, partner).sibling
-        pair = np.int32(_melded(w, child, partner))
+        rest = int64(slot_at(w, partner).sibling)
+        pair = _melded(w, child, partner)
         slot_at(w, pair).sibling = pairs
         pairs = pair
         child = rest
     if pairs == NOWHERE:
         return pairs
     root = pairs
-    pairs = slot_at(w, root).sibling
+    pairs = int64(slot_at(w, root).sibling)
     while pairs != NOWHERE:
-        rest = slot_at(w, pairs).sibling
-        root = np.int32(_melded(w, root, pairs))
+        rest = int64(slot_at(w, pairs).sibling)
+        root = _melded(w, root, pairs)
         pairs = rest
     slot_at(w, root).sibling = NOWHERE
     return root
@@ -107,7 +110,7 @@ def set_head_key(w: Any, r: int) -> None:
     slot = first_slot(w, r)
     key = np.inf if slot == NOWHERE else slot_at(w, slot).key
     if w.generation and replica_at(w, r).generates != NOWHERE:
-        key = min(key, turn_key(w, np.int64(replica_at(w, r).generates)))
+        key = min(key, turn_key(w, int64(replica_at(w, r).generates)))
     head_keys(w)[r] = key
 
 

@@ -1,5 +1,8 @@
 """Where a request goes, and how it comes into a queue there."""
 
+# mypy: disable-error-code="no-any-return"
+# Records and their fields have no types for mypy.
+
 from __future__ import annotations
 
 from typing import Any
@@ -25,7 +28,7 @@ from evaluator.bundles import gather
 from evaluator.calls import lose_call
 from evaluator.extras import call_at
 from evaluator.iterations import prepare
-from evaluator.memory import compiled
+from evaluator.memory import compiled, int64
 from evaluator.queues import enqueue, free_slot, take_slot
 from evaluator.recording import record
 from evaluator.state import (
@@ -63,7 +66,7 @@ def route(w: Any, service: int, draw_index: int, now: float) -> int:
             )
     else:
         chosen = _route_otherwise(w, service, draw_index, now)
-    return np.int64(small(w.route_replica, w.replica_count)[first + chosen]) if chosen >= 0 else NOWHERE
+    return int64(small(w.route_replica, w.replica_count)[first + chosen]) if chosen >= 0 else NOWHERE
 
 
 @compiled
@@ -108,7 +111,7 @@ def _value(w: Any, r: int, now: float) -> float:
 
 @compiled
 def predicted_end_s(w: Any, r: int, now: float) -> float:
-    """Return when a request would end that starts on its way through the stages of ``r`` now, behind what is reserved."""
+    """Return when a request would end that enters the stages of ``r`` now, behind what is reserved there."""
     g = replica_at(w, r).group
     time_s = now
     for stage in range(group_at(w, g).stages):
@@ -119,14 +122,14 @@ def predicted_end_s(w: Any, r: int, now: float) -> float:
 @compiled
 def _stream_of(w: Any, position: int, service: int) -> int:
     if w.stream_of != 0 and service_at(w, service).sticky:
-        return np.int64(small(w.stream_of, w.request_count)[position])
+        return int64(small(w.stream_of, w.request_count)[position])
     return NOWHERE
 
 
 @compiled
 def route_frame(w: Any, stream: int, service: int, draw_index: int, now: float) -> int:
     """Return the replica that ``stream`` is on, or follow the policy when it is on none that takes requests."""
-    r = np.int64(stream_at(w, stream).replica)
+    r = int64(stream_at(w, stream).replica)
     if r != NOWHERE and floats(w.route_weight, w.replica_count)[replica_at(w, r).route] > 0.0:
         return r
     chosen = route(w, service, draw_index, now)
@@ -152,10 +155,10 @@ def _allowed_s(w: Any, position: int, service: int) -> float:
 @compiled
 def arrive(w: Any, position: int, now: float) -> int:
     """A request of the trace enters now; return the group it went to, or NOWHERE. There must be a free slot."""
-    service = np.int64(small(w.service_of_code, w.request_count)[integers(w.code, w.request_count)[position]])
+    service = int64(small(w.service_of_code, w.request_count)[integers(w.code, w.request_count)[position]])
     arrival_s = floats(w.arrival_s, w.request_count)[position]
     stream = _stream_of(w, position, service)
-    if stream == NOWHERE:
+    if stream == NOWHERE:  # noqa: SIM108 - as one line it is hard to read
         r = route(w, service, position, now)
     else:
         r = route_frame(w, stream, service, position, now)
@@ -173,12 +176,12 @@ def arrive(w: Any, position: int, now: float) -> int:
     request.stream = stream
     request.replica = r
     come_in(w, slot, now)
-    return np.int64(replica_at(w, r).group)
+    return int64(replica_at(w, r).group)
 
 
 @compiled
 def come_in(w: Any, slot: int, now: float) -> None:
-    """A request that was routed comes to its replica now: into the queue, its bundle, or, by admission, to the stages."""
+    """A request that was routed comes to its replica now: into the queue, a bundle, or, once admitted, the stages."""
     request = slot_at(w, slot)
     r = request.replica
     replica = replica_at(w, r)
@@ -219,7 +222,7 @@ def _admit(w: Any, slot: int, now: float) -> None:
 def _turn_away(w: Any, slot: int, code: int, now: float) -> None:
     """Drop a request on entry."""
     request = slot_at(w, slot)
-    r = np.int64(request.replica)
+    r = int64(request.replica)
     replica_at(w, r).open -= 1
     if w.workflows and call_at(w, slot).lead != NOWHERE:
         lose_call(w, slot, code, now)

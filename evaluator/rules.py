@@ -1,12 +1,15 @@
 """The rules of `plans.dispatch`, compiled: the very functions that the executor calls; and the seeded draws."""
 
+# mypy: disable-error-code="no-any-return"
+# Records and their fields have no types for mypy.
+
 from __future__ import annotations
 
 import math
 
-import numba
 import numpy as np
 
+from evaluator.memory import compiled, inlined
 from plans import dispatch
 
 __all__ = [
@@ -34,18 +37,16 @@ DRAW_LATENCY = 1
 DRAW_SWITCHES = 2
 DRAW_EDGES = 3
 
-_inlined = numba.njit(forceinline=True)
-
-credit_after = _inlined(dispatch.credit_after)
-earliest = _inlined(dispatch.earliest)
-least = _inlined(dispatch.least)
-next_at_random = _inlined(dispatch.next_at_random)
-next_batch = _inlined(dispatch.next_batch)
-next_batch_undropped = _inlined(dispatch.next_batch_undropped)
-next_by_credit = _inlined(dispatch.next_by_credit)
-next_in_turn = _inlined(dispatch.next_in_turn)
-next_replica = _inlined(dispatch.next_replica)
-ready_s = _inlined(dispatch.ready_s)
+credit_after = inlined(dispatch.credit_after)
+earliest = inlined(dispatch.earliest)
+least = inlined(dispatch.least)
+next_at_random = inlined(dispatch.next_at_random)
+next_batch = inlined(dispatch.next_batch)
+next_batch_undropped = inlined(dispatch.next_batch_undropped)
+next_by_credit = inlined(dispatch.next_by_credit)
+next_in_turn = inlined(dispatch.next_in_turn)
+next_replica = inlined(dispatch.next_replica)
+ready_s = inlined(dispatch.ready_s)
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _FIRST = np.uint64(0xBF58476D1CE4E5B9)
@@ -54,7 +55,7 @@ _30, _27, _31, _11, _1 = (np.uint64(bits) for bits in (30, 27, 31, 11, 1))
 _UNIT = 2.0**-53
 
 
-@numba.njit
+@compiled
 def _mix(z: np.uint64) -> np.uint64:
     """Return the output function of SplitMix64 (Steele, Lea and Flood, OOPSLA 2014)."""
     z = (z ^ (z >> _30)) * _FIRST
@@ -62,7 +63,7 @@ def _mix(z: np.uint64) -> np.uint64:
     return z ^ (z >> _31)
 
 
-@numba.njit
+@compiled
 def draw(seed: np.uint64, purpose: int, index: int) -> float:
     """Return the draw from [0, 1) that belongs to (seed, purpose, index), whatever was drawn before."""
     h = _mix(seed + _GOLDEN)
@@ -71,7 +72,7 @@ def draw(seed: np.uint64, purpose: int, index: int) -> float:
     return float(h >> _11) * _UNIT
 
 
-@numba.njit
+@compiled
 def quantile(at_0: float, at_50: float, at_95: float, at_99: float, u: float) -> float:
     """Return the quantile at ``u`` of a distribution that is linear between four of its quantiles, then constant."""
     if u <= 0.5:
@@ -83,7 +84,7 @@ def quantile(at_0: float, at_50: float, at_95: float, at_99: float, u: float) ->
     return at_99
 
 
-@numba.njit
+@compiled
 def exponential(u: float) -> float:
     """Return the quantile at ``u`` of the exponential distribution with mean 1."""
     return -math.log(1.0 - u)

@@ -182,7 +182,8 @@ def compile_arrivals(trace: RequestTrace, services: Services) -> Arrivals:
             for name in unknown
         )
     known = [services.services[index[name]] for name in trace.services]
-    stream, names = None, ()
+    stream: NDArray[np.int32] | None = None
+    names: tuple[tuple[int, str], ...] = ()
     if any(service.request_class == "frequency" for service in known):
         stream, names = _streams(trace, [service.request_class == "frequency" for service in known], index)
     generates = any(service.request_class == "generation" for service in known)
@@ -236,13 +237,16 @@ def _quantiles(
         return None
     factors = np.ones((len(pairs), largest, 4))
     for replica, ((group, entry), profile) in enumerate(zip(pairs, known, strict=True)):
-        rows = [row for row in profile.rows if (row.tp, row.pp, row.phase) == (group.tp, group.pp, "whole")] if profile else []
-        lowest = min((row.concurrency for row in rows), default=1)
-        rows = [row for row in rows if row.concurrency == lowest]
+        rows = [] if profile is None else _whole_rows(profile, group.tp, group.pp)
         for batch in range(1, entry.max_batch + 1 if rows else 1):
-            nearest = min(rows, key=lambda row: (abs(row.batch - batch), row.batch))  # noqa: B023 - used at once
-            factors[replica, batch - 1] = _spread(nearest)
+            factors[replica, batch - 1] = _spread(min(rows, key=lambda row: (abs(row.batch - batch), row.batch)))
     return factors
+
+
+def _whole_rows(profile: Profile, tp: int, pp: int) -> list[Row]:
+    rows = [row for row in profile.rows if (row.tp, row.pp, row.phase) == (tp, pp, "whole")]
+    lowest = min((row.concurrency for row in rows), default=1)
+    return [row for row in rows if row.concurrency == lowest]
 
 
 def _spread(row: Row) -> tuple[float, float, float, float]:

@@ -147,12 +147,12 @@ def next_replica(weights: Any, credit: Any) -> int:
     return best
 
 
-def next_by_credit(weights: Any, credits: Any, balance: Any) -> int:
-    """Choose a replica as `next_replica` does, with ``credits`` in place of weights where the weight is positive.
+def next_by_credit(weights: Any, credit: Any, balance: Any) -> int:
+    """Choose a replica as `next_replica` does, with ``credit`` in place of weights where the weight is positive.
 
     Args:
         weights: Shape (replica,). A weight of 0 leaves the replica out.
-        credits: Shape (replica,), above 0: what each has earned (`credit_after`).
+        credit: Shape (replica,), above 0: what each has earned (`credit_after`).
         balance: Shape (replica,), carried from call to call, zeros at first; updated in place.
 
     Returns:
@@ -162,8 +162,8 @@ def next_by_credit(weights: Any, credits: Any, balance: Any) -> int:
     total = 0.0
     for replica in range(len(weights)):
         if weights[replica] > 0:
-            balance[replica] += credits[replica]
-            total += credits[replica]
+            balance[replica] += credit[replica]
+            total += credit[replica]
             if best < 0 or balance[replica] > balance[best]:
                 best = replica
     if best >= 0:

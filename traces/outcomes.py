@@ -215,7 +215,7 @@ def nearest_rank(sorted_values: NDArray[np.float64], percent: float) -> float | 
 
 
 def supported_rank(count: int, percent: float) -> int | None:
-    """Return the rank, from 1, of the ``percent``-th percentile of ``count`` values; None when no value is beyond it."""
+    """Return the rank, from 1, of the ``percent``-th percentile of ``count`` values; None when none lies beyond it."""
     rank = _rank(count, percent)
     return rank if rank < count else None
 
