@@ -16,7 +16,7 @@ from planner.backend import Budget
 from planner.board import Board
 from planner.formulation import Formulation
 from planner.greedy import add_minimum
-from planner.lexicographic import Search, Tier
+from planner.lexicographic import LARGEST_EXACT_MODEL, Search, Tier
 from planner.linear import Floats
 from planner.linking import Linking
 from planner.mapping import map_loadouts
@@ -55,8 +55,12 @@ _STALLED_STEPS = 60
 class ColumnSearch(Search):
     """The lexicographic search by column generation."""
 
-    def __init__(self, space: PlanningSpace, clock: Callable[[], float], ends_at_s: float) -> None:
+    def __init__(
+        self, space: PlanningSpace, clock: Callable[[], float], ends_at_s: float, *, finish: bool = True
+    ) -> None:
+        """Prepare; with ``finish`` a gap that is left on a small problem goes on to the exact model."""
         super().__init__(space, clock, ends_at_s)
+        self._finish = finish
         self._joined = Formulation(space, space.classes, loadouts=False)
         self._network: Network | None = None
         self._pair_of: dict[tuple[int, int], int] = {
@@ -106,16 +110,24 @@ class ColumnSearch(Search):
         return max(1.0, self._ends_at_s - self._clock())
 
     def _solve_tier(self, tier: Tier) -> bool:
-        """Improve ``tier`` by column generation; never proves infeasibility."""
+        """Improve ``tier`` by columns, and by the exact model where that is small; True when proven infeasible."""
+        self._generate(tier)
+        small = sum(len(group.options) for group in self._space.groups) <= LARGEST_EXACT_MODEL
+        if self._finish and small and not self._closed(tier):
+            return super()._solve_tier(tier)
+        return False
+
+    def _generate(self, tier: Tier) -> None:
+        """Improve ``tier`` by column generation."""
         if tier.best is not None:
             self._offer(tier, self.best_rates([(p.group, p.option) for p in tier.best], tier.objective, tier.kept))
         if self._closed(tier):
-            return False
+            return
         started_s = self._clock()
         linking = self._linking(tier.objective, tier.kept)
         if not self._prices_anything(linking):
             tier.open = not self._closed(tier)
-            return False
+            return
         if self._network is None:
             self._network = Network.of(self._space, linking)
         cap = self._space.share_cap[linking.pair_option] if len(linking.pair_option) else np.zeros(0)
@@ -142,7 +154,6 @@ class ColumnSearch(Search):
                 self._offer(tier, self._placement(tier, linking, counts))
             self._regroup(tier, linking, solution)
         tier.open = not self._closed(tier)
-        return False
 
     def _prices_anything(self, linking: Linking) -> bool:
         """Whether the objective tells classes apart at all: bytes moved do not, the mapping sees to these."""

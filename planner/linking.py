@@ -139,8 +139,8 @@ class Linking:
 
     def _with_waste(self, space: PlanningSpace) -> Linking:
         """Add a static per demand row that takes what is supplied beyond the demand."""
-        demand = {index: name.removeprefix(_DEMAND) for index, name in enumerate(self.rows) if name.startswith(_DEMAND)}
-        position = {name: service for service, name in enumerate(space.names)}
+        position = {f"{_DEMAND}{name}": service for service, name in enumerate(space.names)}
+        demand = {index: name for index, name in enumerate(self.rows) if name in position}
         rate = space.sustained_rps[self.pair_option[self.entry_pair]] if len(self.entry_pair) else np.zeros(0)
         service = space.service_of[self.pair_option[self.entry_pair]] if len(self.entry_pair) else np.zeros(0)
         per_rps = np.divide(self.entry_share, rate, out=np.zeros_like(rate), where=rate > 0)
