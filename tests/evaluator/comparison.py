@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from evaluator import Evaluation, evaluate
@@ -112,12 +113,24 @@ def naive_run(case: Case) -> list[Result | None]:
 
 def disagreements(case: Case) -> list[str]:
     """Return one line for each row of which the two say different things."""
-    frame = engine_run(case).requests
-    expected = naive_run(case)
+    evaluation = engine_run(case)
+    frame, expected = evaluation.requests, naive_run(case)
     offered = [(row, end) for row, end in zip(case.scenario.rows, expected, strict=True) if end is not None]
     if len(frame) != len(offered):
         return [f"{len(frame)} requests are offered, not {len(offered)}"]
-    return [
+    found = {
+        (s.service, s.stream): (s.offered, s.good, s.fps, s.mean_jitter_s, s.largest_jitter_s)
+        for s in evaluation.streams
+    }
+    measured = naive.streams(case.scenario, expected)
+    if found.keys() != measured.keys():
+        return [f"streams {sorted(found)}, naive: {sorted(measured)}"]
+    lines = [
+        f"stream {stream}: {found[stream]}, naive: {told}"
+        for stream, told in measured.items()
+        if not np.allclose(np.array(found[stream], dtype=float), told, rtol=1e-9, atol=1e-12, equal_nan=True)
+    ]
+    return lines + [
         f"request {number} ({row.name} at {row.arrival_s!r}): {what}"
         for number, (got, (row, end)) in enumerate(zip(frame.to_dict("records"), offered, strict=True))
         for what in _differences(got, row, end)
