@@ -16,7 +16,7 @@ import grpc.aio
 from google.protobuf.message import DecodeError
 
 from executor.errors import PlacementIsPlanned, RequestRefused, UnknownService, details_of, status_of
-from executor.infer_header import GROUP_METADATA, LONGEST_DEADLINE_S, deadline_of
+from executor.infer_header import GROUP_METADATA, LONGEST_DEADLINE_S, deadline_of, priority_of, stream_of
 from executor.node import Node
 from executor.proto import open_inference_pb2 as pb
 from executor.proto import open_inference_pb2_grpc as pb_grpc
@@ -213,7 +213,9 @@ class InferenceServicer(pb_grpc.GRPCInferenceServiceServicer):
         )
         inputs = decode_inputs(request, self._limits)
         deadline_s = arrived_s + deadline_in_s(request, time_remaining_s, replica.settings.deadline_s)
-        pending = server.submit(replica.key, inputs, items, deadline_s)
+        pending = server.submit(
+            replica.key, inputs, items, deadline_s, priority=priority_of(request), stream=stream_of(request)
+        )
         try:
             answer = await pending.answer
         except asyncio.CancelledError:  # the client gave up, or its deadline passed

@@ -5,7 +5,10 @@ and the time go in, decisions come out. A queue belongs to one replica (`executo
 change of variants the old and the new one are queued apart.
 
 A request may hold several items (a client's own batch). It is kept whole: the rules then count items, and its head
-needs the latency of a batch of at least that many.
+needs the latency of a batch of at least that many. A bundle of frames (`executor.bundles`) is kept whole too.
+
+Priorities go before deadlines: while a request of a more urgent priority waits, in any queue of the group, no other one
+heads a batch, nor is one displaced for the sake of less urgent ones. What is left of its batch is filled in order.
 """
 
 from __future__ import annotations
@@ -21,7 +24,20 @@ from executor.errors import QueueFull
 from executor.state import ReplicaKey
 from plans.dispatch import DISPLACED, HOPELESS, earliest, next_batch
 
-__all__ = ["Batch", "Decision", "Dispatcher", "Drop", "DropReason", "QueueLimits", "Waiting"]
+__all__ = [
+    "DEFAULT_PRIORITY",
+    "LAST_PRIORITY",
+    "Batch",
+    "Decision",
+    "Dispatcher",
+    "Drop",
+    "DropReason",
+    "QueueLimits",
+    "Waiting",
+]
+
+DEFAULT_PRIORITY = 5
+LAST_PRIORITY = 9
 
 
 class DropReason(enum.Enum):
@@ -49,6 +65,8 @@ class Waiting:
         deadline_s: When it must be finished, seconds on the caller's clock; finite.
         items: Items in it, at least 1.
         payload_bytes: Bytes of its inputs.
+        priority: 1 goes first, `LAST_PRIORITY` last.
+        frames: The frames of a bundle, this one's first; none for a request by itself.
     """
 
     number: int
@@ -56,6 +74,13 @@ class Waiting:
     deadline_s: float
     items: int = 1
     payload_bytes: int = 0
+    priority: int = DEFAULT_PRIORITY
+    frames: tuple[Waiting, ...] = ()
+
+    @property
+    def parts(self) -> tuple[Waiting, ...]:
+        """The frames of a bundle, or the request itself."""
+        return self.frames or (self,)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,49 +108,72 @@ class Decision:
     batch: Batch | None = None
 
 
-class _Queue:
-    """Requests of one replica in a heap by (deadline, order of arrival)."""
+_Entry = tuple[int, float, int, Waiting]
 
-    __slots__ = ("heap", "items", "latency_s", "max_batch", "payload_bytes")
+
+class _Queue:
+    """Requests of one replica in a heap by (priority, deadline, order of arrival)."""
+
+    __slots__ = ("heap", "items", "items_at", "latency_s", "max_batch", "payload_bytes")
 
     def __init__(self, max_batch: int, latency_s: Sequence[float]) -> None:
         self.max_batch = max_batch
         self.latency_s = list(latency_s)
-        self.heap: list[tuple[float, int, Waiting]] = []
+        self.heap: list[_Entry] = []
         self.items = 0
+        self.items_at = [0] * (LAST_PRIORITY + 1)
         self.payload_bytes = 0
 
+    def push(self, request: Waiting, order: int) -> None:
+        heapq.heappush(self.heap, (request.priority, request.deadline_s, order, request))
+        self._count(request, 1)
+
     def pop(self) -> Waiting:
-        request = heapq.heappop(self.heap)[2]
-        self.items -= request.items
-        self.payload_bytes -= request.payload_bytes
+        request = heapq.heappop(self.heap)[3]
+        self._count(request, -1)
         return request
 
-    def keep(self, entries: list[tuple[float, int, Waiting]]) -> None:
+    def keep(self, entries: list[_Entry]) -> None:
         heapq.heapify(entries)
         self.heap = entries
-        self.items = sum(request.items for _, _, request in entries)
-        self.payload_bytes = sum(request.payload_bytes for _, _, request in entries)
+        self.items = self.payload_bytes = 0
+        self.items_at = [0] * (LAST_PRIORITY + 1)
+        for entry in entries:
+            self._count(entry[3], 1)
+
+    def _count(self, request: Waiting, sign: int) -> None:
+        self.items += sign * request.items
+        self.items_at[request.priority] += sign * request.items
+        self.payload_bytes += sign * request.payload_bytes
 
     def size_now(self, now_s: float) -> int:
         """Return the items to start now, or why to drop the head."""
-        more = self.heap[0][2].items - 1  # items of the head beyond its first: they run in any case
+        head = self.heap[0][3]
+        more = 0 if head.frames else head.items - 1  # items of the head beyond its first: they run in any case
         latency_s = self.latency_s[more:] if more else self.latency_s
-        size = next_batch(now_s, self.heap[0][0], self.items - more, self.max_batch - more, latency_s)
+        limit = self.max_batch - more
+        urgent = self.items_at[head.priority]
+        size = next_batch(now_s, head.deadline_s, urgent - more, limit, latency_s)
+        if size > 0 and urgent < self.items and size == urgent - more:  # room for what is less urgent
+            size = next_batch(now_s, head.deadline_s, min(self.items - more, limit), limit, latency_s)
         return size + more if size > 0 else size
 
     def take(self, size: int) -> tuple[Waiting, ...]:
         """Remove the head and those after it, in order, while they fit into ``size`` items together."""
         taken = [self.pop()]
         room = size - taken[0].items
-        while self.heap and self.heap[0][2].items <= room:
+        while self.heap and self.heap[0][3].items <= room:
             taken.append(self.pop())
             room -= taken[-1].items
         return tuple(taken)
 
-    def work_s(self) -> float:
-        """Return the seconds that all waiting items take in full batches."""
-        full, rest = divmod(self.items, self.max_batch)
+    def work_s(self, until: Waiting | None = None) -> float:
+        """Return the seconds that all waiting items take in full batches, or those that go before ``until``."""
+        items = self.items
+        if until is not None:
+            mark = (until.priority, until.deadline_s)
+            items = sum(entry[3].items for entry in self.heap if entry[:2] <= mark)
+        full, rest = divmod(items, self.max_batch)
         return full * self.latency_s[-1] + (self.latency_s[rest - 1] if rest else 0.0)
 
 
@@ -149,19 +197,22 @@ class Dispatcher:
             raise ValueError(f"one latency for each batch up to {max_batch}, found {len(latency_s)}")
         queue = self._queues.setdefault(key, _Queue(max_batch, latency_s))
         queue.max_batch, queue.latency_s = max_batch, list(latency_s)
-        too_large = tuple(entry[2] for entry in sorted(queue.heap) if entry[2].items > max_batch)
+        if any(entry[3].frames and entry[3].items > max_batch for entry in queue.heap):  # bundles come apart
+            parts = [part for entry in sorted(queue.heap) for part in entry[3].parts]
+            queue.keep([(part.priority, part.deadline_s, next(self._arrivals), part) for part in parts])
+        too_large = tuple(entry[3] for entry in sorted(queue.heap) if entry[3].items > max_batch)
         if too_large:
-            queue.keep([entry for entry in queue.heap if entry[2].items <= max_batch])
+            queue.keep([entry for entry in queue.heap if entry[3].items <= max_batch])
         return too_large
 
     def close(self, key: ReplicaKey) -> tuple[Waiting, ...]:
         """Remove the queue of ``key`` and return what waited in it, earliest deadline first."""
         queue = self._queues.pop(key, None)
-        return tuple(request for _, _, request in sorted(queue.heap)) if queue else ()
+        return tuple(entry[3] for entry in sorted(queue.heap)) if queue else ()
 
     def clear(self) -> tuple[Waiting, ...]:
         """Empty every queue, keeping their rules, and return what waited."""
-        waiting = tuple(request for queue in self._queues.values() for _, _, request in sorted(queue.heap))
+        waiting = tuple(entry[3] for queue in self._queues.values() for entry in sorted(queue.heap))
         for queue in self._queues.values():
             queue.keep([])
         return waiting
@@ -176,20 +227,20 @@ class Dispatcher:
         queue = self._queues[request.key]
         if not math.isfinite(request.deadline_s) or not 1 <= request.items <= queue.max_batch:
             raise ValueError(f"a finite deadline and 1 to {queue.max_batch} items: {request}")
+        if not 1 <= request.priority <= LAST_PRIORITY:
+            raise ValueError(f"a priority of 1 to {LAST_PRIORITY}: {request}")
         if len(queue.heap) >= self._limits.requests:
             raise QueueFull(f"{request.key}: {len(queue.heap)} requests wait already, the limit")
         if queue.payload_bytes + request.payload_bytes > self._limits.payload_bytes:
             raise QueueFull(f"{request.key}: {queue.payload_bytes} bytes wait already, near the limit")
-        heapq.heappush(queue.heap, (request.deadline_s, next(self._arrivals), request))
-        queue.items += request.items
-        queue.payload_bytes += request.payload_bytes
+        queue.push(request, next(self._arrivals))
 
     def cancel(self, request: Waiting) -> bool:
         """Take ``request`` out of its queue; False when it is not there any more. Cost is linear in the queue."""
         queue = self._queues.get(request.key)
         if queue is None:
             return False
-        kept = [entry for entry in queue.heap if entry[2].number != request.number]
+        kept = [entry for entry in queue.heap if entry[3].number != request.number or entry[3].frames]
         if len(kept) == len(queue.heap):
             return False
         queue.keep(kept)
@@ -200,24 +251,38 @@ class Dispatcher:
         drops: list[Drop] = []
         queues = list(self._queues.items())
         while True:
-            position = earliest([queue.heap[0][0] if queue.heap else math.inf for _, queue in queues])
+            urgent = min((queue.heap[0][0] for _, queue in queues if queue.heap), default=0)
+            heads = [queue.heap[0][1] if queue.heap and queue.heap[0][0] == urgent else math.inf for _, queue in queues]
+            position = earliest(heads)
             if position < 0:
                 return Decision(drops=tuple(drops))
             key, queue = queues[position]
             size = queue.size_now(now_s)
             if size == HOPELESS:
-                drops.append(Drop(request=queue.pop(), reason=DropReason.HOPELESS))
+                drops += [Drop(request=part, reason=DropReason.HOPELESS) for part in queue.pop().parts]
             elif size == DISPLACED:
-                drops.append(Drop(request=queue.pop(), reason=DropReason.DISPLACED))
+                drops += [Drop(request=part, reason=DropReason.DISPLACED) for part in queue.pop().parts]
             else:
-                requests = queue.take(size)
-                items = sum(request.items for request in requests)
+                taken = queue.take(size)
+                items = sum(request.items for request in taken)
+                requests = tuple(part for request in taken for part in request.parts)
                 return Decision(drops=tuple(drops), batch=Batch(key=key, requests=requests, items=items))
 
     def queued(self, key: ReplicaKey) -> int:
-        """Return how many requests wait for ``key``."""
+        """Return how many requests wait for ``key``, each frame of a bundle by itself."""
         queue = self._queues.get(key)
-        return len(queue.heap) if queue else 0
+        return sum(len(entry[3].parts) for entry in queue.heap) if queue else 0
+
+    def work_before_s(self, request: Waiting) -> float:
+        """Return the seconds of work in its own queue that goes before ``request``, in full batches.
+
+        Cost is linear in the queue.
+        """
+        return self._queues[request.key].work_s(request)
+
+    def queue_work_s(self, key: ReplicaKey) -> float:
+        """Return the seconds of work in the queue of ``key``, in full batches."""
+        return self._queues[key].work_s()
 
     def work_s(self) -> float:
         """Return the seconds of work that wait in all queues, in full batches."""

@@ -110,7 +110,7 @@ class InferenceFrontDoor:
                     f"{service!r}: {wait_s:.3f} s of work wait at every replica, the deadline is in {timeout_s:.3f} s"
                 )
                 raise CallFailed(_Code.RESOURCE_EXHAUSTED, problem)
-            answered = await self._forward(service, request, Peer.infer, arrival_s + timeout_s)
+            answered = await self._forward(service, request, Peer.infer, arrival_s + timeout_s, header.stream)
             code = _Code.OK
             return answered
         except CallFailed as failed:
@@ -169,12 +169,12 @@ class InferenceFrontDoor:
             raise CallFailed(_Code.NOT_FOUND, problem)
         return routes
 
-    async def _forward(self, service: str, request: bytes, send: _Send, deadline_s: float) -> bytes:
+    async def _forward(self, service: str, request: bytes, send: _Send, deadline_s: float, stream: str = "") -> bytes:
         """Send ``request`` to a target of ``service``, and to another one when the first proves unavailable."""
         failed: CallFailed | None = None
         without = ""
         for _ in range(2):
-            target = self._router.choose(service, without=without)
+            target = self._router.choose(service, without=without, stream=stream)
             peer = self._switchboard.peer(target.node) if target else None
             remaining_s = deadline_s - self._clock()
             if target is None or peer is None or remaining_s <= 0:

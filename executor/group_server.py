@@ -1,8 +1,9 @@
 """One GPU group at work: its queues, its worker process, and the models in it.
 
 Whenever the worker is free, `executor.dispatcher` says what to drop and what to run; the batch's inputs are copied into
-shared memory, the worker runs it, and the outputs are split back to their requests. There are two places in the shared
-memory: the next batch starts before the answers of the last one are taken out.
+shared memory, the worker runs it, and the outputs are split back to their requests. There is a place more in the shared
+memory than batches can be under way: the next batch starts before the answers of the last one are taken out. On a
+pipeline the next batch starts as soon as the first stage is free.
 
 When the worker ends, everything that waits or runs here fails at once with `ReplicaUnavailable`, so that a gateway can
 try another replica in time. A worker that takes much longer for a batch than planned hangs, and is ended by force.
@@ -19,11 +20,13 @@ from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
-from executor.dispatcher import Dispatcher, DropReason, QueueLimits, Waiting
+from executor.bundles import Bundles
+from executor.dispatcher import DEFAULT_PRIORITY, Dispatcher, DropReason, QueueLimits, Waiting
 from executor.errors import (
     Displaced,
     Hopeless,
     ModelFailed,
+    QueueFull,
     ReplicaUnavailable,
     RequestRefused,
     WorkerRefused,
@@ -90,14 +93,15 @@ class _Running:
     pending: list[Pending]
     items: int
     started_s: float
-    expected_end_s: float
-    watch: asyncio.TimerHandle
+    expected_free_s: float
 
 
 @dataclass(slots=True)
 class _Rules:
     max_batch: int
     latency_s: tuple[float, ...]
+    frames: int
+    stages: int
 
 
 class GroupServer:
@@ -105,7 +109,7 @@ class GroupServer:
 
     Args:
         group: Its id.
-        gpus: Its devices; the worker owns the first one.
+        gpus: Its devices; the worker owns them all.
         settings: How its worker is started.
         on_lost: Called with the reason when its worker ended by itself.
         limits: Of each queue.
@@ -130,12 +134,15 @@ class GroupServer:
         self._on_lost = on_lost
         self._clock = clock
         self._dispatcher = Dispatcher(limits)
+        self._bundles = Bundles()
+        self._flush: asyncio.TimerHandle | None = None
         self._rules: dict[ReplicaKey, _Rules] = {}
         self._numbers = itertools.count()
         self._pending: dict[int, Pending] = {}  # by number; what waits in the dispatcher
         self._alone: deque[Pending] = deque()  # to be run one by one, after a batch with a bad request among them
-        self._running: _Running | None = None
-        self._regions = (_Region(), _Region())
+        self._running: _Running | None = None  # holds the device, or the first stage of a pipeline
+        self._further: list[_Running] = []  # in the later stages
+        self._regions = self._new_regions()
         self._turn = 0
 
     # What it is doing.
@@ -147,15 +154,20 @@ class GroupServer:
 
     def queued(self, key: ReplicaKey) -> int:
         """Return how many requests of a replica wait."""
-        return self._dispatcher.queued(key) + sum(pending.waiting.key == key for pending in self._alone)
+        return (
+            self._dispatcher.queued(key)
+            + self._bundles.count(key)
+            + sum(pending.waiting.key == key for pending in self._alone)
+        )
 
     def running(self, key: ReplicaKey) -> int:
         """Return how many requests of a replica run."""
-        return len(self._running.pending) if self._running is not None and self._running.key == key else 0
+        under_way = [*self._further, *([self._running] if self._running else [])]
+        return sum(len(batch.pending) for batch in under_way if batch.key == key)
 
     def expected_wait_s(self) -> float:
         """Return the seconds until a request that arrives now would start: what runs, then what waits."""
-        residual_s = max(0.0, self._running.expected_end_s - self._clock()) if self._running else 0.0
+        residual_s = max(0.0, self._running.expected_free_s - self._clock()) if self._running else 0.0
         return residual_s + self._dispatcher.work_s()
 
     # The worker.
@@ -168,7 +180,7 @@ class GroupServer:
             WorkerRefused: Its runtime could not be made.
         """
         variants = await self.worker.start(spare)
-        self._regions = (_Region(), _Region())
+        self._regions = self._new_regions()
         return variants
 
     async def stop_worker(self, grace_s: float = 5.0) -> None:
@@ -191,19 +203,35 @@ class GroupServer:
         max_batch = min(settings.max_batch, limit or settings.max_batch)
         latency_s = settings.batch_latency_s[:max_batch]
         self.counters.setdefault(key, Counters())
-        self._rules[key] = _Rules(max_batch=max_batch, latency_s=latency_s)
-        for waiting in self._dispatcher.configure(key, max_batch, latency_s):
+        self._rules[key] = _Rules(
+            max_batch=max_batch,
+            latency_s=latency_s,
+            frames=min(settings.multi_frame, max_batch),
+            stages=settings.shape[1],
+        )
+        too_large = list(self._dispatcher.configure(key, max_batch, latency_s))
+        for waiting in too_large:
             expected = f"a batch of at most {max_batch}"
             self._refuse(waiting, InvalidInput.of(expected, field="inputs", found=waiting.items))
+        self._queue_all(self._bundles.close(key))  # they gather anew, by the new rules
 
     def close(self, key: ReplicaKey, reason: str) -> None:
         """Close the queue of a replica; what waits in it fails with ``reason``."""
-        for waiting in self._dispatcher.close(key):
+        for waiting in (*self._dispatcher.close(key), *self._bundles.close(key)):
             self._refuse(waiting, ReplicaUnavailable(f"{key}: {reason}"))
         self._rules.pop(key, None)
         self.counters.pop(key, None)
 
-    def submit(self, key: ReplicaKey, inputs: Mapping[str, Array], items: int, deadline_s: float) -> Pending:
+    def submit(
+        self,
+        key: ReplicaKey,
+        inputs: Mapping[str, Array],
+        items: int,
+        deadline_s: float,
+        *,
+        priority: int = DEFAULT_PRIORITY,
+        stream: str = "",
+    ) -> Pending:
         """Queue a request; its ``answer`` is set when it was run, dropped or failed.
 
         Args:
@@ -211,9 +239,11 @@ class GroupServer:
             inputs: Arrays of shape (items, *item), checked against the model.
             items: Items in the request.
             deadline_s: When it must be finished, on the clock.
+            priority: 1 goes first, 9 last.
+            stream: The stream that it is a frame of; empty for none.
 
         Raises:
-            QueueFull: Too much waits already.
+            QueueFull: Too much waits already, or more than can be done before the deadline.
             ReplicaUnavailable: The replica is not here.
         """
         if key not in self._rules:
@@ -224,21 +254,69 @@ class GroupServer:
             deadline_s=deadline_s,
             items=items,
             payload_bytes=sum(array.nbytes for array in inputs.values()),
+            priority=priority,
         )
+        now_s = self._clock()
         pending = Pending(
             waiting=waiting,
             inputs=inputs,
             answer=asyncio.get_running_loop().create_future(),
-            arrived_s=self._clock(),
+            arrived_s=now_s,
         )
         try:
-            self._dispatcher.add(waiting)
+            self._check_hope(waiting, now_s)
+            rules = self._rules[key]
+            ready: Waiting | None = waiting
+            if stream and rules.frames > 1 and items == 1:
+                largest_s = rules.latency_s[-1]
+                ready = self._bundles.add(waiting, stream, most=rules.frames, largest_s=largest_s, now_s=now_s)
+            if ready is not None:
+                self._dispatcher.add(ready)
         except RequestRefused:
             self.counters[key].dropped += 1
             raise
         self._pending[waiting.number] = pending
-        self._dispatch()
+        if ready is None:
+            self._set_flush()
+        else:
+            self._dispatch()
         return pending
+
+    def _check_hope(self, waiting: Waiting, now_s: float) -> None:
+        """Refuse a request that would wait past its deadline, before it makes the queue longer.
+
+        Raises:
+            QueueFull: The work before it takes longer than it has.
+        """
+        left_s = waiting.deadline_s - now_s
+        if self._dispatcher.queue_work_s(waiting.key) > left_s:  # a first look, which costs nothing
+            wait_s = self._dispatcher.work_before_s(waiting)
+            if wait_s > left_s:
+                raise QueueFull(
+                    f"{waiting.key}: {wait_s:.3f} s of work wait before it, its deadline is in {left_s:.3f} s"
+                )
+
+    def _set_flush(self) -> None:
+        """See to it that bundles enter their queue when their time comes."""
+        if self._flush is not None:
+            self._flush.cancel()
+            self._flush = None
+        next_s = self._bundles.next_s()
+        if next_s is not None:
+            self._flush = asyncio.get_running_loop().call_later(max(0.0, next_s - self._clock()), self._flush_due)
+
+    def _flush_due(self) -> None:
+        self._queue_all(self._bundles.due(self._clock()))
+        self._set_flush()
+
+    def _queue_all(self, bundles: Iterable[Waiting]) -> None:
+        """Queue frames that gather no more, and start what can start."""
+        for bundle in bundles:
+            try:
+                self._dispatcher.add(bundle)
+            except RequestRefused as refused:
+                self._refuse(bundle, refused)
+        self._dispatch()
 
     def cancel(self, pending: Pending) -> None:
         """Forget a request whose client went away; one that runs already runs to its end."""
@@ -281,30 +359,30 @@ class GroupServer:
         items = sum(one.waiting.items for one in pending)
         now_s = self._clock()
         latency_s = self._rules[key].latency_s[min(items, self._rules[key].max_batch) - 1]
+        batch = _Running(
+            key=key,
+            pending=pending,
+            items=items,
+            started_s=now_s,
+            expected_free_s=now_s + latency_s / self._rules[key].stages,
+        )
         try:
-            future = self._send(link, loaded, key.variant, pending, items)
+            future = self._send(link, loaded, batch)
         except (OSError, ValueError) as error:
             _log.exception("event=batch_not_sent replica=%r", str(key))
             self._settle(pending, ReplicaUnavailable(f"{key}: its worker cannot be given the batch: {error}"))
             return
         limit_s = max(self._run_limit_s, _PATIENCE * latency_s)
-        self._running = _Running(
-            key=key,
-            pending=pending,
-            items=items,
-            started_s=now_s,
-            expected_end_s=now_s + latency_s,
-            watch=asyncio.get_running_loop().call_later(limit_s, link.give_up, f"a batch took over {limit_s:g} s"),
-        )
-        future.add_done_callback(functools.partial(self._finished, self._running, link))
+        watch = asyncio.get_running_loop().call_later(limit_s, link.give_up, f"a batch took over {limit_s:g} s")
+        self._running = batch
+        future.add_done_callback(functools.partial(self._finished, batch, watch, link))
 
-    def _send(
-        self, link: WorkerLink, loaded: Loaded, variant: str, pending: list[Pending], items: int
-    ) -> asyncio.Future[FromWorker]:
+    def _send(self, link: WorkerLink, loaded: Loaded, batch: _Running) -> asyncio.Future[FromWorker]:
+        items = batch.items
         inputs = {spec.name: (spec.datatype, (items, *spec.shape)) for spec in loaded.inputs}
         input_bytes = sum(aligned(items * spec.item_bytes) for spec in loaded.inputs)
         output_bytes = sum(aligned(items * spec.item_bytes) for spec in loaded.outputs)
-        self._turn ^= 1
+        self._turn = (self._turn + 1) % len(self._regions)
         region = self._regions[self._turn]
         if input_bytes + output_bytes > region.size_bytes:
             offset_bytes = aligned(link.segment.size_bytes)
@@ -312,13 +390,26 @@ class GroupServer:
             link.segment.grow(offset_bytes + size_bytes)
             region.offset_bytes, region.size_bytes = offset_bytes, size_bytes
         places = place_all(inputs, region.offset_bytes)
-        link.segment.write({name: [one.inputs[name] for one in pending] for name in inputs}, places)
-        return link.run(variant, places, region.offset_bytes + input_bytes, output_bytes)
+        link.segment.write({name: [one.inputs[name] for one in batch.pending] for name in inputs}, places)
+        freed = functools.partial(self._freed, batch)
+        return link.run(batch.key.variant, places, region.offset_bytes + input_bytes, output_bytes, freed)
 
-    def _finished(self, batch: _Running, link: WorkerLink, future: asyncio.Future[FromWorker]) -> None:
+    def _freed(self, batch: _Running) -> None:
+        """Start the next batch: this one has left the first stage."""
+        if self._running is batch:
+            self._running = None
+            self._further.append(batch)
+            self._dispatch()
+
+    def _finished(
+        self, batch: _Running, watch: asyncio.TimerHandle, link: WorkerLink, future: asyncio.Future[FromWorker]
+    ) -> None:
         """Start the next batch, then hand out the answers of this one."""
-        self._running = None
-        batch.watch.cancel()
+        if self._running is batch:
+            self._running = None
+        else:
+            self._further.remove(batch)
+        watch.cancel()
         error = future.exception()
         if batch.key in self.counters:
             run_s = self._clock() - batch.started_s
@@ -364,10 +455,15 @@ class GroupServer:
                     counters.request_s += self._clock() - pending.arrived_s
             start = end
 
+    def _new_regions(self) -> tuple[_Region, ...]:
+        """Return empty places: one for each batch that a pipeline over all devices holds, and one to be read."""
+        return tuple(_Region() for _ in range(len(self.gpus) + 1))
+
     def _refuse(self, waiting: Waiting, error: ForeplanError) -> None:
-        pending = self._pending.pop(waiting.number, None)
-        if pending is not None:
-            self._settle([pending], error)
+        for part in waiting.parts:
+            pending = self._pending.pop(part.number, None)
+            if pending is not None:
+                self._settle([pending], error)
 
     def _settle(self, pending: Iterable[Pending], error: ForeplanError) -> None:
         for one in pending:
@@ -383,7 +479,7 @@ class GroupServer:
                 counters.failed += 1
 
     def _fail_waiting(self, reason: str) -> None:
-        for waiting in self._dispatcher.clear():
+        for waiting in (*self._dispatcher.clear(), *self._bundles.close()):
             self._refuse(waiting, ReplicaUnavailable(f"{waiting.key}: {reason}"))
         alone, self._alone = self._alone, deque()
         for pending in alone:

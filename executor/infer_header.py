@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from google.protobuf.message import DecodeError
 
+from executor.dispatcher import DEFAULT_PRIORITY, LAST_PRIORITY
 from executor.proto import open_inference_pb2 as messages
 from executor.tensors import parameter
 from plans.errors import InvalidInput
@@ -22,9 +23,11 @@ __all__ = [
     "InferHeader",
     "deadline_of",
     "group_mark",
+    "priority_of",
     "read_answer_header",
     "read_infer_header",
     "small_fields",
+    "stream_of",
 ]
 
 GROUP_METADATA = "foreplan-group"
@@ -42,10 +45,14 @@ _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class InferHeader:
-    """Service asked for, and the deadline in its parameters (seconds from arrival; None when there is none)."""
+    """Service asked for, and the deadline in its parameters (seconds from arrival; None when there is none).
+
+    ``stream`` is the parameter ``sequence_id``, which marks the frames of one stream; empty without it.
+    """
 
     service: str
     deadline_s: float | None
+    stream: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,7 +75,7 @@ def read_infer_header(request: bytes) -> InferHeader:
         header = messages.ModelInferRequest.FromString(_small_fields(request))
     except (DecodeError, IndexError, ValueError) as error:
         raise InvalidInput.of("a ModelInferRequest", where="request", found=f"other bytes ({error})") from error
-    return InferHeader(service=header.model_name, deadline_s=deadline_of(header))
+    return InferHeader(service=header.model_name, deadline_s=deadline_of(header), stream=stream_of(header))
 
 
 def read_answer_header(answer: bytes) -> AnswerHeader:
@@ -135,6 +142,27 @@ def small_fields(message: bytes) -> bytes:
         return _small_fields(message)
     except (IndexError, ValueError) as error:
         raise InvalidInput.of("an inference message", where="message", found=f"other bytes ({error})") from error
+
+
+def stream_of(request: messages.ModelInferRequest) -> str:
+    """Return the stream of which ``request`` is a frame: its parameter ``sequence_id``, a number but 0 or a text."""
+    value = parameter(request.parameters, "sequence_id")
+    return str(value) if value and not isinstance(value, bool | float) else ""
+
+
+def priority_of(request: messages.ModelInferRequest) -> int:
+    """Return the priority of ``request``: its parameter ``priority``, from 1, which goes first, to `LAST_PRIORITY`.
+
+    0, and no parameter, mean `DEFAULT_PRIORITY`, as with Triton.
+
+    Raises:
+        InvalidInput: It is no such number.
+    """
+    value = parameter(request.parameters, "priority") or DEFAULT_PRIORITY
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= LAST_PRIORITY:
+        expected = f"a whole number from 0 (the default) to {LAST_PRIORITY}"
+        raise InvalidInput.of(expected, where="request", field="parameters.priority", found=repr(value))
+    return value
 
 
 def _small_fields(request: bytes) -> bytes:

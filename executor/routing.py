@@ -81,6 +81,8 @@ def corrected_weight(weight: float, wait_s: float, deadline_s: float) -> float:
 
 
 _LEAST_PART = 0.05
+_MOST_STREAMS = 65_536
+"""Streams that are followed; beyond it those without a frame for longest are routed anew."""
 
 
 def _problem(replica: ReplicaState) -> str:
@@ -139,6 +141,7 @@ class Router:
         self._rotations: dict[str, _Rotation] = {}
         self._views: dict[Backend, NodeView] = {}
         self._waits_s: dict[str, float] = {}
+        self._streams: dict[tuple[str, str], str] = {}
 
     @property
     def table(self) -> RoutingTable | None:
@@ -218,11 +221,34 @@ class Router:
         rotation = self._rotations.get(service)
         return rotation.routes if rotation else None
 
-    def choose(self, service: str, *, without: str = "") -> Target | None:
-        """Return the target whose turn it is, passing over the group ``without``; None when none can be used."""
+    def choose(self, service: str, *, without: str = "", stream: str = "") -> Target | None:
+        """Return the target whose turn it is, passing over the group ``without``; None when none can be used.
+
+        Frames of one ``stream`` go where its first frame went, for as long as that target takes requests.
+        """
         rotation = self._rotations.get(service)
         if rotation is None:
             return None
+        if stream:
+            return self._follow(rotation, without, stream)
+        return self._next(rotation, without)
+
+    def _follow(self, rotation: _Rotation, without: str, stream: str) -> Target | None:
+        place = (rotation.routes.service, stream)
+        group = self._streams.pop(place, "")
+        for position, target in enumerate(rotation.routes.targets):
+            if target.group == group != without and rotation.weights[position] > 0:
+                self._streams[place] = group  # the last used go to the end
+                rotation.sent[position] += 1
+                return target
+        chosen = self._next(rotation, without)
+        if chosen is not None:
+            self._streams[place] = chosen.group
+            if len(self._streams) > _MOST_STREAMS:
+                del self._streams[next(iter(self._streams))]
+        return chosen
+
+    def _next(self, rotation: _Rotation, without: str) -> Target | None:
         position = rotation.next(rotation.weights, self._waits_s, without)
         if position < 0:
             position = rotation.next(rotation.doubtful, self._waits_s, without)

@@ -1,0 +1,144 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from executor.bundles import Bundles
+from executor.dispatcher import Dispatcher, DropReason, Waiting
+from executor.state import ReplicaKey
+
+KEY = ReplicaKey(group="g", service="video", variant="v")
+OTHER = ReplicaKey(group="g", service="other", variant="v")
+
+
+def frame(number: int, deadline_s: float = 10.0, **changed: Any) -> Waiting:
+    return Waiting(**({"number": number, "key": KEY, "deadline_s": deadline_s, "payload_bytes": 3} | changed))
+
+
+def add(
+    bundles: Bundles, one: Waiting, stream: str = "s", most: int = 3, largest_s: float = 2.0, now_s: float = 0.0
+) -> Any:
+    return bundles.add(one, stream, most=most, largest_s=largest_s, now_s=now_s)
+
+
+def test_frames_of_one_stream_enter_together_when_the_bundle_is_full() -> None:
+    bundles = Bundles()
+    assert add(bundles, frame(1, 10)) is None
+    assert add(bundles, frame(2, 9), "another") is None
+    assert add(bundles, frame(3, 11)) is None
+    full = add(bundles, frame(4, 12))
+    assert [part.number for part in full.parts] == [1, 3, 4]
+    assert (full.deadline_s, full.items, full.payload_bytes) == (10, 3, 9)
+    assert bundles.count(KEY) == 1
+
+
+def test_one_that_is_not_full_enters_when_waiting_longer_would_be_late() -> None:
+    bundles = Bundles()
+    add(bundles, frame(1, 10))
+    add(bundles, frame(2, 11))
+    add(bundles, frame(3, 9), "another")
+    assert bundles.next_s() == 7
+    assert bundles.due(6.9) == []
+    assert [[part.number for part in one.parts] for one in bundles.due(8)] == [[3], [1, 2]]
+    assert bundles.next_s() is None
+
+
+def test_a_frame_that_cannot_wait_enters_at_once() -> None:
+    bundles = Bundles()
+    assert add(bundles, frame(1, 2.0)).number == 1
+    assert add(bundles, frame(2), most=1).number == 2
+    assert bundles.next_s() is None
+
+
+def test_closing_gives_back_every_frame_by_itself() -> None:
+    bundles = Bundles()
+    add(bundles, frame(1))
+    add(bundles, frame(2, key=OTHER))
+    assert [one.number for one in bundles.close(KEY)] == [1]
+    assert [one.number for one in bundles.close()] == [2]
+    assert bundles.due(100) == []
+
+
+@given(st.lists(st.tuples(st.sampled_from("abc"), st.floats(0, 2), st.floats(0.1, 5)), max_size=40), st.integers(1, 5))
+def test_law_every_frame_comes_out_once_and_none_after_its_time(
+    frames: list[tuple[str, float, float]], most: int
+) -> None:
+    bundles, now_s, out = Bundles(), 0.0, []
+    for number, (stream, passed_s, left_s) in enumerate(frames):
+        now_s += passed_s
+        out += bundles.due(now_s)
+        ready = add(bundles, frame(number, now_s + left_s), stream, most=most, largest_s=1.0, now_s=now_s)
+        out += [ready] if ready else []
+        next_s = bundles.next_s()
+        assert next_s is None or next_s > now_s
+    out += bundles.due(1e9)
+    assert sorted(part.number for one in out for part in one.parts) == list(range(len(frames)))
+    assert all(len(one.parts) <= most for one in out)
+
+
+def test_a_bundle_is_batched_and_dropped_as_a_whole() -> None:
+    dispatcher = Dispatcher()
+    dispatcher.configure(KEY, 4, [1.0, 1.0, 1.0, 1.0])
+    bundle = Waiting(number=1, key=KEY, deadline_s=5, items=3, frames=(frame(1, 5), frame(2, 6), frame(3, 7)))
+    dispatcher.add(bundle)
+    dispatcher.add(frame(4, 8))
+    assert dispatcher.queued(KEY) == 4
+    batch = dispatcher.decide(0).batch
+    assert batch is not None
+    assert [one.number for one in batch.requests] == [1, 2, 3, 4]
+    assert batch.items == 4
+    dispatcher.add(bundle)
+    drops = dispatcher.decide(4.5).drops
+    assert [(drop.request.number, drop.reason) for drop in drops] == [(n, DropReason.HOPELESS) for n in (1, 2, 3)]
+
+
+def test_a_bundle_too_large_for_new_rules_comes_apart() -> None:
+    dispatcher = Dispatcher()
+    dispatcher.configure(KEY, 4, [1.0] * 4)
+    dispatcher.add(Waiting(number=1, key=KEY, deadline_s=5, items=3, frames=(frame(1, 5), frame(2, 6), frame(3, 7))))
+    assert dispatcher.configure(KEY, 2, [1.0] * 2) == ()
+    batch = dispatcher.decide(0).batch
+    assert batch is not None
+    assert [one.number for one in batch.requests] == [1, 2]
+
+
+class TestPriorities:
+    def test_the_more_urgent_goes_first_whatever_the_deadlines(self) -> None:
+        dispatcher = Dispatcher()
+        dispatcher.configure(KEY, 1, [1.0])
+        dispatcher.configure(OTHER, 1, [1.0])
+        dispatcher.add(frame(1, 5.0))
+        dispatcher.add(frame(2, 9.0, priority=1))
+        dispatcher.add(frame(3, 8.0, priority=1, key=OTHER))
+        order = [dispatcher.decide(0).batch for _ in range(3)]
+        assert [batch.requests[0].number for batch in order if batch] == [3, 2, 1]
+
+    def test_what_is_left_of_its_batch_is_filled_with_the_less_urgent(self) -> None:
+        dispatcher = Dispatcher()
+        dispatcher.configure(KEY, 3, [1.0, 1.5, 2.0])
+        for number, priority in ((1, 5), (2, 1), (3, 9), (4, 5)):
+            dispatcher.add(frame(number, 10.0 + number, priority=priority))
+        batch = dispatcher.decide(0).batch
+        assert batch is not None
+        assert [one.number for one in batch.requests] == [2, 1, 4]
+
+    def test_the_urgent_is_not_displaced_by_many_that_are_less(self) -> None:
+        dispatcher = Dispatcher()
+        dispatcher.configure(KEY, 2, [1.0, 3.0])
+        dispatcher.add(frame(1, 2.0, priority=1))
+        for number in range(2, 8):
+            dispatcher.add(frame(number, 20.0))
+        decision = dispatcher.decide(0)
+        assert decision.drops == ()
+        assert decision.batch is not None
+        assert [one.number for one in decision.batch.requests] == [1]
+
+    def test_a_priority_that_is_none_is_refused(self) -> None:
+        dispatcher = Dispatcher()
+        dispatcher.configure(KEY, 1, [1.0])
+        for priority in (0, 10):
+            with pytest.raises(ValueError, match="priority"):
+                dispatcher.add(frame(1, priority=priority))
