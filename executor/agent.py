@@ -79,7 +79,7 @@ class AgentConfig:
     memory_bytes: int
     state_dir: Path
     device: str = "cpu"
-    runtime: str = "executor.runtime.torch_runtime:TorchRuntime"
+    runtime: str = "executor.runtime.group_runtime:TorchGroupRuntime"
     dtype: str = "fp32"
     threads: int = 1
     model_dir: Path | None = None

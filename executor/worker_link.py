@@ -58,7 +58,7 @@ class WorkerSettings:
         unload_limit_s: Likewise for an unload, which waits for the batches before it.
     """
 
-    runtime: str = "executor.runtime.group_runtime:GroupRuntime"
+    runtime: str = "executor.runtime.group_runtime:TorchGroupRuntime"
     device: str = "cpu"
     dtype: str = "fp32"
     threads: int = 1

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1b\x65xecutor/proto/worker.proto\x12\x12\x66oreplan.worker.v1\"X\n\tTensorRef\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x10\n\x08\x64\x61tatype\x18\x02 \x01(\t\x12\r\n\x05shape\x18\x03 \x03(\x03\x12\x0e\n\x06offset\x18\x04 \x01(\x04\x12\x0c\n\x04size\x18\x05 \x01(\x04\"\xd4\x03\n\x08ToWorker\x12\x31\n\x04load\x18\x01 \x01(\x0b\x32!.foreplan.worker.v1.ToWorker.LoadH\x00\x12\x35\n\x06unload\x18\x02 \x01(\x0b\x32#.foreplan.worker.v1.ToWorker.UnloadH\x00\x12/\n\x03run\x18\x03 \x01(\x0b\x32 .foreplan.worker.v1.ToWorker.RunH\x00\x12\x31\n\x04stop\x18\x04 \x01(\x0b\x32!.foreplan.worker.v1.ToWorker.StopH\x00\x1a\x38\n\x04Load\x12\x0c\n\x04\x63\x61ll\x18\x01 \x01(\x04\x12\x0f\n\x07variant\x18\x02 \x01(\t\x12\x11\n\tmax_batch\x18\x03 \x01(\r\x1a\'\n\x06Unload\x12\x0c\n\x04\x63\x61ll\x18\x01 \x01(\x04\x12\x0f\n\x07variant\x18\x02 \x01(\t\x1a\x83\x01\n\x03Run\x12\x0c\n\x04\x63\x61ll\x18\x01 \x01(\x04\x12\x0f\n\x07variant\x18\x02 \x01(\t\x12-\n\x06inputs\x18\x03 \x03(\x0b\x32\x1d.foreplan.worker.v1.TensorRef\x12\x15\n\routput_offset\x18\x04 \x01(\x04\x12\x17\n\x0foutput_capacity\x18\x05 \x01(\x04\x1a\x06\n\x04StopB\t\n\x07message\"\x9b\x06\n\nFromWorker\x12\x35\n\x05ready\x18\x01 \x01(\x0b\x32$.foreplan.worker.v1.FromWorker.ReadyH\x00\x12\x37\n\x06loaded\x18\x02 \x01(\x0b\x32%.foreplan.worker.v1.FromWorker.LoadedH\x00\x12\x33\n\x04\x64one\x18\x03 \x01(\x0b\x32#.foreplan.worker.v1.FromWorker.DoneH\x00\x12;\n\x08unloaded\x18\x04 \x01(\x0b\x32\'.foreplan.worker.v1.FromWorker.UnloadedH\x00\x12\x37\n\x06\x66\x61iled\x18\x05 \x01(\x0b\x32%.foreplan.worker.v1.FromWorker.FailedH\x00\x1a*\n\x05Ready\x12\x0f\n\x07process\x18\x01 \x01(\r\x12\x10\n\x08variants\x18\x02 \x03(\t\x1a\xce\x01\n\x06Loaded\x12\x0c\n\x04\x63\x61ll\x18\x01 \x01(\x04\x12\x14\n\x0cweight_bytes\x18\x02 \x01(\x04\x12\x0e\n\x06load_s\x18\x03 \x01(\x01\x12\x19\n\x11\x66irst_inference_s\x18\x04 \x01(\x01\x12\x39\n\x06inputs\x18\x05 \x03(\x0b\x32).foreplan.worker.v1.FromWorker.TensorSpec\x12:\n\x07outputs\x18\x06 \x03(\x0b\x32).foreplan.worker.v1.FromWorker.TensorSpec\x1a;\n\nTensorSpec\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x10\n\x08\x64\x61tatype\x18\x02 \x01(\t\x12\r\n\x05shape\x18\x03 \x03(\x03\x1aS\n\x04\x44one\x12\x0c\n\x04\x63\x61ll\x18\x01 \x01(\x04\x12.\n\x07outputs\x18\x02 \x03(\x0b\x32\x1d.foreplan.worker.v1.TensorRef\x12\r\n\x05run_s\x18\x03 \x01(\x01\x1a\x18\n\x08Unloaded\x12\x0c\n\x04\x63\x61ll\x18\x01 \x01(\x04\x1a>\n\x06\x46\x61iled\x12\x0c\n\x04\x63\x61ll\x18\x01 \x01(\x04\x12\x0f\n\x07problem\x18\x02 \x01(\t\x12\x15\n\rinvalid_input\x18\x03 \x01(\x08\x42\t\n\x07messageb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1b\x65xecutor/proto/worker.proto\x12\x12\x66oreplan.worker.v1\"X\n\tTensorRef\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x10\n\x08\x64\x61tatype\x18\x02 \x01(\t\x12\r\n\x05shape\x18\x03 \x03(\x03\x12\x0e\n\x06offset\x18\x04 \x01(\x04\x12\x0c\n\x04size\x18\x05 \x01(\x04\"\x88\x04\n\x08ToWorker\x12\x31\n\x04load\x18\x01 \x01(\x0b\x32!.foreplan.worker.v1.ToWorker.LoadH\x00\x12\x35\n\x06unload\x18\x02 \x01(\x0b\x32#.foreplan.worker.v1.ToWorker.UnloadH\x00\x12/\n\x03run\x18\x03 \x01(\x0b\x32 .foreplan.worker.v1.ToWorker.RunH\x00\x12\x31\n\x04stop\x18\x04 \x01(\x0b\x32!.foreplan.worker.v1.ToWorker.StopH\x00\x1al\n\x04Load\x12\x0c\n\x04\x63\x61ll\x18\x01 \x01(\x04\x12\x0f\n\x07variant\x18\x02 \x01(\t\x12\x11\n\tmax_batch\x18\x03 \x01(\r\x12\x17\n\x0ftensor_parallel\x18\x04 \x01(\r\x12\x19\n\x11pipeline_parallel\x18\x05 \x01(\r\x1a\'\n\x06Unload\x12\x0c\n\x04\x63\x61ll\x18\x01 \x01(\x04\x12\x0f\n\x07variant\x18\x02 \x01(\t\x1a\x83\x01\n\x03Run\x12\x0c\n\x04\x63\x61ll\x18\x01 \x01(\x04\x12\x0f\n\x07variant\x18\x02 \x01(\t\x12-\n\x06inputs\x18\x03 \x03(\x0b\x32\x1d.foreplan.worker.v1.TensorRef\x12\x15\n\routput_offset\x18\x04 \x01(\x04\x12\x17\n\x0foutput_capacity\x18\x05 \x01(\x04\x1a\x06\n\x04StopB\t\n\x07message\"\xe9\x06\n\nFromWorker\x12\x35\n\x05ready\x18\x01 \x01(\x0b\x32$.foreplan.worker.v1.FromWorker.ReadyH\x00\x12\x37\n\x06loaded\x18\x02 \x01(\x0b\x32%.foreplan.worker.v1.FromWorker.LoadedH\x00\x12\x33\n\x04\x64one\x18\x03 \x01(\x0b\x32#.foreplan.worker.v1.FromWorker.DoneH\x00\x12;\n\x08unloaded\x18\x04 \x01(\x0b\x32\'.foreplan.worker.v1.FromWorker.UnloadedH\x00\x12\x37\n\x06\x66\x61iled\x18\x05 \x01(\x0b\x32%.foreplan.worker.v1.FromWorker.FailedH\x00\x12\x35\n\x05\x66reed\x18\x06 \x01(\x0b\x32$.foreplan.worker.v1.FromWorker.FreedH\x00\x1a*\n\x05Ready\x12\x0f\n\x07process\x18\x01 \x01(\r\x12\x10\n\x08variants\x18\x02 \x03(\t\x1a\xce\x01\n\x06Loaded\x12\x0c\n\x04\x63\x61ll\x18\x01 \x01(\x04\x12\x14\n\x0cweight_bytes\x18\x02 \x01(\x04\x12\x0e\n\x06load_s\x18\x03 \x01(\x01\x12\x19\n\x11\x66irst_inference_s\x18\x04 \x01(\x01\x12\x39\n\x06inputs\x18\x05 \x03(\x0b\x32).foreplan.worker.v1.FromWorker.TensorSpec\x12:\n\x07outputs\x18\x06 \x03(\x0b\x32).foreplan.worker.v1.FromWorker.TensorSpec\x1a;\n\nTensorSpec\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x10\n\x08\x64\x61tatype\x18\x02 \x01(\t\x12\r\n\x05shape\x18\x03 \x03(\x03\x1aS\n\x04\x44one\x12\x0c\n\x04\x63\x61ll\x18\x01 \x01(\x04\x12.\n\x07outputs\x18\x02 \x03(\x0b\x32\x1d.foreplan.worker.v1.TensorRef\x12\r\n\x05run_s\x18\x03 \x01(\x01\x1a\x15\n\x05\x46reed\x12\x0c\n\x04\x63\x61ll\x18\x01 \x01(\x04\x1a\x18\n\x08Unloaded\x12\x0c\n\x04\x63\x61ll\x18\x01 \x01(\x04\x1a>\n\x06\x46\x61iled\x12\x0c\n\x04\x63\x61ll\x18\x01 \x01(\x04\x12\x0f\n\x07problem\x18\x02 \x01(\t\x12\x15\n\rinvalid_input\x18\x03 \x01(\x08\x42\t\n\x07messageb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,27 +34,29 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_TENSORREF']._serialized_start=51
   _globals['_TENSORREF']._serialized_end=139
   _globals['_TOWORKER']._serialized_start=142
-  _globals['_TOWORKER']._serialized_end=610
+  _globals['_TOWORKER']._serialized_end=662
   _globals['_TOWORKER_LOAD']._serialized_start=360
-  _globals['_TOWORKER_LOAD']._serialized_end=416
-  _globals['_TOWORKER_UNLOAD']._serialized_start=418
-  _globals['_TOWORKER_UNLOAD']._serialized_end=457
-  _globals['_TOWORKER_RUN']._serialized_start=460
-  _globals['_TOWORKER_RUN']._serialized_end=591
-  _globals['_TOWORKER_STOP']._serialized_start=593
-  _globals['_TOWORKER_STOP']._serialized_end=599
-  _globals['_FROMWORKER']._serialized_start=613
-  _globals['_FROMWORKER']._serialized_end=1408
-  _globals['_FROMWORKER_READY']._serialized_start=910
-  _globals['_FROMWORKER_READY']._serialized_end=952
-  _globals['_FROMWORKER_LOADED']._serialized_start=955
-  _globals['_FROMWORKER_LOADED']._serialized_end=1161
-  _globals['_FROMWORKER_TENSORSPEC']._serialized_start=1163
-  _globals['_FROMWORKER_TENSORSPEC']._serialized_end=1222
-  _globals['_FROMWORKER_DONE']._serialized_start=1224
-  _globals['_FROMWORKER_DONE']._serialized_end=1307
-  _globals['_FROMWORKER_UNLOADED']._serialized_start=1309
-  _globals['_FROMWORKER_UNLOADED']._serialized_end=1333
-  _globals['_FROMWORKER_FAILED']._serialized_start=1335
-  _globals['_FROMWORKER_FAILED']._serialized_end=1397
+  _globals['_TOWORKER_LOAD']._serialized_end=468
+  _globals['_TOWORKER_UNLOAD']._serialized_start=470
+  _globals['_TOWORKER_UNLOAD']._serialized_end=509
+  _globals['_TOWORKER_RUN']._serialized_start=512
+  _globals['_TOWORKER_RUN']._serialized_end=643
+  _globals['_TOWORKER_STOP']._serialized_start=645
+  _globals['_TOWORKER_STOP']._serialized_end=651
+  _globals['_FROMWORKER']._serialized_start=665
+  _globals['_FROMWORKER']._serialized_end=1538
+  _globals['_FROMWORKER_READY']._serialized_start=1017
+  _globals['_FROMWORKER_READY']._serialized_end=1059
+  _globals['_FROMWORKER_LOADED']._serialized_start=1062
+  _globals['_FROMWORKER_LOADED']._serialized_end=1268
+  _globals['_FROMWORKER_TENSORSPEC']._serialized_start=1270
+  _globals['_FROMWORKER_TENSORSPEC']._serialized_end=1329
+  _globals['_FROMWORKER_DONE']._serialized_start=1331
+  _globals['_FROMWORKER_DONE']._serialized_end=1414
+  _globals['_FROMWORKER_FREED']._serialized_start=1416
+  _globals['_FROMWORKER_FREED']._serialized_end=1437
+  _globals['_FROMWORKER_UNLOADED']._serialized_start=1439
+  _globals['_FROMWORKER_UNLOADED']._serialized_end=1463
+  _globals['_FROMWORKER_FAILED']._serialized_start=1465
+  _globals['_FROMWORKER_FAILED']._serialized_end=1527
 # @@protoc_insertion_point(module_scope)

@@ -23,14 +23,18 @@ class TensorRef(_message.Message):
 class ToWorker(_message.Message):
     __slots__ = ("load", "unload", "run", "stop")
     class Load(_message.Message):
-        __slots__ = ("call", "variant", "max_batch")
+        __slots__ = ("call", "variant", "max_batch", "tensor_parallel", "pipeline_parallel")
         CALL_FIELD_NUMBER: _ClassVar[int]
         VARIANT_FIELD_NUMBER: _ClassVar[int]
         MAX_BATCH_FIELD_NUMBER: _ClassVar[int]
+        TENSOR_PARALLEL_FIELD_NUMBER: _ClassVar[int]
+        PIPELINE_PARALLEL_FIELD_NUMBER: _ClassVar[int]
         call: int
         variant: str
         max_batch: int
-        def __init__(self, call: _Optional[int] = ..., variant: _Optional[str] = ..., max_batch: _Optional[int] = ...) -> None: ...
+        tensor_parallel: int
+        pipeline_parallel: int
+        def __init__(self, call: _Optional[int] = ..., variant: _Optional[str] = ..., max_batch: _Optional[int] = ..., tensor_parallel: _Optional[int] = ..., pipeline_parallel: _Optional[int] = ...) -> None: ...
     class Unload(_message.Message):
         __slots__ = ("call", "variant")
         CALL_FIELD_NUMBER: _ClassVar[int]
@@ -65,7 +69,7 @@ class ToWorker(_message.Message):
     def __init__(self, load: _Optional[_Union[ToWorker.Load, _Mapping]] = ..., unload: _Optional[_Union[ToWorker.Unload, _Mapping]] = ..., run: _Optional[_Union[ToWorker.Run, _Mapping]] = ..., stop: _Optional[_Union[ToWorker.Stop, _Mapping]] = ...) -> None: ...
 
 class FromWorker(_message.Message):
-    __slots__ = ("ready", "loaded", "done", "unloaded", "failed")
+    __slots__ = ("ready", "loaded", "done", "unloaded", "failed", "freed")
     class Ready(_message.Message):
         __slots__ = ("process", "variants")
         PROCESS_FIELD_NUMBER: _ClassVar[int]
@@ -106,6 +110,11 @@ class FromWorker(_message.Message):
         outputs: _containers.RepeatedCompositeFieldContainer[TensorRef]
         run_s: float
         def __init__(self, call: _Optional[int] = ..., outputs: _Optional[_Iterable[_Union[TensorRef, _Mapping]]] = ..., run_s: _Optional[float] = ...) -> None: ...
+    class Freed(_message.Message):
+        __slots__ = ("call",)
+        CALL_FIELD_NUMBER: _ClassVar[int]
+        call: int
+        def __init__(self, call: _Optional[int] = ...) -> None: ...
     class Unloaded(_message.Message):
         __slots__ = ("call",)
         CALL_FIELD_NUMBER: _ClassVar[int]
@@ -125,9 +134,11 @@ class FromWorker(_message.Message):
     DONE_FIELD_NUMBER: _ClassVar[int]
     UNLOADED_FIELD_NUMBER: _ClassVar[int]
     FAILED_FIELD_NUMBER: _ClassVar[int]
+    FREED_FIELD_NUMBER: _ClassVar[int]
     ready: FromWorker.Ready
     loaded: FromWorker.Loaded
     done: FromWorker.Done
     unloaded: FromWorker.Unloaded
     failed: FromWorker.Failed
-    def __init__(self, ready: _Optional[_Union[FromWorker.Ready, _Mapping]] = ..., loaded: _Optional[_Union[FromWorker.Loaded, _Mapping]] = ..., done: _Optional[_Union[FromWorker.Done, _Mapping]] = ..., unloaded: _Optional[_Union[FromWorker.Unloaded, _Mapping]] = ..., failed: _Optional[_Union[FromWorker.Failed, _Mapping]] = ...) -> None: ...
+    freed: FromWorker.Freed
+    def __init__(self, ready: _Optional[_Union[FromWorker.Ready, _Mapping]] = ..., loaded: _Optional[_Union[FromWorker.Loaded, _Mapping]] = ..., done: _Optional[_Union[FromWorker.Done, _Mapping]] = ..., unloaded: _Optional[_Union[FromWorker.Unloaded, _Mapping]] = ..., failed: _Optional[_Union[FromWorker.Failed, _Mapping]] = ..., freed: _Optional[_Union[FromWorker.Freed, _Mapping]] = ...) -> None: ...

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,9 +19,12 @@ from plans.errors import Fault, ForeplanError, InvalidInput
 
 __all__ = [
     "NUMPY_TYPES",
+    "DevicesLost",
+    "GroupRuntime",
     "InvalidTensor",
     "LoadedModel",
     "OutOfDeviceMemory",
+    "PipelinedModel",
     "Runtime",
     "TensorSpec",
     "UnknownVariant",
@@ -50,6 +54,10 @@ class UnknownVariant(InvalidInput):
 
 class InvalidTensor(InvalidInput):
     """Inputs do not fit the model: a name, a datatype, a shape or a value is wrong."""
+
+
+class DevicesLost(ForeplanError):
+    """A process of the group's other devices ended: nothing can be run on the group any more."""
 
 
 class OutOfDeviceMemory(ForeplanError, MemoryError):
@@ -122,6 +130,18 @@ class LoadedModel(Protocol):
         """Return valid inputs for ``batch`` items; the same seed gives the same values."""
 
 
+@runtime_checkable
+class PipelinedModel(LoadedModel, Protocol):
+    """A model whose batches may follow each other before the first is out."""
+
+    def submit(self, inputs: Mapping[str, NDArray[Any]]) -> Future[dict[str, NDArray[Any]]]:
+        """Start one batch and return when the first stage is free; the future holds what `run` would return.
+
+        Raises:
+            InvalidTensor: As `run`.
+        """
+
+
 class Runtime(Protocol):
     """Loads models by name."""
 
@@ -135,6 +155,25 @@ class Runtime(Protocol):
             UnknownVariant: There is no such model.
             InvalidInput: The model's files or ``max_batch`` are wrong.
             OutOfDeviceMemory: The device cannot hold it.
+        """
+
+
+class GroupRuntime(Protocol):
+    """Loads models by name onto all devices of a group."""
+
+    def names(self) -> tuple[str, ...]:
+        """Names that `load` knows, sorted."""
+
+    def load(self, variant: str, max_batch: int, shape: tuple[int, int] = (1, 1)) -> LoadedModel:
+        """Load ``variant`` in ``shape``, tensor and pipeline parallelism, whose product is the number of devices.
+
+        A pipelined model is a `PipelinedModel`. A model with a ``close`` is closed when it is unloaded or replaced.
+
+        Raises:
+            UnknownVariant: There is no such model.
+            InvalidInput: It cannot be cut this way, or its files or ``max_batch`` are wrong.
+            OutOfDeviceMemory: The devices cannot hold it.
+            DevicesLost: A device's process ended.
         """
 
 

@@ -12,11 +12,12 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 
-from executor.runtime.parallel import Mesh, StageModel, cut
+from executor.runtime.parallel import Built, StageModel, World, cut
 from executor.runtime.torch_runtime import TorchRuntime
 
 __all__ = ["main"]
@@ -28,23 +29,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole terminal; rank 0 ends its ranks
     runtime = TorchRuntime(options.device, options.dtype, options.threads, options.model_dir, options.seed)
     torch.set_num_threads(options.threads)
-    mesh = Mesh(rank=options.rank, tp=options.tp, pp=options.pp, device=options.device, store_port=options.store_port)
-    mesh.join()
-    models: dict[str, StageModel] = {}
+    world = World(rank=options.rank, size=options.size, device=options.device, store_port=options.store_port)
+    world.join()
+    models: dict[int, StageModel] = {}
+    building: dict[int, tuple[str, Future[Built]]] = {}
+    builder = ThreadPoolExecutor(max_workers=1)
     for line in sys.stdin:
         command = json.loads(line)
-        variant = command["variant"]
-        if command["do"] == "load":
-            models[variant] = StageModel(cut(runtime, variant, mesh.tp, mesh.pp, command["edges"]), mesh)
-            mesh.gathered(models[variant].weight_bytes)
+        number = command["model"]
+        if command["do"] == "build":
+            building[number] = command["variant"], builder.submit(runtime.build, command["variant"])
+        elif command["do"] == "load":
+            variant, built = building.pop(number)
+            tp, pp = command["shape"]
+            mesh = world.mesh(tp, pp)
+            models[number] = StageModel(
+                cut(runtime, variant, tp, pp, built=built.result(), edges=command["edges"]), mesh
+            )
+            mesh.gathered(models[number].weight_bytes)
         elif command["do"] == "run":
-            outputs = models[variant].step(None)
-            if outputs is not None:
-                models[variant].return_outputs(outputs)
+            models[number].step(None)
         elif command["do"] == "times":
-            mesh.gathered(models[variant].run_s)
+            models[number].gather_times()
         else:
-            models.pop(variant, None)
+            models.pop(number, None)
+            building.pop(number, None)
     # Rank 0 has gone or is going: nobody is left to take leave of.
     sys.stdout.flush()
     os._exit(0)
@@ -52,7 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m executor.runtime.rank", description="Started by a worker.")
-    for name in ("rank", "tp", "pp", "threads", "seed", "store-port"):
+    for name in ("rank", "size", "threads", "seed", "store-port"):
         parser.add_argument(f"--{name}", type=int, required=True)
     parser.add_argument("--device", required=True)
     parser.add_argument("--dtype", required=True)

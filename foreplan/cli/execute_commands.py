@@ -75,7 +75,7 @@ def agent(
     model_dir: Annotated[Path | None, typer.Option(metavar="DIR", help="Folder of local models (safetensors).")] = None,
     runtime: Annotated[
         str, typer.Option(metavar="MODULE:FACTORY", help="What runs the models.")
-    ] = "executor.runtime.torch_runtime:TorchRuntime",
+    ] = "executor.runtime.group_runtime:TorchGroupRuntime",
     metrics: Metrics = "",
     forward_port: Annotated[
         int, typer.Option(help="Port where gateways hand over requests; 0 takes a free one.", min=0, max=65535)

@@ -50,17 +50,19 @@ class FakeModel:
 
 
 class FakeRuntime:
-    """Takes the keywords of `executor.runtime.torch_runtime.TorchRuntime` and needs none of them."""
+    """Takes the keywords of the torch runtimes, of one device and of groups, and needs none of them."""
 
     def __init__(
         self,
         device: str = "cpu",
+        devices: tuple[str, ...] = ("cpu",),
         dtype: str = "fp32",
         threads: int = 1,
         model_dir: Path | None = None,
         seed: int = 0,
     ) -> None:
         self.device = device
+        self.devices = devices
         self.dtype = dtype
         self.threads = threads
         self.model_dir = model_dir
@@ -69,7 +71,7 @@ class FakeRuntime:
     def names(self) -> tuple[str, ...]:
         return ("fake-broken", "fake-double", "fake-slow-20")
 
-    def load(self, variant: str, max_batch: int) -> FakeModel:
+    def load(self, variant: str, max_batch: int, shape: tuple[int, int] = (1, 1)) -> FakeModel:
         if max_batch < 1:
             raise InvalidInput.of("at least 1", where=variant, field="max_batch", found=max_batch)
         slow = _SLOW.fullmatch(variant)

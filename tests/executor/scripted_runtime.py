@@ -26,7 +26,7 @@ class ScriptedRuntime(FakeRuntime):
     def names(self) -> tuple[str, ...]:
         return tuple(sorted({*TROUBLES, *super().names()}))
 
-    def load(self, variant: str, max_batch: int) -> FakeModel:
+    def load(self, variant: str, max_batch: int, shape: tuple[int, int] = (1, 1)) -> FakeModel:
         if variant == "dies-at-load":
             os._exit(7)
         if variant == "no-memory":

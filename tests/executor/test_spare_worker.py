@@ -27,12 +27,12 @@ def test_the_first_group_of_the_device_takes_it_and_the_second_does_not():
         async with spare() as made:
             made.start()
             assert await made.take(1) is None
-            first, second = await asyncio.gather(made.take(0), made.take(0))
+            first, second = await asyncio.gather(made.take((0,)), made.take((0,)))
             assert second is None
             assert first is not None
             assert [process.pid for process in worker_processes()] == [first.process_id]
             assert "fake-double" in await made.variants()  # known still, without another process
-            assert await made.take(0) is None
+            assert await made.take((0,)) is None
             await first.stop()
 
     asyncio.run(scenario())
@@ -56,7 +56,7 @@ def test_one_that_died_meanwhile_is_not_handed_out():
             await eventually(lambda: worker_processes() == [])
             link = made.start().result()
             await eventually(lambda: link.is_closed)
-            assert await made.take(0) is None
+            assert await made.take((0,)) is None
 
     asyncio.run(scenario())
 
@@ -67,7 +67,7 @@ def test_a_start_that_failed_is_tried_again_at_the_next_question():
             for _ in range(2):
                 with pytest.raises(WorkerRefused, match=r"no\.such"):
                     await made.variants()
-            assert await made.take(0) is None
+            assert await made.take((0,)) is None
 
     asyncio.run(scenario())
 

@@ -45,6 +45,7 @@ def desired_groups(draw, identifier):
                 deadline_s=draw(seconds),
                 batch_latency_s=tuple(draw(st.lists(seconds, min_size=max_batch, max_size=max_batch))),
                 memory_bytes=tuple(draw(st.integers(0, 2**40)) for _ in gpus),
+                shape=(len(gpus), 1),
             )
         )
     return DesiredGroup(

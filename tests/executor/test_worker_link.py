@@ -26,7 +26,7 @@ SCRIPTED = "tests.executor.scripted_runtime:ScriptedRuntime"
 @contextlib.asynccontextmanager
 async def started(folder, *, runtime=SCRIPTED, ends=None, **changed):
     settings = WorkerSettings(runtime=runtime, model_dir=folder, **changed)
-    link = await WorkerLink.start(settings, 0, (ends if ends is not None else []).append)
+    link = await WorkerLink.start(settings, (0,), (ends if ends is not None else []).append)
     try:
         yield link
     finally:
@@ -182,7 +182,7 @@ def test_a_worker_that_cannot_be_started_is_a_worker_gone(tmp_path, monkeypatch,
         with monkeypatch.context() as patch:
             patch.setattr(what, refuse)
             with pytest.raises(WorkerGone, match="cannot start a worker: Too many open files"):
-                await WorkerLink.start(WorkerSettings(runtime=SCRIPTED), 0, lambda reason: None)
+                await WorkerLink.start(WorkerSettings(runtime=SCRIPTED), (0,), lambda reason: None)
         assert psutil.Process().num_fds() == before
 
     asyncio.run(scenario())
@@ -225,7 +225,7 @@ from executor.worker_link import WorkerLink, WorkerSettings
 
 async def main():
     settings = WorkerSettings(runtime=sys.argv[1], model_dir=Path(sys.argv[2]))
-    link = await WorkerLink.start(settings, 0, print)
+    link = await WorkerLink.start(settings, (0,), print)
     await link.load("gated-run", 1)
     link.run("gated-run", (), 0, 0)
     print(link.process_id, flush=True)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from executor.runtime.parallel import ParallelTorchRuntime, cut
-from executor.runtime.protocol import InvalidTensor, UnknownVariant
+from executor.runtime.protocol import DevicesLost, InvalidTensor, UnknownVariant
 from executor.runtime.torch_runtime import TorchRuntime
 from plans.errors import InvalidInput
 
@@ -14,12 +14,26 @@ TOLERANCE = 1e-4
 """Largest relative error of outputs against a single process, in fp32."""
 
 
-@pytest.fixture(params=[(2, 1), (1, 2)], ids=["tp2", "pp2"], scope="module")
-def runtime(request):
-    tp, pp = request.param
-    made = ParallelTorchRuntime(["cpu", "cpu"], tp=tp, pp=pp)
+@pytest.fixture(scope="module")
+def two():
+    made = ParallelTorchRuntime(["cpu", "cpu"])
     yield made
     made.close()
+
+
+class Shaped:
+    """The runtime, loading in one shape."""
+
+    def __init__(self, runtime, shape):
+        self.runtime, (self.tp, self.pp) = runtime, shape
+
+    def load(self, variant, max_batch):
+        return self.runtime.load(variant, max_batch, (self.tp, self.pp))
+
+
+@pytest.fixture(params=[(2, 1), (1, 2)], ids=["tp2", "pp2"])
+def runtime(request, two):
+    return Shaped(two, request.param)
 
 
 def assert_same(found, wanted):
@@ -79,6 +93,29 @@ def test_more_stages_than_parts_are_refused():
         cut(TorchRuntime(), "bert-tiny-16", 1, 5)
 
 
-def test_as_many_devices_as_ranks_are_wanted():
-    with pytest.raises(InvalidInput, match="1 devices for tp = 2, pp = 1"):
-        ParallelTorchRuntime(["cpu"], tp=2, pp=1)
+@pytest.mark.parametrize("shape", [(1, 1), (2, 2), (0, 2), (-1, -2)])
+def test_a_shape_that_does_not_take_all_devices_is_refused(two, shape):
+    with pytest.raises(InvalidInput, match=r"expected tp x pp = 2 devices"):
+        two.load("llama-tiny", 1, shape)
+
+
+def test_two_shapes_of_two_models_run_side_by_side(two):
+    single = {name: TorchRuntime().load(name, 2) for name in ("llama-tiny", "bert-tiny-16")}
+    models = {
+        "llama-tiny": two.load("llama-tiny", 2, (2, 1)),
+        "bert-tiny-16": two.load("bert-tiny-16", 2, (1, 2)),
+    }
+    turns = [(name, models[name].submit(single[name].example(2, seed)), seed) for seed in range(4) for name in models]
+    for name, answer, seed in turns:
+        assert_same(answer.result(timeout=60), single[name].run(single[name].example(2, seed)))
+    for model in models.values():
+        model.close()
+
+
+def test_a_rank_that_ends_loses_the_group(two):
+    """The last test of the module: nothing can be run afterwards."""
+    model = two.load("llama-tiny", 1, (1, 2))
+    two._ranks[0].kill()
+    two._ranks[0].wait()
+    with pytest.raises(DevicesLost, match="rank"):
+        model.run(model.example(1))

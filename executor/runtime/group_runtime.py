@@ -1,0 +1,50 @@
+"""The torch runtime of a worker: on one device of its own, or over all devices of its group."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from executor.runtime.protocol import LoadedModel
+from executor.runtime.torch_runtime import TorchRuntime
+from plans.errors import InvalidInput
+
+__all__ = ["TorchGroupRuntime"]
+
+
+class TorchGroupRuntime:
+    """Loads models onto a group's devices; see `executor.runtime.protocol.GroupRuntime`.
+
+    Args:
+        devices: ``cpu`` as often as the group has devices, or CUDA devices.
+        dtype: As for `TorchRuntime`, and so the following.
+        threads: Threads of each device's process.
+        model_dir: Folder of local models.
+
+    Raises:
+        InvalidInput: An argument is wrong.
+    """
+
+    def __init__(
+        self, devices: Sequence[str] = ("cpu",), dtype: str = "fp32", threads: int = 1, model_dir: Path | None = None
+    ) -> None:
+        self._single: TorchRuntime | None = None
+        if len(devices) == 1:
+            self._single = TorchRuntime(devices[0], dtype, threads, model_dir)
+        else:
+            from executor.runtime.parallel import ParallelTorchRuntime  # torch.distributed takes a while to import
+
+            self._several = ParallelTorchRuntime(devices, dtype, threads, model_dir)
+
+    def names(self) -> tuple[str, ...]:
+        """Names that `load` knows, sorted."""
+        return (self._single or self._several).names()
+
+    def load(self, variant: str, max_batch: int, shape: tuple[int, int] = (1, 1)) -> LoadedModel:
+        """Load ``variant``; see `executor.runtime.protocol.GroupRuntime`."""
+        if self._single is None:
+            return self._several.load(variant, max_batch, shape)
+        if shape != (1, 1):
+            found = f"tp {shape[0]} x pp {shape[1]}"
+            raise InvalidInput.of("tp 1 x pp 1 on one device", where=variant, field="shape", found=found)
+        return self._single.load(variant, max_batch)
