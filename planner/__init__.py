@@ -3,7 +3,7 @@
 No solver is imported before a problem is solved.
 """
 
-from planner.conflict import Conflict
+from planner.conflict import Conflict, Relaxation, explain_infeasible
 from planner.explain import Explanation, explain
 from planner.option import Catalogue, Option, Rejection
 from planner.planning import Infeasible, NoPlanFound, Report, Solved, exact_model, solve
@@ -27,6 +27,7 @@ __all__ = [
     "Problem",
     "Refused",
     "Rejection",
+    "Relaxation",
     "Report",
     "Scorer",
     "ScoringTables",
@@ -34,6 +35,7 @@ __all__ = [
     "Solved",
     "exact_model",
     "explain",
+    "explain_infeasible",
     "polish_plan",
     "solve",
 ]

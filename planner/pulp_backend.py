@@ -15,7 +15,7 @@ from planner.backend import BackendResult, Budget, InfeasibleModel, NothingFound
 from planner.linear import Floats, LinearModel
 from planner.settings import Backend
 
-__all__ = ["CbcSolver"]
+__all__ = ["CbcSolver", "translated"]
 
 _BOUND = re.compile(r"^Lower bound:\s+(\S+)", re.MULTILINE)
 _RELAXATION = re.compile(r"^Continuous objective value is (\S+)", re.MULTILINE)
@@ -30,7 +30,7 @@ class CbcSolver:
         """Solve ``model``; see `planner.backend.Solver`."""
         if not model.variables:
             return constant_answer(model)
-        problem, variables = _translate(model, hint)
+        problem, variables = translated(model, hint)
         with tempfile.TemporaryDirectory(prefix="foreplan-cbc-") as folder:
             log = Path(folder) / "log"
             command = pulp.COIN_CMD(
@@ -57,7 +57,7 @@ class CbcSolver:
         return _solution(model, variables, problem, text, budget)
 
 
-def _translate(model: LinearModel, hint: Floats | None) -> tuple[Any, list[Any]]:
+def translated(model: LinearModel, hint: Floats | None = None) -> tuple[Any, list[Any]]:
     """Return the model as CBC gets it: always minimised, so that the bounds in its log have one sign."""
     problem = pulp.LpProblem("foreplan", pulp.LpMinimize)
     variables = [

@@ -1,7 +1,8 @@
-"""``plan``, ``check``, ``show``, ``explain``, ``diff``, ``schema``."""
+"""``plan``, ``check``, ``show``, ``explain``, ``diff``, ``export``, ``schema``."""
 
 from __future__ import annotations
 
+from dataclasses import asdict, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
@@ -23,7 +24,7 @@ from foreplan.cli.options import (
 from foreplan.cli.output import Output
 
 if TYPE_CHECKING:
-    from planner import Infeasible, NoPlanFound
+    from planner import Infeasible, NoPlanFound, Problem
     from plans.plan import Plan, Prediction
 
 __all__ = ["register"]
@@ -45,6 +46,45 @@ class Blocking(StrEnum):
     none = "none"
 
 
+class Objective(StrEnum):
+    """What to maximise first."""
+
+    goodput = "goodput"
+    max_min = "max-min"
+    fair_sum = "fair-sum"
+    utility = "utility"
+
+
+class Utility(StrEnum):
+    """What a served share is worth."""
+
+    linear = "linear"
+    step = "step"
+    power = "power"
+
+
+class DropPenalty(StrEnum):
+    """What dropping costs of a utility."""
+
+    none = "none"
+    step = "step"
+    linear = "linear"
+
+
+class Minimize(StrEnum):
+    """What to minimise where an attainment is required."""
+
+    gpus = "gpus"
+    cost = "cost"
+
+
+class ModelFormat(StrEnum):
+    """How a model is written."""
+
+    lp = "lp"
+    mps = "mps"
+
+
 class SchemaKind(StrEnum):
     """A document."""
 
@@ -61,6 +101,15 @@ Quantile = Annotated[
 ]
 
 
+Attainment = Annotated[
+    float | None, typer.Option("--attainment", help="Share of every rate that has to be served.", min=0.0, max=1.0)
+]
+KeepAfterLoss = Annotated[
+    float, typer.Option(help="Share of every rate that survives the loss of any one node.", min=0.0, max=1.0)
+]
+Headroom = Annotated[float, typer.Option(help="Share of GPU memory left free.", min=0, max=0.99)]
+
+
 def register(app: typer.Typer) -> None:
     """Add the commands to ``app``."""
     command(app, "plan")(make)
@@ -68,6 +117,7 @@ def register(app: typer.Typer) -> None:
     command(app, "show")(show)
     command(app, "explain")(explain)
     command(app, "diff")(diff)
+    command(app, "export")(export)
     command(app, "schema")(schema)
 
 
@@ -84,7 +134,22 @@ def make(
     solver: Annotated[Solver, typer.Option(help="MILP solver.")] = Solver.highs,
     quantile: Quantile = 0.9,
     blocking: Annotated[Blocking, typer.Option(help="Charge for sharing a group.")] = Blocking.expected,
-    headroom: Annotated[float, typer.Option(help="Share of GPU memory left free.", min=0, max=0.99)] = 0.05,
+    headroom: Headroom = 0.05,
+    objective: Annotated[Objective, typer.Option(help="What to maximise first.")] = Objective.goodput,
+    utility: Annotated[Utility, typer.Option(help="Curve of --objective utility.")] = Utility.linear,
+    utility_exponent: Annotated[float, typer.Option(help="Exponent of the power curve.", min=0.01)] = 4.0,
+    drop_penalty: Annotated[DropPenalty, typer.Option(help="Penalty of --objective utility.")] = DropPenalty.none,
+    minimize: Annotated[
+        Minimize | None, typer.Option(help="Fewest GPUs or least cost for --attainment, in place of --objective.")
+    ] = None,
+    attainment: Attainment = None,
+    keep_after_loss: KeepAfterLoss = 0.0,
+    scenarios: Annotated[int, typer.Option(help="Demand scenarios to average over; 0: the quantile.", min=0)] = 0,
+    add: Annotated[
+        list[str] | None, typer.Option("--add", "--add-node", metavar="NAME:TYPE*GPUS", help="What if: one node more.")
+    ] = None,
+    remove: Annotated[list[str] | None, typer.Option("--remove", metavar="NODE", help="What if: without it.")] = None,
+    scale_demand: Annotated[float, typer.Option(help="What if: every rate times this.", min=0.0)] = 1.0,
     window: Window = 60.0,
     polish: Annotated[float, typer.Option(help="Seconds of search guided by simulation; 0: none.", min=0)] = 0.0,
     polish_traces: Annotated[
@@ -92,9 +157,13 @@ def make(
     ] = 16,
     seed: Seed = 1,
 ) -> None:
-    """Decide which service runs where, with a proven optimality gap, and write the plan."""
+    """Decide which service runs where, with a proven optimality gap, and write the plan.
+
+    With --add, --remove or --scale-demand the plan is for the changed inputs, and what that changes is printed.
+    """
     from foreplan.planning import Inputs, make_plan
     from foreplan.polish import PolishSettings
+    from foreplan.what_if import changed, difference
     from planner import Settings, Solved
     from plans.codec import write_plan
     from traces.files import read_request_trace
@@ -114,16 +183,40 @@ def make(
         quantile=quantile,
         blocking=blocking.value,
         headroom_ratio=headroom,
+        objective=objective.value,
+        utility=utility.value,
+        utility_exponent=utility_exponent,
+        drop_penalty=drop_penalty.value,
+        minimize=None if minimize is None else minimize.value,
+        attainment=attainment,
+        keep_after_loss=keep_after_loss,
+        scenarios=scenarios,
         seed=seed,
     )
+    what_if = bool(add or remove or scale_demand != 1.0)
+    target = changed(inputs, add=add or (), remove=remove or (), scale_demand=scale_demand) if what_if else inputs
     polishing = f", then polishing for {polish:g} s" if polish > 0 else ""
     with out.progress(f"solving with {solver.value}, at most {time_limit:g} s{polishing}"):
-        result = make_plan(inputs, settings, PolishSettings(time_s=polish, traces=polish_traces), arrivals)
+        # Arrivals were recorded at the rates as they were.
+        sampled = None if scale_demand != 1.0 else arrivals
+        result = make_plan(target, settings, PolishSettings(time_s=polish, traces=polish_traces), sampled)
     if not isinstance(result, Solved):
         _no_plan(out, result)
+    found = None
+    if what_if:
+        with out.progress("solving the inputs as they are, to compare"):
+            base = make_plan(inputs, settings)
+        if isinstance(base, Solved):
+            found = difference(base.plan, result.plan, inputs.cluster, target.cluster)
+        else:
+            out.warn("there is no plan for the inputs as they are to compare with")
     write_plan(output, result.plan)
-    out.result(plan_json(result.plan, output))
+    compared = {} if found is None else {"what_if": {"base": found.base, "changed": found.changed}}
+    out.result(plan_json(result.plan, output) | compared)
     _print_plan(out, result.plan)
+    if found is not None:
+        out.table(["what", "as it is", "what if", "change"], [list(row) for row in found.rows()], title="What if")
+        out.note("this plan is for the changed inputs, not for the cluster and the demand as they are")
     out.say(f"wrote {output}")
 
 
@@ -134,6 +227,7 @@ def _no_plan(out: Output, result: Infeasible | NoPlanFound) -> NoReturn:
         out.error("no plan can keep all hard constraints:")
         for conflict in result.conflicts:
             out.note(f"  {conflict}")
+        out.note("`foreplan explain --infeasible` says what to relax")
     else:
         out.error(f"no plan found in time: {result.detail}; raise --time-limit")
     raise typer.Exit(EXIT_INFEASIBLE)
@@ -201,8 +295,11 @@ def _print_plan(out: Output, plan: Plan) -> None:
     from plans.units import format_bytes, format_seconds
 
     solver = plan.solver
+    first = solver.tiers[0].name if solver.tiers else "goodput"
+    unit = " rps (weighted)" if first == "goodput" else ""
+    proven = "at least" if solver.bound < solver.objective else "at most"
     out.say(
-        f"{solver.status}: goodput {solver.objective:.6g} rps (weighted), proven at most {solver.bound:.6g}, gap "
+        f"{solver.status}: {first} {solver.objective:.6g}{unit}, proven {proven} {solver.bound:.6g}, gap "
         f"{solver.gap:.3%}; {plan.gpus_used} GPUs; {solver.name}, {format_seconds(solver.wall_s)}"
     )
     if plan.polish is not None:
@@ -266,40 +363,126 @@ def _print_plan(out: Output, plan: Plan) -> None:
 
 def explain(
     out: Output,
-    service: Annotated[str, typer.Argument(help="A service.")],
-    plan: Annotated[Path, typer.Option("--plan", metavar="FILE", help="The plan to explain.")],
     cluster: ClusterFile,
     services: ServicesFile,
     profiles: ProfilesDir,
+    service: Annotated[str | None, typer.Argument(help="A service.")] = None,
+    plan: Annotated[Path | None, typer.Option("--plan", metavar="FILE", help="The plan to explain.")] = None,
+    infeasible: Annotated[
+        bool, typer.Option("--infeasible", help="Say why there is no plan, and what to relax least.")
+    ] = False,
+    node: Annotated[str | None, typer.Option("--node", help="Say why not on this node, by solving again.")] = None,
+    time_limit: Annotated[float, typer.Option(help="Seconds for solving again; 0 leaves it out.", min=0.0)] = 5.0,
     demand: DemandFile = None,
     trace: TraceFile = None,
+    quantile: Quantile = 0.9,
+    headroom: Headroom = 0.05,
+    attainment: Attainment = None,
+    keep_after_loss: KeepAfterLoss = 0.0,
     window: Window = 60.0,
 ) -> None:
-    """Say why a service is placed as it is: what binds, and why not otherwise."""
+    """Say why a service is placed as it is: what binds, and why not otherwise; or why there is no plan at all.
+
+    A plan is explained with the settings it was made with; --quantile, --headroom, --attainment and --keep-after-loss
+    are for --infeasible, which has no plan to take them from.
+    """
     from foreplan.planning import Inputs, settings_of
-    from planner import Problem
+    from planner import Problem, Settings
     from planner import explain as explain_service
     from plans.codec import read_plan
     from plans.errors import InvalidInput
 
+    if infeasible == (service is not None):
+        found = "both" if infeasible else "neither"
+        raise InvalidInput.of("one of SERVICE and --infeasible", where="command line", found=found)
     inputs = Inputs.read(
         cluster=cluster, services=services, profiles=profiles, demand=read_demand(demand, trace, window, out)
     )
+    problem = Problem(cluster=inputs.cluster, services=inputs.services, profiles=inputs.profiles, demand=inputs.demand)
+    if service is None:
+        settings = Settings(
+            quantile=quantile, headroom_ratio=headroom, attainment=attainment, keep_after_loss=keep_after_loss
+        )
+        _explain_infeasible(out, replace(problem, settings=settings), max(time_limit, 1.0))
+        return
+    if plan is None:
+        raise InvalidInput.of("the plan to explain", where="command line", field="--plan", found="nothing")
     names = [known.name for known in inputs.services.services]
     if service not in names:
         raise InvalidInput.of(f"one of {', '.join(names)}", where="command line", field="SERVICE", found=repr(service))
     read = read_plan(plan)
-    problem = Problem(
-        cluster=inputs.cluster,
-        services=inputs.services,
-        profiles=inputs.profiles,
-        demand=inputs.demand,
-        settings=settings_of(read),
-    )
-    explanation = explain_service(problem, read, service)
+    problem = replace(problem, settings=settings_of(read))
+    explanation = explain_service(problem, read, service, node=node, time_limit_s=time_limit)
     out.result(explanation.to_json())
     for line in explanation.lines():
         out.say(line)
+
+
+def _explain_infeasible(out: Output, problem: Problem, time_limit_s: float) -> None:
+    import time
+
+    from planner import explain_infeasible
+
+    conflicts, relaxation = explain_infeasible(problem, clock=time.monotonic, time_limit_s=time_limit_s)
+    out.result(
+        {
+            "infeasible": bool(conflicts),
+            "conflicts": [asdict(each) for each in conflicts],
+            "relaxation": [asdict(each) for each in relaxation],
+        }
+    )
+    if not conflicts:
+        out.say("nothing is proven to conflict: these limits can be kept, or the time did not suffice to tell")
+        return
+    out.say("these limits cannot be kept together; without any one of them the others can:")
+    for conflict in conflicts:
+        out.say(f"  {conflict}")
+    if relaxation:
+        out.say("the least change of numbers that helps:")
+        for step in relaxation:
+            out.say(f"  {step}")
+
+
+def export(
+    out: Output,
+    kind: Annotated[ModelFormat, typer.Argument(help="Format of the model.")],
+    cluster: ClusterFile,
+    services: ServicesFile,
+    profiles: ProfilesDir,
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="Where the model goes.")],
+    demand: DemandFile = None,
+    trace: TraceFile = None,
+    current: CurrentFile = None,
+    quantile: Quantile = 0.9,
+    window: Window = 60.0,
+) -> None:
+    """Write the exact model with its first objective, for any solver that reads LP or MPS."""
+    from foreplan.planning import Inputs
+    from planner import Problem, Settings, exact_model
+    from planner.export import mps_text
+    from plans.documents import write_text
+
+    inputs = Inputs.read(
+        cluster=cluster,
+        services=services,
+        profiles=profiles,
+        demand=read_demand(demand, trace, window, out),
+        current=current,
+    )
+    model = exact_model(
+        Problem(
+            cluster=inputs.cluster,
+            services=inputs.services,
+            profiles=inputs.profiles,
+            demand=inputs.demand,
+            current=inputs.current,
+            settings=Settings(quantile=quantile),
+        )
+    )
+    write_text(output, model.lp_text() if kind is ModelFormat.lp else mps_text(model))
+    size = {"variables": len(model.variables), "integers": int(model.integer.sum()), "rows": len(model.rows)}
+    out.result({"model": str(output), "format": kind.value, **size})
+    out.say(f"wrote {output}: {size['variables']} variables, {size['integers']} of them integer, {size['rows']} rows")
 
 
 def diff(
