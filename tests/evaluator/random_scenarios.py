@@ -125,7 +125,9 @@ class _Drawer:
         )
 
     def plan(self, services: Services) -> Plan:
-        groups = []
+        groups: list[PlannedGroup] = []
+        if self.rng.random() < 0.02:
+            return Plan(solver=SOLVER)
         for node in NODES[: self.rng.randint(1, len(NODES))]:
             for gpus in self.rng.choice([[(0,)], [(0,), (1,)], [(0, 1)], [(0, 1), (2,)], [(0, 1, 2)], [(1,), (2, 3)]]):
                 groups += [self.group(node, gpus, services)]
@@ -168,7 +170,7 @@ class _Drawer:
     # Profiles: what percentiles, interference and token costs are known by -------------------------------------------
 
     def profiles(self, services: Services, plans: Sequence[Plan], *, costs: bool) -> list[Profile]:
-        shapes = sorted({(g.tp, g.pp) for plan in plans for g in plan.groups})
+        shapes = sorted({(g.tp, g.pp) for plan in plans for g in plan.groups} | {(1, 1)})
         models = [(s.name, v.model) for s in services.services for v in s.variants]
         return [self.profile(model, shapes, tokens=costs and service == "chat") for service, model in models]
 
