@@ -11,7 +11,10 @@ __all__ = ["Device", "processor_name"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Device:
-    """Where and how models run: the arguments of the runtime, and the name in cluster.yaml."""
+    """Where and how models run: the arguments of the runtime, and the name in cluster.yaml.
+
+    ``tp`` and ``pp`` are tensor and pipeline parallelism: a group of tp x pp devices from ``device`` on.
+    """
 
     gpu_type: str
     device: str = "cpu"
@@ -19,6 +22,14 @@ class Device:
     threads: int = 1
     model_dir: Path | None = None
     seed: int = 0
+    tp: int = 1
+    pp: int = 1
+
+    @property
+    def devices(self) -> tuple[str, ...]:
+        """The torch devices of the group."""
+        count = self.tp * self.pp
+        return (self.device,) * count if self.index is None else tuple(f"cuda:{self.index + n}" for n in range(count))
 
     @property
     def index(self) -> int | None:

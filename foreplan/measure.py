@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from importlib.metadata import version
 from multiprocessing.connection import Connection
@@ -13,10 +14,11 @@ from typing import Any
 
 from foreplan import __version__
 from foreplan.device import Device, processor_name
+from foreplan.parallel_group import ParallelGroup
 from plans.documents import parse_document
 from plans.errors import InvalidInput, RemoteFailure
 from profiles.document import Profile, ProfileMeta, Row
-from profiles.group import Grid, SingleDevice
+from profiles.group import Grid, LoadedGroup, SingleDevice
 from profiles.power import nvml_energy_j
 from profiles.profiler import Progress, StopRule, profile_group
 
@@ -96,29 +98,21 @@ def _child(
     connection: Connection, model: str, device: Device, grid: Grid, stop: StopRule, known: tuple[Row, ...]
 ) -> None:
     """Measure one model and send progress and rows, then the profile as JSON, or what is wrong."""
-    from executor.runtime.torch_runtime import TorchRuntime
-
     try:
-        runtime = TorchRuntime(
-            device=device.device,
-            dtype=device.dtype,
-            threads=device.threads,
-            model_dir=device.model_dir,
-            seed=device.seed,
-        )
-        loaded, loads = _load(runtime, model, device, grid)
-        profile = profile_group(
-            SingleDevice(loaded=loaded, memory=runtime.peak_growth_bytes),
-            model=model,
-            gpu_type=device.gpu_type,
-            grid=grid,
-            stop=stop,
-            energy_j=(lambda: None) if device.index is None else nvml_energy_j(device.index),
-            progress=connection.send,
-            meta=_meta(device, loaded),
-            known=known,
-            on_row=connection.send,
-        )
+        with _runtime(device) as runtime:
+            loaded, loads = _load(runtime, model, device, grid)
+            profile = profile_group(
+                _group(runtime, loaded, device),
+                model=model,
+                gpu_type=device.gpu_type,
+                grid=grid,
+                stop=stop,
+                energy_j=_energy_j(device),
+                progress=connection.send,
+                meta=_meta(device, loaded),
+                known=known,
+                on_row=connection.send,
+            )
         rows = tuple(row.model_copy(update=loads) for row in profile.rows)
         connection.send(profile.model_copy(update={"rows": rows}).model_dump_json(by_alias=True))
     except InvalidInput as error:
@@ -129,6 +123,50 @@ def _child(
         pass  # the parent says so
 
 
+@contextmanager
+def _runtime(device: Device) -> Iterator[Any]:
+    """Yield the runtime of the device, or of all devices of the group."""
+    from executor.runtime.torch_runtime import TorchRuntime
+
+    shared = (device.dtype, device.threads, device.model_dir, device.seed)
+    if len(device.devices) == 1:
+        yield TorchRuntime(device.device, *shared)
+        return
+    from executor.runtime.parallel import ParallelTorchRuntime
+
+    runtime = ParallelTorchRuntime(device.devices, *shared)
+    try:
+        yield runtime
+    finally:
+        runtime.close()
+
+
+def _group(runtime: Any, loaded: Any, device: Device) -> LoadedGroup:
+    """Return what the profiler measures: the loaded model's own view of itself, or one device."""
+    if hasattr(loaded, "as_group"):
+        group: LoadedGroup = loaded.as_group()
+        return group
+    if len(device.devices) == 1:
+        return SingleDevice(loaded=loaded, memory=runtime.peak_growth_bytes)
+    memory = runtime.torch_runtime.peak_growth_bytes
+    return ParallelGroup(loaded=loaded, memory=memory, tp=device.tp, pp=device.pp)
+
+
+def _energy_j(device: Device) -> Callable[[], float | None]:
+    """Return what reads the energy of all GPUs of the group, or None where one of them does not count it."""
+    index = device.index
+    if index is None:
+        return lambda: None
+    meters = [nvml_energy_j(index + n) for n in range(len(device.devices))]
+
+    def read() -> float | None:
+        counted = [meter() for meter in meters]
+        known = [energy_j for energy_j in counted if energy_j is not None]
+        return sum(known) if len(known) == len(counted) else None
+
+    return read
+
+
 def _load(runtime: Any, model: str, device: Device, grid: Grid) -> tuple[Any, dict[str, float | None]]:
     """Load ``model`` for the largest batch that fits; with it the times of its loads, as fields of a row.
 
@@ -136,7 +174,8 @@ def _load(runtime: Any, model: str, device: Device, grid: Grid) -> tuple[Any, di
     cache: a model that is built has none. Warm is a load right after another.
     """
     dropped = _drop_from_page_cache(device.model_dir / model) if device.model_dir is not None else False
-    loaded = _load_largest(runtime, model, max(grid.candidates))
+    shape = () if len(device.devices) == 1 else ((device.tp, device.pp),)
+    loaded = _load_largest(runtime, model, max(grid.candidates), shape)
     loads = {
         "load_s": loaded.load_s,
         "first_inference_s": loaded.first_inference_s,
@@ -145,16 +184,18 @@ def _load(runtime: Any, model: str, device: Device, grid: Grid) -> tuple[Any, di
     }
     if loaded.load_s <= _WARM_LOAD_UP_TO_S:
         largest = loaded.max_batch
+        if hasattr(loaded, "close"):
+            loaded.close()
         del loaded  # two copies may not fit
-        loaded = runtime.load(model, largest)
+        loaded = runtime.load(model, largest, *shape)
         loads["load_warm_s"] = loaded.load_s
     return loaded, loads
 
 
-def _load_largest(runtime: Any, model: str, batch: int) -> Any:
+def _load_largest(runtime: Any, model: str, batch: int, shape: tuple[tuple[int, int], ...]) -> Any:
     while True:
         try:
-            return runtime.load(model, batch)
+            return runtime.load(model, batch, *shape)
         except MemoryError:
             if batch == 1:
                 raise

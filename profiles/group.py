@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
@@ -17,8 +17,8 @@ Inputs = TypeVar("Inputs")
 MemoryProbe = Callable[[Callable[[], object]], int]
 """Runs an action once and returns the bytes that it took on top of what was held before, at the peak."""
 
-Pass = Callable[[], Sequence[float]]
-"""Runs one batch to its end and returns the seconds that it held each pipeline stage; empty for one stage."""
+Pass = Callable[[], object]
+"""Runs one batch to its end."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,7 +92,10 @@ class Grid:
 
 
 class LoadedGroup(Protocol):
-    """A model on the devices of one group. `SingleDevice` is one; a runtime with TP, PP or generation brings its own.
+    """A model on the devices of one group. `SingleDevice` is one.
+
+    A loaded model that has more than one device or phase brings its own: `foreplan.measure` takes what its method
+    ``as_group()`` returns, where it has one.
 
     Attributes and what they mean are those of `profiles.document.Row`: bytes have one entry per pipeline stage.
     """
@@ -131,6 +134,9 @@ class LoadedGroup(Protocol):
 
     def activation_bytes(self, run: Pass, /) -> tuple[int, ...]:
         """Run once and return the most bytes held beside the weights on each GPU of a stage; shape (pp,)."""
+
+    def stage_s(self, run: Pass, /) -> tuple[float, ...]:
+        """Run once and return the seconds that each pipeline stage was held; shape (pp,), or empty for one stage."""
 
 
 class Measurable(Protocol[Inputs]):
@@ -196,13 +202,12 @@ class SingleDevice:
                 remedy="use a model that generates",
             )
         inputs = self.loaded.example(point.batch)
-
-        def run() -> Sequence[float]:
-            self.loaded.run(inputs)
-            return ()
-
-        return run
+        return lambda: self.loaded.run(inputs)
 
     def activation_bytes(self, run: Pass, /) -> tuple[int, ...]:
         """Run once and return the most bytes held beside the weights."""
         return (self.memory(run),)
+
+    def stage_s(self, run: Pass, /) -> tuple[float, ...]:
+        """Return nothing: one stage takes all of the latency."""
+        return ()

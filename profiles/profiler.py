@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from bisect import insort
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from plans.errors import Fault, InvalidInput
@@ -28,6 +28,9 @@ __all__ = [
     "profile_group",
     "sample",
 ]
+
+_STAGE_RUNS = 5
+"""Runs over which the seconds per pipeline stage are averaged."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -312,10 +315,9 @@ class _Bench:
         run = self.group.prepare(at)
         # Memory first: what the allocator keeps from this run would hide from a later look at the process.
         used = self.group.activation_bytes(run)
-        stages = _StageTimes(run=run)
         before_j, before_s = self.energy_j(), self.clock()
         samples = sample(
-            stages,
+            run,
             self.stop,
             clock=self.clock,
             on_sample=lambda count, share: self.report(at.batch, point=point, samples=count, share=share),
@@ -330,7 +332,7 @@ class _Bench:
             input_tokens=at.series.input_tokens,
             output_tokens=at.series.output_tokens,
             latency_s=latency_s,
-            stage_latency_s=stages.means(len(samples)) or (latency_s.mean,),
+            stage_latency_s=_stages(self.group, run) or (latency_s.mean,),
             weight_bytes=self.group.weight_bytes,
             peak_bytes=tuple(
                 max(weight + more, least)
@@ -360,20 +362,10 @@ class _Bench:
         )
 
 
-@dataclass(slots=True, kw_only=True)
-class _StageTimes:
-    """Runs a pass and keeps the seconds per stage of every run."""
-
-    run: Pass
-    held_s: list[Sequence[float]] = field(default_factory=list)
-
-    def __call__(self) -> None:
-        self.held_s.append(self.run())
-
-    def means(self, runs: int) -> tuple[float, ...]:
-        """Return the mean seconds per stage over the last ``runs`` runs; empty where nothing told them."""
-        timed = [times for times in self.held_s[-runs:] if times]
-        return tuple(sum(stage) / len(timed) for stage in zip(*timed, strict=True)) if timed else ()
+def _stages(group: LoadedGroup, run: Pass) -> tuple[float, ...]:
+    """Return the mean seconds per stage of a few runs; empty where there is one stage."""
+    held = [group.stage_s(run) for _ in range(_STAGE_RUNS)] if group.pp > 1 else []
+    return tuple(sum(stage) / len(held) for stage in zip(*held, strict=True))
 
 
 def _key(group: LoadedGroup, at: Point) -> tuple[object, ...]:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from foreplan.colocation import Slowdowns
     from foreplan.device import Device
     from profiles.document import Profile, ProfileMeta, Row
+    from profiles.group import Series
     from profiles.profiler import Progress
     from profiles.roofline import DeviceRates
 
@@ -49,6 +50,8 @@ def run(
     device: DeviceName = "cpu",
     dtype: Dtype = "fp32",
     threads: Threads = 1,
+    tp: Annotated[int, typer.Option(help="Tensor parallelism: devices per stage.", min=1, max=64)] = 1,
+    pp: Annotated[int, typer.Option(help="Pipeline parallelism: stages.", min=1, max=64)] = 1,
     batches: Annotated[
         str | None,
         typer.Option(help="Batches, comma-separated. By default doubled until throughput is flat or memory ends."),
@@ -58,6 +61,10 @@ def run(
         str, typer.Option(help="Also measure this many copies at once on the device, comma-separated.")
     ] = "",
     pairs: Annotated[bool, typer.Option("--pairs", help="Also measure every two MODELs beside each other.")] = False,
+    prompt_tokens: Annotated[
+        str, typer.Option(help="Also measure prefill at these prompt lengths, for models that generate.")
+    ] = "",
+    context_tokens: Annotated[str, typer.Option(help="Also measure decode steps at these lengths of context.")] = "",
     model_dir: ModelDir = None,
     point_seconds: Annotated[float, typer.Option(help="Most seconds for one batch size.", min=0.05)] = 2.0,
     fresh: Annotated[bool, typer.Option("--fresh", help="Do not go on where an interrupted run stopped.")] = False,
@@ -70,8 +77,21 @@ def run(
     from profiles.group import Grid
     from profiles.profiler import StopRule
 
-    where = Device(gpu_type=gpu_type, device=device, dtype=dtype, threads=threads, model_dir=model_dir, seed=seed)
-    grid = Grid(batches=_numbers(batches, "--batches") if batches else None, max_batch=max_batch)
+    where = Device(
+        gpu_type=gpu_type,
+        device=device,
+        dtype=dtype,
+        threads=threads,
+        model_dir=model_dir,
+        seed=seed,
+        tp=tp,
+        pp=pp,
+    )
+    grid = Grid(
+        batches=_numbers(batches, "--batches") if batches else None,
+        max_batch=max_batch,
+        series=_series(prompt_tokens, context_tokens),
+    )
     copies: tuple[int, ...] = _numbers(concurrency, "--concurrency", least=2) if concurrency else ()
     stop = StopRule(point_s=point_seconds)
     output.mkdir(parents=True, exist_ok=True)
@@ -84,7 +104,7 @@ def run(
         out.note(f"going on where an earlier run stopped: {', '.join(resumed)}")
     done: list[Profile] = []
     with out.progress(f"profiling {len(models)} models", total=len(models)) as step:
-        for profile in measure(
+        for measured in measure(
             models,
             where,
             grid,
@@ -93,6 +113,7 @@ def run(
             known=store.rows,
             on_row=store.add,
         ):
+            profile = _merged(output, measured)
             _write(output, profile)
             store.finish(profile.model)
             done.append(profile)
@@ -104,12 +125,32 @@ def run(
     out.say(f"wrote {len(paths)} profiles to {output}")
 
 
-def _numbers(text: str, option: str, least: int = 1) -> tuple[int, ...]:
+def _series(prompt_tokens: str, context_tokens: str) -> tuple[Series, ...]:
+    from profiles.group import Series
+
+    prompts = _numbers(prompt_tokens, "--prompt-tokens", most=2**20) if prompt_tokens else ()
+    contexts = _numbers(context_tokens, "--context-tokens", most=2**20) if context_tokens else ()
+    prefill = [Series(phase="prefill", input_tokens=count) for count in prompts]
+    decode = [Series(phase="decode", input_tokens=count) for count in contexts]
+    return (*prefill, *decode) or (Series(),)
+
+
+def _merged(output: Path, profile: Profile) -> Profile:
+    """Return ``profile`` with what the document on disk knows of other parallelisms and phases."""
+    from plans.documents import read_document
+    from profiles.document import Profile
+    from profiles.merging import merge_profiles
+
+    path = output / f"{profile.model}.{profile.gpu_type}.json"
+    return merge_profiles(read_document(path, Profile), profile) if path.exists() else profile
+
+
+def _numbers(text: str, option: str, least: int = 1, most: int = 4096) -> tuple[int, ...]:
     from plans.errors import InvalidInput
 
     parts = [part.strip() for part in text.split(",")]
-    if not all(part.isdigit() and least <= int(part) <= 4096 for part in parts):
-        expected = f"numbers from {least} to 4096, comma-separated"
+    if not all(part.isdigit() and least <= int(part) <= most for part in parts):
+        expected = f"numbers from {least} to {most}, comma-separated"
         raise InvalidInput.of(expected, where="command line", field=option, found=repr(text))
     return tuple(sorted({int(part) for part in parts}))
 
