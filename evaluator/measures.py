@@ -239,6 +239,8 @@ def stream_summaries(run: Run, services: Services) -> tuple[StreamSummary, ...]:
     stream = arrivals.stream[rows]
     order = np.argsort(stream, kind="stable")
     order = order[np.searchsorted(stream[order], 0) :]
+    if not len(order):
+        return ()
     code, end_s = run.world.array("log_code")[rows], run.world.array("log_end_s")[rows]
     arrival_s = arrivals.arrival_s[rows]
     numbers, starts = np.unique(stream[order], return_index=True)

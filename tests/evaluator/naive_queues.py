@@ -45,9 +45,10 @@ class Queues(State):
             replica.gathered[frame.stream] = bundle
         bundle.frames.append(frame)
         latest_s = bundle.due_s - replica.largest_s
-        if len(bundle.frames) >= frames_of(replica.entry) or latest_s <= self.now:
+        first = len(bundle.frames) == 1
+        if len(bundle.frames) >= frames_of(replica.entry) or (first and latest_s < self.now):
             self.flush(replica, bundle)
-        elif len(bundle.frames) == 1:
+        elif first:
             self.at(latest_s, TIMER, lambda: self.flush(replica, bundle), replica.group)
 
     def flush(self, replica: Replica, bundle: Bundle) -> None:
