@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 
+from planner.backend import Budget, solver
 from planner.lexicographic import TierOutcome
 from planner.prediction import latency_model, predict
+from planner.recourse import routed_in
 from planner.space import Placed, Placement, PlanningSpace
 from planner.unserved import unserved
 from plans.documents import canonical_digest
-from plans.plan import Group, LoadoutEntry, Plan, Prior, Route, SolverReport, Tier
+from plans.plan import Contingency, Group, LoadoutEntry, Plan, Prior, Route, SolverReport, Tier
 
 __all__ = ["assemble", "solver_report"]
 
@@ -51,6 +53,7 @@ def assemble(
         routes=_routes(space, placement),
         predicted=predicted,
         shadow_prices=shadow_prices,
+        contingencies=_contingencies(space, placement),
         unserved=left_out,
         warnings=tuple(notes),
     )
@@ -137,6 +140,25 @@ def _routes(space: PlanningSpace, placement: Placement) -> dict[str, tuple[Route
         service = space.options[placed.option].service
         rates.setdefault(service, []).append((space.groups[placed.group].id, _rate_rps(space, placed)))
     return {name: _weights(rates[name]) for name in space.names if name in rates}
+
+
+def _contingencies(space: PlanningSpace, placement: Placement) -> tuple[Contingency, ...]:
+    """Return what the replicas serve in every demand scenario, and after every loss that the plan is to survive."""
+    settings = space.problem.settings
+    linear, budget = solver(settings.backend), Budget(time_limit_s=10.0, seed=settings.seed)
+    found = []
+    for block in space.requirements.blocks:
+        routed = routed_in(space, placement, block, linear, budget)
+        found.append(
+            Contingency(
+                kind="scenario" if block.lost_node is None else "loss",
+                name=block.name,
+                offered_rps=float(space.weight @ block.offered_rps),
+                goodput_rps=float(space.weight @ space.served_rps(routed)),
+                routes=_routes(space, routed),
+            )
+        )
+    return tuple(found)
 
 
 def _weights(rates: list[tuple[str, float]]) -> tuple[Route, ...]:

@@ -7,9 +7,9 @@ import numpy as np
 from planner.backend import Budget, Solution, Solver, solver
 from planner.linear import Floats, ModelBuilder
 from planner.requirements import Block
-from planner.space import Placement, PlanningSpace
+from planner.space import Placed, Placement, PlanningSpace
 
-__all__ = ["scenario_goodput", "served_in"]
+__all__ = ["routed_in", "scenario_goodput", "served_in"]
 
 _TIME_LIMIT_S = 10.0
 """For one linear program over the replicas that stand; it takes milliseconds."""
@@ -27,8 +27,16 @@ def scenario_goodput(space: PlanningSpace, placement: Placement) -> float:
 def served_in(space: PlanningSpace, placement: Placement, block: Block, solver: Solver, budget: Budget) -> Floats:
     """Return the rates that the replicas of ``placement`` serve in ``block``, shape (service,), at the best routing.
 
-    Maximises the weighted goodput of the block: (4.18) of docs/formulation.md with the replicas fixed. Zeros when the
-    solver has no answer in time.
+    Zeros when the solver has no answer in time.
+    """
+    return space.served_rps(routed_in(space, placement, block, solver, budget))
+
+
+def routed_in(space: PlanningSpace, placement: Placement, block: Block, solver: Solver, budget: Budget) -> Placement:
+    """Return the replicas of ``placement`` that stand in ``block``, with the shares of the best routing there.
+
+    Maximises the weighted goodput of the block: (4.18) and (4.19) of docs/formulation.md with the replicas fixed.
+    Nothing when the solver has no answer in time, or when a lost node leaves less than has to be kept.
     """
     alive = [each for each in placement if space.groups[each.group].node != block.lost_node]
     options = [each.option for each in alive]
@@ -50,8 +58,15 @@ def served_in(space: PlanningSpace, placement: Placement, block: Block, solver: 
         columns = np.array([served[coupling.child], *(served[caller] for caller, _ in coupling.callers)])
         values = np.array([1.0, *(-fanout for _, fanout in coupling.callers)])
         builder.add_row(f"calls[{space.names[coupling.child]}]", columns, values, lower=0.0, upper=0.0)
+    if block.lost_node is not None:
+        keep = space.requirements.keep_after_loss * (1.0 - 1e-6) * space.served_rps(placement)
+        for service, name in enumerate(space.names):
+            builder.add_row(f"survive[{name}]", [int(served[service])], [1.0], lower=float(keep[service]))
     model = builder.build()
     objective = np.zeros(len(model.variables))
     objective[served] = space.weight
     answer = solver.solve(model.with_objective(objective, maximise=True), budget)
-    return answer.values[served] if isinstance(answer, Solution) else np.zeros(len(space.names))
+    if not isinstance(answer, Solution):
+        return ()
+    shares = np.clip(answer.values[share], 0.0, 1.0)
+    return tuple(Placed(each.group, each.option, float(a)) for each, a in zip(alive, shares, strict=True) if a > 0)

@@ -13,6 +13,7 @@ from plans.documents import FORMAT_VERSION, Document, canonical_digest
 
 __all__ = [
     "Confidence",
+    "Contingency",
     "Group",
     "LatencyPercentiles",
     "LoadoutEntry",
@@ -217,6 +218,20 @@ class TransitionStep(Document):
     est_s: float = Field(default=0.0, ge=0)
 
 
+class Contingency(Document):
+    """What the same replicas serve otherwise: under another demand, or after the loss of a node.
+
+    ``name`` is that of the scenario or of the node lost; ``goodput_rps`` is weighted, like the plan's objective, and
+    ``routes`` are those at which it is reached.
+    """
+
+    kind: Literal["scenario", "loss"]
+    name: str
+    offered_rps: float = Field(ge=0)
+    goodput_rps: float = Field(ge=0)
+    routes: Mapping[Name, tuple[Route, ...]] = {}
+
+
 class Plan(Document):
     """A whole plan. Groups are kept sorted by node and GPU, so equal plans are equal documents.
 
@@ -235,6 +250,7 @@ class Plan(Document):
     routes: Mapping[Name, tuple[Route, ...]] = {}
     predicted: tuple[Prediction, ...] = ()
     shadow_prices: Mapping[str, float] = {}
+    contingencies: tuple[Contingency, ...] = ()
     unserved: tuple[Unserved, ...] = ()
     transition: tuple[TransitionStep, ...] = ()
     warnings: tuple[str, ...] = ()

@@ -348,6 +348,13 @@ def _print_plan(out: Output, plan: Plan) -> None:
         out.say(f"unserved: {left.service} {left.rate_rps:.4g} rps ({left.reason}): {left.detail}")
     for gpu_type, price in plan.shadow_prices.items():
         out.say(f"one more {gpu_type} is worth {price:.4g} rps (weighted)")
+    if plan.contingencies:
+        worst = min(plan.contingencies, key=lambda each: each.goodput_rps / max(each.offered_rps, 1e-12))
+        mean = sum(each.goodput_rps for each in plan.contingencies) / len(plan.contingencies)
+        out.say(
+            f"{len(plan.contingencies)} contingencies: {mean:.4g} rps (weighted) on average; the worst, {worst.kind} "
+            f"{worst.name}, serves {worst.goodput_rps:.4g} of {worst.offered_rps:.4g}"
+        )
     if plan.transition:
         out.table(
             ["step", "action", "group", "service", "moves", "about"],

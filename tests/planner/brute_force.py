@@ -110,7 +110,7 @@ def _spread(space: PlanningSpace, service: Service, homes: list[int]) -> bool:
 def _value(space: PlanningSpace, loadouts: tuple[Loadout, ...]) -> float | None:
     """Return the best first objective for fixed loadouts: a small program for SCIP; None when nothing is allowed."""
     settings = space.problem.settings
-    program = pywraplp.Solver.CreateSolver("SCIP")
+    program = pywraplp.Solver.CreateSolver("SCIP" if settings.objective == "utility" else "GLOP")
     served, replicas = _rates(space, loadouts, program, dict(zip(space.names, space.offered_rps.tolist(), strict=True)))
     services = {service.name: service for service in space.problem.services.services}
     for name, each in replicas.items():

@@ -14,10 +14,10 @@ ENUMERATED = tuple(name for name in FEATURES if name not in ("cost", "scenarios"
 
 
 @pytest.mark.parametrize("feature", ENUMERATED)
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 def test_brute_force_agrees_with_every_feature(feature: str, seed: int) -> None:
-    shape = {"services": 2, "nodes": 2, "gpus": 2} if seed == 2 else {"services": 3, "nodes": 2 + seed}
-    wanted = featured(generated(40 + seed, load=(1.5, 2.5, 0.7)[seed], batches=(4,), **shape), feature)  # type: ignore[arg-type]
+    shape = ({"services": 3, "nodes": 2}, {"services": 2, "nodes": 3})[seed]
+    wanted = featured(generated(40 + seed, load=2.5, batches=(4,), **shape), feature)  # type: ignore[arg-type]
     best = best_goodput(wanted)
     result = solve(wanted)
     if best is None:
@@ -30,7 +30,7 @@ def test_brute_force_agrees_with_every_feature(feature: str, seed: int) -> None:
 
 @pytest.mark.parametrize("feature", FEATURES)
 def test_highs_and_cbc_agree_on_every_feature(feature: str) -> None:
-    wanted = featured(generated(70, services=3, nodes=3, gpus=1, load=1.2, batches=(2, 8)), feature)
+    wanted = featured(generated(70, services=3, nodes=3, gpus=1, load=4.0, batches=(2, 8)), feature)
     results = [solve(replace(wanted, settings=replace(wanted.settings, backend=name))) for name in ("highs", "cbc")]  # type: ignore[arg-type]
     assert type(results[0]) is type(results[1])
     plans = [result.plan for result in results if isinstance(result, Solved)]
