@@ -319,14 +319,14 @@ def accuracy(
     """Measure how often a model is right, and note it in its profiles."""
     from executor.runtime.torch_runtime import TorchRuntime
     from foreplan.accuracy import LabelledImages, accuracy_by_function, accuracy_on_images, load_function
+    from plans.documents import write_document
     from plans.errors import InvalidInput
-    from profiles.library import ProfileLibrary
 
     by_images = images is not None and labels is not None
     if by_images == (data is not None) or (images is None) != (labels is None):
         raise InvalidInput.of("either --images with --labels, or --data", where="command line")
-    known = [profile for profile in ProfileLibrary.read(profiles) if profile.model == model]
-    if not known:
+    files = profile_documents.files_of(profiles, model)
+    if not files:
         remedy = f"run `profile run {model} -o {profiles}` first"
         raise InvalidInput.of(f"a profile of {model}", where=profiles, found="none", remedy=remedy)
     runtime = TorchRuntime(device=device, dtype=dtype, threads=threads, model_dir=model_dir, seed=seed)
@@ -339,8 +339,8 @@ def accuracy(
         listed = LabelledImages.read(images, labels, model_dir / model if model_dir else None)
         with out.progress(f"running {len(listed.labels)} images", total=len(listed.labels)) as step:
             measured = accuracy_on_images(loaded, listed, batch, step.update)
-    for profile in known:
-        _write(profiles, profile.model_copy(update={"accuracy": measured}))
+    for path, profile in files.items():
+        write_document(path, profile.model_copy(update={"accuracy": measured}))
     out.result(measured.model_dump(mode="json"))
     out.say(f"{model}: {measured.metric} {measured.value:.4f} on {measured.samples} items of {measured.dataset}")
     out.note(f"state it in services.yaml: variants: [{{model: {model}, accuracy: {measured.value:.4f}}}]")

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from profiles.holdout import ErrorSummary, HeldOut
     from profiles.importing import Imported
 
-__all__ = ["print_profile", "register"]
+__all__ = ["files_of", "print_profile", "register"]
 
 EXIT_ERRORS_TOO_LARGE = 1
 
@@ -50,6 +50,22 @@ def _read(folder: Path, model: str | None) -> list[Profile]:
         known = ", ".join(sorted({profile.model for profile in library}))
         raise InvalidInput.of(f"one of {known}", where=folder, field="MODEL", found=repr(model))
     return shown
+
+
+def files_of(folder: Path, model: str) -> dict[Path, Profile]:
+    """Return the profiles of ``model`` in ``folder`` by the file that holds each.
+
+    Raises:
+        InvalidInput: As for `ProfileLibrary.read`.
+    """
+    from plans.documents import read_document
+    from profiles.document import Profile
+    from profiles.library import ProfileLibrary
+
+    ProfileLibrary.read(folder)  # all faults at once
+    paths = sorted(path for path in folder.rglob("*.json") if path.is_file())
+    read = {path: read_document(path, Profile) for path in paths}
+    return {path: profile for path, profile in read.items() if profile.model == model}
 
 
 def print_profile(out: Output, profile: Profile) -> None:

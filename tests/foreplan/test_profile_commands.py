@@ -1,0 +1,139 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from plans.documents import read_document, write_document
+from profiles.document import Profile
+from tests.foreplan.workspace import ROOT
+from tests.profiles.documents import curve
+
+PROTEUS = "Model,Accel,batchsize,50th_pct,avg_latency(ms)\ntiny,toy,1,4.0,4.2\ntiny,toy,2,6.0,6.1\ntiny,toy,3,,\n"
+
+
+def foreplan(folder: Path, *arguments: object, code: int = 0) -> subprocess.CompletedProcess[str]:
+    result = subprocess.run(
+        [sys.executable, "-m", "foreplan", "profile", *map(str, arguments)],
+        cwd=folder,
+        env={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin", "HOME": str(folder)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert result.returncode == code, (result.returncode, result.stdout, result.stderr)
+    assert "Traceback" not in result.stderr
+    return result
+
+
+def test_a_model_is_measured_and_its_profile_kept(tmp_path: Path) -> None:
+    found = foreplan(tmp_path, "run", "bert-tiny-16", "-o", "p", "--batches", "1,2", "--point-seconds", "0.1", "--json")
+    (path,) = json.loads(found.stdout)["profiles"]
+    profile = read_document(tmp_path / path, Profile)
+    assert [row.batch for row in profile.rows] == [1, 2]
+    assert profile.rows[0].load_warm_s is not None
+    assert profile.rows[0].load_cold_s is None  # its weights are drawn, not read
+    assert profile.rows[0].power_w is None
+    assert profile.meta.options == {"threads": "1"}
+    assert [each.name for each in (tmp_path / "p").iterdir()] == ["bert-tiny-16.cpu.json"]
+
+
+@pytest.mark.slow
+def test_copies_and_pairs_are_measured_beside_each_other(tmp_path: Path) -> None:
+    grid = ("--batches", "1,2,4", "--point-seconds", "0.1")
+    foreplan(tmp_path, "run", "bert-tiny-16", "mobilenet-v2-0.5", "-o", "p", *grid, "--concurrency", "2", "--pairs")
+    profile = read_document(tmp_path / "p" / "bert-tiny-16.cpu.json", Profile)
+    assert profile.interference[2] > 1.2  # two processes on one core
+    assert [each.model for each in profile.neighbours] == ["mobilenet-v2-0.5"]
+    (together,) = [row for row in profile.rows if row.concurrency == 2]
+    assert together.batch == 2
+
+
+@pytest.mark.slow
+def test_a_pipeline_is_measured_by_stage_beside_what_was_known(tmp_path: Path) -> None:
+    grid = ("-o", "p", "--batches", "1,2", "--point-seconds", "0.1")
+    foreplan(tmp_path, "run", "bert-tiny-16", *grid)
+    foreplan(tmp_path, "run", "bert-tiny-16", *grid, "--pp", "2")
+    profile = read_document(tmp_path / "p" / "bert-tiny-16.cpu.json", Profile)
+    assert {(row.tp, row.pp) for row in profile.rows} == {(1, 1), (1, 2)}
+    staged = next(row for row in profile.rows if row.pp == 2)
+    assert all(0 < held_s < staged.latency_s.mean for held_s in staged.stage_latency_s)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--batches", "1,x"), "--batches"),
+        (("--concurrency", "1"), "--concurrency"),
+        (("--prompt-tokens", "0"), "--prompt-tokens"),
+    ],
+)
+def test_wrong_grids_are_refused_before_anything_runs(tmp_path: Path, arguments: tuple[str, ...], said: str) -> None:
+    assert said in foreplan(tmp_path, "run", "bert-tiny-16", "-o", "p", *arguments, code=1).stderr
+    assert not (tmp_path / "p").exists()
+
+
+def test_a_model_nobody_measured_is_estimated_and_flagged(tmp_path: Path) -> None:
+    found = foreplan(tmp_path, "estimate", "bert-tiny-16", "--gpu-type", "l4-24gb", "-o", "p", "--batches", "1,8")
+    assert "modelled, not measured" in found.stderr
+    profile = read_document(tmp_path / "p" / "bert-tiny-16.l4-24gb.json", Profile)
+    assert (profile.source, profile.meta.dtype) == ("modelled", "fp16")
+    assert profile.error_ratio is not None
+    assert profile.rows[0].latency_s.mean < profile.rows[1].latency_s.mean
+
+
+@pytest.mark.slow
+def test_rates_of_this_processor_are_measured_once_and_used_again(tmp_path: Path) -> None:
+    foreplan(tmp_path, "calibrate", "-o", "rates.json", "--gpu-type", "my-cpu")
+    foreplan(tmp_path, "estimate", "bert-tiny-16", "--rates", "rates.json", "-o", "p", "--batches", "1")
+    profile = read_document(tmp_path / "p" / "bert-tiny-16.my-cpu.json", Profile)
+    assert profile.meta.options["method"] == "roofline"
+
+
+def test_held_out_errors_decide_the_exit_code(tmp_path: Path) -> None:
+    write_document(tmp_path / "a.json", curve({1: 0.1, 2: 0.2, 4: 0.4}))
+    found = json.loads(foreplan(tmp_path, "check", "--profiles", ".", "--json").stdout)
+    assert found["passed"]
+    assert found["profiles"][0]["points"] == 1
+    write_document(tmp_path / "a.json", curve({1: 0.1, 2: 0.3, 4: 0.4}))
+    assert "above 3 % (median)" in foreplan(tmp_path, "check", "--profiles", ".", code=1).stderr
+    foreplan(tmp_path, "check", "--profiles", ".", "--max-median", "50", "--max-p95", "50")
+    write_document(tmp_path / "a.json", curve({1: 0.1, 2: 0.3}))
+    assert "three batches" in foreplan(tmp_path, "check", "--profiles", ".", code=1).stderr
+
+
+def test_an_import_accounts_for_every_row(tmp_path: Path) -> None:
+    (tmp_path / "p.csv").write_text(PROTEUS)
+    found = json.loads(
+        foreplan(tmp_path, "import", "proteus", "p.csv", "-o", "p", "--weights", "10MiB", "--json").stdout
+    )
+    assert (found["rows"], found["taken"]) == (3, 2)
+    assert found["rejected"] == [{"place": "line 4", "reason": "avg_latency(ms) is missing"}]
+    assert read_document(tmp_path / "p" / "tiny.toy.json", Profile).rows[0].weight_bytes == (10 * 2**20,)
+    refused = foreplan(
+        tmp_path, "import", "proteus", "p.csv", "-o", "q", "--weights", "10MiB", "--max-rejected", "10", code=1
+    )
+    assert "1 of 3" in refused.stderr
+    assert not (tmp_path / "q").exists()
+
+
+def test_profiles_are_drawn_and_the_catalogue_is_listed(tmp_path: Path) -> None:
+    write_document(tmp_path / "a.json", curve({1: 0.1, 2: 0.2, 4: 0.4}))
+    foreplan(tmp_path, "plot", "--profiles", ".", "-o", "page.html")
+    assert "plotly" in (tmp_path / "page.html").read_text()[:6_000_000]
+    assert "h100-sxm5-80gb" in foreplan(tmp_path, "gpu-types").stdout
+
+
+def test_accuracy_is_noted_in_the_profile(tmp_path: Path) -> None:
+    write_document(tmp_path / "a.json", curve({1: 0.1}, model="bert-tiny-16"))
+    (tmp_path / "judge.py").write_text("def judge(model):\n    return len(model.run(model.example(4))['logits']), 8\n")
+    foreplan(tmp_path, "accuracy", "bert-tiny-16", "--profiles", ".", "--data", "judge:judge")
+    profile = read_document(tmp_path / "a.json", Profile)
+    assert [path.name for path in tmp_path.glob("*.json")] == ["a.json"]
+    assert profile.accuracy is not None
+    assert profile.accuracy.value == 0.5
+    refused = foreplan(tmp_path, "accuracy", "bert-tiny-16", "--profiles", ".", code=1)
+    assert "either --images with --labels, or --data" in refused.stderr
