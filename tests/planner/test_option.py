@@ -7,6 +7,8 @@ import pytest
 from planner.option import build_catalogue
 from planner.settings import Settings
 from plans.demand import Demand, Rate, ServiceDemand
+from plans.service import FrequencyService, FrequencySlo, GenerationService, GenerationSlo, Variant
+from profiles.document import LatencyStatistics, Profile, ProfileMeta, Row
 from tests.planner.problems import QUIET, cluster, demand, latency_service, problem, profile, town
 
 
@@ -128,3 +130,78 @@ def test_the_town_offers_every_class_and_parallelism() -> None:
     assert {(o.tp, o.pp) for o in options if o.service == "chat"} >= {(1, 1), (2, 1)}
     assert next(o.deadline_s for o in options if o.service == "street") == pytest.approx(0.12)
     assert next(o.deadline_s for o in options if o.service == "chat") == pytest.approx(0.5 + 99 * 0.02)
+
+
+def test_frames_of_one_stream_wait_for_each_other() -> None:
+    service = FrequencyService(
+        name="s", slo=FrequencySlo(fps=50, jitter_s=0.1), variants=(Variant(model="m", accuracy=1.0),)
+    )
+    wanted = Demand(window_s=60, services=(ServiceDemand(service="s", streams=2, rate_rps=(Rate(mean=100.0),)),))
+    options = build_catalogue(problem(cluster(("a", "gpu", 1)), [service], [profile("m", growth=0.1)], wanted)).options
+    assert {option.batch: option.multi_frame for option in options} == {1: 1, 2: 1, 4: 2, 8: 4}
+    bare = {option.batch: option.latency_s - (option.multi_frame - 1) / 50 for option in options}
+    assert bare == pytest.approx({batch: 0.01 * (1 + 0.1 * (batch - 1)) for batch in bare})
+    tight = service.model_copy(update={"slo": FrequencySlo(fps=50, jitter_s=0.01)})
+    few = build_catalogue(problem(cluster(("a", "gpu", 1)), [tight], [profile("m", growth=0.1)], wanted)).options
+    assert {option.multi_frame for option in few} == {1}
+
+
+def phased(prefill_s: float, decode_s: float) -> Profile:
+    """Return a profile by phases: a prefill of 64 tokens, and decode steps that grow a little with the batch."""
+    rows = [
+        Row(
+            batch=batch,
+            phase=phase,
+            input_tokens=64,
+            latency_s=LatencyStatistics(mean=latency, p50=latency, p95=latency, p99=latency),
+            stage_latency_s=(latency,),
+            weight_bytes=(2**30,),
+            peak_bytes=(2**30 + batch * 2**28,),
+            samples=100,
+        )
+        for batch in (1, 4, 16)
+        for phase, latency in (("prefill", prefill_s * batch), ("decode", decode_s * (1 + 0.02 * batch)))
+    ]
+    return Profile(model="m", gpu_type="gpu", source="measured", meta=ProfileMeta(), rows=tuple(rows))
+
+
+def generation(ttft_s: float, tpot_s: float) -> list[int]:
+    """Return the batches that a chat service may run at."""
+    service = GenerationService(
+        name="s", slo=GenerationSlo(ttft_s=ttft_s, tpot_s=tpot_s), variants=(Variant(model="m", accuracy=1.0),)
+    )
+    tokens = ServiceDemand(service="s", input_tokens=64, output_tokens=50, rate_rps=(Rate(mean=1.0),))
+    wanted = Demand(window_s=60, services=(tokens,))
+    catalogue = build_catalogue(problem(cluster(("a", "gpu", 1)), [service], [phased(0.05, 0.01)], wanted))
+    return sorted(option.batch for option in catalogue.options)
+
+
+def test_first_and_further_tokens_have_limits_of_their_own() -> None:
+    assert 16 in generation(1.0, 0.1)
+    assert generation(0.04, 1.0) == []  # the prefill alone takes longer
+    # With 16 sequences a step takes 13.2 ms, and 15 prefills of 50 ms fall on every 49 steps: 28.5 ms a token.
+    assert 16 in generation(1.0, 0.06)
+    assert 16 not in generation(2.0, 0.028)
+
+
+def test_a_pass_and_not_a_whole_answer_blocks_the_neighbours_of_a_generating_model() -> None:
+    service = GenerationService(
+        name="s", slo=GenerationSlo(ttft_s=1.0, tpot_s=0.1), variants=(Variant(model="m", accuracy=1.0),)
+    )
+    tokens = ServiceDemand(service="s", input_tokens=64, output_tokens=50, rate_rps=(Rate(mean=1.0),))
+    wanted = Demand(window_s=60, services=(tokens,))
+    options = build_catalogue(problem(cluster(("a", "gpu", 1)), [service], [phased(0.05, 0.01)], wanted)).options
+    for option in options:
+        assert option.block_s == pytest.approx(0.05, rel=0.01)
+        assert option.hold_s > 0.4
+
+
+def test_memory_grows_with_the_sequences_in_flight() -> None:
+    service = GenerationService(
+        name="s", slo=GenerationSlo(ttft_s=9.0, tpot_s=9.0), variants=(Variant(model="m", accuracy=1.0),)
+    )
+    tokens = ServiceDemand(service="s", input_tokens=64, output_tokens=50, rate_rps=(Rate(mean=1.0),))
+    wanted = Demand(window_s=60, services=(tokens,))
+    options = build_catalogue(problem(cluster(("a", "gpu", 1)), [service], [phased(0.05, 0.01)], wanted)).options
+    sizes = {option.batch: option.memory_bytes[0] for option in options}
+    assert sizes[16] - sizes[1] >= 15 * 2**28

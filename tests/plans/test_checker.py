@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from plans import Services, check_plan
+from plans import Demand, Services, check_plan
 from tests.plans.strategies import cluster, entry, group, plan
 
 SERVICES = Services.model_validate(
@@ -102,3 +102,115 @@ def test_a_prediction_cannot_exceed_what_is_offered():
     }
     one = plan([group("node-0", (0,), [entry("detect")])], predicted=(prediction,))
     assert "at most the 5 rps that can be served" in found(one)
+
+
+FLOW = {
+    "services": [
+        {
+            "name": name,
+            "slo": {"deadline": 1.0},
+            "variants": [{"model": f"{name}-model"}],
+            **({"spread": {"over": "node", "max_skew": 1, "min_domains": 2}} if name == "detect" else {}),
+        }
+        for name in ("detect", "segment")
+    ],
+    "workflows": [
+        {
+            "name": "w",
+            "slo": {"deadline": 1.0},
+            "affinity": "require",
+            "edges": [{"from": "detect", "to": "segment", "fanout": 2.0, "bytes": 1000}],
+        }
+    ],
+}
+
+
+def flow(rates=(1.0, 2.0, 1.0, 2.0), deadlines=(0.4, 0.5), nodes=("node-0", "node-1"), **fields):
+    """Return a plan of a workflow: on each of two nodes a caller and what it calls."""
+    groups = []
+    for position, node in enumerate(nodes):
+        caller, callee = rates[2 * position : 2 * position + 2]
+        members = [
+            entry("detect", rate_rps=caller, deadline_s=deadlines[0]),
+            entry("segment", rate_rps=callee, deadline_s=deadlines[1]),
+        ]
+        groups.append(group(node, (position,), members))
+    return plan(groups, **fields)
+
+
+def found_in_flow(one):
+    demand = Demand.model_validate({"window_s": 60, "services": [{"service": "detect", "rate_rps": [{"mean": 2.0}]}]})
+    faults = check_plan(one, cluster(), Services.model_validate(FLOW), Figures(), demand)
+    return " | ".join(str(fault) for fault in faults)
+
+
+def promise(service, offered):
+    return {
+        "service": service,
+        "offered_rps": offered,
+        "goodput_rps": 0.0,
+        "attainment": 0.0,
+        "latency_s": {"p50": None, "p99": None},
+        "confidence": "measured",
+    }
+
+
+def test_a_sound_workflow_has_no_fault():
+    assert found_in_flow(flow()) == ""
+    assert found_in_flow(flow(settings={"attainment": 0.9, "keep_after_loss": 0.5})) == ""
+
+
+@pytest.mark.parametrize(
+    ("one", "expected"),
+    [
+        (flow(nodes=("node-0", "node-0")), "min_domains 2"),
+        (flow(rates=(1.0, 2.0, 1.0, 3.0)), "its callers' rates lead to"),
+        (flow(rates=(1.5, 2.0, 0.5, 2.0)), "that detect calls there"),
+        (flow(deadlines=(0.6, 0.5)), "end-to-end deadline"),
+        (flow(deadlines=(1.5, 0.5)), "at most the service's 1 s"),
+        (
+            flow(
+                settings={"attainment": 0.9},
+                predicted=(promise("detect", 4.0),),
+                unserved=({"service": "detect", "rate_rps": 2.0, "reason": "compute", "detail": ""},),
+            ),
+            "attainment 0.9",
+        ),
+    ],
+)
+def test_every_broken_promise_between_groups_is_found(one, expected):
+    assert expected in found_in_flow(one)
+
+
+def test_a_service_that_dies_with_its_node_is_found():
+    services = Services.model_validate({"services": [dict(FLOW["services"][1])]})
+    one = plan([group("node-0", (0,), [entry("segment")])], settings={"keep_after_loss": 0.5})
+    assert "without node-0" in str(check_plan(one, cluster(), services, Figures())[0])
+
+
+def test_replicas_that_pile_up_in_one_domain_are_found():
+    piled = flow(nodes=("node-0", "node-1"))
+    more = group("node-0", (2,), [entry("detect", rate_rps=1.0, deadline_s=0.4)])
+    third = group("node-0", (3,), [entry("detect", rate_rps=1.0, deadline_s=0.4)])
+    text = found_in_flow(plan([*piled.groups, more, third]))
+    assert "3 in node-0" in text
+
+
+def test_the_wait_for_the_frames_of_a_stream_counts():
+    services = Services.model_validate(
+        {
+            "services": [
+                {
+                    "name": "segment",
+                    "class": "frequency",
+                    "slo": {"fps": 10, "jitter": 0.01},
+                    "variants": [{"model": "segment-model"}],
+                }
+            ]
+        }
+    )
+    single = entry("segment", deadline_s=0.11)
+    double = entry("segment", deadline_s=0.11, multi_frame=2)
+    assert check_plan(plan([group("node-0", (0,), [single])]), cluster(), services, Figures()) == ()
+    (fault,) = check_plan(plan([group("node-0", (0,), [double])]), cluster(), services, Figures())
+    assert "waiting for 2 frames" in str(fault)
