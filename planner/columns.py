@@ -15,7 +15,7 @@ import numpy as np
 from planner.backend import Budget
 from planner.board import Board
 from planner.formulation import Formulation
-from planner.greedy import add_minimum
+from planner.greedy import add_minimum, fill
 from planner.lexicographic import LARGEST_EXACT_MODEL, Search, Tier
 from planner.linear import Floats
 from planner.linking import Linking
@@ -184,12 +184,21 @@ class ColumnSearch(Search):
     def _placement(self, tier: Tier, linking: Linking, counts: Mapping[Column, int]) -> Placement | None:
         """Return the groups, with the best rates, that stand for whole ``counts`` of columns."""
         loadouts: Counter[Loadout] = Counter()
+        shares: dict[Loadout, Floats] = {}
         for column, count in counts.items():
-            loadouts[column.place, column.pairs] += count
-        zeros: dict[Loadout, Floats] = {each: np.zeros(len(each[1])) for each in loadouts}
-        mapped = map_loadouts(self._space, linking.pair_option, loadouts, zeros)
-        pairs = _with_minimum(self._space, [(placed.group, placed.option) for placed in mapped])
-        return self.best_rates(pairs, tier.objective, tier.kept)
+            loadout = (column.place, column.pairs)
+            given = shares.get(loadout, 0.0) * loadouts[loadout] + np.array(column.shares) * count
+            loadouts[loadout] += count
+            shares[loadout] = given / loadouts[loadout]
+        mapped = map_loadouts(self._space, linking.pair_option, loadouts, shares)
+        board = Board(self._space)
+        for placed in mapped:
+            share = min(placed.share, max(board.compute_left[placed.group], 0.0), board.wanted_share(placed.option))
+            board.place(placed.group, placed.option, share)
+        add_minimum(board)
+        if self._clock() < tier.ends_at_s:
+            fill(board)
+        return self.best_rates(board.running(), tier.objective, tier.kept)
 
     def _regroup(self, tier: Tier, linking: Linking, solution: MasterSolution) -> None:
         """Free a few groups at a time, those that earn least for what their GPUs cost first, and decide them anew."""
@@ -296,12 +305,3 @@ class ColumnSearch(Search):
             if len(chosen) == _OPTIONS_PER_GROUP:
                 break
         return chosen
-
-
-def _with_minimum(space: PlanningSpace, pairs: list[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Return ``pairs`` with replicas added where minimum replicas are missing, as far as they fit."""
-    board = Board(space)
-    for group, option in pairs:
-        board.place(group, option, 0.0)
-    add_minimum(board)
-    return board.running()

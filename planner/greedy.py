@@ -10,7 +10,7 @@ import numpy as np
 from planner.board import NEGLIGIBLE, Board
 from planner.space import Placement, PlanningSpace
 
-__all__ = ["Target", "add_minimum", "greedy", "pack", "running"]
+__all__ = ["Target", "add_minimum", "fill", "greedy", "pack", "running"]
 
 Target = tuple[int, int, float, int]
 """(class, option, compute share over the class, least number of replicas)."""
@@ -85,6 +85,8 @@ def fill(board: Board) -> None:
     density = _density(space)
     order = sorted(range(len(space.options)), key=lambda option: (-density[option], option))
     for option in order:
+        if board.remaining_rps[space.service_of[option]] <= 0:
+            continue
         while (wanted := board.wanted_share(option)) > NEGLIGIBLE and _place_best(board, option, wanted):
             pass
 

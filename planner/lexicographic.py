@@ -379,6 +379,7 @@ class Tier:
     open: bool = False
 
     def tighten(self, bound: float | None) -> None:
+        """Take ``bound`` when it is better than what is known."""
         if bound is not None and math.isfinite(bound):
             self.known_bound = min(self.known_bound, bound) if self.objective.maximise else max(self.known_bound, bound)
 

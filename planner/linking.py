@@ -186,8 +186,8 @@ class Linking:
         """
         price = np.where(self.entry_row >= 0, -duals[self.entry_row] if len(duals) else 0.0, 1.0)
         pairs = len(self.pair_option)
-        share = np.bincount(self.entry_pair, self.entry_share * price, minlength=pairs)
-        run = np.bincount(self.entry_pair, self.entry_run * price, minlength=pairs)
+        share: Floats = np.bincount(self.entry_pair, self.entry_share * price, minlength=pairs).astype(np.float64)
+        run: Floats = np.bincount(self.entry_pair, self.entry_run * price, minlength=pairs).astype(np.float64)
         use = np.array([objective - float(duals[rows] @ values) for objective, rows, values in self.use])
         return share, run, use
 
@@ -201,7 +201,8 @@ class Linking:
         objective += float(amounts[rows < 0].sum())
         inside = rows >= 0
         touched, where = np.unique(np.concatenate([rows[inside], use_rows]), return_inverse=True)
-        summed = np.bincount(where, np.concatenate([amounts[inside], use_values]), minlength=len(touched))
+        every: Floats = np.concatenate([amounts[inside], use_values])
+        summed: Floats = np.bincount(where, every, minlength=len(touched)).astype(np.float64)
         return objective, touched, summed
 
 

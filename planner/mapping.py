@@ -73,7 +73,7 @@ def _stays(
     for loadout in counts:
         for pair in loadout[1]:
             holding[loadout[0], int(pair_option[pair])].append(loadout)
-    found = []
+    found: list[tuple[float, int, Loadout]] = []
     for group, options in standing.items():
         kept: dict[Loadout, float] = defaultdict(float)
         for option in sorted(options):

@@ -13,7 +13,7 @@ import numpy as np
 
 from planner.linear import Floats, Integers
 from planner.linking import Capacity, Linking, NodeKind, capacity_of, node_kinds
-from planner.pricing import ClassOptions, Priced, best_loadout
+from planner.pricing import ClassOptions, best_loadout
 from planner.program import LinearProgram, Optimum
 from planner.space import PlanningSpace
 
@@ -36,6 +36,9 @@ _SMOOTHING = 0.9
 
 _LESS_SMOOTHING = 0.3
 """What that weight loses in a round that gains nothing."""
+
+_QUIET_ROUNDS = 8
+"""Rounds that gain less than a tenth of the gap asked for, after which column generation ends."""
 
 _STALLED = 1e-5
 """Relative gain of a round that counts."""
@@ -147,6 +150,7 @@ class Master:
         self.bound = math.inf
         self._network = network
         self._cap = cap
+        self._whole = True
         self._known: set[tuple[int, tuple[int, ...], tuple[float, ...]]] = set()
         self._stable: Floats | None = None
         self._row_scale, self._objective_scale = _scales(linking, cap)
@@ -194,6 +198,7 @@ class Master:
         """Set what is left of rows and capacities once some groups are decided, and the caps that follow from it."""
         self._program.set_rows(np.concatenate([lower, np.full(len(limits), -np.inf)]), np.concatenate([upper, limits]))
         self._cap = cap
+        self._whole = False
 
     def solve(self, time_limit_s: float) -> MasterSolution | None:
         """Return the optimum over the columns so far; None when there is none in time."""
@@ -300,8 +305,8 @@ class Master:
             bound, found = self._price(place, share[pairs], run[pairs], float(use[place]), float(rent[place]))
             worth[place] = bound
             added += sum(self._reduced(each, solution, rent) > 1e-9 * scale and self.add(each) for each in found)
-        bound = self._lagrangian(duals, worth)
-        if bound < self.bound:
+        # What is left after decisions bounds nothing but itself.
+        if self._whole and (bound := self._lagrangian(duals, worth)) < self.bound:
             self.bound, self._stable = bound, duals
         return added
 
@@ -318,30 +323,41 @@ class Master:
         cap = self._cap[int(self._network.starts[place]) : int(self._network.starts[place + 1])]
         floor = max(0.0, rent - use)
         first = best_loadout(of, share, run, floor=floor, tolerance=_PRICE_TOLERANCE, cap=cap)
-        found: list[Column] = []
+        if not len(first.chosen):
+            return first.bound + use, []
+        found = [self._column(place, first.chosen, first.share)]
+        # Further loadouts need not be the best: of every service the densest options, and the best for their memory.
+        amount = np.maximum(share, 0.0) * np.minimum(of.cap, cap) + run
+        able = np.flatnonzero(amount > 0)
+        dense = _first_of_each(able[np.argsort(-share[able], kind="stable")], of.service, 2)
+        small = _first_of_each(able[np.argsort(-(amount / _occupied(of))[able], kind="stable")], of.service, 1)
+        some = np.union1d(dense, small)
+        fewer = of.only(some)
         barred = np.zeros(len(self.space.names), dtype=bool)
-        best: Priced = first
-        while len(best.chosen) and best.value > 0.9 * floor and len(found) < _ROUNDS:
-            found.append(self._column(place, best))
-            barred[of.service[best.chosen]] = True
+        barred[of.service[first.chosen]] = True
+        while len(found) < _ROUNDS:
             best = best_loadout(
-                of,
-                share,
-                run,
+                fewer,
+                share[some],
+                run[some],
                 barred=barred,
                 floor=0.9 * floor,
                 tolerance=0.01,
                 node_limit=_QUICK_NODES,
-                cap=cap,
+                cap=cap[some],
             )
+            if not len(best.chosen) or best.value <= 0.9 * floor:
+                break
+            found.append(self._column(place, some[best.chosen], best.share))
+            barred[fewer.service[best.chosen]] = True
         return first.bound + use, found
 
-    def _column(self, place: int, found: Priced) -> Column:
-        order = np.argsort(found.chosen)
+    def _column(self, place: int, chosen: Integers, shares: Floats) -> Column:
+        order = np.argsort(chosen)
         return Column(
             place=place,
-            pairs=tuple((found.chosen[order] + int(self._network.starts[place])).tolist()),
-            shares=tuple(found.share[order].tolist()),
+            pairs=tuple((chosen[order] + int(self._network.starts[place])).tolist()),
+            shares=tuple(shares[order].tolist()),
         )
 
     def _signed(self, duals: Floats) -> Floats:
@@ -379,6 +395,21 @@ class Master:
         return rows + statics + sum(kind.count * kind.best(positive) for kind in self._network.kinds)
 
 
+def _occupied(of: ClassOptions) -> Floats:
+    """Return the mean memory of each option over its stages, shape (option,), above 0."""
+    mean: Floats = np.maximum(of.memory.mean(axis=1), 1e-9)
+    return mean
+
+
+def _first_of_each(ranked: Integers, service: Integers, most: int) -> Integers:
+    """Return ``ranked`` with at most the first ``most`` options of every service."""
+    order = np.argsort(service[ranked], kind="stable")
+    in_order = service[ranked][order]
+    place = np.empty(len(ranked), dtype=np.int64)
+    place[order] = np.arange(len(ranked)) - np.searchsorted(in_order, in_order)
+    return ranked[place < most]
+
+
 def converge(
     master: Master, clock: Callable[[], float], ends_at_s: float, *, gap: float, rounds: int = 10_000
 ) -> MasterSolution | None:
@@ -389,8 +420,9 @@ def converge(
     """
     solution = master.solve(ends_at_s - clock())
     smoothing = 1.0
+    quiet = 0
     for _ in range(rounds):
-        if solution is None or clock() >= ends_at_s:
+        if solution is None or clock() >= ends_at_s or quiet > _QUIET_ROUNDS:
             break
         if master.bound - solution.objective <= gap * abs(solution.objective):
             break
@@ -399,6 +431,7 @@ def converge(
         if not added and smoothing == 0.0:
             break
         solution = master.solve(ends_at_s - clock()) or solution
+        quiet = 0 if solution.objective - before > gap / 10 * abs(before) else quiet + 1
         gained = solution.objective - before > _STALLED * abs(before)
         smoothing = _SMOOTHING if added and gained else max(0.0, smoothing - _LESS_SMOOTHING)
     return solution

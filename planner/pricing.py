@@ -1,11 +1,11 @@
 """The loadout of one group that is worth most at given prices: exact, compiled, and with a proven bound.
 
-A loadout is a set of options of different services that fit a group's memory on every stage and do not block each other;
-the group's compute goes to them by value per share, each up to its cap, so that at most one is filled in part. Value is
-linear: so much per share of compute, and a fixed amount (negative: a price) for running at all. That is a knapsack with
-two resources and a choice per service (docs/formulation.md, 9.2). It is solved by depth-first branch and bound over the
-options in order of value per share, in which filling compute greedily is optimal. The bound of a node is the least over
-a fixed set of multipliers (mu, lambda) of
+A loadout is a set of options of different services that fit a group's memory on every stage and do not block each
+other; the group's compute goes to them by value per share, each up to its cap, so at most one is filled in part. Value
+is linear: so much per share of compute, and a fixed amount (negative: a price) for running at all. That is a knapsack
+with two resources and a choice per service (docs/formulation.md, 9.2). It is solved by depth-first branch and bound over
+the options in order of value per share, in which filling compute greedily is optimal. The bound of a node is the least
+over a fixed set of multipliers (mu, lambda) of
 
     value so far + mu (memory left) + lambda (compute left) + sum over services of their best gain at (mu, lambda),
 
@@ -53,6 +53,18 @@ class ClassOptions:
     hold_s: Floats
     slack_s: Floats
     least: Floats
+
+    def only(self, chosen: Integers) -> ClassOptions:
+        """Return the options at the positions ``chosen``."""
+        return ClassOptions(
+            options=self.options[chosen],
+            service=self.service[chosen],
+            memory=self.memory[chosen],
+            cap=self.cap[chosen],
+            hold_s=self.hold_s[chosen],
+            slack_s=self.slack_s[chosen],
+            least=self.least[chosen],
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -199,7 +211,7 @@ def _fits(item, memory, used, service, taken, hold_s, slack_s, longest_s, least_
     """Whether an option can join a loadout: its service is not there yet, memory suffices, nobody blocks anybody."""
     if taken[service[item]] or hold_s[item] > least_slack_s or longest_s > slack_s[item]:
         return False
-    for stage in range(memory.shape[1]):
+    for stage in range(memory.shape[1]):  # noqa: SIM110 - compiled code knows no generators
         if used[stage] + memory[item, stage] > 1.0 + 1e-9:
             return False
     return True
@@ -236,7 +248,7 @@ def _greedy(order, value, fixed, cap, memory, hold_s, slack_s, least, service, s
 
 
 @numba.njit(cache=True)
-def _search(  # type: ignore[no-untyped-def]
+def _search(  # type: ignore[no-untyped-def]  # noqa: C901 - one loop; calls across jitted functions copy its state
     value, fixed, cap, memory, hold_s, slack_s, least, service, floor, tolerance, node_limit, ratios
 ):
     """Branch and bound; see the module. Returns what was chosen, the shares, the value and the bound."""

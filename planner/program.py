@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from ortools.math_opt import model_pb2
 from ortools.math_opt.python import mathopt
-from pybind11_abseil.status import StatusNotOk
+from pybind11_abseil.status import StatusNotOk  # type: ignore[import-untyped]
 
 from planner.linear import Floats, Integers
 from planner.quiet import native_output_discarded
@@ -109,9 +109,10 @@ class LinearProgram:
         limit = datetime.timedelta(seconds=max(0.01, time_limit_s))
         if self._solver is None:
             self._solver = mathopt.IncrementalSolver(self._model, mathopt.SolverType.GLOP)
-        found = _optimal(lambda solver=self._solver: solver.solve(params=mathopt.SolveParameters(time_limit=limit)))
+        incremental = self._solver
+        found = _optimal(lambda: incremental.solve(params=mathopt.SolveParameters(time_limit=limit)))
         if found is None:
-            self._solver.close()
+            incremental.close()
             self._solver = None
             params = mathopt.SolveParameters(time_limit=limit)
             params.highs.int_options["threads"] = 1

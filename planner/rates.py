@@ -1,4 +1,4 @@
-"""The best rates for given loadouts, where groups with one loadout are alike: a linear program of their number's size."""
+"""The best rates for given loadouts: a linear program over loadouts, as groups with the same one are alike."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ def best_shares(
     constant = np.zeros(rows)
     value = 0.0
     for number, (place, _) in zip(count, loadouts, strict=True):
-        objective, touched, amounts = linking.use[place]
-        value += number * objective
+        worth, touched, amounts = linking.use[place]
+        value += number * worth
         constant[touched] += number * amounts
     lengths_of = linking.first[pairs + 1] - linking.first[pairs]
     starts = (

@@ -1,7 +1,7 @@
 """Local search for large placements: a few groups at a time are freed and decided anew while the rest stays as it is.
 
-Unlike `planner.neighbourhood` the model holds the freed groups alone: the rates of all others are fixed, so its size does
-not grow with the cluster. Source: P. Shaw, CP 1998.
+Unlike `planner.neighbourhood` the model holds the freed groups alone: the rates of all others are fixed, so its size
+does not grow with the cluster. Source: P. Shaw, CP 1998.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """From fractional counts of loadouts to whole ones: diving, docs/formulation.md, 9.4.
 
-Whole parts are decided first; what they leave of demand, budgets and GPUs is a smaller problem of the same kind, for which
-new loadouts are priced, and so on. When no part is whole the largest fractions are rounded up, as far as rows allow.
+Whole parts are decided first; what they leave of demand, budgets and GPUs is a smaller problem of the same kind, for
+which new loadouts are priced, and so on. When no part is whole the largest fractions are rounded up, where rows allow.
 """
 
 from __future__ import annotations
@@ -24,9 +24,10 @@ _ROUND_UP = 0.9
 """Fractions from which on counts are rounded up together."""
 
 _BATCH = 0.03
-"""Share of the fractional counts that are rounded up at least, when none is that large."""
+"""Share of the fractional counts that are rounded up at least, when none is that large; more when time is short."""
 
 _WHOLE = 1e-6
+"""What a count may miss of a whole number by rounding."""
 
 
 @dataclass(slots=True)
@@ -50,8 +51,11 @@ def dive(master: Master, solution: MasterSolution, clock: Callable[[], float], e
         supplied_rps=np.zeros(len(space.names)),
     )
     current: MasterSolution | None = solution
-    while current is not None and clock() < ends_at_s:
-        if not _decide(master, current, decided):
+    batch = _BATCH
+    while current is not None:
+        started_s = clock()
+        late = started_s >= ends_at_s
+        if not _decide(master, current, decided, 1.0 if late else batch) or late:
             break
         left = np.maximum(space.offered_rps - decided.supplied_rps, 0.0)
         options = link.pair_option
@@ -64,22 +68,26 @@ def dive(master: Master, solution: MasterSolution, clock: Callable[[], float], e
             if current is None or clock() >= ends_at_s or not master.improve(current, smoothing=0.5 * (round_ == 0)):
                 break
             current = master.solve(ends_at_s - clock()) or current
+        now = clock()
+        steps_left = max(1.0, (ends_at_s - now) / max(now - started_s, 1e-9))
+        batch = min(1.0, max(_BATCH, 2.0 / steps_left))
     return decided.counts
 
 
-def _decide(master: Master, solution: MasterSolution, decided: Decided) -> bool:
+def _decide(master: Master, solution: MasterSolution, decided: Decided, batch: float) -> bool:
     """Take whole parts of ``solution`` into ``decided``, or else its largest fractions; False when there is none."""
     whole = np.floor(solution.counts + _WHOLE).astype(np.int64)
     taken = 0
     for index in np.flatnonzero(whole):
         taken += _take(master, master.columns[index], int(whole[index]), decided)
-    if taken:
+    if taken and batch < 1.0:
         return True
-    fractional = np.flatnonzero(solution.counts > _WHOLE)
-    order = fractional[np.argsort(-solution.counts[fractional], kind="stable")]
-    least = max(1, int(_BATCH * len(order)))
+    rest = solution.counts - whole
+    fractional = np.flatnonzero(rest > _WHOLE)
+    order = fractional[np.argsort(-rest[fractional], kind="stable")]
+    least = max(1, int(batch * len(order)))
     for index in order:
-        if taken >= least and solution.counts[index] < _ROUND_UP:
+        if taken >= least and rest[index] < _ROUND_UP:
             break
         taken += _take(master, master.columns[index], 1, decided)
     return taken > 0
