@@ -24,13 +24,23 @@ from evaluator.access import (
 from evaluator.bundles import flush
 from evaluator.calls import lose_call, note_ended
 from evaluator.extras import call_at, small_of
-from evaluator.memory import compiled, inlined, int64
+from evaluator.memory import compiled, featured, int64
 from evaluator.queues import first_slot, free_slot, pop
 from evaluator.recording import record, record_busy
 from evaluator.state import CREDITS, DISPLACED, EXPONENTIAL, GOOD, HOPELESS, LATE, MEAN, NOWHERE
 from plans import dispatch as shared
 
-__all__ = ["advance_group", "append_running", "dispatch", "first_free_s", "reserve", "step", "wake"]
+__all__ = [
+    "advance_group",
+    "append_running",
+    "dispatch",
+    "first_free_s",
+    "is_call",
+    "lose_call_of",
+    "reserve",
+    "step",
+    "wake",
+]
 
 _SHARED_HOPELESS = shared.HOPELESS
 _LATEST = int64(2**62)
@@ -65,10 +75,16 @@ def _lost_free_s(w: Any, g: int, now: float) -> float:
     return first_s if running >= group_at(w, g).concurrency else now
 
 
-@inlined
+@featured("generation", nothing=False)
 def _generates(w: Any, r: int) -> bool:
     """Say whether replica ``r`` runs iterations."""
     return w.generation != 0 and replica_at(w, r).generates != NOWHERE
+
+
+@featured("workflows", nothing=False)
+def is_call(w: Any, slot: int) -> bool:
+    """Say whether ``slot`` holds a call of a workflow."""
+    return w.workflows != 0 and call_at(w, slot).lead != NOWHERE
 
 
 @compiled
@@ -170,15 +186,15 @@ def _drop_head(w: Any, r: int, code: int, now: float) -> None:
         request = slot_at(w, slot)
         after = request.frame_after
         replica_at(w, r).open -= 1
-        if w.workflows and call_at(w, slot).lead != NOWHERE:
-            lose_call(w, slot, code, now)
+        if is_call(w, slot):
+            lose_call_of(w, slot, code, now)
         else:
             record(w, request.position, request.service, request.arrival_s, code, now, r, 0)
             free_slot(w, slot)
         slot = after
 
 
-@compiled
+@featured("generation", nothing=None)
 def _iterate(w: Any, g: int, r: int, now: float) -> None:
     """Give generating replica ``r`` its turn: drop heads that cannot be met, and start an iteration, if any."""
     while iterations.is_hopeless(w, r, now):
@@ -244,15 +260,15 @@ def _factor(w: Any, g: int, r: int, size: int) -> float:
             factor = rules.quantile(at[0], at[1], at[2], at[3], u)
     if group.concurrency > 1:
         factor *= row_of(w.interference, r, w.most_concurrent)[group.running_count]
-    if w.overlaps:
-        factor *= _overlap_factor(w, g)
-    return factor
+    return factor * _overlap_factor(w, g)
 
 
-@compiled
+@featured("overlaps", nothing=1.0)
 def _overlap_factor(w: Any, g: int) -> float:
     """Return 1 more than the number of busy groups that share a GPU with ``g``."""
     factor = 1.0
+    if not w.overlaps:
+        return factor
     first, last = small_of(w.overlap_first + 4 * g, 2)
     for place in range(first, last):
         other = group_at(w, small_of(w.overlap_other, last)[place])
@@ -321,11 +337,27 @@ def _complete(w: Any, g: int) -> None:
         group.end_s = slot_at(w, group.running).end_s
     r = int64(slot_at(w, lead).replica)
     if _generates(w, r):
-        iterations.end_iteration(w, r, end_s)
+        _end_iteration(w, r, end_s)
     else:
         _end_batch(w, r, lead, end_s)
     if w.routing == CREDITS:
         _settle_credit(w, r)
+
+
+@featured("generation", nothing=None)
+def _end_iteration(w: Any, r: int, end_s: float) -> None:
+    iterations.end_iteration(w, r, end_s)
+
+
+@featured("workflows", nothing=None)
+def lose_call_of(w: Any, slot: int, code: int, now: float) -> None:
+    """A call of a workflow is dropped or fails."""
+    lose_call(w, slot, code, now)
+
+
+@featured("workflows", nothing=None)
+def _note_ended(w: Any, slot: int) -> None:
+    note_ended(w, slot)
 
 
 @compiled
@@ -338,8 +370,8 @@ def _end_batch(w: Any, r: int, lead: int, end_s: float) -> None:
     while slot != NOWHERE:
         request = slot_at(w, slot)
         after = request.after
-        if w.workflows and call_at(w, slot).lead != NOWHERE:
-            note_ended(w, slot)
+        if is_call(w, slot):
+            _note_ended(w, slot)
         else:
             code = GOOD if finish_s <= request.deadline_s else LATE
             record(w, request.position, request.service, request.arrival_s, code, finish_s, r, size)

@@ -41,6 +41,7 @@ _COMPILED = (
     "kernel",
     "memory",
     "operations",
+    "operations",
     "ordered",
     "queues",
     "recording",
@@ -56,7 +57,8 @@ def source_digest() -> int:
     folder = Path(__file__).parent
     found = hashlib.sha256(Path(dispatch.__file__).read_bytes())
     for name in _COMPILED:
-        found.update((folder / f"{name}.py").read_bytes())
+        path = folder / f"{name}.py"
+        found.update(path.read_bytes())
     return int.from_bytes(found.digest()[:7], "big")
 
 

@@ -14,11 +14,11 @@ from typing import Any, TypeVar
 import numba
 import numpy as np
 from numba import types
-from numba.extending import intrinsic
+from numba.extending import intrinsic, overload
 from numba.np.arrayobj import make_array, populate_array
 from numba.np.numpy_support import from_dtype
 
-__all__ = ["compiled", "inlined", "int64", "record_at", "view_of"]
+__all__ = ["compiled", "featured", "inlined", "int64", "record_at", "view_of"]
 
 int64: Any = np.int64
 """Widens the 32 bits of a record's field, so that compiled code has one type of index. Untyped: to all it is an int."""
@@ -82,3 +82,27 @@ def compiled(function: _Function) -> _Function:
 def inlined(function: _Function) -> _Function:
     """The same, copied into its callers: for the few lines that a call would cost more than they do."""
     return _INLINE_OPTIONS(function)  # type: ignore[no-any-return]  # it is called as what it was
+
+
+def featured(marker: str, nothing: Any) -> Callable[[_Function], _Function]:
+    """Compile a function for worlds that have the field ``marker``; for all others it is the constant ``nothing``.
+
+    What only runs with some feature need is then not even compiled for the others. The world is the first argument.
+    """
+
+    def decorate(function: _Function) -> _Function:
+        real = compiled(function)
+
+        def choose(*arguments: Any) -> Any:
+            raise AssertionError("only compiled functions call this")
+
+        # No annotations: numba compares them with those of the functions that are returned.
+        def choice(*arguments):  # type: ignore[no-untyped-def]
+            if marker in arguments[0].fields:
+                return lambda *arguments: real(*arguments)
+            return lambda *arguments: nothing
+
+        overload(choose, jit_options={"error_model": "numpy", "forceinline": True})(choice)
+        return choose  # type: ignore[return-value]  # it is called as what it was
+
+    return decorate

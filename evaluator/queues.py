@@ -16,7 +16,7 @@ import numpy as np
 
 from evaluator.access import group_at, head_keys, replica_at, slot_at
 from evaluator.generation import turn_key
-from evaluator.memory import compiled, int64
+from evaluator.memory import compiled, featured, int64
 from evaluator.state import NOWHERE
 
 __all__ = ["enqueue", "first_slot", "free_slot", "pop", "set_head_key", "take_slot", "withdraw"]
@@ -109,9 +109,15 @@ def set_head_key(w: Any, r: int) -> None:
     """Find out anew by which key replica ``r`` asks for its turn; inf: it has nothing to do."""
     slot = first_slot(w, r)
     key = np.inf if slot == NOWHERE else slot_at(w, slot).key
-    if w.generation and replica_at(w, r).generates != NOWHERE:
-        key = min(key, turn_key(w, int64(replica_at(w, r).generates)))
-    head_keys(w)[r] = key
+    head_keys(w)[r] = min(key, _turn_key(w, r))
+
+
+@featured("generation", nothing=np.inf)
+def _turn_key(w: Any, r: int) -> float:
+    """Return by which key the running sequences of ``r`` ask for its turn; inf: none run."""
+    if w.generation != 0 and replica_at(w, r).generates != NOWHERE:
+        return turn_key(w, int64(replica_at(w, r).generates))
+    return np.inf
 
 
 @compiled

@@ -23,12 +23,10 @@ from evaluator.access import (
     stages_of,
     stream_at,
 )
-from evaluator.batching import advance_group, first_free_s, reserve, wake
+from evaluator.batching import advance_group, first_free_s, is_call, lose_call_of, reserve, wake
 from evaluator.bundles import gather
-from evaluator.calls import lose_call
-from evaluator.extras import call_at
 from evaluator.iterations import prepare
-from evaluator.memory import compiled, int64
+from evaluator.memory import compiled, featured, int64
 from evaluator.queues import enqueue, free_slot, take_slot
 from evaluator.recording import record
 from evaluator.state import (
@@ -188,7 +186,7 @@ def come_in(w: Any, slot: int, now: float) -> None:
     advance_group(w, replica.group, now, ENTRY)
     request.entry_s = now
     replica.open += 1
-    if w.generation and replica.generates != NOWHERE and not prepare(w, slot):
+    if not _fits(w, slot):
         _turn_away(w, slot, TOO_LARGE, now)
         return
     request.key = request.due_s if w.edf else now
@@ -203,6 +201,13 @@ def come_in(w: Any, slot: int, now: float) -> None:
     w.sequence += 1
     enqueue(w, slot)
     wake(w, replica.group, r, now)
+
+
+@featured("generation", nothing=True)
+def _fits(w: Any, slot: int) -> bool:
+    """Prepare a request for a generating replica; say whether it could ever fit there."""
+    generates = w.generation != 0 and replica_at(w, slot_at(w, slot).replica).generates != NOWHERE
+    return not generates or prepare(w, slot)
 
 
 @compiled
@@ -224,8 +229,8 @@ def _turn_away(w: Any, slot: int, code: int, now: float) -> None:
     request = slot_at(w, slot)
     r = int64(request.replica)
     replica_at(w, r).open -= 1
-    if w.workflows and call_at(w, slot).lead != NOWHERE:
-        lose_call(w, slot, code, now)
+    if is_call(w, slot):
+        lose_call_of(w, slot, code, now)
         return
     record(w, request.position, request.service, request.arrival_s, code, now, r, 0)
     free_slot(w, slot)

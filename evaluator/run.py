@@ -29,6 +29,7 @@ from evaluator.state import (
     STREAM,
     WEIGHTED,
     WEIGHTED_RANDOM,
+    WORLD,
     World,
 )
 
@@ -65,6 +66,8 @@ class Run:
         world: The state; compiled code reads and writes it.
     """
 
+    _DTYPE = WORLD
+
     def __init__(
         self,
         replicas: Replicas,
@@ -78,7 +81,7 @@ class Run:
     ) -> None:
         self.arrivals = arrivals
         self.settings = settings
-        self.world = World()
+        self.world = World(self._DTYPE)
         self.world.grow(_FIRST_SLOTS)
         self._set_rules(settings)
         self._set_arrivals(arrivals)

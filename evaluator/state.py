@@ -27,6 +27,7 @@ __all__ = [
     "EARLIEST_FREE",
     "EXPONENTIAL",
     "FAILED",
+    "FEATURED_WORLD",
     "FINISHED",
     "GOOD",
     "GROUP",
@@ -191,89 +192,91 @@ STREAM: Final = np.dtype(
     align=True,
 )
 
-WORLD: Final = np.dtype(
-    [
-        # The run so far.
-        ("cursor", _i8),  # next row of the trace
-        ("sequence", _i8),  # of the next entry into a queue
-        ("free", _i8),  # first free slot of the pool
-        ("in_use", _i8),  # slots in use
-        ("most_in_use", _i8),
-        ("last_s", _f8),  # the latest end of a request so far
-        # The settings (`evaluator.settings.Settings`); constant.
-        ("seed", np.uint64),
-        ("routing", _i8),
-        ("latency", _i8),
-        ("credit_target", _i8),
-        ("batch_delay_s", _f8),
-        ("margin_s", _f8),
-        ("overhead_s", _f8),
-        ("response_s", _f8),
-        ("credit_increase", _f8),
-        ("credit_decrease", _f8),
-        ("warmup_s", _f8),
-        ("until_s", _f8),
-        ("edf", np.int8),
-        ("early_drop", np.int8),
-        ("admission", np.int8),
-        ("bundles", np.int8),  # some replica gathers frames
-        ("withdrawals", np.int8),  # requests may leave a queue from its middle
-        # Lengths.
-        ("request_count", _i8),
-        ("group_count", _i8),
-        ("replica_count", _i8),
-        ("largest", _i8),  # largest batch of any replica
-        ("most_stages", _i8),
-        ("most_concurrent", _i8),
-        ("bins", _i8),  # of the timeline
-        ("bin_s", _f8),
-        ("service_count", _i8),  # and workflows, which come after the services
-        ("slot_count", _i8),  # of the pool
-        # Addresses of arrays; 0: there is none.
-        ("arrival_s", _i8),  # f8 (request,), sorted
-        ("code", _i8),  # i8 (request,): which of the trace's names
-        ("service_of_code", _i8),  # i4 (name,)
-        ("stream_of", _i8),  # i4 (request,) or none: stream, or NOWHERE
-        ("output_tokens", _i8),  # f8 (request,) or none
-        ("groups", _i8),  # GROUP (group,)
-        ("replicas", _i8),  # REPLICA (replica,)
-        ("services", _i8),  # SERVICE (service,)
-        ("streams", _i8),  # STREAM (stream,)
-        ("pool", _i8),  # SLOT (slot,)
-        ("head_key", _i8),  # f8 (replica,): smallest key of each queue; inf: empty
-        ("free_s", _i8),  # f8 (group, most_stages): until when each stage is reserved
-        ("stage_s", _i8),  # f8 (replica, largest, most_stages): seconds that a batch of b + 1 holds a stage
-        ("total_s", _i8),  # f8 (replica, largest): latency of a batch of b + 1
-        ("quantile", _i8),  # f8 (replica, largest, 4) or none: factor of a batch of b + 1 at u = 0, 0.5, 0.95, 0.99
-        ("interference", _i8),  # f8 (replica, most_concurrent): factor of a batch that runs beside b others
-        # Replicas by service, then position; what is not routable has weight 0.
-        ("route_replica", _i8),  # i4 (replica,)
-        ("route_weight", _i8),  # f8 (replica,)
-        ("route_balance", _i8),  # f8 (replica,): of the smooth round robins
-        ("route_credit", _i8),  # f8 (replica,)
-        ("scratch", _i8),  # f8 (replica,)
-        # What is counted.
-        ("counts", _i8),  # i8 (service, COUNTED)
-        ("histogram", _i8),  # i8 (service, CELLS) or none: latencies of finished requests
-        ("busy_s", _i8),  # f8 (group, most_stages): seconds that each stage was held, from warm-up to end of run
-        ("timeline", _i8),  # i8 (bin, service, COUNTED) or none: by time of arrival
-        ("busy_timeline_s", _i8),  # f8 (bin, group) or none: seconds that the first stage was held, by their start
-        # What is kept of every request, or none. The end of a drop is when it was.
-        ("log_end_s", _i8),  # f8 (request,)
-        ("log_code", _i8),  # i1 (request,)
-        ("log_replica", _i8),  # i4 (request,)
-        ("log_batch", _i8),  # i2 (request,)
-        *EXTRA_FIELDS,
-    ],
-    align=True,
-)
+_FIELDS: Final[list[tuple[str, Any]]] = [
+    # The run so far.
+    ("cursor", _i8),  # next row of the trace
+    ("sequence", _i8),  # of the next entry into a queue
+    ("free", _i8),  # first free slot of the pool
+    ("in_use", _i8),  # slots in use
+    ("most_in_use", _i8),
+    ("last_s", _f8),  # the latest end of a request so far
+    # The settings (`evaluator.settings.Settings`); constant.
+    ("seed", np.uint64),
+    ("routing", _i8),
+    ("latency", _i8),
+    ("credit_target", _i8),
+    ("batch_delay_s", _f8),
+    ("margin_s", _f8),
+    ("overhead_s", _f8),
+    ("response_s", _f8),
+    ("credit_increase", _f8),
+    ("credit_decrease", _f8),
+    ("warmup_s", _f8),
+    ("until_s", _f8),
+    ("edf", np.int8),
+    ("early_drop", np.int8),
+    ("admission", np.int8),
+    ("bundles", np.int8),  # some replica gathers frames
+    ("withdrawals", np.int8),  # requests may leave a queue from its middle
+    # Lengths.
+    ("request_count", _i8),
+    ("group_count", _i8),
+    ("replica_count", _i8),
+    ("largest", _i8),  # largest batch of any replica
+    ("most_stages", _i8),
+    ("most_concurrent", _i8),
+    ("bins", _i8),  # of the timeline
+    ("bin_s", _f8),
+    ("service_count", _i8),  # and workflows, which come after the services
+    ("slot_count", _i8),  # of the pool
+    # Addresses of arrays; 0: there is none.
+    ("arrival_s", _i8),  # f8 (request,), sorted
+    ("code", _i8),  # i8 (request,): which of the trace's names
+    ("service_of_code", _i8),  # i4 (name,)
+    ("stream_of", _i8),  # i4 (request,) or none: stream, or NOWHERE
+    ("output_tokens", _i8),  # f8 (request,) or none
+    ("groups", _i8),  # GROUP (group,)
+    ("replicas", _i8),  # REPLICA (replica,)
+    ("services", _i8),  # SERVICE (service,)
+    ("streams", _i8),  # STREAM (stream,)
+    ("pool", _i8),  # SLOT (slot,)
+    ("head_key", _i8),  # f8 (replica,): smallest key of each queue; inf: empty
+    ("free_s", _i8),  # f8 (group, most_stages): until when each stage is reserved
+    ("stage_s", _i8),  # f8 (replica, largest, most_stages): seconds that a batch of b + 1 holds a stage
+    ("total_s", _i8),  # f8 (replica, largest): latency of a batch of b + 1
+    ("quantile", _i8),  # f8 (replica, largest, 4) or none: factor of a batch of b + 1 at u = 0, 0.5, 0.95, 0.99
+    ("interference", _i8),  # f8 (replica, most_concurrent): factor of a batch that runs beside b others
+    # Replicas by service, then position; what is not routable has weight 0.
+    ("route_replica", _i8),  # i4 (replica,)
+    ("route_weight", _i8),  # f8 (replica,)
+    ("route_balance", _i8),  # f8 (replica,): of the smooth round robins
+    ("route_credit", _i8),  # f8 (replica,)
+    ("scratch", _i8),  # f8 (replica,)
+    # What is counted.
+    ("counts", _i8),  # i8 (service, COUNTED)
+    ("histogram", _i8),  # i8 (service, CELLS) or none: latencies of finished requests
+    ("busy_s", _i8),  # f8 (group, most_stages): seconds that each stage was held, from warm-up to end of run
+    ("timeline", _i8),  # i8 (bin, service, COUNTED) or none: by time of arrival
+    ("busy_timeline_s", _i8),  # f8 (bin, group) or none: seconds that the first stage was held, by their start
+    # What is kept of every request, or none. The end of a drop is when it was.
+    ("log_end_s", _i8),  # f8 (request,)
+    ("log_code", _i8),  # i1 (request,)
+    ("log_replica", _i8),  # i4 (request,)
+    ("log_batch", _i8),  # i2 (request,)
+]
+
+WORLD: Final = np.dtype(_FIELDS, align=True)
+"""The world of a run of latency and frequency services on one plan."""
+
+FEATURED_WORLD: Final = np.dtype([*_FIELDS, *EXTRA_FIELDS], align=True)
+"""The same with generation, workflows and changes: compiled code for it is more."""
 
 
 class World:
     """A run: the record that compiled code reads and writes, and the arrays that it points to.
 
     Args:
-        dtype: `WORLD`, or one with more fields after those: the features of such a run compile to more code.
+        dtype: `WORLD` or `FEATURED_WORLD`.
 
     Attributes:
         record: Shape (1,), of that type; the argument of every compiled entry point.
