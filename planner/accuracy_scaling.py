@@ -3,7 +3,7 @@
 Every GPU runs one variant at one batch. A client with a frame rate may be served where twice the batch's latency is
 within the time that its network leaves, and the frame rates of a GPU's clients stay below its throughput. The goal is
 the accuracy that frames get, weighted by rate; a client that cannot be served is named and blocks nobody else.
-docs/formulation.md, section 10.
+docs/formulation.md, section 11.
 
 A relaxation that lets clients be cut in pieces, with GPUs counted per (variant, batch), gives the bound; its counts,
 and those of a local search, are filled with whole clients.
@@ -171,7 +171,7 @@ class _Search:
         return self._ends_at_s - self._clock()
 
     def _relaxation(self) -> tuple[list[int], float]:
-        """Return the kinds of the relaxation's GPUs, and its bound: (10.1) to (10.4)."""
+        """Return the kinds of the relaxation's GPUs, and its bound: (11.1) to (11.4)."""
         builder = ModelBuilder()
         kinds = range(len(self._kinds))
         count = builder.add_variables(
@@ -279,7 +279,7 @@ class _Search:
         return filled, value
 
     def _assignment(self, chosen: list[int]) -> tuple[LinearModel, list[tuple[int, int]]]:
-        """Return (10.2) and (10.3) with whole clients and given kinds, and its (client, GPU) pairs."""
+        """Return (11.2) and (11.3) with whole clients and given kinds, and its (client, GPU) pairs."""
         pairs = [
             (client, gpu) for gpu, kind in enumerate(chosen) for client in np.flatnonzero(self._eligible[kind]).tolist()
         ]

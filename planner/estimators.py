@@ -1,7 +1,7 @@
 """Latency of a job that several identical replicas share, from queueing theory: the three estimators of Faro.
 
-Source: "Faro: SLO-aware sharing of a fixed quota" as stated in docs/formulation.md, section 9. Each takes the arrival
-rate, the time that one request takes and the number of replicas. For plans, the simulator predicts instead; these are
+docs/formulation.md, section 10, states them. Each takes the arrival rate, the time that one request takes and the
+number of replicas. For plans, the simulator predicts instead; these are
 for the separable problem of `planner.quota`, where a formula is needed per (job, replicas).
 """
 

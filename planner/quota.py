@@ -2,7 +2,7 @@
 
 This is Faro's problem. A job's utility depends on its own replicas alone, so a table (job, replicas) is the whole
 problem, and a dynamic program over it finds the optimum of the sum; max-min and fair-sum add a search over the least
-and the greatest utility. docs/formulation.md, section 9.
+and the greatest utility. docs/formulation.md, section 10.
 """
 
 from __future__ import annotations
@@ -143,7 +143,7 @@ def allocate(
 
 
 def quota_model(jobs: Sequence[Job], table: Floats, quota: int, goal: Goal = "sum") -> LinearModel:
-    """Return the same problem as an integer program, for a second opinion: (9.1) to (9.4) of docs/formulation.md."""
+    """Return the same problem as an integer program, for a second opinion: (10.1) to (10.4) of docs/formulation.md."""
     builder = ModelBuilder()
     objective: list[float] = []
     chosen, sizes = [], []
