@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import multiprocessing
 from collections.abc import Callable, Iterator, Sequence
@@ -13,7 +14,7 @@ from typing import Any, Literal
 from plans.documents import write_text
 from plans.errors import InvalidInput
 
-__all__ = ["Engine", "Job", "run_jobs"]
+__all__ = ["Engine", "Job", "key_of", "run_jobs"]
 
 Engine = Literal["processes", "ray"]
 """Where jobs run: in processes here, or on the Ray cluster that the environment names (a local one without any)."""
@@ -35,6 +36,11 @@ class Job:
     key: str
     work: Callable[..., Result]
     arguments: tuple[Any, ...]
+
+
+def key_of(*parts: object) -> str:
+    """Return a key for a job that depends on ``parts``, each by its text."""
+    return hashlib.sha256("\n".join(map(str, parts)).encode()).hexdigest()[:24]
 
 
 def run_jobs(

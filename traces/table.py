@@ -6,6 +6,7 @@ Every method returns a new table. This module holds `RequestTrace`; `RateTrace` 
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -102,6 +103,13 @@ class RequestTrace:
         return self.duration_s == other.duration_s and self._frame.equals(other._frame)
 
     __hash__ = None  # type: ignore[assignment]  # compared by content, too large to hash
+
+    @property
+    def digest(self) -> str:
+        """Identify the content: ``sha256:…`` over every row and the duration."""
+        rows = pd.util.hash_pandas_object(self._frame, index=False).to_numpy()
+        text = f"{list(self._frame.columns)} {len(self)} {self.duration_s!r}"
+        return f"sha256:{hashlib.sha256(rows.tobytes() + text.encode()).hexdigest()}"
 
     def window(self, start_s: float, end_s: float, *, rebase: bool = True) -> RequestTrace:
         """Return the requests with ``start_s <= arrival_s < end_s``.

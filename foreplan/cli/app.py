@@ -8,6 +8,7 @@ import typer
 
 from foreplan.cli import (
     certs_commands,
+    compare_commands,
     evaluate_commands,
     execute_commands,
     plan_commands,
@@ -42,7 +43,15 @@ def _root(
     """Plan ahead which AI service runs on which GPU, apply the plan to real nodes, and prove it against traces."""
 
 
-for _module in (profile_commands, trace_commands, plan_commands, evaluate_commands, execute_commands, certs_commands):
+for _module in (
+    profile_commands,
+    trace_commands,
+    plan_commands,
+    evaluate_commands,
+    compare_commands,
+    execute_commands,
+    certs_commands,
+):
     _module.register(app)
 
 

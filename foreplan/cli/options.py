@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -17,12 +17,14 @@ __all__ = [
     "ClusterFile",
     "CurrentFile",
     "DemandFile",
+    "EngineName",
     "Gateways",
     "PlanFile",
     "ProfilesDir",
     "Seed",
     "ServicesFile",
     "TraceFile",
+    "Workers",
     "read_demand",
     "read_requests",
     "report_read",
@@ -43,6 +45,11 @@ PlanFile = Annotated[Path, typer.Argument(metavar="PLAN", help="A plan file.")]
 Gateways = Annotated[
     list[str], typer.Option("--gateway", metavar="HOST:PORT", help="A gateway; repeat for each.", show_default=False)
 ]
+EngineName = Annotated[
+    Literal["processes", "ray"],
+    typer.Option("--engine", help="Where many runs are done: processes here, or Ray (the ray extra)."),
+]
+Workers = Annotated[int, typer.Option("--workers", help="Runs at a time; 0 is one per core.", min=0)]
 Seed = Annotated[int, typer.Option("--seed", help="Seed of everything random.", min=0)]
 
 
