@@ -46,7 +46,7 @@ class Queues(State):
         bundle.frames.append(frame)
         latest_s = bundle.due_s - replica.largest_s
         first = len(bundle.frames) == 1
-        if len(bundle.frames) >= frames_of(replica.entry) or (first and latest_s < self.now):
+        if len(bundle.frames) >= frames_of(replica.entry) or (first and latest_s <= self.now):
             self.flush(replica, bundle)
         elif first:
             self.at(latest_s, TIMER, lambda: self.flush(replica, bundle), replica.group)
