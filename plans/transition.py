@@ -16,17 +16,37 @@ from plans.diff import EntryChange, diff
 from plans.plan import Group, LoadoutEntry, Plan, TransitionStep
 from plans.units import format_seconds
 
-__all__ = ["Transition", "transition"]
+__all__ = ["Fall", "Transition", "transition"]
 
 _Usage = dict[tuple[str, int], int]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Fall:
+    """A service whose planned rate falls below both plans' on the way: to what, and for about how long.
+
+    Attributes:
+        service: Its name.
+        before_rps: Rate that the running plan plans for it.
+        lowest_rps: Rate that the target plans for its replicas that need not wait for memory.
+        after_rps: Rate that the target plans for it.
+        for_s: Estimated seconds from the first flip of routes to the last.
+    """
+
+    service: str
+    before_rps: float
+    lowest_rps: float
+    after_rps: float
+    for_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Transition:
-    """Ordered steps, and what they cost in service."""
+    """Ordered steps, and what they cost: services not among ``falls`` never plan less than both plans do."""
 
     steps: tuple[TransitionStep, ...]
     warnings: tuple[str, ...]
+    falls: tuple[Fall, ...] = ()
 
 
 def transition(running: Plan | None, target: Plan, cluster: Cluster) -> Transition:
@@ -41,12 +61,13 @@ def transition(running: Plan | None, target: Plan, cluster: Cluster) -> Transiti
     before = {group.id: group for group in (running or empty).groups}
     after = {group.id: group for group in target.groups}
     used = _usage(before)
+    memory = {node.name: cluster.gpu_types[node.gpus.type].memory_bytes for node in cluster.nodes}
     early: list[EntryChange] = []
     late: list[EntryChange] = []
     loads = [entry for entry in change.entries if entry.reloads]
     for load in sorted(loads, key=lambda load: (-_entry(load).weight_bytes, load.group, load.service)):
         needed = _memory(after[load.group], _entry(load))
-        if all(used[gpu] + size <= cluster.gpu_type_of(gpu[0]).memory_bytes for gpu, size in needed.items()):
+        if all(used[gpu] + size <= memory[gpu[0]] for gpu, size in needed.items()):
             for gpu, size in needed.items():
                 used[gpu] += size
             early.append(load)
@@ -72,23 +93,64 @@ def transition(running: Plan | None, target: Plan, cluster: Cluster) -> Transiti
         add("load", load.group, load.service, moved_bytes=_entry(load).weight_bytes, est_s=_entry(load).load_s)
     for service in sorted({load.service for load in late}):
         add("route", "", service)
-    return Transition(steps=tuple(steps), warnings=_gaps(late, leaving, target))
+    missing_s = _missing_s(late, leaving, after)
+    return Transition(
+        steps=tuple(steps),
+        warnings=_gaps(late, target, missing_s),
+        falls=_falls(running or empty, target, late, missing_s),
+    )
 
 
-def _gaps(late: list[EntryChange], leaving: list[EntryChange], target: Plan) -> tuple[str, ...]:
+def _missing_s(late: list[EntryChange], leaving: list[EntryChange], after: Mapping[str, Group]) -> float:
+    """Return the seconds between the two flips of routes: the longest drain, then each node's late loads in a row."""
+    if not late:
+        return 0.0
+    on_node: dict[str, float] = defaultdict(float)
+    for load in late:
+        on_node[after[load.group].node] += _entry(load).load_s
+    return max((leave.before.deadline_s for leave in leaving if leave.before), default=0.0) + max(on_node.values())
+
+
+def _rates(plan: Plan) -> dict[str, float]:
+    """Return the rate that a plan plans per service."""
+    rates: dict[str, float] = defaultdict(float)
+    for group in plan.groups:
+        for entry in group.loadout:
+            rates[entry.service] += entry.rate_rps
+    return rates
+
+
+def _falls(running: Plan, target: Plan, late: list[EntryChange], missing_s: float) -> tuple[Fall, ...]:
+    """Return the services that plan less between the flips than before and after."""
+    before, after = _rates(running), _rates(target)
+    waiting: dict[str, float] = defaultdict(float)
+    for load in late:
+        waiting[load.service] += _entry(load).rate_rps
+    return tuple(
+        Fall(
+            service=service,
+            before_rps=before.get(service, 0.0),
+            lowest_rps=max(0.0, after[service] - rate),
+            after_rps=after[service],
+            for_s=missing_s,
+        )
+        for service, rate in sorted(waiting.items())
+        if after[service] - rate < min(before.get(service, 0.0), after[service]) * (1 - 1e-9)
+    )
+
+
+def _gaps(late: list[EntryChange], target: Plan, missing_s: float) -> tuple[str, ...]:
     """Say for each service how much of its planned rate waits for memory, and how long."""
-    drain_s = max((leave.before.deadline_s for leave in leaving if leave.before), default=0.0)
     waiting: dict[str, list[LoadoutEntry]] = defaultdict(list)
     for load in late:
         waiting[load.service].append(_entry(load))
     warnings = []
+    planned = _rates(target)
     for service, entries in sorted(waiting.items()):
-        planned = sum(entry.rate_rps for group in target.groups for entry in group.loadout if entry.service == service)
-        share = sum(entry.rate_rps for entry in entries) / planned if planned > 0 else 1.0
-        gap_s = drain_s + sum(entry.load_s for entry in entries)
+        share = sum(entry.rate_rps for entry in entries) / planned[service] if planned[service] > 0 else 1.0
         warnings.append(
             f"{service}: {share:.0%} of its planned rate has no room beside what runs; it is loaded after the old "
-            f"replicas are gone, so that share is missing for about {format_seconds(gap_s)}"
+            f"replicas are gone, so that share is missing for about {format_seconds(missing_s)}"
         )
     return tuple(warnings)
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 
+import pytest
 from hypothesis import given
 
 from plans import diff, transition
@@ -51,6 +52,45 @@ def test_drain_comes_before_unload_and_after_the_routes_flipped(before, after):
         if step.action == "unload":
             previous = steps[position - 1]
             assert (previous.action, previous.group, previous.service) == ("drain", step.group, step.service)
+
+
+@given(plans(), plans())
+def test_the_stated_fall_of_capacity_is_what_replaying_the_steps_shows(before, after):
+    """Law: over the steps a service plans less than in both plans exactly where a fall says so, and as little."""
+    change = transition(before, after, cluster())
+    old, new = replicas(before), replicas(after)
+    reloaded = {(c.group, c.service) for c in diff(before, after).entries if c.reloads}
+    loaded = {owner for owner in new if owner not in reloaded}
+    serving, lowest = old, {}
+
+    def note():
+        for service in {name for _, name in (*old, *new)}:
+            rate = sum(e.rate_rps for (_, name), (_, e) in serving.items() if name == service)
+            lowest[service] = min(lowest.get(service, rate), rate)
+
+    note()
+    for step in change.steps:
+        if step.action == "load":
+            loaded.add((step.group, step.service))
+        elif step.action in ("route", "drain"):
+            serving = {owner: entry_ for owner, entry_ in new.items() if owner in loaded}
+            note()
+    falls = {fall.service: fall for fall in change.falls}
+    for service, least in lowest.items():
+        rates = [sum(e.rate_rps for (_, name), (_, e) in each.items() if name == service) for each in (old, new)]
+        if least < min(rates) * (1 - 1e-9):
+            assert falls.pop(service).lowest_rps == pytest.approx(least, abs=1e-9)
+    assert not falls
+    assert all(fall.for_s > 0 for fall in change.falls)
+
+
+def test_late_loads_of_different_nodes_run_beside_each_other():
+    small = [group(f"node-{n}", (0,), [entry("detect", variant="small", memory_bytes=(500,))]) for n in range(2)]
+    large = [
+        group(f"node-{n}", (0,), [entry("detect", variant="large", memory_bytes=(600,), load_s=2.0)]) for n in range(2)
+    ]
+    (fall,) = transition(plan(small), plan(large), cluster()).falls
+    assert (fall.before_rps, fall.lowest_rps, fall.after_rps, fall.for_s) == (2.0, 0.0, 2.0, 3.0)
 
 
 @given(plans())
