@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
+
+import numpy as np
 import pytest
 
-from tests.evaluator.comparison import disagreements, is_static
-from tests.evaluator.random_scenarios import FEATURES, random_case
+from evaluator.single_pass import SINGLE_PASS_ROUTINGS, compile_hosts, run_single_pass
+from tests.evaluator import naive
+from tests.evaluator.comparison import disagreements, is_static, naive_run
+from tests.evaluator.random_scenarios import FEATURES, Case, random_case
 
 SCENARIOS = 504
+
+
+def cases_of(feature: str) -> dict[int, Case]:
+    return {seed: random_case(seed) for seed in range(SCENARIOS) if FEATURES[seed % len(FEATURES)] == feature}
 
 
 @pytest.mark.parametrize("feature", FEATURES)
@@ -16,6 +26,52 @@ def test_every_request_ends_as_in_the_naive_simulator(feature):
 
     See `comparison.reduced` for a way from a failing seed to a small scenario.
     """
-    cases = {s: random_case(s) for s in range(SCENARIOS) if FEATURES[s % len(FEATURES)] == feature}
-    differing = {s: found[:2] for s, case in cases.items() if is_static(case) and (found := disagreements(case))}
+    cases = cases_of(feature)
+    differing = {seed: found[:2] for seed, case in cases.items() if is_static(case) and (found := disagreements(case))}
     assert not differing
+
+
+def test_the_scenarios_reach_every_end():
+    """Agreement says nothing about what never happens."""
+    results = [end for feature in FEATURES for case in cases_of(feature).values() for end in naive_run(case) if end]
+    reached = {end.reason or end.outcome for end in results}
+    assert reached == {
+        "good",
+        "late",
+        "in_flight",
+        "deadline cannot be met",
+        "gave way to a full batch",
+        "not admitted",
+        "larger than the KV memory",
+        "no route",
+        "lost with its node",
+    }
+
+
+def test_a_single_pass_ends_every_request_as_the_naive_simulator():
+    """Law: the single-pass mode says what admission at arrival says in the event mode."""
+    cases = [random_case(seed, "admission") for seed in range(5000, 5080)]
+    compared = 0
+    for case in cases:
+        if case.scenario.routing not in SINGLE_PASS_ROUTINGS:
+            continue
+        told = dataclasses.replace(case.scenario, until_s=math.inf)
+        known = {service.name: position for position, service in enumerate(told.services.services)}
+        hosts = compile_hosts(told.plan, told.services)
+        found = run_single_pass(
+            hosts,
+            np.array([row.arrival_s for row in told.rows]),
+            np.array([known[row.name] for row in told.rows]),
+            routing=told.routing,
+            overhead_s=told.overhead_s,
+            response_s=told.response_s,
+            margin_s=told.admission_margin_s,
+        )
+        for number, (row, end) in enumerate(zip(told.rows, naive.run(told), strict=True)):
+            assert found.accepted[number] == (end.finish_s is not None)
+            if end.finish_s is not None:
+                assert found.finish_s[number] == end.finish_s
+                group = hosts.group[known[row.name], found.host[number]]
+                assert told.plan.groups[group].id == end.group
+                compared += 1
+    assert compared > 500
