@@ -32,7 +32,7 @@ Pairs = tuple[tuple[int, int], ...]
 _STARTS_SHARE, _TRIALS_SHARE = 0.15, 0.35
 """Shares of the budget for making starts, and for annealing several of them a little."""
 _TRIALS = 4
-_HOT, _COLD = 5e-4, 2e-5
+_HOT, _COLD = 1e-3, 3e-5
 """First and last temperature, as a share of all value offered."""
 _LARGE_SHARE = 0.03
 _DESCENT_MOVES = 60

@@ -83,12 +83,23 @@ class Moves:
             if arrangement.choices[position]:
                 for gpu in arrangement.covered[position]:
                     self._inside.setdefault(gpu, []).append(position)
+        self._touched: list[int] = []
         self._has_choice = any(len(each) > 1 for choice in arrangement.choices for each in choice.values())
 
     def small(self) -> bool:
-        """Change one or two replicas; False when the draw leads nowhere."""
+        """Change a few replicas; False when the draw leads nowhere."""
         if not self._now.loadouts:
             return False
+        self._touched.clear()
+        if not self._change():
+            return False
+        # What was freed beside is filled: a large model against several small ones is one move, not a sequence.
+        if self._random.random() < 0.5:
+            for slot in self._touched:
+                self._top_up(slot)
+        return True
+
+    def _change(self) -> bool:
         draw = self._random.random()
         if draw < 0.4:
             return self._add()
@@ -215,11 +226,19 @@ class Moves:
             if not victims:
                 break
             now.remove(slot, self._weakest(slot, victims))
+            self._touched.append(slot)
         if now.fits(slot, option):
             now.add(slot, option)
             return True
         now.rollback(mark)
         return False
+
+    def _top_up(self, slot: int) -> None:
+        """Let ``slot`` run services that lose, as long as a few draws find one that fits."""
+        misses = 0
+        while misses < _TRIES:
+            if not self._admit(slot, self._insight.wanting(self._random)):
+                misses += 1
 
     def _weakest(self, slot: int, services: list[int]) -> int:
         """Return the less serving of two random replicas, so that each may go and the idle go first."""
@@ -242,6 +261,7 @@ class Moves:
         if not loose:
             return False
         now.remove(slot, self._weakest(slot, loose))
+        self._touched.append(slot)
         return True
 
     def _shift(self) -> bool:
@@ -251,6 +271,7 @@ class Moves:
             return False
         service = self._random.choice(list(now.loadouts[source]))
         now.remove(source, service)
+        self._touched.append(source)
         return self._squeeze(target, service)
 
     def _swap(self) -> bool:
@@ -265,6 +286,7 @@ class Moves:
         here, there = self._random.choice(mine), self._random.choice(theirs)
         now.remove(one, here)
         now.remove(two, there)
+        self._touched += [one, two]
         return self._squeeze(one, there) and self._squeeze(two, here)
 
     def _exchange(self) -> bool:

@@ -11,6 +11,7 @@ from planner.arrangement import Arrangement
 from planner.assemble import assemble
 from planner.linear import Floats, Integers
 from planner.polish import Pairs, PolishLimits, PolishOutcome, polish
+from planner.prediction import latency_model
 from planner.problem import Problem, check
 from planner.scoring import Scorer
 from planner.space import Placed, Placement, PlanningSpace, build_space
@@ -22,6 +23,10 @@ _ACCURACY_WORTH = 1e-3
 """Goodput that one unit of accuracy is worth: enough to break ties, as accuracy is the objective after goodput."""
 
 
+_BATCHING_GAIN = 1.15
+"""Requests per second at the best batch over those of single requests from which on batches decide."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScoringTables:
     """What a simulator needs to know of the options and services of a planning space.
@@ -29,6 +34,9 @@ class ScoringTables:
     Attributes:
         names: The services.
         stage_s: Shape (option, stage): seconds that a single request holds each stage; 0 beyond the last.
+        batch_stage_s: Shape (option, largest batch, stage): seconds that a batch of b + 1 does; 0 beyond the option's
+            largest. None where batches gain so little that single requests tell enough.
+        max_batch: Shape (option,): the largest batch of each.
         deadline_s: Shape (service,): seconds from arrival within which a request is good; infinite without options.
         offered_rps: Shape (service,): the rate that is planned for.
         gpus: GPUs of the cluster; groups are named by their first one.
@@ -36,6 +44,8 @@ class ScoringTables:
 
     names: tuple[str, ...]
     stage_s: Floats
+    batch_stage_s: Floats | None
+    max_batch: Integers
     deadline_s: Floats
     offered_rps: Floats
     gpus: int
@@ -80,7 +90,7 @@ def polish_plan(
         return Refused(reason=reason)
     search, judge = scorers(_tables(space))
     start = _pairs_of(space, plan)
-    outcome = polish(space, start, search, judge, _worth(space), _alone(space), limits, clock)
+    outcome = polish(space, start, search, judge, _worth(space), _candidates(space), limits, clock)
     if outcome.pairs == start:
         return Polished(plan=plan, outcome=outcome, scorer=search.name)
     better = assemble(
@@ -110,17 +120,23 @@ def _refusal(space: PlanningSpace) -> str | None:
 
 def _tables(space: PlanningSpace) -> ScoringTables:
     options = space.options
-    stage_s = np.zeros((max(1, len(options)), max((option.pp for option in options), default=1)))
+    most_stages = max((option.pp for option in options), default=1)
+    stage_s = np.zeros((max(1, len(options)), most_stages))
+    largest = max((option.batch for option in options), default=1)
+    batch_stage_s = np.zeros((max(1, len(options)), largest, most_stages)) if _batches_matter(space) else None
     deadline_s = np.full(len(space.names), np.inf)
     for position, option in enumerate(options):
-        model = space.problem.profiles.latency(option.variant, option.gpu_type, option.tp, option.pp)
-        assert model is not None, "an option is only made from a profile"
+        model = latency_model(space, option)
         stage_s[position, : option.pp] = model.at(1).stage_s
+        if batch_stage_s is not None:
+            batch_stage_s[position, : option.batch, : option.pp] = model.stage_latency_table(option.batch)
         service = space.service_of[position]
         deadline_s[service] = min(deadline_s[service], option.deadline_s)
     return ScoringTables(
         names=space.names,
         stage_s=stage_s,
+        batch_stage_s=batch_stage_s,
+        max_batch=np.array([option.batch for option in options], dtype=np.int64),
         deadline_s=deadline_s,
         offered_rps=space.offered_rps,
         gpus=sum(node.gpus.count for node in space.problem.cluster.nodes),
@@ -133,14 +149,32 @@ def _worth(space: PlanningSpace) -> Floats:
     return worth
 
 
-def _alone(space: PlanningSpace) -> tuple[int, ...]:
-    """Return, of each variant on each kind of group, the option with the smallest batch: batches do not matter here."""
-    smallest: dict[tuple[str, str, str, int, int], int] = {}
-    for position, option in enumerate(space.options):
-        kind = option.key[:5]
-        if kind not in smallest or option.batch < space.options[smallest[kind]].batch:
-            smallest[kind] = position
-    return tuple(sorted(smallest.values()))
+def _kinds(space: PlanningSpace) -> dict[tuple[str, str, str, int, int], list[int]]:
+    """Return the options of each service, variant and kind of group, the smallest batch first."""
+    kinds: dict[tuple[str, str, str, int, int], list[int]] = {}
+    for position in sorted(range(len(space.options)), key=lambda position: space.options[position].batch):
+        kinds.setdefault(space.options[position].key[:5], []).append(position)
+    return kinds
+
+
+def _batches_matter(space: PlanningSpace) -> bool:
+    """Say whether some service gains enough from batches that single requests do not tell what a placement serves."""
+    return any(
+        space.options[members[0]].request_s > _BATCHING_GAIN * min(space.options[each].request_s for each in members)
+        for members in _kinds(space).values()
+    )
+
+
+def _candidates(space: PlanningSpace) -> tuple[int, ...]:
+    """Return the options worth placing: the smallest batch where batches do not matter.
+
+    Where they do, the batch that sustains most and the largest, which absorbs bursts: a device never waits for company.
+    """
+    kinds = _kinds(space).values()
+    if not _batches_matter(space):
+        return tuple(sorted(members[0] for members in kinds))
+    best = {max(members, key=lambda each: float(space.sustained_rps[each])) for members in kinds}
+    return tuple(sorted(best | {members[-1] for members in kinds}))
 
 
 def _pairs_of(space: PlanningSpace, plan: Plan) -> Pairs:

@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from itertools import pairwise
+from statistics import NormalDist
 
 import numpy as np
 import numpy.typing as npt
 
 from traces.statistics import burstiness_cv
-from traces.synthesis import Gamma
 from traces.table import RequestTrace
 
 __all__ = ["RenewalModel", "looks_renewal"]
@@ -52,16 +53,30 @@ class RenewalModel:
         logarithm, spread = _shrunk(np.log(count / trace.duration_s), cv**2 / count)
         return cls(services=trace.services, rate_rps=np.exp(logarithm), spread=spread, cv=cv)
 
-    def sample(self, duration_s: float, generator: np.random.Generator) -> tuple[Floats, npt.NDArray[np.int32]]:
-        """Return sorted arrival times in [0, ``duration_s``) and the position of each one's service."""
-        times, codes = [np.zeros(0)], [np.zeros(0, dtype=np.int32)]
-        for code, rate_rps in enumerate(self.rate_rps * np.exp(self.spread * generator.standard_normal(self.cv.shape))):
-            arrivals = Gamma(rate_rps=float(rate_rps), cv=float(self.cv[code])).arrivals(duration_s, generator)
+    def sample(
+        self, duration_s: float, count: int, generator: np.random.Generator
+    ) -> list[tuple[Floats, npt.NDArray[np.int32]]]:
+        """Return ``count`` traces of ``duration_s``: sorted arrival times and the position of each one's service.
+
+        Sampling adds as little of its own as it can: over all traces together every service has the number of requests
+        that it is expected to have, and its rates in them are one from each quantile range of what they may be.
+        """
+        times: list[Floats] = [np.zeros(0)]
+        codes: list[npt.NDArray[np.int32]] = [np.zeros(0, dtype=np.int32)]
+        levels = np.array([NormalDist().inv_cdf((rank + 0.5) / count) for rank in range(count)])
+        for code, (rate_rps, spread, cv) in enumerate(zip(self.rate_rps, self.spread, self.cv, strict=True)):
+            expected = rate_rps * duration_s * np.exp(spread * generator.permutation(levels))
+            arrivals = _conditioned(expected, float(cv), generator) * duration_s
             times.append(arrivals)
             codes.append(np.full(len(arrivals), code, dtype=np.int32))
         arrival_s, code_of = np.concatenate(times), np.concatenate(codes)
         order = np.argsort(arrival_s, kind="stable")
-        return arrival_s[order], code_of[order]
+        arrival_s, code_of = arrival_s[order], code_of[order]
+        ends = np.searchsorted(arrival_s, np.arange(count + 1) * duration_s)
+        return [
+            (arrival_s[first:last] - trace * duration_s, code_of[first:last])
+            for trace, (first, last) in enumerate(pairwise(ends))
+        ]
 
 
 def looks_renewal(trace: RequestTrace) -> bool:
@@ -82,6 +97,24 @@ def looks_renewal(trace: RequestTrace) -> bool:
     together = float(counts.sum(axis=0).var(ddof=1))
     # The variance of all together rests on few windows: it is allowed the error of its estimate besides.
     return apart <= _TOLERATED * expected and together <= _TOLERATED * (1 + math.sqrt(2 / (_WINDOWS - 1))) * expected
+
+
+def _conditioned(expected: Floats, cv: float, generator: np.random.Generator) -> Floats:
+    """Return arrivals in [0, len(expected)): on average ``expected[k]`` of them in [k, k + 1), in all exactly as many.
+
+    Gaps are drawn in operational time, in which the rate is 1, scaled to fill it, and mapped back.
+    """
+    total = float(expected.sum())
+    number = int(total + generator.random())
+    if not number:
+        return np.zeros(0)
+    gaps = generator.gamma(1 / cv**2, cv**2, number) if cv > 0 else np.ones(number)
+    moments = np.cumsum(gaps)
+    if moments[-1] <= 0:
+        moments = np.arange(1.0, number + 1)
+    moments = np.sort((moments / moments[-1] + generator.random()) % 1.0) * total
+    upto = np.concatenate([[0.0], np.cumsum(expected)])
+    return np.minimum(np.interp(moments, upto, np.arange(len(upto))), np.nextafter(len(expected), 0))
 
 
 def _shrunk(logarithm: Floats, variance: Floats) -> tuple[Floats, Floats]:

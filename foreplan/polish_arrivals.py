@@ -1,0 +1,82 @@
+"""Arrivals for the polish, sampled from what was seen or forecast."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from evaluator.single_pass import SinglePassTrace
+from planner import Problem, ScoringTables
+from traces.renewal import RenewalModel, looks_renewal
+from traces.table import RequestTrace
+
+__all__ = ["Sampler"]
+
+_REQUESTS = 4000
+"""Requests of one sampled trace."""
+_BATCHED_REQUESTS = 1500
+"""The same where batches matter and the slower engine simulates."""
+_LEAST_DEADLINES = 20.0
+"""A sampled trace lasts at least this many of the longest deadline, so that its idle start counts little."""
+
+
+class Sampler:
+    """Draws traces like what was seen or forecast. Every purpose has draws of its own."""
+
+    def __init__(self, problem: Problem, trace: RequestTrace | None) -> None:
+        self._problem = problem
+        self._trace = trace if trace is not None and len(trace) and trace.duration_s > 0 else None
+        self._model = None
+        self.name = "windows of the trace"
+        if self._trace is None:
+            self.name = "renewal processes at the planned rates"
+        elif looks_renewal(self._trace):
+            self._model = RenewalModel.fit(self._trace)
+            self.name = "renewal processes fitted to the trace"
+
+    def blocks(self, tables: ScoringTables, count: int, purpose: int) -> SinglePassTrace:
+        """Return ``count`` sampled traces, with services by their position in ``tables``."""
+        model = self._model or self._forecast(tables)
+        generator = np.random.default_rng([self._problem.settings.seed, purpose])
+        rate_rps = float(model.rate_rps.sum())
+        if self._trace is not None:
+            rate_rps = len(self._trace) / self._trace.duration_s
+        longest_s = float(tables.deadline_s[np.isfinite(tables.deadline_s)].max(initial=0.0))
+        requests = _REQUESTS if tables.batch_stage_s is None else _BATCHED_REQUESTS
+        duration_s = max(requests / max(rate_rps, 1e-9), _LEAST_DEADLINES * longest_s)
+        if self._trace is not None and self._model is None:
+            samples = [self._window(duration_s, number, count, generator) for number in range(count)]
+            names = self._trace.services
+        else:
+            samples = model.sample(duration_s, count, generator)
+            names = model.services
+        position = np.array([tables.names.index(name) for name in names], dtype=np.int32)
+        return SinglePassTrace(
+            arrival_s=np.concatenate([arrival_s for arrival_s, _ in samples]),
+            service=position[np.concatenate([codes for _, codes in samples])],
+            first=np.cumsum([0, *(len(codes) for _, codes in samples)]),
+        )
+
+    def _window(
+        self, duration_s: float, number: int, count: int, generator: np.random.Generator
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Return a random window of the trace, which goes on at its beginning; windows spread over all of it."""
+        trace = self._trace
+        assert trace is not None
+        start_s = (number + generator.random()) / count * trace.duration_s
+        rounds = math.ceil((start_s + duration_s) / trace.duration_s)
+        arrival_s = np.concatenate([trace.arrival_s + turn * trace.duration_s for turn in range(rounds)])
+        codes = np.tile(trace.codes, rounds)
+        first, last = np.searchsorted(arrival_s, [start_s, start_s + duration_s])
+        return arrival_s[first:last] - start_s, codes[first:last].astype(np.int32)
+
+    def _forecast(self, tables: ScoringTables) -> RenewalModel:
+        asked = [position for position, rate in enumerate(tables.offered_rps) if rate > 0]
+        demands = {each.service: each for each in self._problem.demand.services}
+        return RenewalModel(
+            services=tuple(tables.names[position] for position in asked),
+            rate_rps=tables.offered_rps[asked],
+            spread=np.zeros(len(asked)),
+            cv=np.array([demands[tables.names[position]].burstiness_cv for position in asked]),
+        )
