@@ -148,8 +148,12 @@ def _check_memory(plan: Plan, cluster: Cluster) -> Iterator[Fault]:
 
 def _check_services(plan: Plan, services: Services) -> Iterator[Fault]:
     predicted = {prediction.service: prediction for prediction in plan.predicted}
+    running: dict[str, list[tuple[Group, LoadoutEntry]]] = defaultdict(list)
+    for group in plan.groups:
+        for entry in group.loadout:
+            running[entry.service].append((group, entry))
     for service in services.services:
-        hosts = [(group, entry) for group in plan.groups if (entry := group.entry(service.name)) is not None]
+        hosts = running[service.name]
         gpus = sum(len(group.gpus) for group, _ in hosts)
         if len(hosts) < service.min_replicas:
             yield _fault(service.name, f"{len(hosts)} replicas", f"at least min_replicas {service.min_replicas}")
