@@ -3,10 +3,26 @@ from __future__ import annotations
 import math
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from plans.dispatch import DISPLACED, HOPELESS, earliest, next_batch, next_replica
+from plans.dispatch import (
+    DISPLACED,
+    HIGHEST_CREDIT,
+    HOPELESS,
+    LOWEST_CREDIT,
+    credit_after,
+    earliest,
+    least,
+    next_at_random,
+    next_batch,
+    next_batch_undropped,
+    next_by_credit,
+    next_in_turn,
+    next_replica,
+    ready_s,
+)
 
 latencies = st.lists(st.floats(0.001, 0.1), min_size=1, max_size=32).map(lambda values: np.cumsum(values))
 
@@ -56,3 +72,65 @@ def test_every_replica_gets_its_share_to_within_one_request(weights, requests):
 def test_two_to_one_alternates_without_bursts():
     credit = np.zeros(2)
     assert [next_replica([2.0, 1.0], credit) for _ in range(6)] == [0, 1, 0, 0, 1, 0]
+
+
+@given(st.floats(0, 10), st.floats(0, 12), st.integers(1, 200), latencies)
+def test_where_nothing_is_dropped_a_late_head_goes_in_the_largest_batch(now, deadline, queued, latency_s):
+    size = next_batch_undropped(now, deadline, queued, len(latency_s), latency_s)
+    most = min(queued, len(latency_s))
+    if now + latency_s[0] > deadline:
+        assert size == most
+    else:
+        assert now + latency_s[size - 1] <= deadline
+        assert size == most or now + latency_s[size] > deadline
+
+
+@given(st.floats(0, 10), st.floats(0, 5), st.integers(1, 8), st.floats(0, 1), st.floats(0, 1))
+def test_a_queue_waits_for_company_until_full_or_the_delay_or_the_deadline(entry, allowed, queued, largest_s, delay_s):
+    found = ready_s(entry, entry + allowed, queued, 8, largest_s, delay_s)
+    assert found == (entry if queued == 8 else min(entry + delay_s, entry + allowed - largest_s))
+
+
+weights_with_gaps = st.lists(st.one_of(st.just(0.0), st.floats(0.1, 10)), max_size=6)
+
+
+@given(weights_with_gaps, st.integers(0, 50))
+def test_turns_go_round_the_replicas_in_use(weights, turn):
+    usable = [position for position, weight in enumerate(weights) if weight > 0]
+    assert next_in_turn(weights, turn) == (usable[turn % len(usable)] if usable else -1)
+
+
+@given(weights_with_gaps, st.floats(0, 1, exclude_max=True))
+def test_chance_falls_into_the_interval_of_a_replica_in_use(weights, chance):
+    chosen = next_at_random(weights, chance)
+    if not any(weights):
+        assert chosen == -1
+        return
+    assert weights[chosen] > 0
+    assert sum(weights[:chosen]) <= chance * sum(weights) + 1e-9
+    assert sum(weights[: chosen + 1]) >= chance * sum(weights) - 1e-9
+
+
+@given(st.lists(st.tuples(st.sampled_from([0.0, 1.0]), st.integers(0, 3)), max_size=6))
+def test_the_least_of_those_in_use_is_the_first_of_equals(replicas):
+    in_use = [(value, position) for position, (weight, value) in enumerate(replicas) if weight > 0]
+    found = least([weight for weight, _ in replicas], [value for _, value in replicas])
+    assert found == (min(in_use)[1] if in_use else -1)
+
+
+@given(st.lists(st.floats(0.1, 20), min_size=1, max_size=6), st.integers(1, 200))
+def test_credits_take_the_place_of_weights(credits_, requests):
+    left, right = np.zeros(len(credits_)), np.zeros(len(credits_))
+    for _ in range(requests):
+        assert next_by_credit([1.0] * len(credits_), credits_, left) == next_replica(credits_, right)
+    assert next_by_credit([0.0] * len(credits_), credits_, left) == -1
+
+
+@given(st.floats(LOWEST_CREDIT, HIGHEST_CREDIT), st.integers(0, 10), st.floats(0, 2), st.floats(0.01, 1))
+def test_credit_rises_by_adding_and_falls_by_multiplying_within_its_bounds(credit, waiting, increase, decrease):
+    found = credit_after(credit, waiting, 4, increase, decrease)
+    assert LOWEST_CREDIT <= found <= HIGHEST_CREDIT
+    if waiting <= 4:
+        assert found == pytest.approx(min(credit + increase, HIGHEST_CREDIT))
+    else:
+        assert found == pytest.approx(max(credit * decrease, LOWEST_CREDIT))
