@@ -22,6 +22,10 @@ _LEAST_SHARE = 0.01
 """Most compute that a replica asked for by `min_replicas` has to be given: enough to be a replica that serves."""
 
 
+_MOST_LOSS_PAIRS = 4_000
+"""Nodes times pairs of group and option up to which every loss has a routing of its own."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SpreadRule:
     """How the replicas of ``service`` (by position) are spread.
@@ -83,6 +87,7 @@ class Requirements:
         least_share: Shape (option,): compute share of every replica.
         keep_after_loss: Share of each service's rate that each of ``losses`` must leave possible.
         losses: One block per node, where ``keep_after_loss`` asks for it.
+        one_emergency: Whether one routing has to do for every loss, because one for each would be too many variables.
         scenarios: One block per demand scenario.
     """
 
@@ -93,6 +98,7 @@ class Requirements:
     least_share: Floats
     keep_after_loss: float = 0.0
     losses: tuple[Block, ...] = ()
+    one_emergency: bool = False
     scenarios: tuple[Block, ...] = ()
 
     @property
@@ -144,6 +150,7 @@ def requirements_of(
         least_share=_least_share(problem, options, offered_rps, position),
         keep_after_loss=settings.keep_after_loss,
         losses=losses,
+        one_emergency=bool(losses) and _one_emergency(problem, sum(len(group.options) for group in groups)),
         scenarios=tuple(
             Block(name=name, offered_rps=np.array([rates[service] for service in names]))
             for name, rates in sampled_scenarios(problem)
@@ -155,9 +162,10 @@ def refined(
     classes: Sequence[GroupClass], groups: Sequence[CandidateGroup], problem: Problem
 ) -> tuple[GroupClass, ...]:
     """Split ``classes`` by what the requirements of ``problem`` tell apart: nodes, zones, or nothing."""
-    by_node = problem.settings.keep_after_loss > 0 or any(
-        workflow.affinity == "require" for workflow in problem.services.workflows
-    )
+    # With one routing for every loss there are too many nodes to tell classes apart by.
+    pairs = sum(each.count * len(each.options) for each in classes)
+    exact_losses = problem.settings.keep_after_loss > 0 and not _one_emergency(problem, pairs)
+    by_node = exact_losses or any(workflow.affinity == "require" for workflow in problem.services.workflows)
     over = {service.spread.over for service in problem.services.services if service.spread is not None}
     if not by_node and not over:
         return tuple(classes)
@@ -170,6 +178,10 @@ def refined(
             members.setdefault(node if by_node or "node" in over else zones[node], []).append(member)
         split.extend(replace(each, members=tuple(found)) for found in members.values())
     return tuple(split)
+
+
+def _one_emergency(problem: Problem, pairs: int) -> bool:
+    return len(problem.cluster.nodes) * pairs > _MOST_LOSS_PAIRS
 
 
 def _spreads(problem: Problem, groups: Sequence[CandidateGroup], options: Sequence[Option]) -> list[SpreadRule]:

@@ -56,9 +56,12 @@ class SideRows:
         self._workflow_rates()
         self._affinity()
         self._required_shares()
-        for block in requirements.blocks:
+        for block in requirements.scenarios if requirements.one_emergency else requirements.blocks:
             self._block(block)
-        self._losses()
+        if requirements.one_emergency:
+            self._one_emergency()
+        else:
+            self._losses()
 
     def _least_share(self) -> None:
         """(4.12) a[g, o] >= f[o] x[g, o]: a replica that min_replicas asks for serves."""
@@ -194,6 +197,28 @@ class SideRows:
                     row = f"survive.{columns.block.name}.{name}"
                     both = [columns.served[service], model.served[service]]
                     self.builder.add_row(row, both, [1.0, -keep], lower=0.0)
+
+    def _one_emergency(self) -> None:
+        """(4.20) sum over g not on v of (rho / u) a' >= K z[s] for every node v: one routing a' for every loss.
+
+        Stricter than (4.19), and as large for many nodes as for two.
+        """
+        model, space = self.formulation, self.formulation.space
+        nodes = self._node_of_place()
+        if nodes is None:
+            return
+        self._block(Block(name="emergency", offered_rps=space.offered_rps))
+        emergency = self.blocks.pop()
+        place, option = model.pair_class[emergency.pairs], model.pair_option[emergency.pairs]
+        where = np.array(nodes)[place] if len(place) else np.zeros(0, dtype=str)
+        for service, name in enumerate(space.names):
+            mine = np.flatnonzero(space.service_of[option] == service) if len(option) else np.zeros(0, dtype=np.int64)
+            # A loss on a node without the service takes nothing: that the rest suffices is one row for all of those.
+            for node in ["", *np.unique(where[mine]).tolist()]:
+                left = mine[where[mine] != node]
+                columns = np.append(emergency.share[left], model.served[service])
+                values = np.append(space.sustained_rps[option[left]], -space.requirements.keep_after_loss)
+                self.builder.add_row(f"survive.{node}.{name}", columns, values, lower=0.0)
 
     def _rate_row(self, name: str, pairs: Integers, times: float, flows: Sequence[int] | Integers) -> None:
         """Add ``sum of flows <= times * rate of pairs``."""

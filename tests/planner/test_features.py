@@ -8,6 +8,7 @@ import pytest
 
 from foreplan.planning import verify
 from planner import Infeasible, Problem, Solved, solve
+from planner.space import build_space
 from plans.demand import Demand, Scenario
 from plans.plan import Plan
 from plans.service import Edge, LatencySlo, Services, Spread, Workflow
@@ -161,6 +162,22 @@ def test_the_loss_of_a_node_leaves_the_share_that_was_asked_for() -> None:
     assert set(losses) == {"a", "b"}
     assert min(losses.values()) >= 0.9 * safe.solver.objective * (1 - 1e-5)
     assert {group.node for group in safe.groups} == {"a", "b"}
+
+
+def test_at_scale_one_routing_answers_every_loss() -> None:
+    base = generated(9, services=6, nodes=12, load=2.0, batches=(1, 2, 4, 8))
+    wanted = replace(base, settings=replace(base.settings, keep_after_loss=0.6, time_limit_s=6.0, gap=5e-3))
+    assert build_space(wanted).requirements.one_emergency
+    plan = planned(wanted)
+    assert_every_promise(plan, wanted)
+    rates = {
+        service.name: sum(e.rate_rps for group in plan.groups for e in group.loadout if e.service == service.name)
+        for service in wanted.services.services
+    }
+    for loss in plan.contingencies:
+        # The emergency routing keeps the share of every service, so the best routing keeps that of their sum.
+        weighted = sum(service.weight * rates[service.name] for service in wanted.services.services)
+        assert loss.goodput_rps >= 0.6 * weighted * (1 - 1e-5)
 
 
 def test_scenarios_that_the_demand_states_are_planned_for_with_routes_of_their_own() -> None:

@@ -28,7 +28,7 @@ CITED = (
     "4.9",
     "4.10",
     "4.11",
-    *(f"4.{number}" for number in range(12, 20)),
+    *(f"4.{number}" for number in range(12, 21)),
     "5.1",
     "5.2",
     "5.3",
