@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,10 +10,11 @@ from planner import exact_model
 from planner.backend import Budget, Solution, solver
 from planner.formulation import Formulation
 from planner.greedy import greedy
-from planner.objective import ACCURACY, BYTES_MOVED, GOODPUT, GPU_COST, Kept, with_kept
+from planner.objective import ACCURACY, BYTES_MOVED, GOODPUT, GPU_COST, Kept, tiers, with_kept
 from planner.space import Placed, build_space
+from plans.service import Edge, LatencySlo, Spread, Workflow
 from tests.planner.conftest import Golden
-from tests.planner.problems import cluster, demand, generated, latency_service, problem, profile, town
+from tests.planner.problems import QUIET, cluster, demand, generated, latency_service, problem, profile, town
 
 CITING = ("formulation", "objective", "side_rows", "fairness")
 
@@ -56,6 +58,60 @@ def small() -> Formulation:
 def test_the_lp_text_of_a_small_problem_is_as_before(golden: Golden) -> None:
     formulation = small()
     golden.check("planner_small.lp", formulation.model.with_objective(formulation.goodput(), maximise=True).lp_text())
+
+
+def joined() -> Formulation:
+    """One more of everything that joins groups: spread, a workflow with affinity, a floor, an attainment, a loss."""
+    service = latency_service("x", ("m", 1.0), min_replicas=1, spread=Spread(over="node", min_domains=2))
+    wanted = problem(
+        cluster(("a", "gpu", 1), ("b", "gpu", 1)),
+        [service, latency_service("y", ("m", 1.0))],
+        [profile("m", batches=(4,))],
+        demand(x=10.0),
+        settings=replace(QUIET, objective="max-min", attainment=0.5, keep_after_loss=0.5),
+    )
+    edge = Edge(source="x", target="y", fanout=2.0, payload_bytes=2**20)
+    flow = Workflow(name="w", slo=LatencySlo(deadline_s=1.0), edges=(edge,), affinity="require")
+    space = build_space(replace(wanted, services=wanted.services.model_copy(update={"workflows": (flow,)})))
+    return Formulation(space, space.singles)
+
+
+def test_the_lp_text_of_what_joins_groups_is_as_before(golden: Golden) -> None:
+    formulation = joined()
+    objective = tiers(formulation.space)[0]
+    golden.check("planner_joined.lp", with_kept(formulation, objective, ()).lp_text())
+
+
+def test_a_placement_is_complete_in_every_variable_of_what_joins_groups() -> None:
+    formulation = joined()
+    space = formulation.space
+    option = {name: int(np.flatnonzero(space.service_of == index)[0]) for index, name in enumerate(space.names)}
+    rate = {name: float(space.sustained_rps[option[name]]) for name in space.names}
+    placement = tuple(
+        sorted(
+            Placed(group, option[name], wanted / 2 / rate[name])
+            for group in range(2)
+            for name, wanted in (("x", 10.0), ("y", 20.0))
+        )
+    )
+    values = formulation.encode(placement)
+    blocks = [name for name in formulation.model.variables if ".a[" in name or ".b[" in name]
+    assert blocks
+    rows = [name for name in formulation.model.rows if not name.startswith(("survive", "demand."))]
+    # The routing after a loss is for the solver to find; all else is filled in.
+    activity = np.bincount(
+        formulation.model.row_of,
+        formulation.model.value_of * values[formulation.model.column_of],
+        minlength=len(formulation.model.rows),
+    )
+    for name, total, low, high in zip(
+        formulation.model.rows, activity, formulation.model.row_lower, formulation.model.row_upper, strict=True
+    ):
+        if name in rows:
+            assert low - 1e-9 <= total <= high + 1e-9, name
+    assert formulation.decode(values) == placement
+    first = tiers(space)[0]
+    assert first.coefficients(formulation) @ values == pytest.approx(first.value(space, placement))
 
 
 def test_every_constraint_and_objective_is_cited_in_code_and_stated_in_the_document() -> None:
