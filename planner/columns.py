@@ -30,10 +30,10 @@ from planner.space import Placed, Placement, PlanningSpace
 
 __all__ = ["ColumnSearch"]
 
-_FORESEEING = 0.2
+_FORESEEING = 0.35
 """Share of an objective's time that first prices may take."""
 
-_CONVERGING = 0.45
+_CONVERGING = 0.5
 """Share of an objective's time by whose end column generation stops."""
 
 _DIVING = 0.75
@@ -206,7 +206,7 @@ class ColumnSearch(Search):
             return
         worth, _, _ = linking.values(solution.duals)
         generator = np.random.default_rng(self._settings.seed)
-        steps = stalled = 0
+        stalled = 0
         while stalled < _STALLED_STEPS and self._clock() < tier.ends_at_s and not self._closed(tier):
             best = tier.best
             freed = self._freed(tier.best, linking, solution, generator)
@@ -227,8 +227,9 @@ class ColumnSearch(Search):
                 ),
             )
             self._offer(tier, found)
-            steps += 1
             stalled = stalled + 1 if tier.best is best else 0
+            if len(freed) == len(self._space.groups) and stalled:
+                break
 
     def _separable(self) -> bool:
         """Whether some groups can be decided anew given what the rest serves: no row names more than that."""
