@@ -1,4 +1,4 @@
-"""Loadouts onto groups: keep what runs, spread replicas over nodes and zones; docs/formulation.md, 9.5."""
+"""Loadouts onto groups: keep what runs, spread replicas over nodes and zones; docs/formulation.md, section 9."""
 
 from __future__ import annotations
 

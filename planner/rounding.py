@@ -1,4 +1,4 @@
-"""From fractional counts of loadouts to whole ones: diving, docs/formulation.md, 9.4.
+"""From fractional counts of loadouts to whole ones: diving, docs/formulation.md, section 9.
 
 Whole parts are decided first; what they leave of demand, budgets and GPUs is a smaller problem of the same kind, for
 which new loadouts are priced, and so on. When no part is whole the largest fractions are rounded up, where rows allow.
