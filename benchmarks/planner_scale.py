@@ -5,19 +5,19 @@ the process), verified by the independent checker, and its objective computed ag
 
     python benchmarks/planner_scale.py [--size 200x512 ...] [--load 1.0 ...] [--seed 1 ...] [--json FILE]
 
-The formulas. A model has weights of W bytes (families from 0.1 to 140 GB, drawn so that small ones are common) and works
-through g = 2 W of multiply-adds per request times a number of tokens or patches. On a GPU of bandwidth B, speed F and
-memory M, with tensor parallelism t and p stages, a batch of b takes
+The formulas. A model has weights of W bytes (families from 0.1 to 140 GB, drawn so that small ones are common) and
+works through g = 2 W of multiply-adds per request times a number of tokens or patches. On a GPU of bandwidth B, speed
+F and memory M, with tensor parallelism t and p stages, a batch of b takes
 
     l(b) = 1 ms + W / (B t) + b g / (F t) (1 + 0.08 log2 t) + 0.3 ms (p - 1) + 0.5 ms (t > 1)
 
 spread evenly over the stages, with a 99th percentile of 1.05 l, and needs W / (t p) + b A / t + 0.25 GB on each GPU,
-where A, its activations, is 2 % of W and at least 10 MB. Parallelism is profiled where a GPU is left with at least 1.5 GB
-of weights. Services take three variants of one family (1, 0.5 and 0.25 times the weights, accuracy falling), a deadline
-of 3 to 15 times the latency of the first variant on the GPU type that serves it best, weights that grow with the work of
-a request to the power 0.7 times 1 to 4, and demand in proportion to rank to the power -1.1 (Zipf), scaled so that serving
-everything with first variants at batch 1 would take ``load`` times all GPUs there are; with batches and smaller variants
-the clusters are about full at a load of 8.
+where A, its activations, is 2 % of W and at least 10 MB. Parallelism is profiled where a GPU is left with at least
+1.5 GB of weights. Services take three variants of one family (1, 0.5 and 0.25 times the weights, accuracy falling), a
+deadline of 3 to 15 times the latency of the first variant on the GPU type that serves it best, weights that grow with
+the work of a request to the power 0.7 times 1 to 4, and demand in proportion to rank to the power -1.1 (Zipf), scaled
+so that serving everything with first variants at batch 1 would take ``load`` times all GPUs there are; with batches
+and smaller variants the clusters are about full at a load of 8.
 """
 
 from __future__ import annotations

@@ -149,9 +149,8 @@ class ColumnSearch(Search):
                 for column, count in zip(master.columns, solution.counts, strict=False)  # newer ones have no count
                 if count > 1e-9
             )
-            if not tier.kept:
-                counts = dive(master, solution, self._clock, until(_DIVING))
-                self._offer(tier, self._placement(tier, linking, counts))
+            counts = dive(master, solution, self._clock, until(_DIVING))
+            self._offer(tier, self._placement(tier, linking, counts))
             self._regroup(tier, linking, solution)
         tier.open = not self._closed(tier)
 
