@@ -6,6 +6,7 @@ wrote itself is JSON.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import os
@@ -95,7 +96,7 @@ def parse_document(text: str, kind: type[AnyDocument], *, where: str) -> AnyDocu
 
 
 def check_format_version(data: dict[str, Any], kind: type[Document], *, where: str) -> dict[str, Any]:
-    """Refuse an unknown major version; from a newer minor version, drop the top-level fields not known here.
+    """Refuse an unknown major version; from a newer minor version, drop the fields not known here.
 
     The version known here is the default of the kind's own ``format_version``.
 
@@ -118,19 +119,28 @@ def check_format_version(data: dict[str, Any], kind: type[Document], *, where: s
         )
     if int(minor) <= int(ours_minor):
         return data
-    known = _field_names(kind)
-    return {key: value for key, value in data.items() if key in known}
+    return _without_unknown_fields(data, kind)
 
 
-def _field_names(kind: type[Document]) -> set[str]:
-    names: set[str] = set()
-    for name, field in kind.model_fields.items():
-        names.add(name)
-        if isinstance(field.alias, str):
-            names.add(field.alias)
-        choices = getattr(field.validation_alias, "choices", [field.validation_alias])
-        names.update(choice for choice in choices if isinstance(choice, str))
-    return names
+def _without_unknown_fields(data: dict[str, Any], kind: type[Document]) -> dict[str, Any]:
+    """Return ``data`` without the fields, at any depth, that ``kind`` does not know."""
+    try:
+        kind.model_validate(data)
+    except ValidationError as error:
+        data = copy.deepcopy(data)
+        for detail in error.errors(include_url=False):
+            if detail["type"] == "extra_forbidden":
+                _remove(data, detail["loc"])
+    return data
+
+
+def _remove(node: Any, location: tuple[int | str, ...]) -> None:
+    for part in location[:-1]:
+        # A location also names the branch of a union, which is no key of the file.
+        if (isinstance(node, dict) and part in node) or (isinstance(node, list) and isinstance(part, int)):
+            node = node[part]
+    if isinstance(node, dict):
+        node.pop(location[-1], None)
 
 
 def write_document(path: Path, document: Document) -> None:

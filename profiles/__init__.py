@@ -11,9 +11,14 @@ from profiles.document import (
     Row,
     Source,
 )
+from profiles.group import Grid, LoadedGroup, Measurable, Point, Series, SingleDevice
+from profiles.holdout import ErrorSummary, HeldOut, hold_out, summarise_errors
+from profiles.interference import InterferenceModel, concurrency_factor
 from profiles.latency import Estimate, LatencyModel
 from profiles.library import ProfileLibrary
-from profiles.profiler import Measurable, Progress, StopRule, load_callable, profile_callable
+from profiles.merging import merge_profiles
+from profiles.profiler import Progress, StopRule, load_callable, profile_callable, profile_group
+from profiles.roofline import DeviceRates, ModelCost, Operation, datasheet_rates, modelled_profile
 
 __all__ = [
     "Profile",
@@ -28,9 +33,27 @@ __all__ = [
     "LatencyModel",
     "Estimate",
     "ProfileLibrary",
+    "merge_profiles",
+    "InterferenceModel",
+    "concurrency_factor",
+    "hold_out",
+    "HeldOut",
+    "ErrorSummary",
+    "summarise_errors",
+    "DeviceRates",
+    "ModelCost",
+    "Operation",
+    "datasheet_rates",
+    "modelled_profile",
     "profile_callable",
+    "profile_group",
     "load_callable",
     "Measurable",
+    "LoadedGroup",
+    "SingleDevice",
+    "Grid",
+    "Series",
+    "Point",
     "Progress",
     "StopRule",
 ]

@@ -228,7 +228,7 @@ class Profile(Document):
     neighbours: tuple[Neighbour, ...] = ()
     error_ratio: float | None = Field(default=None, ge=0, allow_inf_nan=False)
     accuracy: Accuracy | None = None
-    origins: tuple[Origin, ...] = ()
+    origins: tuple[Origin, ...] = Field(default=(), validate_default=True)
 
     @field_validator("rows")
     @classmethod

@@ -120,3 +120,46 @@ def test_reading_what_was_written_is_the_identity(
     written = curve(means)
     write_document(path, written)
     assert parse_document(path.read_text(), Profile, where="p.json") == written
+
+
+def test_a_newer_minor_version_may_add_fields_anywhere_and_an_older_one_may_not() -> None:
+    newer = json.loads(document(humidity=0.4)) | {"format_version": "1.99", "mood": "good"}
+    newer["meta"]["colour"] = "red"
+    parsed = parse_document(json.dumps(newer), Profile, where="p.json")
+    assert parsed.rows[0].batch == 1
+    assert parsed.meta.dtype == "fp16"
+    unknown = faults(json.dumps(newer | {"format_version": "1.1"}))
+    assert len(unknown) == 3
+    assert all("unknown field" in fault for fault in unknown)
+
+
+def test_an_unknown_major_version_is_refused() -> None:
+    (fault,) = faults(json.dumps(json.loads(document()) | {"format_version": "2.0"}))
+    assert "major version 1" in fault
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"interference": {"2": 0.9}}, "greater than or equal to 1"),
+        ({"interference": {"2": 1.8, "3": 1.5}}, "never fall"),
+        ({"interference": {"1": 1.2}}, "1 for one batch"),
+        ({"interference": {"0": 1.0}}, "from 1"),
+        ({"kv_bytes_per_token": 0}, "greater than or equal to 1"),
+        ({"accuracy": {"value": 1.2}}, "less than or equal to 1"),
+        ({"neighbours": [{"model": "b", "batch": 1, "neighbour_batch": 1, "factor": 0.5}]}, "greater than or equal"),
+    ],
+)
+def test_what_cannot_be_true_of_the_whole_model_is_refused(fields: dict[str, Any], said: str) -> None:
+    (fault,) = faults(json.dumps(json.loads(document()) | {"format_version": "1.1"} | fields))
+    assert said in fault
+
+
+def test_a_row_may_only_point_at_a_file_that_is_named() -> None:
+    (fault,) = faults(document(origin=0))
+    assert "rows[0].origin = 0" in fault
+
+
+def test_slow_downs_are_read_by_number_and_sorted() -> None:
+    text = json.dumps(json.loads(document()) | {"format_version": "1.1", "interference": {"4": 2.5, "2": 1.5}})
+    assert list(parse_document(text, Profile, where="p.json").interference.items()) == [(2, 1.5), (4, 2.5)]
