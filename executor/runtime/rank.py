@@ -11,9 +11,12 @@ import json
 import os
 import signal
 import sys
+import threading
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from queue import SimpleQueue
+from typing import Any, NoReturn
 
 import torch
 
@@ -23,10 +26,12 @@ from executor.runtime.torch_runtime import TorchRuntime
 __all__ = ["main"]
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Serve rank 0 until it closes the input; return the exit code."""
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Serve rank 0 until it closes the input."""
     options = _parser().parse_args(arguments)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole terminal; rank 0 ends its ranks
+    commands: SimpleQueue[dict[str, Any]] = SimpleQueue()
+    threading.Thread(target=_read, args=(commands,), name="commands", daemon=True).start()
     runtime = TorchRuntime(options.device, options.dtype, options.threads, options.model_dir, options.seed)
     torch.set_num_threads(options.threads)
     world = World(rank=options.rank, size=options.size, device=options.device, store_port=options.store_port)
@@ -34,8 +39,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     models: dict[int, StageModel] = {}
     building: dict[int, tuple[str, Future[Built]]] = {}
     builder = ThreadPoolExecutor(max_workers=1)
-    for line in sys.stdin:
-        command = json.loads(line)
+    while True:
+        command = commands.get()
         number = command["model"]
         if command["do"] == "build":
             building[number] = command["variant"], builder.submit(runtime.build, command["variant"])
@@ -54,8 +59,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         else:
             models.pop(number, None)
             building.pop(number, None)
-    # Rank 0 has gone or is going: nobody is left to take leave of.
-    sys.stdout.flush()
+
+
+def _read(commands: SimpleQueue[dict[str, Any]]) -> None:
+    """Queue the commands, and end the process with the input: whatever waits for rank 0 then waits in vain."""
+    for line in sys.stdin:
+        commands.put(json.loads(line))
     os._exit(0)
 
 
@@ -70,4 +79,4 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
