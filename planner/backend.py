@@ -8,7 +8,7 @@ from typing import Literal, Protocol
 import numpy as np
 
 from planner.linear import Floats, LinearModel
-from planner.settings import Backend
+from planner.settings import Backend, Settings
 
 __all__ = [
     "BackendResult",
@@ -21,6 +21,7 @@ __all__ = [
     "constant_answer",
     "local_solver",
     "solver",
+    "solver_for",
 ]
 
 WhyStopped = Literal["optimal", "gap", "limit"]
@@ -93,6 +94,11 @@ def solver(name: Backend, *, presolve: bool = True) -> Solver:
     from planner.mathopt_backend import MathOptSolver
 
     return MathOptSolver(name, presolve=presolve)
+
+
+def solver_for(settings: Settings) -> Solver:
+    """Return the solver that ``settings`` name, without presolve where their objective has least or greatest sums."""
+    return solver(settings.backend, presolve=settings.objective in ("goodput", "utility"))
 
 
 def local_solver(name: Backend) -> Solver:

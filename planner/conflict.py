@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from planner.backend import Budget, InfeasibleModel, Solution, solver
+from planner.backend import Budget, InfeasibleModel, Solution, solver_for
 from planner.formulation import Formulation
 from planner.linear import Floats, Integers, LinearModel
 from planner.problem import Problem
@@ -151,7 +151,7 @@ def least_relaxation(space: PlanningSpace, time_limit_s: float) -> tuple[Relaxat
     loosened, slack = _with_slack(model, elastic)
     settings = space.problem.settings
     budget = Budget(time_limit_s=max(0.05, time_limit_s), seed=settings.seed)
-    answer = solver(settings.backend).solve(loosened, budget)
+    answer = solver_for(settings).solve(loosened, budget)
     if not isinstance(answer, Solution):
         return ()
     offered = dict(zip(space.names, space.offered_rps.tolist(), strict=True))
@@ -194,7 +194,7 @@ def _proven_infeasible(space: PlanningSpace, time_limit_s: float) -> bool:
     """Say whether a solver proves that nothing satisfies ``space``, over classes or over groups."""
     settings = space.problem.settings
     budget = Budget(time_limit_s=max(0.05, time_limit_s), seed=settings.seed)
-    linear = solver(settings.backend)
+    linear = solver_for(settings)
     return any(
         isinstance(linear.solve(Formulation(space, classes).model, budget), InfeasibleModel)
         for classes in (space.classes, space.singles)
@@ -258,7 +258,7 @@ def _most_share(space: PlanningSpace, name: str, time_limit_s: float) -> float |
 def _optimum(formulation: Formulation, objective: Floats, time_limit_s: float) -> Solution | None:
     settings = formulation.space.problem.settings
     budget = Budget(time_limit_s=max(0.5, time_limit_s), seed=settings.seed)
-    answer = solver(settings.backend).solve(formulation.model.with_objective(objective, maximise=True), budget)
+    answer = solver_for(settings).solve(formulation.model.with_objective(objective, maximise=True), budget)
     return answer if isinstance(answer, Solution) else None
 
 

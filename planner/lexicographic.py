@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from planner.backend import Budget, InfeasibleModel, Solution, Solver, local_solver, solver
+from planner.backend import Budget, InfeasibleModel, Solution, Solver, local_solver, solver_for
 from planner.board import NEGLIGIBLE
 from planner.formulation import Formulation
 from planner.greedy import Target, greedy, pack, running
@@ -106,9 +106,7 @@ class Search:
         self._settings = space.problem.settings
         self._clock = clock
         self._ends_at_s = ends_at_s
-        # Goodput and utilities have no rows that hold a least or a greatest sum; see `solver`.
-        presolve = self._settings.objective in ("goodput", "utility")
-        self._solver: Solver = solver(self._settings.backend, presolve=presolve)
+        self._solver: Solver = solver_for(self._settings)
         self._local_solver = local_solver(self._settings.backend)
         self._classes_model: Formulation | None = None
         self._exact: Formulation | None = None

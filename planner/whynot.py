@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from planner.backend import Budget, InfeasibleModel, Solution, Solver, solver
+from planner.backend import Budget, InfeasibleModel, Solution, Solver, solver_for
 from planner.formulation import Formulation
 from planner.objective import GOODPUT, GPU_COST, Kept, tiers, with_kept
 from planner.space import Placement, PlanningSpace
@@ -83,7 +83,8 @@ def price_of(
     planned = first.value(space, placement)
     if not wanted.any():
         return Price(objective=first.name, planned=planned, forced=None, bound=planned, cost_per_hour=None)
-    linear, settings = solver(space.problem.settings.backend), space.problem.settings
+    settings = space.problem.settings
+    linear = solver_for(settings)
     budget = Budget(time_limit_s=max(0.2, time_limit_s / 2), gap=1e-6, seed=settings.seed)
     model = with_kept(formulation, first, ()).with_row("forced", forced_row, lower=1.0)
     answer = linear.solve(model, budget)
