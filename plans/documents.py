@@ -135,10 +135,12 @@ def _without_unknown_fields(data: dict[str, Any], kind: type[Document]) -> dict[
 
 
 def _remove(node: Any, location: tuple[int | str, ...]) -> None:
+    """Remove what is at ``location``; parts that are no key of the file name the branch of a union."""
     for part in location[:-1]:
-        # A location also names the branch of a union, which is no key of the file.
-        if (isinstance(node, dict) and part in node) or (isinstance(node, list) and isinstance(part, int)):
+        if isinstance(node, list) and isinstance(part, int):
             node = node[part]
+        elif isinstance(node, dict):
+            node = node.get(part, node)
     if isinstance(node, dict):
         node.pop(location[-1], None)
 
