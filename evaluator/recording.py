@@ -57,7 +57,7 @@ def record(
             replica_at(w, replica).finished += 1
             replica_at(w, replica).inverse_batch += 1.0 / batch
         if w.histogram != 0:
-            integers(w.histogram, w.service_count * CELLS)[service * CELLS + cell_of(end_s - arrival_s)] += 1
+            small(w.histogram, w.service_count * CELLS)[service * CELLS + cell_of(end_s - arrival_s)] += 1
     if w.timeline != 0:
         window = min(int(arrival_s / w.bin_s), w.bins - 1)
         integers(w.timeline, w.bins * w.service_count * COUNTED)[

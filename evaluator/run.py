@@ -59,7 +59,7 @@ class Run:
         deadlines: What the services allow.
         settings: How to simulate.
         keep_requests: Whether to keep what becomes of each request (15 bytes each).
-        keep_latencies: Whether to keep histograms of latency (90 kB per service).
+        keep_latencies: Whether to keep histograms of latency (45 kB per service).
         bin_s: Width of the timeline's bins, seconds; None: no timeline.
 
     Attributes:
@@ -214,7 +214,7 @@ class Run:
         world.attach("log_code", np.zeros(kept, np.int8))
         world.attach("log_replica", np.full(kept, NOWHERE, np.int32))
         world.attach("log_batch", np.zeros(kept, np.int16))
-        world.attach("histogram", np.zeros((services if keep_latencies else 0, CELLS), np.int64))
+        world.attach("histogram", np.zeros((services if keep_latencies else 0, CELLS), np.int32))
         bins = 0
         if bin_s is not None:
             last_s = min(self.arrivals.duration_s, self.end_s)

@@ -157,25 +157,27 @@ SERVICE: Final = np.dtype(
 
 SLOT: Final = np.dtype(
     [
+        # What every request is asked for comes first: one line of the processor's cache.
         ("arrival_s", _f8),
         ("deadline_s", _f8),
         ("due_s", _f8),  # deadline less the way back: what decisions go by
-        ("entry_s", _f8),  # when it came to its replica
         ("key", _f8),  # its place in the queue: due_s or entry_s
         ("sequence", _i8),  # order of entry into queues
         ("position", _i8),  # row of the trace
         ("service", _i4),
         ("replica", _i4),
         ("after", _i4),  # next in the queue, in the batch, or of the free slots
-        ("child", _i4),  # heap: first of those below; gathering: the bundle's last frame
-        ("sibling", _i4),  # heap: next under the same parent; gathering: the bundle before
         ("frames", _i4),  # requests that enter together with it, itself included
         ("frame_after", _i4),  # next of them
         ("stream", _i4),
+        ("entry_s", _f8),  # when it came to its replica
         # of the request that leads a batch or a gathering bundle:
         ("end_s", _f8),  # when the batch ends; when the bundle must enter
         ("batch", _i4),  # requests in the batch
         ("batch_after", _i4),  # next running batch or gathering bundle
+        # of few:
+        ("child", _i4),  # heap: first of those below; gathering: the bundle's last frame
+        ("sibling", _i4),  # heap: next under the same parent; gathering: the bundle before
         ("retries", _i4),  # times that it entered again
         ("waiting", np.int8),  # it is in a queue
         ("withdrawn", np.int8),  # left its queue from the middle; its slot is freed when it comes to the head
@@ -217,6 +219,7 @@ _FIELDS: Final[list[tuple[str, Any]]] = [
     ("early_drop", np.int8),
     ("admission", np.int8),
     ("bundles", np.int8),  # some replica gathers frames
+    ("in_order", np.int8),  # events are processed in the order of their times: every group is as of now
     ("withdrawals", np.int8),  # requests may leave a queue from its middle
     # Lengths.
     ("request_count", _i8),
@@ -254,7 +257,7 @@ _FIELDS: Final[list[tuple[str, Any]]] = [
     ("scratch", _i8),  # f8 (replica,)
     # What is counted.
     ("counts", _i8),  # i8 (service, COUNTED)
-    ("histogram", _i8),  # i8 (service, CELLS) or none: latencies of finished requests
+    ("histogram", _i8),  # i4 (service, CELLS) or none: latencies of finished requests
     ("busy_s", _i8),  # f8 (group, most_stages): seconds that each stage was held, from warm-up to end of run
     ("timeline", _i8),  # i8 (bin, service, COUNTED) or none: by time of arrival
     ("busy_timeline_s", _i8),  # f8 (bin, group) or none: seconds that the first stage was held, by their start
