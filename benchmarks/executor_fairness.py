@@ -43,13 +43,12 @@ def main() -> None:
                 assert one.attainment is not None
                 assert other.attainment is not None
                 points = abs(one.attainment - other.attainment) * 100
-                p99 = [found.latency_s["p99"] if found.latency_s else None for found in (one, other)]
+                p99 = [found.latency_s.p99 for found in (one, other)]
                 ratio = abs(p99[0] / p99[1] - 1) if p99[0] and p99[1] else 0.0
                 worst_points, worst_ratio = max(worst_points, points), max(worst_ratio, ratio)
-                print(
-                    f"{name} {one.service}: attainment measured {one.attainment:.2%}, simulated {other.attainment:.2%} "
-                    f"({points:.1f} points); p99 {(p99[0] or 0) * 1e3:.0f} and {(p99[1] or 0) * 1e3:.0f} ms ({ratio:.0%})"
-                )
+                shares = f"measured {one.attainment:.2%}, simulated {other.attainment:.2%} ({points:.1f} points)"
+                tails = f"p99 {(p99[0] or 0) * 1e3:.0f} and {(p99[1] or 0) * 1e3:.0f} ms ({ratio:.0%})"
+                print(f"{name} {one.service}: attainment {shares}; {tails}")
     print(f"largest difference: {worst_points:.1f} points of attainment, {worst_ratio:.0%} of p99")
 
 

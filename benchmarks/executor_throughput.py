@@ -1,8 +1,8 @@
 """How many small requests one gateway process forwards per second, beside a bare grpc.aio echo server, in one run.
 
-Closed loop, 64 requests in flight, model of no time, on loopback. All processes share the machine's cores, so the figure
-that does not depend on the others is requests per second of *the gateway's own processor time*: what a gateway with a
-core to itself forwards. To reach: 3,000.
+Closed loop, 64 requests in flight, model of no time, on loopback. All processes share the machine's cores, so the
+figure that does not depend on the others is requests per second of *the gateway's own processor time*: what a gateway
+with a core to itself forwards. To reach: 3,000.
 """
 
 from __future__ import annotations
@@ -44,7 +44,8 @@ def main() -> None:
     echo.kill()
     print(f"bare grpc.aio echo: {bare_rps:.0f} and {echo_rps:.0f} requests/s; {echo_per_core:.0f} per core-second")
     print(
-        f"gateway process: {rps:.0f} requests/s with everything on these cores; {per_core:.0f} per core-second of its own"
+        f"gateway process: {rps:.0f} requests/s with everything on these cores; "
+        f"{per_core:.0f} per core-second of its own"
     )
     print(f"ratio to bare echo, per core-second: {per_core / echo_per_core:.2f}")
 

@@ -68,6 +68,7 @@ class AgentConfig:
         insecure: Whether it may do so off loopback.
         metrics: ``host:port`` where Prometheus is answered; empty for nowhere.
         forward_port: Where gateways hand over requests; 0 takes a free port, which gateways are told.
+        spare_worker: Whether to start a worker ahead, for the first model; without it an idle agent is one process.
 
     Raises:
         InvalidInput: A value is impossible; with every fault.
@@ -90,6 +91,7 @@ class AgentConfig:
     insecure: bool = False
     metrics: str = ""
     forward_port: int = 0
+    spare_worker: bool = True
 
     def __post_init__(self) -> None:
         faults = [
@@ -196,6 +198,7 @@ def _node_settings(config: AgentConfig) -> NodeSettings:
         device_count=config.device_count,
         memory_bytes=config.memory_bytes,
         drain_s=config.drain_s,
+        spare_worker=config.spare_worker,
         worker=WorkerSettings(
             runtime=config.runtime,
             device=config.device,

@@ -36,6 +36,7 @@ class NodeSettings:
         memory_bytes: Memory of one device.
         worker: How workers are started.
         drain_s: How long a replica that left the plan may go on answering what it has taken.
+        spare_worker: Whether to start a worker ahead.
     """
 
     node: str
@@ -43,6 +44,7 @@ class NodeSettings:
     memory_bytes: int
     worker: WorkerSettings = field(default_factory=WorkerSettings)
     drain_s: float = 30.0
+    spare_worker: bool = True
 
 
 class Node:
@@ -99,7 +101,8 @@ class Node:
             self._check_stored(stored)
         self.committed = stored
         self.drained = await asyncio.to_thread(self._journal.read_drained)
-        self.upkeep.spare.start()
+        if self.settings.spare_worker:
+            self.upkeep.spare.start()
         if self.committed is not None:
             _log.info("event=restored generation=%d groups=%d", self.committed.generation, len(self.committed.groups))
             self.upkeep.want(self.committed)
@@ -133,7 +136,7 @@ class Node:
     async def faults_of(self, desired: DesiredState) -> tuple[Fault, ...]:
         """Return every reason why this node cannot run ``desired``."""
         try:
-            variants = await self.upkeep.spare.variants()
+            variants = await self.upkeep.spare.variants() if desired.groups else ()
         except (WorkerGone, WorkerRefused) as error:
             remedy = "correct the agent's device, runtime or model folder and start it again"
             return (Fault(field="runtime", found=str(error), expected="a runtime that starts", remedy=remedy),)

@@ -80,6 +80,7 @@ def agent(
     forward_port: Annotated[
         int, typer.Option(help="Port where gateways hand over requests; 0 takes a free one.", min=0, max=65535)
     ] = 0,
+    spare_worker: Annotated[bool, typer.Option(help="Start a worker ahead, for the first model.")] = True,
     server_cert: ServerCert = None,
     server_key: ServerKey = None,
     root_cert: RootCert = None,
@@ -115,6 +116,7 @@ def agent(
         log_level=log_level,
         metrics=metrics,
         forward_port=forward_port,
+        spare_worker=spare_worker,
         tls=server_files(server_cert, server_key, root_cert),
         insecure=insecure,
     )

@@ -6,13 +6,38 @@ import argparse
 import asyncio
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 from executor.controller import LeaseTiming, ProgressEvent, apply
 from plans.cluster import Cluster
 from plans.codec import read_plan
-from plans.documents import read_document
-from plans.plan import Prior
+from plans.documents import read_document, write_document, write_text
+from plans.plan import Plan, Prior
+from tests.executor.peer_process import ROOT, PeerProcess
+
+
+def doomed_apply(
+    folder: Path, plan: Plan, digest: str, agents: list[PeerProcess], gateway: PeerProcess, at: tuple[str, str]
+) -> int:
+    """Run a controller that dies at the step and outcome ``at``; return its exit status."""
+    write_document(folder / "plan.json", plan)
+    nodes = "\n".join(
+        f'  - {{name: {agent.node}, address: "{agent.address}", gpus: {{type: cpu, count: 2}}}}' for agent in agents
+    )
+    write_text(folder / "cluster.yaml", f"gpu_types:\n  cpu: {{memory: 1GiB}}\nnodes:\n{nodes}\n")
+    where = [
+        "--plan",
+        str(folder / "plan.json"),
+        "--cluster",
+        str(folder / "cluster.yaml"),
+        "--gateway",
+        gateway.address,
+    ]
+    how = ["--step", at[0], "--outcome", at[1], "--digest", digest]
+    command = [sys.executable, "-m", "tests.executor.controller_process", *where, *how]
+    return subprocess.run(command, cwd=ROOT, check=False, timeout=60, capture_output=True).returncode
 
 
 def main() -> None:

@@ -1,0 +1,145 @@
+"""Random kills under load: what a small test in CI, a soak, and a benchmark share.
+
+Two agents with two devices each run one service on both; a gateway of two processes is in front, and requests come in
+all the time. A worker, an agent, one of the gateway's processes, or a controller in the middle of an apply is killed;
+the next kill follows when everything is as the plan says again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import collections
+import contextlib
+import random
+import threading
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import grpc
+import grpc.aio
+import numpy as np
+import psutil
+
+from executor.cluster_status import status
+from executor.controller import LeaseTiming, apply
+from executor.proto import open_inference_pb2_grpc
+from executor.tensors import encode_request
+from plans.errors import ForeplanError
+from tests.executor.controller_process import doomed_apply
+from tests.executor.peer_process import PeerProcess, cluster_of, processes
+from tests.executor.placements import placement
+
+ONE = placement({"a/0": {"chat": "fake-double"}, "b/0": {"chat": "fake-double"}})
+OTHER = placement({"a/1": {"chat": "fake-double"}, "b/1": {"chat": "fake-double"}})
+KINDS = ("worker", "agent", "gateway", "controller")
+_RECOVER_S = 60.0
+_TIMING = LeaseTiming(ttl_s=0.5)
+
+
+@dataclass
+class Chaos:
+    """What happened: statuses of all requests, and the seconds to recovery of each kill, by kind."""
+
+    statuses: collections.Counter[str] = field(default_factory=collections.Counter)
+    recovery_s: dict[str, list[float]] = field(default_factory=lambda: collections.defaultdict(list))
+    unanswered: int = 0
+
+    @property
+    def requests(self) -> int:
+        return sum(self.statuses.values())
+
+
+class _Load(threading.Thread):
+    """Sends requests one after the other on several connections until told to stop."""
+
+    def __init__(self, address: str, chaos: Chaos, clients: int = 4) -> None:
+        super().__init__(daemon=True)
+        self._address, self._chaos, self._clients = address, chaos, clients
+        self.stopping = threading.Event()
+
+    def run(self) -> None:
+        asyncio.run(self._all())
+
+    async def _all(self) -> None:
+        await asyncio.gather(*(self._one() for _ in range(self._clients)))
+
+    async def _one(self) -> None:
+        body = encode_request("chat", {"x": np.ones((1, 4), np.float32)})
+        options = [("grpc.use_local_subchannel_pool", 1), ("grpc.max_reconnect_backoff_ms", 200)]
+        options += [("grpc.initial_reconnect_backoff_ms", 50), ("grpc.min_reconnect_backoff_ms", 50)]
+        async with grpc.aio.insecure_channel(self._address, options=options) as channel:
+            stub: Any = open_inference_pb2_grpc.GRPCInferenceServiceStub(channel)
+            while not self.stopping.is_set():
+                self._chaos.unanswered += 1
+                try:
+                    await stub.ModelInfer(body, timeout=5)
+                    self._chaos.statuses["OK"] += 1
+                except grpc.aio.AioRpcError as error:
+                    self._chaos.statuses[error.code().name] += 1
+                self._chaos.unanswered -= 1
+                await asyncio.sleep(0.01)
+
+
+def run_chaos(folder: Path, kills: int, seed: int, limit_s: float = 600.0) -> Chaos:
+    """Kill ``kills`` times, or until ``limit_s`` is over; return what happened."""
+    chaos, chance = Chaos(), random.Random(seed)
+    a, b = (PeerProcess("agent", folder / node, node=node) for node in "ab")
+    gateway = PeerProcess("gateway", folder / "gateway", processes=2)
+    with processes(a, b, gateway):
+        cluster = cluster_of(a, b)
+        asyncio.run(apply(ONE, cluster, [gateway.address]))
+        live = ONE
+        load = _Load(gateway.address, chaos)
+        load.start()
+        end_s = time.monotonic() + limit_s
+        for number in range(kills):
+            if time.monotonic() > end_s:
+                break
+            kind = KINDS[number % len(KINDS)] if number < len(KINDS) else chance.choice(KINDS)
+            start_s = time.monotonic()
+            if kind == "controller":
+                before, live = live, OTHER if live is ONE else ONE
+                at = (chance.choice(("stage", "commit", "route", "finish")), "done")
+                doomed_apply(folder, live, before.placement_digest, [a, b], gateway, at)
+            else:
+                _kill(kind, chance.choice((a, b)), gateway)
+            _recover(live, cluster, gateway)
+            chaos.recovery_s[kind].append(time.monotonic() - start_s)
+        load.stopping.set()
+        load.join(10.0)
+    return chaos
+
+
+def _kill(kind: str, agent: PeerProcess, gateway: PeerProcess) -> None:
+    if kind == "agent":
+        agent.kill()
+        agent.start()
+        return
+    parent = agent if kind == "worker" else gateway
+    name = "executor.worker" if kind == "worker" else "spawn_main"
+    for child in psutil.Process(parent.process.pid).children():
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if name in " ".join(child.cmdline()):
+                child.kill()
+                return
+
+
+def _recover(plan: Any, cluster: Any, gateway: PeerProcess) -> None:
+    """Wait until the cluster is as ``plan`` says, applying it where it is not."""
+
+    async def recovering() -> None:
+        async with asyncio.timeout(_RECOVER_S):
+            while True:
+                with contextlib.suppress(ForeplanError):
+                    found = await status(cluster, [gateway.address])
+                    routed = all(one.routed_by for one in found.replicas)
+                    if found.live and found.live.digest == plan.placement_digest and found.healthy and routed:
+                        return
+                    wrong = found.live is None or found.live.digest != plan.placement_digest
+                    if wrong or not found.healthy:
+                        await apply(plan, cluster, [gateway.address], prior=found.live, lease=_TIMING)
+                await asyncio.sleep(0.02)
+
+    asyncio.run(recovering())
