@@ -1,0 +1,187 @@
+"""The search by simulation: never worse, repeatable, and within everything that the planner holds hard."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from planner import PolishLimits, Refused, Settings, polish_plan, solve
+from planner.greedy import greedy
+from planner.polish import polish
+from planner.scoring import Heat
+from planner.space import build_space
+from tests.planner.problems import QUIET, cluster, demand, generated, latency_service, problem, profile, town
+
+
+class PlainScorer:
+    """Admission at arrival on the group whose work ends first, in plain Python, on a few bursts of requests."""
+
+    name = "plain loop"
+
+    def __init__(self, space, seed, blocks=4, requests=25):
+        generator = np.random.default_rng(seed)
+        self._space = space
+        self._hold_s = [option.hold_s / option.batch for option in space.options]
+        services = len(space.names)
+        rate = space.offered_rps / max(space.offered_rps.sum(), 1e-9)
+        span_s = requests / max(space.offered_rps.sum(), 1e-9)
+        self._blocks = []
+        for _ in range(blocks):
+            service = generator.choice(services, requests, p=rate)
+            self._blocks.append((np.sort(generator.random(requests)) * span_s * generator.uniform(0.2, 1.0), service))
+        self.offered = np.array([np.bincount(service, minlength=services) for _, service in self._blocks])
+        self._deadline_s = [min((o.deadline_s for o in space.catalogue.of(name)), default=0.0) for name in space.names]
+
+    def race(self, deployment, value, *, rival, needed, start, least):
+        values, good = np.zeros(len(self._blocks)), np.zeros(deployment.slot.shape, dtype=np.int64)
+        for block, (arrival_s, service) in enumerate(self._blocks):
+            free_s = {}
+            for now, s in zip(arrival_s.tolist(), service.tolist(), strict=True):
+                hosts = range(deployment.count[s])
+                if not hosts:
+                    continue
+                host = min(hosts, key=lambda h: (free_s.get(int(deployment.slot[s, h]), 0.0), h))
+                slot, option = int(deployment.slot[s, host]), int(deployment.option[s, host])
+                end = max(now, free_s.get(slot, 0.0)) + self._hold_s[option]
+                if end <= now + self._deadline_s[s]:
+                    free_s[slot] = end
+                    good[s, host] += 1
+                    values[block] += value[option]
+        return Heat(blocks=len(self._blocks), value=values, good=good)
+
+
+def frozen_clock():
+    return 0.0
+
+
+def search(space, start, *, candidates=150, seed=1, value=None):
+    worth = np.ones(len(space.options)) if value is None else value
+    return polish(
+        space,
+        start,
+        PlainScorer(space, seed=5),
+        PlainScorer(space, seed=6),
+        worth,
+        tuple(range(len(space.options))),
+        PolishLimits(time_s=1.0, candidates=candidates, seed=seed),
+        frozen_clock,
+    )
+
+
+def pairs_of(placement):
+    return tuple(sorted((placed.group, placed.option) for placed in placement))
+
+
+def shared(seed):
+    return generated(seed, services=4, nodes=2, gpus=4, load=2.0, parallelisms=((1, 1), (1, 2), (1, 4), (2, 1)))
+
+
+def judged(space, pairs):
+    """The judge's score of ``pairs``, from a polish that has no candidates to try."""
+    return search(space, pairs, candidates=1).start_score
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_the_result_is_never_worse_than_the_start_in_the_eyes_of_the_judge(seed):
+    space = build_space(shared(seed))
+    start = pairs_of(greedy(space) or ())
+    found = search(space, start)
+    assert found.score >= found.start_score
+    assert judged(space, found.pairs) == found.score
+    assert judged(space, start) == found.start_score
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_everything_that_the_planner_holds_hard_is_kept(seed):
+    space = build_space(shared(seed))
+    found = search(space, pairs_of(greedy(space) or ()))
+    used, gpus = {}, set()
+    count, held = np.zeros(len(space.names), dtype=int), np.zeros(len(space.names))
+    for group, option in found.pairs:
+        assert option in space.groups[group].options
+        used[group] = used.get(group, 0.0) + space.memory[option]
+        count[space.service_of[option]] += 1
+        held[space.service_of[option]] += len(space.groups[group].gpus)
+    assert all((share <= 1 + 1e-6).all() for share in used.values())
+    assert (count >= space.min_replicas).all()
+    assert (held <= space.max_gpus).all()
+    for group in used:
+        places = {(space.groups[group].node, gpu) for gpu in space.groups[group].gpus}
+        assert not places & gpus
+        gpus |= places
+    for one, two in itertools.combinations(found.pairs, 2):
+        assert one[0] != two[0] or space.service_of[one[1]] != space.service_of[two[1]]
+
+
+def test_the_same_seed_and_limit_give_the_same_placement():
+    space = build_space(shared(1))
+    start = pairs_of(greedy(space) or ())
+    first, again = search(space, start), search(space, start)
+    assert first == again
+    assert first.candidates >= 150
+
+
+def test_the_search_ends_soon_after_its_limit():
+    space = build_space(shared(2))
+    assert search(space, pairs_of(greedy(space) or ()), candidates=20).candidates < 20 + 64 + 61 + 40
+
+
+def test_an_empty_start_is_filled():
+    space = build_space(
+        problem(cluster(("n", "gpu", 2)), [latency_service("a", ("m", 1.0))], [profile("m")], demand(a=20.0))
+    )
+    found = search(space, ())
+    assert found.start_score == 0
+    assert found.score > 0
+
+
+def test_weights_decide_who_is_served_where_not_all_can_be():
+    space = build_space(
+        problem(
+            cluster(("n", "gpu", 1), memory_gib=4),
+            [latency_service("light", ("m", 1.0)), latency_service("heavy", ("k", 1.0), weight=5.0)],
+            [profile("m", weights_gib=3, batches=(1,)), profile("k", weights_gib=3, batches=(1,))],
+            demand(light=30.0, heavy=30.0),
+        )
+    )
+    found = search(space, (), value=space.weight[space.service_of], candidates=60)
+    assert {space.options[option].service for _, option in found.pairs} == {"heavy"}
+
+
+def scorers_of(space):
+    return lambda tables: (PlainScorer(space, seed=5), PlainScorer(space, seed=6))
+
+
+def test_a_polished_plan_keeps_the_certificate_and_routes_to_every_replica():
+    given_problem = shared(1)
+    solved = solve(given_problem)
+    space = build_space(given_problem)
+    found = polish_plan(
+        given_problem, solved.plan, scorers_of(space), PolishLimits(time_s=1.0, candidates=200), clock=frozen_clock
+    )
+    assert found.outcome.score >= found.outcome.start_score
+    assert found.plan.solver == solved.plan.solver
+    for group in found.plan.groups:
+        busy = sum(entry.rate_rps / entry.max_batch * max(entry.stage_latency_s[-1]) for entry in group.loadout)
+        assert busy <= 1 + 1e-6
+        for entry in group.loadout:
+            assert any(route.group == group.id for route in found.plan.routes[entry.service])
+
+
+@pytest.mark.parametrize(
+    ("given_problem", "reason"),
+    [
+        (town(), "chat"),
+        (replace(generated(1), settings=Settings(objective="max-min")), "another objective"),
+        (replace(generated(1), settings=Settings(keep_after_loss=0.5)), "lost nodes"),
+    ],
+)
+def test_what_the_search_would_not_keep_is_refused_with_the_reason(given_problem, reason):
+    space = build_space(given_problem)
+    solved = solve(replace(given_problem, settings=QUIET))
+    found = polish_plan(given_problem, solved.plan, scorers_of(space), PolishLimits(time_s=1.0), clock=frozen_clock)
+    assert isinstance(found, Refused)
+    assert reason in found.reason
