@@ -182,7 +182,8 @@ EXTRA_FIELDS: Final = [
     ("decode_s", _i8),  # f8 (generator, most_running)
     ("ends", _i8),  # i4 (generator, most_running): the heap of each
     ("input_tokens", _i8),  # f8 (request,) or none
-    ("log_first_s", _i8),  # f8 (request,) or none: end of the iteration that made the first token
+    ("log_ttft_s", _i8),  # f8 (request,) or none
+    ("log_tpot_s", _i8),  # f8 (request,) or none
     ("flow_count", _i8),
     ("most_flow_stages", _i8),
     ("most_flow_edges", _i8),

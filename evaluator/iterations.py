@@ -127,7 +127,8 @@ def _finish(w: Any, r: int, slot: int, end_s: float, batch: int) -> None:
     ttft_s = sequence.first_s + w.response_s - request.arrival_s
     tpot_s = (end_s - sequence.first_s) / more if more > 0 else 0.0
     code = GOOD if ttft_s <= generator.ttft_s and tpot_s <= generator.tpot_s else LATE
-    if w.log_first_s != 0:
-        floats(w.log_first_s, w.request_count)[request.position] = sequence.first_s
+    if w.log_ttft_s != 0:
+        floats(w.log_ttft_s, w.request_count)[request.position] = ttft_s
+        floats(w.log_tpot_s, w.request_count)[request.position] = tpot_s
     record(w, request.position, request.service, request.arrival_s, code, end_s + w.response_s, r, batch)
     free_slot(w, slot)

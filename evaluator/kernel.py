@@ -41,7 +41,6 @@ _COMPILED = (
     "kernel",
     "memory",
     "operations",
-    "operations",
     "ordered",
     "queues",
     "recording",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from evaluator.run import Run
 from evaluator.scenario import Arrivals
 from evaluator.state import DROPPED, FAILED, GOOD, LATE, NOWHERE, REASONS
-from plans.plan import Plan
+from plans.plan import Group, LoadoutEntry
 from plans.service import FrequencyService, Services
 from traces.outcomes import (
     OUTCOMES,
@@ -24,10 +24,33 @@ from traces.outcomes import (
     supported_rank,
 )
 
-__all__ = ["RequestLog", "StreamSummary", "Timeline", "cell_latency_s", "stream_summaries", "summary_of", "timeline_of"]
+__all__ = [
+    "Hosts",
+    "RequestLog",
+    "StreamSummary",
+    "Timeline",
+    "accuracies",
+    "cell_latency_s",
+    "stream_summaries",
+    "summary_of",
+    "timeline_of",
+]
 
 SHORTEST_RUN_S = 1e-3
 """A run without extent (all at time 0, nothing served) counts as this long, so that rates exist."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Hosts:
+    """What ran: every group and every replica, in the order of their positions.
+
+    Attributes:
+        groups: The groups of all plans; one that was cut otherwise by a later plan stands twice.
+        replicas: The id of its group and the loadout entry of each replica.
+    """
+
+    groups: tuple[Group, ...]
+    replicas: tuple[tuple[str, LoadoutEntry], ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,6 +113,8 @@ class RequestLog:
         groups: Group id of each replica.
         variants: Variant of each replica.
         accuracy: Accuracy of each replica.
+        ttft_s: Shape (request,): time to the first token where iterations served it, else NaN; None without any.
+        tpot_s: Shape (request,): time per further token, likewise.
     """
 
     arrivals: Arrivals
@@ -102,6 +127,8 @@ class RequestLog:
     groups: tuple[str, ...]
     variants: tuple[str, ...]
     accuracy: tuple[float, ...]
+    ttft_s: NDArray[np.float64] | None = None
+    tpot_s: NDArray[np.float64] | None = None
 
     def parts(self, rows: int = 1_000_000) -> Iterator[pd.DataFrame]:
         """Yield the log as tables of at most ``rows`` rows, in order of arrival (`Evaluation.requests`)."""
@@ -127,6 +154,8 @@ class RequestLog:
                 "variant": _categories(served, self.variants),
                 "batch_size": np.where(finished, self.batch[rows], np.nan),
                 "accuracy": np.where(finished, accuracy[replica], np.nan),
+                "ttft_s": np.full(len(code), np.nan) if self.ttft_s is None else self.ttft_s[rows],
+                "tpot_s": np.full(len(code), np.nan) if self.tpot_s is None else self.tpot_s[rows],
             }
         )
 
@@ -151,28 +180,30 @@ def _labels() -> tuple[NDArray[np.int8], NDArray[np.int8], tuple[str, ...]]:
     return outcome, reason, reasons
 
 
-def summary_of(run: Run, plan: Plan, services: Services, *, gpu_hours: float | None = None) -> RunSummary:
+def summary_of(run: Run, hosts: Hosts, services: Services, held_s: Callable[[float, float], float]) -> RunSummary:
     """Count a run that is over: exact percentiles where its log was kept, else from histograms.
+
+    A workflow of which instances were offered counts as a service.
 
     Args:
         run: The run.
-        plan: Its plan; every entry is a replica of the run, in order.
+        hosts: What ran.
         services: Its services.
-        gpu_hours: Where they are not those of the plan for the whole run.
+        held_s: How long GPUs were held between two times, summed over all of them.
     """
     counts = run.world.array("counts")
-    offered = _offered(run, len(services.services))
+    offered = _offered(run, len(counts))
     end_s = max(run.arrivals.duration_s, float(run.world["last_s"])) if run.settings.until_s is None else run.end_s
     wall_s = max(end_s - run.settings.warmup_s, SHORTEST_RUN_S)
-    latencies = _logged_latencies(run, len(services.services)) if len(run.world.array("log_code")) else None
+    latencies = _logged_latencies(run, len(counts)) if len(run.world.array("log_code")) else None
     replicas = run.world.array("replicas")
-    accuracy = np.array(
-        [services.service(e.service).accuracy_of(e.variant) for group in plan.groups for e in group.loadout]
-    )
+    accuracy = np.array(accuracies(hosts, services))
     found = []
-    for position, service in enumerate(services.services):
+    for position, service in enumerate((*services.services, *services.workflows)):
+        if position >= len(services.services) and not offered[position]:
+            continue  # workflows are shown where the trace has instances
         row = counts[position]
-        hosts = replicas["service"] == position
+        own = replicas["service"] == position
         finished = int(row[GOOD] + row[LATE])
         if latencies is not None:
             percentiles = _exact(latencies[position])
@@ -184,31 +215,36 @@ def summary_of(run: Run, plan: Plan, services: Services, *, gpu_hours: float | N
             "dropped": int(row[list(DROPPED)].sum()),
             "failed": int(row[list(FAILED)].sum()),
         }
-        inverse = float(replicas["inverse_batch"][hosts].sum())
+        inverse = float(replicas["inverse_batch"][own].sum())
         found.append(
             ServiceSummary(
                 service=service.name,
                 offered=int(offered[position]),
                 in_flight=int(offered[position]) - sum(ended.values()),
                 latency_s=percentiles,
-                mean_batch=finished / inverse if finished else None,
-                accuracy=float(replicas["finished"][hosts] @ accuracy[hosts]) / finished if finished else None,
+                mean_batch=finished / inverse if inverse else None,
+                accuracy=float(replicas["finished"][own] @ accuracy[own]) / finished if inverse else None,
                 **ended,
             )
         )
     busy_s = run.world.array("busy_s")
+    busiest: dict[str, float] = {}
+    for g, group in enumerate(hosts.groups):
+        busiest[group.id] = busiest.get(group.id, 0.0) + float(busy_s[g, : group.pp].max())
     return RunSummary(
         wall_s=wall_s,
-        gpu_hours=plan.gpus_used * wall_s / 3600 if gpu_hours is None else gpu_hours,
+        gpu_hours=held_s(run.settings.warmup_s, run.settings.warmup_s + wall_s) / 3600,
         services=tuple(found),
-        groups=tuple(
-            GroupSummary(group=group.id, utilisation=float(busy_s[g, : group.pp].max() / wall_s))
-            for g, group in enumerate(plan.groups)
-        ),
+        groups=tuple(GroupSummary(group=name, utilisation=busy / wall_s) for name, busy in busiest.items()),
     )
 
 
-def timeline_of(run: Run, plan: Plan, services: Services) -> Timeline:
+def accuracies(hosts: Hosts, services: Services) -> list[float]:
+    """Return the accuracy of each replica."""
+    return [services.service(entry.service).accuracy_of(entry.variant) for _, entry in hosts.replicas]
+
+
+def timeline_of(run: Run, hosts: Hosts, services: Services) -> Timeline:
     """Return the timeline of a run that was made with bins."""
     bin_s = float(run.world["bin_s"])
     found = run.world.array("timeline")
@@ -223,8 +259,8 @@ def timeline_of(run: Run, plan: Plan, services: Services) -> Timeline:
     outcomes[:, :, OUTCOMES.index("in_flight")] = offered - outcomes.sum(axis=2)
     return Timeline(
         bin_s=bin_s,
-        services=tuple(service.name for service in services.services),
-        groups=tuple(group.id for group in plan.groups),
+        services=tuple(each.name for each in (*services.services, *services.workflows)),
+        groups=tuple(group.id for group in hosts.groups),
         outcomes=outcomes,
         busy_ratio=run.world.array("busy_timeline_s") / bin_s,
     )
@@ -297,8 +333,8 @@ def _exact(latency_s: NDArray[np.float64]) -> LatencySummary:
     return LatencySummary(**{f"p{p}": supported_percentile(ordered, p) for p in (50, 95, 99)})
 
 
-def _from_histogram(cells: NDArray[np.int64]) -> LatencySummary:
-    upto = np.cumsum(cells)
+def _from_histogram(cells: NDArray[np.int32]) -> LatencySummary:
+    upto = np.cumsum(cells, dtype=np.int64)
     found: dict[str, float | None] = {}
     for percent in (50, 95, 99):
         rank = supported_rank(int(upto[-1]), percent)

@@ -80,8 +80,9 @@ def _route_otherwise(w: Any, service: int, draw_index: int, now: float) -> int:
             service_at(w, service).turn += 1
         return chosen
     replicas = small(w.route_replica + 4 * first, last - first)
-    for r in replicas:
-        advance_group(w, replica_at(w, r).group, now, ENTRY)
+    if not w.in_order:
+        for r in replicas:
+            advance_group(w, replica_at(w, r).group, now, ENTRY)
     if policy == CREDITS:
         return rules.next_by_credit(
             weights, floats(w.route_credit + 8 * first, last - first), floats(w.route_balance + 8 * first, last - first)
@@ -183,7 +184,8 @@ def come_in(w: Any, slot: int, now: float) -> None:
     request = slot_at(w, slot)
     r = request.replica
     replica = replica_at(w, r)
-    advance_group(w, replica.group, now, ENTRY)
+    if not w.in_order:
+        advance_group(w, replica.group, now, ENTRY)
     request.entry_s = now
     replica.open += 1
     if not _fits(w, slot):

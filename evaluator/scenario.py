@@ -13,7 +13,7 @@ from evaluator.state import NOWHERE
 from plans.cluster import Cluster
 from plans.errors import Fault, InvalidInput
 from plans.plan import Group, LoadoutEntry, Plan
-from plans.service import GenerationService, Services
+from plans.service import FrequencyService, GenerationService, Services, Workflow
 from profiles.document import Profile, Row
 from profiles.library import ProfileLibrary
 from traces.table import RequestTrace
@@ -59,7 +59,7 @@ class Replicas:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Deadlines:
-    """What the services allow; all of shape (service,).
+    """What the services allow, and after them the workflows; all of shape (service,).
 
     Attributes:
         allowed_s: Seconds from arrival to deadline.
@@ -79,11 +79,12 @@ class Arrivals:
     Attributes:
         arrival_s: Shape (request,), sorted.
         code: Shape (request,): which of the trace's names.
-        service_of_code: Shape (name,): position of the service of each name.
+        service_of_code: Shape (name,): position of the service of each name; workflows come after the services.
         duration_s: Time that the trace covers.
         stream: Shape (request,): number of its stream among all of class frequency, or -1; None without any.
         stream_names: For each number the service's position and the name of the stream.
         output_tokens: Shape (request,), NaN where unknown; None where no service asks for them.
+        input_tokens: Likewise.
     """
 
     arrival_s: NDArray[np.float64]
@@ -93,6 +94,7 @@ class Arrivals:
     stream: NDArray[np.int32] | None = None
     stream_names: tuple[tuple[int, str], ...] = ()
     output_tokens: NDArray[np.float64] | None = None
+    input_tokens: NDArray[np.float64] | None = None
 
 
 def compile_replicas(
@@ -153,12 +155,13 @@ def replica_arrays(
 
 def compile_deadlines(services: Services) -> Deadlines:
     """Return what ``services`` allow."""
+    rows = [*services.services, *services.workflows]
     return Deadlines(
-        allowed_s=np.array([service.deadline_s(1) for service in services.services], dtype=np.float64),
-        per_token_s=np.array(
-            [service.slo.tpot_s if isinstance(service, GenerationService) else 0.0 for service in services.services]
+        allowed_s=np.array(
+            [r.slo.deadline_s if isinstance(r, Workflow) else r.deadline_s(1) for r in rows], dtype=np.float64
         ),
-        sticky=np.array([service.request_class == "frequency" for service in services.services], dtype=np.bool_),
+        per_token_s=np.array([r.slo.tpot_s if isinstance(r, GenerationService) else 0.0 for r in rows]),
+        sticky=np.array([isinstance(r, FrequencyService) for r in rows], dtype=np.bool_),
     )
 
 
@@ -166,9 +169,10 @@ def compile_arrivals(trace: RequestTrace, services: Services) -> Arrivals:
     """Return the arrays of ``trace``.
 
     Raises:
-        InvalidInput: The trace names services that ``services`` does not have.
+        InvalidInput: The trace names neither services nor workflows of ``services``.
     """
-    index = {service.name: position for position, service in enumerate(services.services)}
+    rows = (*services.services, *services.workflows)
+    index = {row.name: position for position, row in enumerate(rows)}
     unknown = sorted(set(trace.services) - index.keys())
     if unknown:
         raise InvalidInput(
@@ -181,12 +185,13 @@ def compile_arrivals(trace: RequestTrace, services: Services) -> Arrivals:
             )
             for name in unknown
         )
-    known = [services.services[index[name]] for name in trace.services]
+    known = [rows[index[name]] for name in trace.services]
+    sticky = [isinstance(row, FrequencyService) for row in known]
     stream: NDArray[np.int32] | None = None
     names: tuple[tuple[int, str], ...] = ()
-    if any(service.request_class == "frequency" for service in known):
-        stream, names = _streams(trace, [service.request_class == "frequency" for service in known], index)
-    generates = any(service.request_class == "generation" for service in known)
+    if any(sticky):
+        stream, names = _streams(trace, sticky, index)
+    generates = any(isinstance(row, GenerationService | Workflow) for row in known)
     return Arrivals(
         arrival_s=trace.arrival_s,
         code=trace.codes,
@@ -195,6 +200,7 @@ def compile_arrivals(trace: RequestTrace, services: Services) -> Arrivals:
         stream=stream,
         stream_names=names,
         output_tokens=trace.numbers("output_tokens") if generates else None,
+        input_tokens=trace.numbers("input_tokens") if generates else None,
     )
 
 

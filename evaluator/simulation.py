@@ -4,16 +4,31 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import pandas as pd
 
-from evaluator.measures import RequestLog, StreamSummary, Timeline, stream_summaries, summary_of, timeline_of
+from evaluator.changes import Change, PlanChange, check_changes
+from evaluator.control import Controller
+from evaluator.course import Course, Inventory
+from evaluator.featured_run import FeaturedRun
+from evaluator.fleet import Fleet
+from evaluator.measures import (
+    Hosts,
+    RequestLog,
+    StreamSummary,
+    Timeline,
+    accuracies,
+    stream_summaries,
+    summary_of,
+    timeline_of,
+)
 from evaluator.run import Run
-from evaluator.scenario import compile_arrivals, compile_deadlines, compile_replicas
+from evaluator.scenario import compile_arrivals, compile_deadlines
 from evaluator.settings import Settings
+from evaluator.workflows import compile_workflows
 from plans.cluster import Cluster
 from plans.errors import InvalidInput
 from plans.plan import Plan
@@ -53,7 +68,8 @@ class Evaluation:
 
         Columns: ``service, scheduled_s, latency_s`` (NaN unless finished), ``outcome`` (of
         `traces.outcomes.OUTCOMES`), ``reason`` (why dropped or failed), ``group, variant`` (missing unless it had a
-        place), ``batch_size, accuracy`` (missing unless finished). Made anew at each call.
+        place), ``batch_size, accuracy`` (missing unless finished), ``ttft_s,
+        tpot_s`` (missing unless iterations made it). Made anew at each call.
 
         Raises:
             ValueError: Requests were not kept.
@@ -83,6 +99,9 @@ def evaluate(
     overhead_s: float | None = None,
     cluster: Cluster | None = None,
     profiles: ProfileLibrary | None = None,
+    changes: Sequence[Change] = (),
+    controller: Controller | None = None,
+    interval_s: float = 60.0,
     keep_requests: bool = True,
     timeline_s: float | None = None,
 ) -> Evaluation:
@@ -94,38 +113,60 @@ def evaluate(
         trace: Arrivals.
         settings: How to simulate; the defaults are what the executor does.
         overhead_s: Replaces that of ``settings``.
-        cluster: GPU types of the nodes, to find profiles by.
-        profiles: Where percentiles and interference factors come from; without them latencies do not vary and batches
-            that run at once share the time.
+        cluster: GPU types of the nodes, to find profiles by; the network between them; and where later plans run.
+        profiles: Where percentiles, interference factors and token costs come from; without them latencies do not vary,
+            batches that run at once share the time, and generation is served by the plan's table.
+        changes: Plans that follow, failures and recoveries.
+        controller: Looks at the run every ``interval_s`` and may replace the plan.
+        interval_s: See there, seconds.
         keep_requests: Whether to keep what becomes of each request (15 bytes each), which makes percentiles exact and
             measures streams. Without, memory grows with the requests in flight alone.
         timeline_s: Width of the bins of a timeline, seconds.
 
     Raises:
         InvalidInput: Plan or trace name services that ``services`` lacks, the trace holds no request that counts, a
-            setting is out of its range, or latencies shall be drawn from profiles that are not there.
+            setting is out of its range, latencies shall be drawn from profiles that are not there, or plans shall
+            change without a cluster.
     """
     chosen = settings or Settings()
     if overhead_s is not None:
         chosen = dataclasses.replace(chosen, overhead_s=overhead_s)
     _check(trace, chosen, timeline_s, profiled=cluster is not None and profiles is not None)
-    run = Run(
-        compile_replicas(plan, services, cluster=cluster, profiles=profiles),
-        compile_arrivals(trace, services),
-        compile_deadlines(services),
-        chosen,
-        keep_requests=keep_requests,
-        keep_latencies=not keep_requests,
-        bin_s=timeline_s,
+    check_changes(changes, cluster)
+    inventory = Inventory(services, cluster, profiles, chosen)
+    fleet = Fleet(plan, cluster)
+    replicas, features = inventory.replicas(fleet), inventory.features(fleet)
+    arrivals = compile_arrivals(trace, services)
+    flows = int(arrivals.service_of_code.max()) >= len(services.services)
+    kept: dict[str, Any] = {"keep_requests": keep_requests, "keep_latencies": not keep_requests, "bin_s": timeline_s}
+    run: Run
+    if not (features.generating or flows or changes or controller is not None):
+        run = Run(replicas, arrivals, compile_deadlines(services), chosen, **kept)
+        run.finish()
+    else:
+        run = FeaturedRun(
+            replicas,
+            features,
+            arrivals,
+            compile_deadlines(services),
+            chosen,
+            flows=compile_workflows(services, plan),
+            has_instances=flows,
+            fails=any(not isinstance(change, PlanChange) for change in changes),
+            **kept,
+        )
+        Course(run, fleet, inventory, changes=changes, controller=controller, interval_s=interval_s).finish()
+    hosts = Hosts(
+        groups=tuple(group.planned for group in fleet.groups),
+        replicas=tuple((group.planned.id, replica.entry) for group, replica in fleet.replicas()),
     )
-    run.finish()
     return Evaluation(
-        summary=summary_of(run, plan, services),
+        summary=summary_of(run, hosts, services, fleet.gpu_seconds),
         mode="event",
         settings=chosen,
-        log=_log(run, plan, services, trace) if keep_requests else None,
+        log=_log(run, hosts, services, trace) if keep_requests else None,
         streams=stream_summaries(run, services) if keep_requests else (),
-        timeline=None if timeline_s is None else timeline_of(run, plan, services),
+        timeline=None if timeline_s is None else timeline_of(run, hosts, services),
     )
 
 
@@ -141,9 +182,9 @@ def _check(trace: RequestTrace, settings: Settings, timeline_s: float | None, *,
         raise InvalidInput.of(expected, where="evaluate", field="timeline_s", found=timeline_s)
 
 
-def _log(run: Run, plan: Plan, services: Services, trace: RequestTrace) -> RequestLog:
-    entries = [(group.id, entry) for group in plan.groups for entry in group.loadout]
+def _log(run: Run, hosts: Hosts, services: Services, trace: RequestTrace) -> RequestLog:
     world = run.world
+    ttft_s, tpot_s = run.token_times() if isinstance(run, FeaturedRun) else (None, None)
     return RequestLog(
         arrivals=run.arrivals,
         offered=run.offered(),
@@ -152,7 +193,9 @@ def _log(run: Run, plan: Plan, services: Services, trace: RequestTrace) -> Reque
         code=world.array("log_code"),
         replica=world.array("log_replica"),
         batch=world.array("log_batch"),
-        groups=tuple(group for group, _ in entries),
-        variants=tuple(entry.variant for _, entry in entries),
-        accuracy=tuple(services.service(entry.service).accuracy_of(entry.variant) for _, entry in entries),
+        groups=tuple(group for group, _ in hosts.replicas),
+        variants=tuple(entry.variant for _, entry in hosts.replicas),
+        accuracy=tuple(accuracies(hosts, services)),
+        ttft_s=ttft_s,
+        tpot_s=tpot_s,
     )

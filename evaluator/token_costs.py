@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
 from plans.cluster import Cluster
 from plans.plan import Group, LoadoutEntry
@@ -16,7 +15,7 @@ from profiles.curve import isotonic
 from profiles.document import Profile, Row
 from profiles.library import ProfileLibrary
 
-__all__ = ["UNLIMITED_TOKENS", "CostArrays", "TokenCosts", "cost_arrays", "token_costs", "token_costs_of"]
+__all__ = ["UNLIMITED_TOKENS", "TokenCosts", "token_costs", "token_costs_of"]
 
 UNLIMITED_TOKENS = 2**62
 """KV limit in the arrays where there is none."""
@@ -29,7 +28,7 @@ class TokenCosts:
     Attributes:
         prefill_tokens: Numbers of prompt tokens that are known, rising; shape (point,).
         prefill_s: Seconds that an iteration over so many takes, never falling; shape (point,).
-        decode_s: Seconds of a decode of b sequences without their context, in entry b - 1; shape (max_batch,).
+        decode_s: Seconds of a decode of b sequences without their context, in entry b - 1.
         decode_token_s: Seconds that each token of context adds to a decode.
         kv_limit_tokens: Tokens of context that memory holds, or None without limit.
     """
@@ -41,36 +40,22 @@ class TokenCosts:
     kv_limit_tokens: int | None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CostArrays:
-    """Costs of all replicas.
+def token_costs(profile: Profile, group: Group, entry: LoadoutEntry, most_running: int) -> TokenCosts | None:
+    """Return the costs of ``entry`` on ``group``, or None where the profile has no rows of both phases for it.
 
-    Attributes:
-        points: Shape (replica,): points of prefill that are known.
-        prefill_tokens: Shape (replica, most points).
-        prefill_s: Shape (replica, most points).
-        decode_s: Shape (replica, largest batch).
-        decode_token_s: Shape (replica,).
-        kv_limit_tokens: Shape (replica,).
+    Args:
+        profile: Of the entry's variant on the group's GPU type.
+        group: Its parallelism.
+        entry: Its memory.
+        most_running: Sequences that may run together, now or by an earlier plan.
     """
-
-    points: NDArray[np.int64]
-    prefill_tokens: NDArray[np.float64]
-    prefill_s: NDArray[np.float64]
-    decode_s: NDArray[np.float64]
-    decode_token_s: NDArray[np.float64]
-    kv_limit_tokens: NDArray[np.int64]
-
-
-def token_costs(profile: Profile, group: Group, entry: LoadoutEntry) -> TokenCosts | None:
-    """Return the costs of ``entry`` on ``group``, or None where the profile has no rows of both phases for it."""
     rows = [row for row in profile.rows if (row.tp, row.pp) == (group.tp, group.pp) and row.input_tokens is not None]
     prefill = _least_concurrent([row for row in rows if row.phase == "prefill"])
     decode = _least_concurrent([row for row in rows if row.phase == "decode"])
     if not prefill or not decode:
         return None
     tokens, prefill_s = _prefill_points(prefill)
-    decode_s, decode_token_s = _decode_fit(decode, entry.max_batch)
+    decode_s, decode_token_s = _decode_fit(decode, most_running)
     limit = None
     if profile.kv_bytes_per_token is not None:
         limit = max(0, sum(entry.memory_bytes) - entry.weight_bytes) // profile.kv_bytes_per_token
@@ -84,36 +69,22 @@ def token_costs(profile: Profile, group: Group, entry: LoadoutEntry) -> TokenCos
 
 
 def token_costs_of(
-    group: Group, entry: LoadoutEntry, services: Services, cluster: Cluster | None, profiles: ProfileLibrary | None
+    group: Group,
+    entry: LoadoutEntry,
+    services: Services,
+    cluster: Cluster | None,
+    profiles: ProfileLibrary | None,
+    *,
+    most_running: int | None = None,
 ) -> TokenCosts | None:
-    """Return the costs of ``entry`` on ``group`` as far as profiles and the cluster (for the GPU type) tell them."""
+    """Return the costs of ``entry`` on ``group`` as far as profiles and the cluster (for the GPU type) tell them.
+
+    ``most_running`` is the entry's largest batch where it is left out.
+    """
     if cluster is None or profiles is None or not isinstance(services.service(entry.service), GenerationService):
         return None
     profile = profiles.profile(entry.variant, cluster.node(group.node).gpus.type)
-    return None if profile is None else token_costs(profile, group, entry)
-
-
-def cost_arrays(costs: Sequence[TokenCosts]) -> CostArrays:
-    """Return the arrays of ``costs``, one entry per replica."""
-    most_points = max((len(each.prefill_s) for each in costs), default=1)
-    largest = max((len(each.decode_s) for each in costs), default=1)
-    arrays = CostArrays(
-        points=np.zeros(len(costs), dtype=np.int64),
-        prefill_tokens=np.zeros((len(costs), most_points)),
-        prefill_s=np.zeros((len(costs), most_points)),
-        decode_s=np.zeros((len(costs), largest)),
-        decode_token_s=np.zeros(len(costs)),
-        kv_limit_tokens=np.full(len(costs), UNLIMITED_TOKENS, dtype=np.int64),
-    )
-    for replica, each in enumerate(costs):
-        arrays.points[replica] = len(each.prefill_s)
-        arrays.prefill_tokens[replica, : len(each.prefill_s)] = each.prefill_tokens
-        arrays.prefill_s[replica, : len(each.prefill_s)] = each.prefill_s
-        arrays.decode_s[replica, : len(each.decode_s)] = each.decode_s
-        arrays.decode_token_s[replica] = each.decode_token_s
-        if each.kv_limit_tokens is not None:
-            arrays.kv_limit_tokens[replica] = each.kv_limit_tokens
-    return arrays
+    return None if profile is None else token_costs(profile, group, entry, most_running or entry.max_batch)
 
 
 def _least_concurrent(rows: list[Row]) -> list[Row]:
@@ -134,7 +105,7 @@ def _prefill_points(rows: list[Row]) -> tuple[tuple[float, ...], tuple[float, ..
     return tokens, isotonic([sum(found[t]) / len(found[t]) for t in tokens], [len(found[t]) for t in tokens])
 
 
-def _decode_fit(rows: list[Row], max_batch: int) -> tuple[tuple[float, ...], float]:
+def _decode_fit(rows: list[Row], most_running: int) -> tuple[tuple[float, ...], float]:
     """Fit ``decode_s[b] + decode_token_s * context``: one slope for all batches, an intercept for each, none negative.
 
     The slope is the pooled within-batch least-squares slope (fixed effects), cut to where the first intercept would
@@ -152,7 +123,7 @@ def _decode_fit(rows: list[Row], max_batch: int) -> tuple[tuple[float, ...], flo
     intercepts = isotonic(
         [max(0.0, float(centres[b][1] - slope * centres[b][0])) for b in batches], [len(by_batch[b]) for b in batches]
     )
-    return tuple(_on_grid(batches, intercepts, b) for b in range(1, max_batch + 1)), slope
+    return tuple(_on_grid(batches, intercepts, b) for b in range(1, most_running + 1)), slope
 
 
 def _on_grid(points: Sequence[float], values: Sequence[float], at: float) -> float:

@@ -29,7 +29,7 @@ def profile(*rows, **fields):
 
 def costs(*rows, max_batch=4, **fields):
     one = entry("chat", max_batch=max_batch, stage_latency_s=((0.1,),) * max_batch)
-    return token_costs(profile(*rows, **fields), group("node-0", (0,), [one]), one)
+    return token_costs(profile(*rows, **fields), group("node-0", (0,), [one]), one, max_batch)
 
 
 DECODE = row("decode", 1, 100, 0.01)
