@@ -3,9 +3,9 @@
 A loadout is a set of options of different services that fit a group's memory on every stage and do not block each
 other; the group's compute goes to them by value per share, each up to its cap, so at most one is filled in part. Value
 is linear: so much per share of compute, and a fixed amount (negative: a price) for running at all. That is a knapsack
-with two resources and a choice per service (docs/formulation.md, section 9). It is solved by depth-first branch and bound
-over the options in order of value per share, in which filling compute greedily is optimal. The bound of a node is the least
-over a fixed set of multipliers (mu, lambda) of
+with two resources and a choice per service (docs/formulation.md, section 9). It is solved by depth-first branch and
+bound over the options in order of value per share, in which filling compute greedily is optimal. The bound of a node is
+the least over a fixed set of multipliers (mu, lambda) of
 
     value so far + mu (memory left) + lambda (compute left) + sum over services of their best gain at (mu, lambda),
 
@@ -27,6 +27,12 @@ __all__ = ["ClassOptions", "Priced", "best_loadout"]
 _DEEPEST = 512
 """Most options of one loadout that are considered."""
 
+_Gains = tuple[Floats, Floats, Floats]
+"""Value per share, value of running, cap."""
+
+_Limits = tuple[Floats, Floats, Floats, Integers, int]
+"""Memory, charged hold, slack, service, number of services."""
+
 _RATIOS = (0.0, 0.4, 0.8, 1.0, 1.25, 2.0, 5.0)
 """Multipliers of the bound, relative to those that are best at the root."""
 
@@ -42,8 +48,8 @@ class ClassOptions:
         cap: Shape (option,): compute share that serves the whole demand, at most 1.
         hold_s: Shape (option,): charged hold, that is f h of (3.3).
         slack_s: Shape (option,).
-        least: Shape (option,): compute share that it must have where it runs. Loadouts keep this; the bound does not
-            count with it, and holds all the same.
+        least: Shape (option,): compute share that it must have where it runs. The search does not count with it, so
+            value and bound are those of a relaxation; the shares are then lifted to it.
     """
 
     options: Integers
@@ -109,22 +115,69 @@ def best_loadout(
     if not len(items):
         return Priced(chosen=items, share=np.zeros(0), value=0.0, bound=max(floor, 0.0))
     order = items[np.lexsort((items, -np.maximum(value[items], 0.0)))]
-    _, service = np.unique(of.service[order], return_inverse=True)
-    chosen, share, found, bound = _search(
-        np.maximum(value[order], 0.0),
-        fixed[order],
-        caps[order],
-        of.memory[order],
-        of.hold_s[order],
-        of.slack_s[order],
-        of.least[order],
-        service.astype(np.int64),
-        floor,
-        tolerance,
-        node_limit,
-        np.array(_RATIOS),
+    _, number = np.unique(of.service[order], return_inverse=True)
+    service, services = number.astype(np.int64), int(number.max()) + 1
+    memory = np.ascontiguousarray(of.memory[order])
+    mean_memory = np.ascontiguousarray(memory.mean(axis=1))
+    gains: _Gains = (np.maximum(value[order], 0.0), fixed[order], np.where(value[order] > 0, caps[order], 0.0))
+    limits: _Limits = (memory, of.hold_s[order], of.slack_s[order], service, services)
+    mu, price = _multipliers(gains, mean_memory, service, services)
+    mus, prices = _around(mu, price)
+    sums = _suffixes(gains, mean_memory, service, services, mus, prices)
+    start, best = _first_loadout(gains, limits, mean_memory, mus, prices)
+    inside, found, bound = _search(
+        gains, limits, mus, prices, sums, start, best, float(floor), float(tolerance), int(node_limit)
     )
-    return Priced(chosen=order[chosen], share=share, value=found, bound=max(bound, found, floor))
+    chosen = np.flatnonzero(inside)
+    amounts = gains[2][chosen]
+    share = np.minimum(amounts, np.maximum(1.0 - (np.cumsum(amounts) - amounts), 0.0))
+    return Priced(
+        chosen=order[chosen],
+        share=_lifted(share, of.least[order[chosen]]),
+        value=float(found),
+        bound=max(float(bound), float(found), floor),
+    )
+
+
+def _lifted(share: Floats, least: Floats) -> Floats:
+    """Return ``share`` with at least ``least`` each; what that takes beyond the whole comes off the last that can."""
+    lifted = np.maximum(share, least)
+    over = float(lifted.sum()) - 1.0
+    for index in range(len(lifted) - 1, -1, -1):
+        if over <= 0:
+            break
+        cut = min(over, float(lifted[index] - least[index]))
+        lifted[index] -= cut
+        over -= cut
+    return lifted
+
+
+def _around(mu: float, price: float) -> tuple[Floats, Floats]:
+    """Return the pairs of multipliers that nodes are bounded with: the best at the root first."""
+    least = 1e-3 * (mu + price)
+    grid = [(max(mu, least) * i, max(price, least) * j) for i in _RATIOS for j in _RATIOS]
+    grid[0] = (mu, price)
+    pairs = np.array(grid)
+    return np.ascontiguousarray(pairs[:, 0]), np.ascontiguousarray(pairs[:, 1])
+
+
+def _first_loadout(
+    gains: _Gains,
+    limits: _Limits,
+    mean_memory: Floats,
+    mus: Floats,
+    prices: Floats,
+) -> tuple[NDArray[np.bool_], float]:
+    """Return the best of a few greedy loadouts: by gain at several multipliers, and by value per share."""
+    value, fixed, cap = gains
+    count = len(_RATIOS)
+    orders = [np.arange(len(value))]
+    for k in (0, 3 * count + 3, count + 3, 5 * count + 3, 2 * count + 5):
+        gain = np.maximum(value - prices[k], 0.0) * cap + fixed - mus[k] * mean_memory
+        orders.append(np.argsort(-gain, kind="stable"))
+    loadouts = [_greedy(order, gains, limits) for order in orders]
+    inside, total = max(loadouts, key=lambda loadout: float(loadout[1]))
+    return inside, float(total)
 
 
 @numba.njit(cache=True)
@@ -154,8 +207,9 @@ def _best_price(value, fixed, cap, mean_memory, service, services, mu, most):  #
 
 
 @numba.njit(cache=True)
-def _multipliers(value, fixed, cap, mean_memory, service, services):  # type: ignore[no-untyped-def]
+def _multipliers(gains, mean_memory, service, services):  # type: ignore[no-untyped-def]
     """Return the (mu, price) that about minimise the Lagrangian at the root."""
+    value, fixed, cap = gains
     most = value.max()
     total = (value * cap + fixed).max() * 4.0 + most
     low, high = 0.0, total
@@ -190,8 +244,9 @@ def _multipliers(value, fixed, cap, mean_memory, service, services):  # type: ig
 
 
 @numba.njit(cache=True)
-def _suffixes(value, fixed, cap, mean_memory, service, services, mus, prices):  # type: ignore[no-untyped-def]
+def _suffixes(gains, mean_memory, service, services, mus, prices):  # type: ignore[no-untyped-def]
     """Return, per pair of multipliers and position, the best gains of the services among the options from there on."""
+    value, fixed, cap = gains
     count = len(value)
     sums = np.zeros((count + 1, len(mus)))
     best = np.zeros((services, len(mus)))
@@ -218,8 +273,10 @@ def _fits(item, memory, used, service, taken, hold_s, slack_s, longest_s, least_
 
 
 @numba.njit(cache=True)
-def _greedy(order, value, fixed, cap, memory, hold_s, slack_s, least, service, services):  # type: ignore[no-untyped-def]
+def _greedy(order, gains, limits):  # type: ignore[no-untyped-def]
     """Take options in ``order`` as far as they fit; return which, with compute then given by value per share."""
+    value, fixed, cap = gains
+    memory, hold_s, slack_s, service, services = limits
     taken = np.zeros(services, dtype=np.bool_)
     used = np.zeros(memory.shape[1])
     inside = np.zeros(len(value), dtype=np.bool_)
@@ -239,7 +296,7 @@ def _greedy(order, value, fixed, cap, memory, hold_s, slack_s, least, service, s
     for item in range(len(value)):
         if inside[item]:
             given = min(left, cap[item])
-            if given < least[item] or value[item] * given + fixed[item] <= 0.0:
+            if value[item] * given + fixed[item] <= 0.0:
                 inside[item] = False
             else:
                 left -= given
@@ -248,38 +305,15 @@ def _greedy(order, value, fixed, cap, memory, hold_s, slack_s, least, service, s
 
 
 @numba.njit(cache=True)
-def _search(  # type: ignore[no-untyped-def]  # noqa: C901 - one loop; calls across jitted functions copy its state
-    value, fixed, cap, memory, hold_s, slack_s, least, service, floor, tolerance, node_limit, ratios
+def _search(  # type: ignore[no-untyped-def]
+    gains, limits, mus, prices, sums, start, best, floor, tolerance, node_limit
 ):
-    """Branch and bound; see the module. Returns what was chosen, the shares, the value and the bound."""
+    """Branch and bound from the loadout ``start`` of value ``best``; return what is inside, its value and the bound."""
+    value, fixed, cap = gains
+    memory, hold_s, slack_s, service, services = limits
     count, stages = memory.shape
-    services = service.max() + 1
-    mean_memory = memory.sum(axis=1) / stages
-    mu, price = _multipliers(value, fixed, cap, mean_memory, service, services)
-    scale = mu + price
-    mus = np.zeros(len(ratios) * len(ratios))
-    prices = np.zeros(len(ratios) * len(ratios))
-    for i in range(len(ratios)):
-        for j in range(len(ratios)):
-            mus[i * len(ratios) + j] = max(mu, 1e-3 * scale) * ratios[i]
-            prices[i * len(ratios) + j] = max(price, 1e-3 * scale) * ratios[j]
-    # The exact pair is always among them.
-    mus[0], prices[0] = mu, price
-    sums = _suffixes(value, fixed, cap, mean_memory, service, services, mus, prices)
-
-    best_value = 0.0
-    best_inside = np.zeros(count, dtype=np.bool_)
-    for k in (0, len(ratios) * 3 + 3, len(ratios) * 1 + 3, len(ratios) * 5 + 3, len(ratios) * 2 + 5):
-        gain = np.maximum(value - prices[k], 0.0) * cap + fixed - mus[k] * mean_memory
-        inside, total = _greedy(
-            np.argsort(-gain, kind="mergesort"), value, fixed, cap, memory, hold_s, slack_s, least, service, services
-        )
-        if total > best_value:
-            best_value, best_inside = total, inside
-    inside, total = _greedy(np.arange(count), value, fixed, cap, memory, hold_s, slack_s, least, service, services)
-    if total > best_value:
-        best_value, best_inside = total, inside
-
+    best_value = best
+    best_inside = start.copy()
     taken = np.zeros(services, dtype=np.bool_)
     used = np.zeros((_DEEPEST + 1, stages))
     left = np.ones(_DEEPEST + 1)
@@ -292,7 +326,9 @@ def _search(  # type: ignore[no-untyped-def]  # noqa: C901 - one loop; calls acr
     stopped = False
     while depth >= 0:
         item = position[depth]
-        room = 1.0 - used[depth].sum() / stages
+        room = 1.0
+        for stage in range(stages):
+            room -= used[depth, stage] / stages
         ub = np.inf
         for k in range(len(mus)):
             ub = min(ub, mus[k] * room + prices[k] * left[depth] + sums[item, k])
@@ -313,7 +349,7 @@ def _search(  # type: ignore[no-untyped-def]  # noqa: C901 - one loop; calls acr
             continue
         given = min(left[depth], cap[item])
         gain = value[item] * given + fixed[item]
-        if gain <= 0.0 or given < least[item]:
+        if gain <= 0.0:
             continue
         chosen[depth] = item
         taken[service[item]] = True
@@ -329,10 +365,4 @@ def _search(  # type: ignore[no-untyped-def]  # noqa: C901 - one loop; calls acr
             best_inside[:] = False
             for level in range(depth):
                 best_inside[chosen[level]] = True
-    result = np.flatnonzero(best_inside)
-    share = np.zeros(len(result))
-    free = 1.0
-    for index in range(len(result)):
-        share[index] = min(free, cap[result[index]])
-        free -= share[index]
-    return result, share, best_value, max(best_value, pruned)
+    return best_inside, best_value, max(best_value, pruned)
