@@ -20,6 +20,7 @@ from executor.lease import LeaseTiming, holding, new_holder
 from executor.rollout import ApplyTimeouts, Progress, ProgressEvent, Rollout, TakenBack
 from executor.state import ReplicaKey
 from executor.tls import Dialer
+from executor.tracing import start_tracing
 from plans.cluster import Cluster
 from plans.errors import ApplyRolledBack, RemoteFailure, StalePlan
 from plans.plan import Plan, Prior
@@ -135,7 +136,12 @@ async def apply(
                 return NoChanges(generation=generation, placement_digest=plan.placement_digest)
         found = standing.left_over if isinstance(standing, InForce) else ()
         generation = standing.generation if isinstance(standing, Fresh) else live.last_generation + 1
-        rollout = Rollout(plan, cluster, connection, generation=generation, timeouts=limits, progress=progress)
+        spans = start_tracing("foreplan-controller")
+        held.callback(spans.close)
+        held.enter_context(spans.span("apply", generation=generation, placement_digest=plan.placement_digest))
+        rollout = Rollout(
+            plan, cluster, connection, generation=generation, timeouts=limits, progress=progress, spans=spans
+        )
         if dry_run:
             await rollout.validate()
             return WouldApply(

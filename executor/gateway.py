@@ -33,6 +33,7 @@ from executor.roles import Guard, Role
 from executor.state import GatewayState
 from executor.state_folder import locked_folder, made_folder
 from executor.tls import Credentials, Dialer, TlsFiles, check_transport
+from executor.tracing import Spans, start_tracing
 
 __all__ = ["GatewayConfig", "running_gateway", "serve_gateway"]
 
@@ -145,7 +146,9 @@ class _Process:
             dialer=Dialer(credentials),
             on_change=self._changed.set,
         )
-        self._door = InferenceFrontDoor(self.switchboard, max_in_flight=config.max_in_flight)
+        self._spans = start_tracing("foreplan-gateway")
+        recorded = self._spans if isinstance(self._spans, Spans) else None  # a span around nothing costs too
+        self._door = InferenceFrontDoor(self.switchboard, max_in_flight=config.max_in_flight, spans=recorded)
         self._family = (
             Family(member, self.switchboard, self._state, max_message_bytes=config.max_message_bytes)
             if member
@@ -202,6 +205,7 @@ class _Process:
                 await self.server.stop(self._config.grace_s)
                 await beside.aclose()
                 await self.switchboard.close(0.0)
+                self._spans.close()
 
     def _http_servers(self) -> list[tuple[str, contextlib.AbstractAsyncContextManager[int]]]:
         config, member = self._config, self._member

@@ -17,8 +17,9 @@ from executor.gateway_peer import INFERENCE, Peer
 from executor.gateway_switchboard import Switchboard
 from executor.infer_header import LONGEST_DEADLINE_S, InferHeader, read_infer_header, small_fields
 from executor.proto import open_inference_pb2 as messages
-from executor.state import ServiceRoutes
+from executor.state import ServiceRoutes, Target
 from executor.statistics import add_statistics
+from executor.tracing import NoSpans
 from plans.errors import InvalidInput
 
 __all__ = ["InferenceFrontDoor"]
@@ -31,7 +32,8 @@ _Code = grpc.StatusCode
 class InferenceFrontDoor:
     """Answers ``inference.GRPCInferenceService``."""
 
-    def __init__(self, switchboard: Switchboard, *, max_in_flight: int = 8192) -> None:
+    def __init__(self, switchboard: Switchboard, *, max_in_flight: int = 8192, spans: NoSpans | None = None) -> None:
+        self._spans = spans
         self.metrics = GatewayMetrics()
         self._max_in_flight = max_in_flight
         self._switchboard = switchboard
@@ -149,6 +151,14 @@ class InferenceFrontDoor:
         answers = await asyncio.gather(*(peer.call("ModelStatistics", ask, "", timeout_s) for peer in peers))
         return add_statistics(names, [messages.ModelStatisticsResponse.FromString(answer) for answer in answers])
 
+    async def _sent(
+        self, send: _Send, peer: Peer, request: bytes, service: str, target: Target, remaining_s: float
+    ) -> bytes:
+        if self._spans is None:
+            return await send(peer, request, target.group, remaining_s)
+        with self._spans.span("gateway.forward", service=service, group=target.group, request_bytes=len(request)):
+            return await send(peer, request, target.group, remaining_s)
+
     def _header(self, request: bytes) -> InferHeader:
         """Return what the gateway must know of a request; the same small fields are read once only."""
         small = small_fields(request)
@@ -182,7 +192,7 @@ class InferenceFrontDoor:
             if failed is not None:
                 self.metrics.retried(service)
             try:
-                return await send(peer, request, target.group, remaining_s)
+                return await self._sent(send, peer, request, service, target, remaining_s)
             except CallFailed as error:
                 failed = error
                 if error.code is not _Code.UNAVAILABLE:

@@ -11,6 +11,7 @@ from executor.apply_plan import Live, left_over
 from executor.assignment import desired_state, routing_table
 from executor.cluster_connection import ClusterConnection, gather
 from executor.state import AgentState, DesiredState, ReplicaKey
+from executor.tracing import NoSpans
 from plans.cluster import Cluster
 from plans.errors import Fault, InvalidInput, RemoteFailure
 from plans.plan import Plan
@@ -91,8 +92,10 @@ class Rollout:
         generation: int,
         timeouts: ApplyTimeouts,
         progress: Progress,
+        spans: NoSpans | None = None,
     ) -> None:
         self.generation = generation
+        self._spans = spans or NoSpans()
         self.deferred: dict[str, tuple[ReplicaKey, ...]] = {}
         self._plan = plan
         self._digest = plan.placement_digest
@@ -263,7 +266,8 @@ class Rollout:
     async def _tell(self, step: str, peer: str, call: Awaitable[_Answer]) -> _Answer:
         self._progress(ProgressEvent(step=step, peer=peer, outcome="begun"))
         try:
-            answer = await call
+            with self._spans.span(f"apply.{step}", peer=peer, generation=self.generation):
+                answer = await call
         except RemoteFailure as failure:
             self._progress(ProgressEvent(step=step, peer=peer, outcome="failed", detail=failure.problem))
             raise

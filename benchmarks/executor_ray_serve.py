@@ -1,0 +1,168 @@
+"""The same model, the same arrivals, the same cores: Foreplan's executor and Ray Serve, goodput at one SLO.
+
+bert-small-16 of the registry on the CPU (one thread), batches up to 8, Poisson arrivals at several rates, deadline ten
+times the latency of a batch of 1. Ray Serve gets one replica with ``@serve.batch`` (8, 10 ms) behind its own HTTP
+proxy; both are called by the same open-loop client over HTTP with the same bytes. Needs the extra ``ray``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+import time
+from typing import Any
+
+import aiohttp
+import numpy as np
+from executor_site import about, running_site
+
+from executor.runtime.torch_runtime import TorchRuntime
+from foreplan.demo.stage import free_ports
+from plans import Group, LoadoutEntry, Plan, Route, SolverReport
+
+MODEL, BATCH = "bert-small-16", 8
+SECONDS = float(sys.argv[1]) if len(sys.argv) > 1 else 12.0
+LOADS = (0.5, 0.8, 1.0, 1.3)
+
+
+def main() -> None:
+    """Measure both, and print."""
+    model = TorchRuntime(threads=1).load(MODEL, BATCH)
+    latency_s = [_latency_s(model, batch) for batch in range(1, BATCH + 1)]
+    latency_s = [max(latency_s[: batch + 1]) for batch in range(BATCH)]
+    capacity_rps = BATCH / latency_s[-1]
+    deadline_s = 10 * latency_s[0]
+    example = model.example(1)
+    del model
+    print(about())
+    print(
+        f"{MODEL}: batch 1 {latency_s[0] * 1e3:.1f} ms, batch {BATCH} {latency_s[-1] * 1e3:.1f} ms; "
+        f"deadline {deadline_s * 1e3:.0f} ms"
+    )
+    arrivals = {
+        load: np.cumsum(
+            np.random.default_rng(3).exponential(1 / (load * capacity_rps), int(load * capacity_rps * SECONDS))
+        )
+        for load in LOADS
+    }
+    ours = _foreplan(latency_s, deadline_s, example, arrivals)
+    theirs = _ray(deadline_s, example, arrivals)
+    for load in LOADS:
+        print(
+            f"{load:.1f} x capacity ({load * capacity_rps:.0f}/s): goodput Foreplan {ours[load]:.1f}/s, "
+            f"Ray Serve {theirs[load]:.1f}/s"
+        )
+    print(f"peak goodput: Foreplan {max(ours.values()):.1f}/s, Ray Serve {max(theirs.values()):.1f}/s")
+
+
+def _latency_s(model: Any, batch: int) -> float:
+    inputs = model.example(batch)
+    times = []
+    for _ in range(7):
+        start_s = time.perf_counter()
+        model.run(inputs)
+        times.append(time.perf_counter() - start_s)
+    return float(np.median(times))
+
+
+def _foreplan(latency_s: list[float], deadline_s: float, example: Any, arrivals: Any) -> dict[float, float]:
+    entry = LoadoutEntry(
+        service="m",
+        variant=MODEL,
+        max_batch=BATCH,
+        rate_rps=1.0,
+        memory_bytes=(2**28,),
+        deadline_s=deadline_s,
+        stage_latency_s=tuple((one,) for one in latency_s),
+    )
+    plan = Plan(
+        solver=SolverReport(name="by hand", status="feasible", objective=0, bound=0, gap=0, wall_s=0, seed=0),
+        groups=(Group(id="a/0", node="a", gpus=(0,), loadout=(entry,)),),
+        routes={"m": (Route(group="a/0", weight=1.0),)},
+    )
+    tensors = [
+        {
+            "name": name,
+            "datatype": "INT64",
+            "shape": list(array.shape),
+            "parameters": {"binary_data_size": array.nbytes},
+        }
+        for name, array in example.items()
+    ]
+    import json
+
+    header = json.dumps(
+        {"inputs": tensors, "parameters": {"deadline_ms": deadline_s * 1000, "binary_data_output": True}}
+    ).encode()
+    body = header + b"".join(array.tobytes() for array in example.values())
+    with running_site(devices=1, runtime="executor.runtime.group_runtime:TorchGroupRuntime") as site:
+        site.apply(plan)
+        url = f"http://{site.http}/v2/models/m/infer"
+        headers = {"Inference-Header-Content-Length": str(len(header))}
+        return {load: asyncio.run(_goodput(url, body, headers, due, deadline_s)) for load, due in arrivals.items()}
+
+
+def _ray(deadline_s: float, example: Any, arrivals: Any) -> dict[float, float]:
+    import ray
+    from ray import serve
+
+    (port,) = free_ports(1)
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    serve.start(http_options={"host": "127.0.0.1", "port": port})
+    name, dtype, shape = next((name, str(array.dtype), array.shape) for name, array in example.items())
+
+    @serve.deployment(num_replicas=1, max_ongoing_requests=256, ray_actor_options={"num_cpus": 1})
+    class Model:
+        def __init__(self) -> None:
+            self.model = TorchRuntime(threads=1).load(MODEL, BATCH)
+
+        @serve.batch(max_batch_size=BATCH, batch_wait_timeout_s=0.01)
+        async def run(self, bodies: list[bytes]) -> list[bytes]:
+            rows = [np.frombuffer(body, dtype).reshape(shape) for body in bodies]
+            outputs = next(iter(self.model.run({name: np.concatenate(rows)}).values()))
+            return [row.tobytes() for row in outputs]
+
+        async def __call__(self, request: Any) -> Any:
+            from starlette.responses import Response
+
+            return Response(await self.run(await request.body()))
+
+    serve.run(Model.bind())
+    url, body = f"http://127.0.0.1:{port}/", b"".join(array.tobytes() for array in example.values())
+    try:
+        return {load: asyncio.run(_goodput(url, body, {}, due, deadline_s)) for load, due in arrivals.items()}
+    finally:
+        serve.shutdown()
+        ray.shutdown()
+
+
+async def _goodput(url: str, body: bytes, headers: dict[str, str], due: Any, deadline_s: float) -> float:
+    """Send ``body`` at the times ``due``; return the answers within the deadline per second."""
+    good = 0
+    limit = aiohttp.ClientTimeout(total=5 * deadline_s)
+    async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0), timeout=limit) as session:
+
+        async def one(due_s: float) -> None:
+            nonlocal good
+            try:
+                async with session.post(url, data=body, headers=headers) as answer:
+                    await answer.read()
+                    good += answer.status == 200 and time.monotonic() <= due_s + deadline_s
+            except (TimeoutError, aiohttp.ClientError):
+                return
+
+        for _ in range(20):  # warm
+            await one(time.monotonic())
+        good = 0
+        start_s = time.monotonic()
+        async with asyncio.TaskGroup() as group:
+            for at in due:
+                wait_s = start_s + at - time.monotonic()
+                if wait_s > 0:
+                    await asyncio.sleep(wait_s)
+                group.create_task(one(start_s + at))
+    return good / SECONDS
+
+
+if __name__ == "__main__":
+    main()
