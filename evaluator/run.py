@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -62,6 +63,9 @@ class Run:
         keep_latencies: Whether to keep histograms of latency (45 kB per service).
         bin_s: Width of the timeline's bins, seconds; None: no timeline.
 
+    Raises:
+        ValueError: The arrays contradict each other; compiled code would not notice.
+
     Attributes:
         world: The state; compiled code reads and writes it.
     """
@@ -79,6 +83,7 @@ class Run:
         keep_latencies: bool = False,
         bin_s: float | None = None,
     ) -> None:
+        _check(replicas, arrivals, deadlines)
         self.arrivals = arrivals
         self.settings = settings
         self.world = World(self._DTYPE)
@@ -133,8 +138,8 @@ class Run:
     def _set_arrivals(self, arrivals: Arrivals) -> None:
         world = self.world
         world["request_count"] = len(arrivals.arrival_s)
-        world.attach("arrival_s", arrivals.arrival_s)
-        world.attach("code", arrivals.code)
+        world.attach("arrival_s", np.ascontiguousarray(arrivals.arrival_s))
+        world.attach("code", np.ascontiguousarray(arrivals.code))
         world.attach("service_of_code", arrivals.service_of_code)
         if arrivals.stream is not None:
             world.attach("stream_of", arrivals.stream)
@@ -237,6 +242,38 @@ def simulate_counts(
     run.finish()
     good: NDArray[np.int64] = run.world.array("counts")[:, GOOD].copy()
     return good
+
+
+def _check(replicas: Replicas, arrivals: Arrivals, deadlines: Deadlines) -> None:
+    """Refuse arrays that would make compiled code read or write beyond them, or never end."""
+    count, largest, most_stages = replicas.stage_s.shape
+    services, requests = len(deadlines.allowed_s), len(arrivals.arrival_s)
+    of_replicas = (replicas.group_of, replicas.service_of, replicas.max_batch, replicas.frames, replicas.weight)
+    sound = {
+        "one entry per replica": all(len(each) == count for each in of_replicas),
+        "replicas in the order of their groups": bool((np.diff(replicas.group_of) >= 0).all()),
+        "groups that exist": _within(replicas.group_of, len(replicas.stages)),
+        "services that exist": _within(replicas.service_of, services) and _within(arrivals.service_of_code, services),
+        "batches from 1 to the largest": _within(replicas.max_batch - 1, largest)
+        and bool((replicas.frames >= 1).all()),
+        "stages from 1 to the most": _within(replicas.stages - 1, most_stages),
+        "weights that are numbers": bool(np.isfinite(replicas.weight).all()),
+        "latencies from 0 on": bool((np.isfinite(replicas.stage_s) & (replicas.stage_s >= 0)).all()),
+        "one name per request": len(arrivals.code) == requests
+        and _within(arrivals.code, len(arrivals.service_of_code)),
+        "arrivals in order": requests == 0 or bool((arrivals.arrival_s[1:] >= arrivals.arrival_s[:-1]).all()),
+        "fewer than 2^31 requests": requests < 2**31,
+        "streams that exist": arrivals.stream is None
+        or (len(arrivals.stream) == requests and _within(arrivals.stream + 1, len(arrivals.stream_names) + 1)),
+        "tokens of every request": arrivals.output_tokens is None or len(arrivals.output_tokens) == requests,
+    }
+    if wrong := [expected for expected, fine in sound.items() if not fine]:
+        raise ValueError(f"arrays with {', '.join(wrong)}")
+
+
+def _within(values: NDArray[Any], limit: int) -> bool:
+    """Say whether all values are from 0 to ``limit`` - 1."""
+    return len(values) == 0 or (int(values.min()) >= 0 and int(values.max()) < limit)
 
 
 def _left_to_right_sum(stage_s: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -275,6 +275,23 @@ FEATURED_WORLD: Final = np.dtype([*_FIELDS, *EXTRA_FIELDS], align=True)
 """The same with generation, workflows and changes: compiled code for it is more."""
 
 
+_ITEMS: Final[dict[str, Any]] = {
+    "groups": GROUP,
+    "replicas": REPLICA,
+    "services": SERVICE,
+    "streams": STREAM,
+    "pool": SLOT,
+    "log_code": np.int8,
+    "log_batch": np.int16,
+    **dict.fromkeys(("service_of_code", "stream_of", "route_replica", "histogram", "log_replica"), np.int32),
+    **dict.fromkeys(("code", "counts", "timeline"), np.int64),
+    **dict.fromkeys(("arrival_s", "output_tokens", "head_key", "free_s", "stage_s", "total_s", "quantile"), np.float64),
+    **dict.fromkeys(("interference", "route_weight", "route_balance", "route_credit", "scratch"), np.float64),
+    **dict.fromkeys(("busy_s", "busy_timeline_s", "log_end_s"), np.float64),
+}
+"""What compiled code takes the items of an array for."""
+
+
 class World:
     """A run: the record that compiled code reads and writes, and the arrays that it points to.
 
@@ -292,8 +309,9 @@ class World:
 
     def attach(self, name: str, array: NDArray[Any]) -> None:
         """Let the field ``name`` point to ``array``, which is kept alive (an empty one counts as none)."""
-        if not array.flags.c_contiguous:
-            raise ValueError(f"{name}: an array in C order")
+        expected = np.dtype(_ITEMS.get(name, array.dtype))
+        if array.dtype != expected or not array.flags.c_contiguous:
+            raise ValueError(f"{name}: an array of {expected} in C order, found {array.dtype}")
         self._arrays[name] = array
         self.record[name] = array.ctypes.data if array.size else 0
 

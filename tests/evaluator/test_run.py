@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 
 import evaluator
 from evaluator import Run, Settings, kernel, run, simulate_counts
-from evaluator.state import DROPPED, GOOD, LATE
+from evaluator.state import DROPPED, GOOD, LATE, World
 from tests.evaluator.arrays import arrivals, deadlines, finished, replicas
 
 ALLOWED_S = (0.08, 0.2)
@@ -162,3 +163,49 @@ def test_the_cache_is_keyed_by_every_module_that_the_kernel_is_compiled_from():
         }
         open_ |= found - compiled
     assert compiled <= set(kernel._COMPILED)
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"group_of": np.array([1, 0], dtype=np.int32)}, "in the order of their groups"),
+        ({"service_of": np.array([0, 1], dtype=np.int32)}, "services that exist"),
+        ({"max_batch": np.array([0, 1], dtype=np.int32)}, "batches from 1"),
+        ({"max_batch": np.array([1, 2], dtype=np.int32)}, "batches from 1"),
+        ({"stages": np.array([1, 2], dtype=np.int32)}, "stages from 1"),
+        ({"stages": np.array([1], dtype=np.int32)}, "groups that exist"),
+        ({"weight": np.array([1.0])}, "one entry per replica"),
+        ({"weight": np.array([1.0, np.nan])}, "weights that are numbers"),
+        ({"stage_s": np.array([[[1.0]], [[np.nan]]])}, "latencies from 0 on"),
+    ],
+)
+def test_replicas_that_compiled_code_would_trip_over_are_refused(changes, expected):
+    hosts = replicas(np.ones((2, 1, 1)), group_of=(0, 1), service_of=(0, 0))
+    broken = dataclasses.replace(hosts, **changes)
+    with pytest.raises(ValueError, match=expected):
+        Run(broken, arrivals([0.0]), deadlines(1.0), Settings())
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"arrival_s": np.array([1.0, 0.0])}, "arrivals in order"),
+        ({"arrival_s": np.array([0.0, np.nan])}, "arrivals in order"),
+        ({"code": np.array([0, 1])}, "one name per request"),
+        ({"service_of_code": np.array([1], dtype=np.int32)}, "services that exist"),
+        ({"stream": np.array([0, -1], dtype=np.int32)}, "streams that exist"),
+        ({"output_tokens": np.ones(1)}, "tokens of every request"),
+    ],
+)
+def test_arrivals_that_compiled_code_would_trip_over_are_refused(changes, expected):
+    broken = dataclasses.replace(arrivals([0.0, 1.0]), **changes)
+    with pytest.raises(ValueError, match=expected):
+        Run(replicas(np.ones((1, 1, 1))), broken, deadlines(1.0), Settings())
+
+
+def test_an_array_of_another_type_is_refused():
+    world = World()
+    with pytest.raises(ValueError, match="code: an array of int64 in C order, found int32"):
+        world.attach("code", np.zeros(3, dtype=np.int32))
+    with pytest.raises(ValueError, match="C order"):
+        world.attach("free_s", np.zeros((3, 2)).T)
