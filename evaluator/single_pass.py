@@ -3,23 +3,24 @@
 The semantics are those of docs/evaluator.md, sections 4, 7 and 13. When a request arrives, everything that decides its
 fate is known: the clocks of the pipeline stages, reserved by what was accepted before. So it is routed, its finish is
 predicted by walking through the stages, and it is accepted when that is early enough and dropped otherwise.
-
-The kernels are compiled once per number of pipeline stages and routing policy, so that the walk is unrolled and no
-policy is asked for inside the loop.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
 from typing import Any, Literal, get_args
 
-import numba
 import numpy as np
 from numpy.typing import NDArray
 
-from plans import dispatch
+from evaluator.single_pass_kernel import (
+    EARLIEST_FREE,
+    LEAST_FINISH,
+    ROUND_ROBIN,
+    WEIGHTED,
+    racing_kernel,
+    recording_kernel,
+)
 from plans.errors import Fault, InvalidInput
 from plans.plan import Plan
 from plans.service import Services
@@ -42,15 +43,18 @@ SinglePassRouting = Literal["earliest-free", "least-finish", "weighted", "round-
 
 SINGLE_PASS_ROUTINGS: tuple[SinglePassRouting, ...] = get_args(SinglePassRouting)
 
-_EARLIEST_FREE, _LEAST_FINISH, _WEIGHTED, _ROUND_ROBIN = range(4)
+_POLICIES = {
+    "earliest-free": EARLIEST_FREE,
+    "least-finish": LEAST_FINISH,
+    "weighted": WEIGHTED,
+    "round-robin": ROUND_ROBIN,
+}
 _MOST_UNROLLED = 8
 """Pipelines longer than this run through a loop."""
 
 Floats = NDArray[np.float64]
 Integers = NDArray[np.int64]
 Indices = NDArray[np.int32]
-
-_next_replica = numba.njit(cache=True)(dispatch.next_replica)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -324,188 +328,4 @@ def _code(routing: str) -> int:
     if routing not in SINGLE_PASS_ROUTINGS:
         expected = f"one of {', '.join(SINGLE_PASS_ROUTINGS)} with a single pass"
         raise InvalidInput.of(expected, where="evaluate", field="routing", found=repr(routing))
-    return SINGLE_PASS_ROUTINGS.index(routing)
-
-
-@numba.njit(cache=True, inline="always")
-def _later(one_s: float, other_s: float) -> float:
-    return one_s if one_s > other_s else other_s  # noqa: FURB136 - numba's max also looks for NaN
-
-
-@numba.njit(cache=True, inline="always")
-def _walk(stages: int, entry_s: float, free_s: Floats, stage_s: Floats) -> float:
-    """Return when a request leaves the last stage: each begins when the one before is done and it is free."""
-    end_s = entry_s
-    for stage in range(stages):
-        end_s = _later(end_s, free_s[stage]) + stage_s[stage]
-    return end_s
-
-
-@numba.njit(cache=True, inline="always")
-def _choose(
-    policy: int,
-    stages: int,
-    s: int,
-    entry_s: float,
-    count: Indices,
-    group: Indices,
-    option: Indices,
-    weight: Floats,
-    stage_s: Floats,
-    free_s: Floats,
-    last_s: Floats,
-    credit: Floats,
-) -> int:
-    """Return the host of a request of service ``s``, by its position among the hosts; -1 without one."""
-    hosts = count[s]
-    chosen = -1
-    if policy == _WEIGHTED:
-        chosen = _next_replica(weight[s, :hosts], credit[s, :hosts])
-    elif policy == _ROUND_ROBIN:
-        if hosts > 0:
-            chosen = int(credit[s, 0])
-            credit[s, 0] = chosen + 1 if chosen + 1 < hosts else 0
-    elif policy == _EARLIEST_FREE:
-        earliest_s = np.inf
-        for host in range(hosts):
-            if last_s[group[s, host]] < earliest_s:
-                earliest_s = last_s[group[s, host]]
-                chosen = host
-    else:
-        least_s = np.inf
-        for host in range(hosts):
-            end_s = _walk(stages, entry_s, free_s[group[s, host]], stage_s[option[s, host]])
-            if end_s < least_s:
-                least_s = end_s
-                chosen = host
-    return chosen
-
-
-@cache
-def racing_kernel(stages: int, policy: int, plain: bool) -> Callable[..., int]:
-    """Return the kernel behind `race` and `count_good`.
-
-    Args:
-        stages: Pipeline stages, to unroll; 0 for as many as the table has.
-        policy: Position in `SINGLE_PASS_ROUTINGS`.
-        plain: Whether overhead, response and margin are 0, and need not be added to every request.
-    """
-
-    @numba.njit(cache=True, nogil=True)
-    def race_blocks(
-        arrival_s: Floats,
-        service: Indices,
-        first: Integers,
-        start: int,
-        count: Indices,
-        group: Indices,
-        option: Indices,
-        weight: Floats,
-        stage_s: Floats,
-        deadline_s: Floats,
-        groups: int,
-        overhead_s: float,
-        response_s: float,
-        margin_s: float,
-        value: Floats,
-        rival: Floats,
-        needed: float,
-        least: int,
-        values: Floats,
-        good: Integers,
-    ) -> int:
-        unrolled = stages if stages > 0 else stage_s.shape[1]
-        blocks = len(first) - 1
-        before = total = squares = 0.0
-        free_s = np.zeros((groups, stage_s.shape[1]))
-        last_s = np.zeros(groups)
-        credit = np.zeros(weight.shape)
-        for ran in range(1, blocks + 1):
-            b = (start + ran - 1) % blocks
-            free_s[:] = 0.0
-            last_s[:] = 0.0
-            credit[:] = 0.0
-            for i in range(first[b], first[b + 1]):
-                s = service[i]
-                entry_s = arrival_s[i] if plain else arrival_s[i] + overhead_s
-                host = _choose(
-                    policy, unrolled, s, entry_s, count, group, option, weight, stage_s, free_s, last_s, credit
-                )
-                if host < 0:
-                    continue
-                g, o = group[s, host], option[s, host]
-                end_s = _walk(unrolled, entry_s, free_s[g], stage_s[o])
-                finish_s = end_s if plain else end_s + response_s + margin_s
-                if finish_s <= arrival_s[i] + deadline_s[s]:
-                    good[s, host] += 1
-                    end_s = entry_s
-                    for stage in range(unrolled):
-                        end_s = _later(end_s, free_s[g, stage]) + stage_s[o, stage]
-                        free_s[g, stage] = end_s
-                    last_s[g] = end_s
-            upto = 0.0
-            for s in range(len(count)):
-                for host in range(count[s]):
-                    upto += good[s, host] * value[option[s, host]]
-            values[b] = upto - before
-            before = upto
-            gain = values[b] - rival[b]
-            total += gain
-            squares += gain * gain
-            if least <= ran < blocks:
-                mean = total / ran
-                error = np.sqrt(max(squares / ran - mean * mean, 0.0) / max(ran - 1, 1))
-                if mean + 2.0 * error < needed:
-                    return ran
-        return blocks
-
-    return race_blocks
-
-
-@cache
-def recording_kernel(stages: int, policy: int) -> Callable[..., None]:
-    """Return the kernel behind `run_single_pass`; arguments as for `racing_kernel`."""
-
-    @numba.njit(cache=True, nogil=True)
-    def record(
-        arrival_s: Floats,
-        service: Indices,
-        count: Indices,
-        group: Indices,
-        option: Indices,
-        weight: Floats,
-        stage_s: Floats,
-        deadline_s: Floats,
-        groups: int,
-        overhead_s: float,
-        response_s: float,
-        margin_s: float,
-        accepted: NDArray[np.bool_],
-        finish_s: Floats,
-        chosen: Indices,
-        busy_s: Floats,
-    ) -> None:
-        unrolled = stages if stages > 0 else stage_s.shape[1]
-        free_s = np.zeros((groups, stage_s.shape[1]))
-        last_s = np.zeros(groups)
-        credit = np.zeros(weight.shape)
-        for i in range(len(arrival_s)):
-            s = service[i]
-            entry_s = arrival_s[i] + overhead_s
-            host = _choose(policy, unrolled, s, entry_s, count, group, option, weight, stage_s, free_s, last_s, credit)
-            chosen[i] = host
-            if host < 0:
-                continue
-            g, o = group[s, host], option[s, host]
-            end_s = _walk(unrolled, entry_s, free_s[g], stage_s[o])
-            finish_s[i] = end_s + response_s
-            if finish_s[i] + margin_s <= arrival_s[i] + deadline_s[s]:
-                accepted[i] = True
-                end_s = entry_s
-                for stage in range(unrolled):
-                    end_s = _later(end_s, free_s[g, stage]) + stage_s[o, stage]
-                    free_s[g, stage] = end_s
-                    busy_s[g, stage] += stage_s[o, stage]
-                last_s[g] = end_s
-
-    return record
+    return _POLICIES[routing]
