@@ -12,6 +12,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+from executor.runtime.protocol import OutOfDeviceMemory
 from foreplan import __version__
 from foreplan.device import Device, processor_name
 from foreplan.parallel_group import ParallelGroup
@@ -51,7 +52,7 @@ def measure(
 
     Raises:
         InvalidInput: A model is unknown, or an argument is out of range.
-        MemoryError: The device cannot hold a model even at the smallest batch.
+        OutOfDeviceMemory: The device cannot hold a model even at the smallest batch.
         RemoteFailure: The measuring process died.
     """
     grid = batches if isinstance(batches, Grid) else Grid(batches=tuple(batches))
@@ -88,7 +89,7 @@ def _receive(
             on_row(model, message)
         elif isinstance(message, str):
             return parse_document(message, Profile, where=f"profile of {model}")
-        elif isinstance(message, MemoryError):
+        elif isinstance(message, OutOfDeviceMemory):
             raise message
         else:
             raise InvalidInput(message)
@@ -118,7 +119,7 @@ def _child(
     except InvalidInput as error:
         connection.send(error.faults)
     except MemoryError as error:
-        connection.send(MemoryError(*error.args))
+        connection.send(OutOfDeviceMemory(*error.args))
     except KeyboardInterrupt:
         pass  # the parent says so
 

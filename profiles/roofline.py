@@ -75,6 +75,7 @@ class ModelCost:
         activation_bytes: Most bytes of other tensors that are alive at once.
         input_tokens: Tokens of each prompt, or of context where a step is decoded; None for models without tokens.
         phase: What was counted.
+        kv_bytes_per_token: Bytes of key-value cache of one token, or None for models that keep none.
     """
 
     batch: int
@@ -83,6 +84,7 @@ class ModelCost:
     activation_bytes: int
     input_tokens: int | None = None
     phase: Phase = "whole"
+    kv_bytes_per_token: int | None = None
 
     @property
     def flops(self) -> float:
@@ -183,7 +185,6 @@ def modelled_profile(
     rates: DeviceRates,
     *,
     meta: ProfileMeta | None = None,
-    kv_bytes_per_token: int | None = None,
 ) -> Profile:
     """Return a profile with source ``modelled``, a row for each of ``costs``.
 
@@ -215,5 +216,5 @@ def modelled_profile(
         meta=meta or ProfileMeta(),
         rows=tuple(rows),
         error_ratio=ROOFLINE_ERROR_RATIO,
-        kv_bytes_per_token=kv_bytes_per_token,
+        kv_bytes_per_token=costs[0].kv_bytes_per_token,
     )

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import cycle
 from pathlib import Path
 from typing import Any
@@ -26,20 +27,35 @@ from profiles.roofline import DeviceRates, Kind, ModelCost, Operation
 
 __all__ = ["count_cost", "count_costs", "measure_rates"]
 
+PROMPT_TOKENS = (128, 512, 2048)
+"""Lengths of prompts that prefill is counted at."""
+
+CONTEXT_TOKENS = (512, 2048, 8192)
+"""Lengths of context that decode steps are counted at."""
+
 _CONVOLUTIONS = {torch.ops.aten.convolution, torch.ops.aten._convolution}
 _FEW_CHANNELS = 4
 """Up to this many input channels per group, a convolution is bound by moving data, as a depthwise one is."""
 
 
 def count_costs(
-    variant: str, batches: Iterable[int], *, dtype: str = "fp32", model_dir: Path | None = None
+    variant: str,
+    batches: Iterable[int],
+    *,
+    dtype: str = "fp32",
+    model_dir: Path | None = None,
+    prompt_tokens: Sequence[int] = PROMPT_TOKENS,
+    context_tokens: Sequence[int] = CONTEXT_TOKENS,
 ) -> tuple[ModelCost, ...]:
     """Return what each of ``batches`` costs for a model of the registry or of ``model_dir``; nothing is computed.
 
+    A model that generates gives prefill at each of ``prompt_tokens`` and decode steps at each of ``context_tokens``, up
+    to the longest that it can hold; any other model gives whole requests.
+
     Raises:
         UnknownVariant: Neither the registry nor the folder has the model.
-        InvalidInput: The model's folder is damaged, ``dtype`` is unknown, or a batch is below 1.
-        NotImplementedError: The module looks at values, which tensors without data cannot give.
+        InvalidInput: The model's folder is damaged, ``dtype`` is unknown, a batch is below 1, or the module looks at
+            values, which tensors without data cannot give.
     """
     if dtype not in DTYPES:
         raise InvalidInput.of("one of " + ", ".join(DTYPES), field="dtype", found=repr(dtype))
@@ -48,7 +64,49 @@ def count_costs(
         raise InvalidInput.of("at least one batch, each at least 1", field="batches", found=grid)
     module, inputs = _meta_module(variant, model_dir)
     module = module.to(dtype=DTYPES[dtype]).eval().requires_grad_(False)
-    return tuple(count_cost(module, inputs, batch, DTYPES[dtype]) for batch in grid)
+    try:
+        if type(module).__name__.endswith("ForCausalLM"):
+            return tuple(_count_phases(module, grid, DTYPES[dtype], prompt_tokens, context_tokens))
+        return tuple(count_cost(module, inputs, batch, DTYPES[dtype]) for batch in grid)
+    except (RuntimeError, NotImplementedError) as error:
+        problem = str(error).splitlines()[0]
+        remedy = "measure it with `profile run`"
+        raise InvalidInput.of("a model that runs without data", where=variant, found=problem, remedy=remedy) from error
+
+
+def _count_phases(
+    module: Any, batches: Sequence[int], dtype: torch.dtype, prompts: Sequence[int], contexts: Sequence[int]
+) -> Iterator[ModelCost]:
+    config = module.config
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    kv_bytes = 2 * kv_heads * head * dtype.itemsize  # a key and a value, per layer and token
+    layers = config.num_hidden_layers
+    longest = config.max_position_embeddings
+    for batch in batches:
+        for tokens in sorted({min(count, longest) for count in prompts}):
+            cost = _with_kv(_count_tokens(module, batch, tokens, dtype), tokens, layers * kv_bytes)
+            yield replace(cost, phase="prefill", input_tokens=tokens)
+        step = _count_tokens(module, batch, 1, dtype)
+        for tokens in sorted({min(count, longest) for count in contexts}):
+            # What a step does with the context beside its own token: two products with the cache, which is read once.
+            flops = 4.0 * batch * tokens * config.num_attention_heads * head
+            attention = Operation(kind="matmul", flops=flops, bytes=float(batch * tokens * kv_bytes), count=layers)
+            cost = replace(step, operations=(*step.operations, attention), phase="decode", input_tokens=tokens)
+            yield _with_kv(cost, tokens, layers * kv_bytes)
+
+
+def _with_kv(cost: ModelCost, tokens: int, kv_bytes: int) -> ModelCost:
+    """Return ``cost`` with the cache of ``tokens`` for each sequence among what is alive."""
+    held = cost.activation_bytes + cost.batch * tokens * kv_bytes
+    return replace(cost, activation_bytes=held, kv_bytes_per_token=kv_bytes)
+
+
+def _count_tokens(module: torch.nn.Module, batch: int, tokens: int, dtype: torch.dtype) -> ModelCost:
+    # Given a whole mask, a model does not look into it for padding, which it could not do without data.
+    mask = torch.empty((batch, 1, tokens, tokens), dtype=dtype, device="meta")
+    ids = torch.empty((batch, tokens), dtype=torch.int64, device="meta")
+    return _count(module, {"input_ids": ids, "attention_mask": mask}, batch)
 
 
 def _meta_module(variant: str, model_dir: Path | None) -> tuple[torch.nn.Module, Sequence[TensorSpec]]:
@@ -69,6 +127,10 @@ def count_cost(module: torch.nn.Module, inputs: Sequence[TensorSpec], batch: int
     for spec in inputs:
         kind = dtype if spec.datatype.startswith("FP") else torch.int64
         given[spec.name] = torch.empty((batch, *spec.shape), dtype=kind, device="meta")
+    return _count(module, given, batch)
+
+
+def _count(module: torch.nn.Module, given: Mapping[str, torch.Tensor], batch: int) -> ModelCost:
     operations, live = _Operations(), LiveTensors()
     # Inference mode would hide what composite operations are made of.
     with torch.no_grad(), live, operations:

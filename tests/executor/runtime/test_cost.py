@@ -7,6 +7,7 @@ import torch
 
 from executor.runtime.cost import count_cost, count_costs, measure_rates
 from executor.runtime.protocol import TensorSpec, UnknownVariant
+from executor.runtime.registry import Architecture
 from plans.errors import InvalidInput
 
 
@@ -75,3 +76,30 @@ def test_measured_rates_are_those_of_a_real_processor() -> None:
     assert rates.flops_per_s["depthwise"] < rates.flops_per_s["matmul"]
     assert rates.bytes_per_s <= rates.cache_bytes_per_s
     assert 0 < rates.operation_s < 0.1
+
+
+def test_a_model_that_generates_is_counted_by_phase() -> None:
+    costs = count_costs("llama-tiny", (1, 2), prompt_tokens=(16, 64), context_tokens=(64, 512, 10**6))
+    found = {(cost.phase, cost.batch, cost.input_tokens): cost for cost in costs}
+    assert {key[2] for key in found if key[0] == "prefill"} == {16, 64}
+    assert {key[2] for key in found if key[0] == "decode"} == {64, 512, 1024}  # what the model can hold
+    kv_bytes = costs[0].kv_bytes_per_token
+    assert kv_bytes == 4 * 2 * 2 * 32 * 4  # layers, key and value, heads, size of a head, bytes of a number
+    longer, shorter = found["decode", 2, 512], found["decode", 2, 64]
+    assert longer.bytes - shorter.bytes == 2 * (512 - 64) * kv_bytes
+    assert longer.activation_bytes - shorter.activation_bytes == 2 * (512 - 64) * kv_bytes
+    # All but attention is in proportion to the tokens.
+    assert 4 <= found["prefill", 1, 64].flops / found["prefill", 1, 16].flops < 5
+
+
+def test_a_model_that_looks_at_values_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Looking(Small):
+        def forward(self, image: torch.Tensor) -> torch.Tensor:
+            return image if image.sum().item() else super().forward(image)
+
+    looking = Architecture(
+        build=Looking, inputs=(TensorSpec("image", "FP32", (8, 5, 5)),), outputs=(), description="looks at its input"
+    )
+    monkeypatch.setattr("executor.runtime.cost.REGISTRY", {"looking": looking})
+    with pytest.raises(InvalidInput, match="profile run"):
+        count_costs("looking", (1,))
