@@ -96,7 +96,10 @@ def add_statistics(
             total.execution_count += one.execution_count
             total.last_inference = max(total.last_inference, one.last_inference)
             for name in ("success", "fail", "queue", "compute_input", "compute_infer", "compute_output"):
-                mine, theirs = getattr(total.inference_stats, name), getattr(one.inference_stats, name)
+                theirs = getattr(one.inference_stats, name)
+                if not theirs.count:
+                    continue
+                mine = getattr(total.inference_stats, name)
                 mine.count += theirs.count
                 mine.ns += theirs.ns
             for batch in one.batch_stats:
