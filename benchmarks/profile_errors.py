@@ -2,7 +2,7 @@
 
 Own profiles: six models, among them those of the examples, are measured here at eight batches. Each batch but the first
 and the last is predicted from the others; limits: median 3 %, 95th percentile 8 %. The same is shown with every second
-batch held out at once, which leaves gaps four times as wide as a doubling grid has.
+batch held out at once, which leaves gaps as wide as those of a grid that doubles.
 `--profiles DIR` takes documents that exist in place of measuring. Then Proteus' published table, if `--proteus FILE` or
 ../shared/data has it: every second batch held out, all of them counted; limit: median 5 %.
 MobileNetV2 at 6 batches is timed on the way, process start and model loads included; limit: 60 s.
