@@ -1,14 +1,14 @@
-"""``plan``, ``check``, ``show``, ``explain``, ``diff``, ``export``, ``schema``."""
+"""``plan``, ``check``, ``show``, ``diff``, ``schema``; with ``explain`` and ``export`` from their own modules."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
+from foreplan.cli import explain_commands, export_commands
 from foreplan.cli.command import EXIT_CHANGES, EXIT_INFEASIBLE, command
 from foreplan.cli.options import (
     ClusterFile,
@@ -22,67 +22,25 @@ from foreplan.cli.options import (
     read_demand,
 )
 from foreplan.cli.output import Output
+from foreplan.cli.plan_options import (
+    Attainment,
+    Blocking,
+    DropPenalty,
+    Headroom,
+    KeepAfterLoss,
+    Minimize,
+    Objective,
+    Quantile,
+    Solver,
+    Utility,
+    Window,
+)
 
 if TYPE_CHECKING:
-    from planner import Infeasible, NoPlanFound, Problem
+    from planner import Infeasible, NoPlanFound
     from plans.plan import Plan, Prediction
 
 __all__ = ["register"]
-
-
-class Solver(StrEnum):
-    """A solver for the ILP."""
-
-    highs = "highs"
-    scip = "scip"
-    cbc = "cbc"
-
-
-class Blocking(StrEnum):
-    """How long another service's batch is assumed to hold a shared group."""
-
-    strict = "strict"
-    expected = "expected"
-    none = "none"
-
-
-class Objective(StrEnum):
-    """What to maximise first."""
-
-    goodput = "goodput"
-    max_min = "max-min"
-    fair_sum = "fair-sum"
-    utility = "utility"
-
-
-class Utility(StrEnum):
-    """What a served share is worth."""
-
-    linear = "linear"
-    step = "step"
-    power = "power"
-
-
-class DropPenalty(StrEnum):
-    """What dropping costs of a utility."""
-
-    none = "none"
-    step = "step"
-    linear = "linear"
-
-
-class Minimize(StrEnum):
-    """What to minimise where an attainment is required."""
-
-    gpus = "gpus"
-    cost = "cost"
-
-
-class ModelFormat(StrEnum):
-    """How a model is written."""
-
-    lp = "lp"
-    mps = "mps"
 
 
 class SchemaKind(StrEnum):
@@ -95,29 +53,14 @@ class SchemaKind(StrEnum):
     demand = "demand"
 
 
-Window = Annotated[float, typer.Option("--window", help="Window of the rates taken from --trace, seconds.", min=0.001)]
-Quantile = Annotated[
-    float, typer.Option("--quantile", help="Quantile of the demand to plan for.", min=0.001, max=0.999)
-]
-
-
-Attainment = Annotated[
-    float | None, typer.Option("--attainment", help="Share of every rate that has to be served.", min=0.0, max=1.0)
-]
-KeepAfterLoss = Annotated[
-    float, typer.Option(help="Share of every rate that survives the loss of any one node.", min=0.0, max=1.0)
-]
-Headroom = Annotated[float, typer.Option(help="Share of GPU memory left free.", min=0, max=0.99)]
-
-
 def register(app: typer.Typer) -> None:
     """Add the commands to ``app``."""
     command(app, "plan")(make)
     command(app, "check")(check)
     command(app, "show")(show)
-    command(app, "explain")(explain)
+    explain_commands.register(app)
     command(app, "diff")(diff)
-    command(app, "export")(export)
+    export_commands.register(app)
     command(app, "schema")(schema)
 
 
@@ -366,130 +309,6 @@ def _print_plan(out: Output, plan: Plan) -> None:
         )
     for warning in plan.warnings:
         out.warn(warning)
-
-
-def explain(
-    out: Output,
-    cluster: ClusterFile,
-    services: ServicesFile,
-    profiles: ProfilesDir,
-    service: Annotated[str | None, typer.Argument(help="A service.")] = None,
-    plan: Annotated[Path | None, typer.Option("--plan", metavar="FILE", help="The plan to explain.")] = None,
-    infeasible: Annotated[
-        bool, typer.Option("--infeasible", help="Say why there is no plan, and what to relax least.")
-    ] = False,
-    node: Annotated[str | None, typer.Option("--node", help="Say why not on this node, by solving again.")] = None,
-    time_limit: Annotated[float, typer.Option(help="Seconds for solving again; 0 leaves it out.", min=0.0)] = 5.0,
-    demand: DemandFile = None,
-    trace: TraceFile = None,
-    quantile: Quantile = 0.9,
-    headroom: Headroom = 0.05,
-    attainment: Attainment = None,
-    keep_after_loss: KeepAfterLoss = 0.0,
-    window: Window = 60.0,
-) -> None:
-    """Say why a service is placed as it is: what binds, and why not otherwise; or why there is no plan at all.
-
-    A plan is explained with the settings it was made with; --quantile, --headroom, --attainment and --keep-after-loss
-    are for --infeasible, which has no plan to take them from.
-    """
-    from foreplan.planning import Inputs, settings_of
-    from planner import Problem, Settings
-    from planner import explain as explain_service
-    from plans.codec import read_plan
-    from plans.errors import InvalidInput
-
-    if infeasible == (service is not None):
-        found = "both" if infeasible else "neither"
-        raise InvalidInput.of("one of SERVICE and --infeasible", where="command line", found=found)
-    inputs = Inputs.read(
-        cluster=cluster, services=services, profiles=profiles, demand=read_demand(demand, trace, window, out)
-    )
-    problem = Problem(cluster=inputs.cluster, services=inputs.services, profiles=inputs.profiles, demand=inputs.demand)
-    if service is None:
-        settings = Settings(
-            quantile=quantile, headroom_ratio=headroom, attainment=attainment, keep_after_loss=keep_after_loss
-        )
-        _explain_infeasible(out, replace(problem, settings=settings), max(time_limit, 1.0))
-        return
-    if plan is None:
-        raise InvalidInput.of("the plan to explain", where="command line", field="--plan", found="nothing")
-    names = [known.name for known in inputs.services.services]
-    if service not in names:
-        raise InvalidInput.of(f"one of {', '.join(names)}", where="command line", field="SERVICE", found=repr(service))
-    read = read_plan(plan)
-    problem = replace(problem, settings=settings_of(read))
-    explanation = explain_service(problem, read, service, node=node, time_limit_s=time_limit)
-    out.result(explanation.to_json())
-    for line in explanation.lines():
-        out.say(line)
-
-
-def _explain_infeasible(out: Output, problem: Problem, time_limit_s: float) -> None:
-    import time
-
-    from planner import explain_infeasible
-
-    conflicts, relaxation = explain_infeasible(problem, clock=time.monotonic, time_limit_s=time_limit_s)
-    out.result(
-        {
-            "infeasible": bool(conflicts),
-            "conflicts": [asdict(each) for each in conflicts],
-            "relaxation": [asdict(each) for each in relaxation],
-        }
-    )
-    if not conflicts:
-        out.say("nothing is proven to conflict: these limits can be kept, or the time did not suffice to tell")
-        return
-    out.say("these limits cannot be kept together; without any one of them the others can:")
-    for conflict in conflicts:
-        out.say(f"  {conflict}")
-    if relaxation:
-        out.say("the least change of numbers that helps:")
-        for step in relaxation:
-            out.say(f"  {step}")
-
-
-def export(
-    out: Output,
-    kind: Annotated[ModelFormat, typer.Argument(help="Format of the model.")],
-    cluster: ClusterFile,
-    services: ServicesFile,
-    profiles: ProfilesDir,
-    output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="Where the model goes.")],
-    demand: DemandFile = None,
-    trace: TraceFile = None,
-    current: CurrentFile = None,
-    quantile: Quantile = 0.9,
-    window: Window = 60.0,
-) -> None:
-    """Write the exact model with its first objective, for any solver that reads LP or MPS."""
-    from foreplan.planning import Inputs
-    from planner import Problem, Settings, exact_model
-    from planner.export import mps_text
-    from plans.documents import write_text
-
-    inputs = Inputs.read(
-        cluster=cluster,
-        services=services,
-        profiles=profiles,
-        demand=read_demand(demand, trace, window, out),
-        current=current,
-    )
-    model = exact_model(
-        Problem(
-            cluster=inputs.cluster,
-            services=inputs.services,
-            profiles=inputs.profiles,
-            demand=inputs.demand,
-            current=inputs.current,
-            settings=Settings(quantile=quantile),
-        )
-    )
-    write_text(output, model.lp_text() if kind is ModelFormat.lp else mps_text(model))
-    size = {"variables": len(model.variables), "integers": int(model.integer.sum()), "rows": len(model.rows)}
-    out.result({"model": str(output), "format": kind.value, **size})
-    out.say(f"wrote {output}: {size['variables']} variables, {size['integers']} of them integer, {size['rows']} rows")
 
 
 def diff(

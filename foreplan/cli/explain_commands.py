@@ -1,0 +1,106 @@
+"""``explain``."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from foreplan.cli.command import command
+from foreplan.cli.options import ClusterFile, DemandFile, ProfilesDir, ServicesFile, TraceFile, read_demand
+from foreplan.cli.output import Output
+from foreplan.cli.plan_options import Attainment, Headroom, KeepAfterLoss, Quantile, Window
+
+if TYPE_CHECKING:
+    from planner import Problem
+
+__all__ = ["register"]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to ``app``."""
+    command(app, "explain")(explain)
+
+
+def explain(
+    out: Output,
+    cluster: ClusterFile,
+    services: ServicesFile,
+    profiles: ProfilesDir,
+    service: Annotated[str | None, typer.Argument(help="A service.")] = None,
+    plan: Annotated[Path | None, typer.Option("--plan", metavar="FILE", help="The plan to explain.")] = None,
+    infeasible: Annotated[
+        bool, typer.Option("--infeasible", help="Say why there is no plan, and what to relax least.")
+    ] = False,
+    node: Annotated[str | None, typer.Option("--node", help="Say why not on this node, by solving again.")] = None,
+    time_limit: Annotated[float, typer.Option(help="Seconds for solving again; 0 leaves it out.", min=0.0)] = 5.0,
+    demand: DemandFile = None,
+    trace: TraceFile = None,
+    quantile: Quantile = 0.9,
+    headroom: Headroom = 0.05,
+    attainment: Attainment = None,
+    keep_after_loss: KeepAfterLoss = 0.0,
+    window: Window = 60.0,
+) -> None:
+    """Say why a service is placed as it is: what binds, and why not otherwise; or why there is no plan at all.
+
+    A plan is explained with the settings it was made with; --quantile, --headroom, --attainment and --keep-after-loss
+    are for --infeasible, which has no plan to take them from.
+    """
+    from foreplan.planning import Inputs, settings_of
+    from planner import Problem, Settings
+    from planner import explain as explain_service
+    from plans.codec import read_plan
+    from plans.errors import InvalidInput
+
+    if infeasible == (service is not None):
+        found = "both" if infeasible else "neither"
+        raise InvalidInput.of("one of SERVICE and --infeasible", where="command line", found=found)
+    inputs = Inputs.read(
+        cluster=cluster, services=services, profiles=profiles, demand=read_demand(demand, trace, window, out)
+    )
+    problem = Problem(cluster=inputs.cluster, services=inputs.services, profiles=inputs.profiles, demand=inputs.demand)
+    if service is None:
+        settings = Settings(
+            quantile=quantile, headroom_ratio=headroom, attainment=attainment, keep_after_loss=keep_after_loss
+        )
+        _explain_infeasible(out, replace(problem, settings=settings), max(time_limit, 1.0))
+        return
+    if plan is None:
+        raise InvalidInput.of("the plan to explain", where="command line", field="--plan", found="nothing")
+    names = [known.name for known in inputs.services.services]
+    if service not in names:
+        raise InvalidInput.of(f"one of {', '.join(names)}", where="command line", field="SERVICE", found=repr(service))
+    read = read_plan(plan)
+    problem = replace(problem, settings=settings_of(read))
+    explanation = explain_service(problem, read, service, node=node, time_limit_s=time_limit)
+    out.result(explanation.to_json())
+    for line in explanation.lines():
+        out.say(line)
+
+
+def _explain_infeasible(out: Output, problem: Problem, time_limit_s: float) -> None:
+    import time
+
+    from planner import explain_infeasible
+
+    conflicts, relaxation = explain_infeasible(problem, clock=time.monotonic, time_limit_s=time_limit_s)
+    out.result(
+        {
+            "infeasible": bool(conflicts),
+            "conflicts": [asdict(each) for each in conflicts],
+            "relaxation": [asdict(each) for each in relaxation],
+        }
+    )
+    if not conflicts:
+        out.say("nothing is proven to conflict: these limits can be kept, or the time did not suffice to tell")
+        return
+    out.say("these limits cannot be kept together; without any one of them the others can:")
+    for conflict in conflicts:
+        out.say(f"  {conflict}")
+    if relaxation:
+        out.say("the least change of numbers that helps:")
+        for step in relaxation:
+            out.say(f"  {step}")
