@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from plans.errors import InvalidInput
-from profiles.document import Accuracy, Origin
+from profiles.document import Accuracy, Origin, Profile
 from profiles.merging import merge_profiles
 from tests.profiles.documents import curve, profile, row
 
@@ -25,8 +25,16 @@ def test_merging_twice_changes_nothing() -> None:
 
 
 def test_origins_of_kept_rows_still_point_at_their_file() -> None:
-    old = profile(row(1, 0.1, tp=2, origin=0)).model_copy(update={"origins": (Origin(file="old"),)})
-    new = profile(row(1, 0.3, origin=0)).model_copy(update={"origins": (Origin(file="new"),)})
+    old, new = (
+        Profile(
+            model="m",
+            gpu_type="g",
+            source="imported",
+            rows=(row(1, 0.1, tp=tp, origin=0),),
+            origins=(Origin(file=name),),
+        )
+        for tp, name in ((2, "old"), (1, "new"))
+    )
     merged = merge_profiles(old, new)
     assert [merged.origins[each.origin or 0].file for each in merged.rows] == ["new", "old"]
 
