@@ -43,6 +43,7 @@ class SinglePassScorer:
         self._routing = routing
         self._weight = np.ones((len(tables.names), 1))
         self.offered = blocks.offered(len(tables.names))
+        self.simulated_s = _duration_s(blocks)
 
     def race(
         self, deployment: Deployment, value: Floats, *, rival: Floats, needed: float, start: int, least: int
@@ -90,6 +91,7 @@ class EventScorer:
             for first, last in zip(blocks.first[:-1], blocks.first[1:], strict=True)
         ]
         self.offered = blocks.offered(services)
+        self.simulated_s = _duration_s(blocks)
 
     def race(
         self, deployment: Deployment, value: Floats, *, rival: Floats, needed: float, start: int, least: int
@@ -210,6 +212,12 @@ def _by_events(
         served.append(service[finished])
     empty = [np.zeros(0)]
     return np.array(good), np.concatenate(latencies or empty), np.concatenate(served or [np.zeros(0, dtype=np.int32)])
+
+
+def _duration_s(blocks: SinglePassTrace) -> float:
+    """Return the seconds up to the last arrival of each block, together."""
+    ends = blocks.first[1:][np.diff(blocks.first) > 0]
+    return max(float(blocks.arrival_s[ends - 1].sum()), 1e-9)
 
 
 def _mean_worth(deployment: Deployment, value: Floats) -> Floats:

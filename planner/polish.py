@@ -74,6 +74,7 @@ def polish(
     options: tuple[int, ...],
     limits: PolishLimits,
     clock: Callable[[], float],
+    others: tuple[Pairs, ...] = (),
 ) -> PolishOutcome:
     """Return the best placement found, never worse than ``start`` in the eyes of ``judge``.
 
@@ -88,8 +89,10 @@ def polish(
         options: The options that may be placed, besides those of ``start``.
         limits: When to end.
         clock: Monotonic clock, seconds.
+        others: Other placements to start from, which need not be good.
     """
-    return _Polish(space, start, scorer, value, options, limits, clock).run(judge)
+    known = {*options, *(option for pairs in (start, *others) for _, option in pairs)}
+    return _Polish(space, start, scorer, value, known, limits, clock).run(judge, others)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -119,7 +122,7 @@ class _Polish:
         start: Pairs,
         scorer: Scorer,
         value: Floats,
-        options: tuple[int, ...],
+        options: set[int],
         limits: PolishLimits,
         clock: Callable[[], float],
     ) -> None:
@@ -131,7 +134,7 @@ class _Polish:
         self._clock = clock
         self._began_s = clock()
         self._random = random.Random(limits.seed)
-        self._now = Arrangement(space, {*options, *(option for _, option in start)})
+        self._now = Arrangement(space, options)
         self._insight = Insight(self._now, value)
         self._moves = Moves(self._now, self._insight, self._random)
         self._best = np.zeros(len(space.names))
@@ -144,10 +147,10 @@ class _Polish:
         self._candidates = 0
         self._score = _Score(block_value=self._nothing, total=0.0)
 
-    def run(self, judge: Scorer) -> PolishOutcome:
+    def run(self, judge: Scorer, others: tuple[Pairs, ...]) -> PolishOutcome:
         self._now.restore(self._start)
         start = self._settle()
-        starts = sorted((start, *self._starts()), key=lambda found: -found.total)
+        starts = sorted((start, *self._others(others), *self._starts()), key=lambda found: -found.total)
         trials = []
         for position, found in enumerate(starts[:_TRIALS]):
             upto = _STARTS_SHARE + _TRIALS_SHARE * (position + 1) / len(starts[:_TRIALS])
@@ -197,6 +200,12 @@ class _Polish:
 
     def _snapshot(self) -> _Found:
         return _Found(pairs=self._now.pairs(), total=self._score.total)
+
+    def _others(self, others: tuple[Pairs, ...]) -> Iterator[_Found]:
+        for pairs in others:
+            self._now.restore(pairs)
+            if self._now.complete():
+                yield self._settle()
 
     def _starts(self) -> Iterator[_Found]:
         """Yield uniform partitions, one per kind of group, then mixtures, while the budget for starts lasts."""

@@ -9,7 +9,9 @@ import numpy as np
 
 from planner.arrangement import Arrangement
 from planner.assemble import assemble
+from planner.correction import corrected, replanned
 from planner.linear import Floats, Integers
+from planner.planning import method_for
 from planner.polish import Pairs, PolishLimits, PolishOutcome, polish
 from planner.prediction import latency_model
 from planner.problem import Problem, check
@@ -22,6 +24,9 @@ __all__ = ["Polished", "Refused", "ScoringTables", "polish_plan"]
 _ACCURACY_WORTH = 1e-3
 """Goodput that one unit of accuracy is worth: enough to break ties, as accuracy is the objective after goodput."""
 
+
+_REPLAN_SHARE = 0.1
+"""Share of the time for solving again with corrected utilisations."""
 
 _BATCHING_GAIN = 1.15
 """Requests per second at the best batch over those of single requests from which on batches decide."""
@@ -90,7 +95,8 @@ def polish_plan(
         return Refused(reason=reason)
     search, judge = scorers(_tables(space))
     start = _pairs_of(space, plan)
-    outcome = polish(space, start, search, judge, _worth(space), _candidates(space), limits, clock)
+    others = _corrections(space, start, search, limits, clock)
+    outcome = polish(space, start, search, judge, _worth(space), _candidates(space), limits, clock, others)
     if outcome.pairs == start:
         return Polished(plan=plan, outcome=outcome, scorer=search.name)
     better = assemble(
@@ -103,6 +109,17 @@ def polish_plan(
         tool_version=plan.tool_version,
     )
     return Polished(plan=better, outcome=outcome, scorer=search.name)
+
+
+def _corrections(
+    space: PlanningSpace, start: Pairs, search: Scorer, limits: PolishLimits, clock: Callable[[], float]
+) -> tuple[Pairs, ...]:
+    """Return what the ILP plans once it knows how busy the groups of ``start`` could be; nothing for large problems."""
+    if not start or method_for(space) != "direct":
+        return ()
+    time_s = min(space.problem.settings.time_limit_s, _REPLAN_SHARE * limits.time_s)
+    found = replanned(corrected(space, start, search), clock, time_s)
+    return () if found is None else (found,)
 
 
 def _refusal(space: PlanningSpace) -> str | None:

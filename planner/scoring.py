@@ -58,6 +58,11 @@ class Scorer(Protocol):
         """Requests of each service in each block, shape (block, service)."""
         ...
 
+    @property
+    def simulated_s(self) -> float:
+        """Seconds that all blocks together last."""
+        ...
+
     def race(
         self, deployment: Deployment, value: Floats, *, rival: Floats, needed: float, start: int, least: int
     ) -> Heat:

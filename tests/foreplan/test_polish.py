@@ -17,6 +17,7 @@ from plans.demand import Demand, Rate, ServiceDemand
 from plans.errors import InvalidInput
 from plans.service import Services
 from profiles.library import ProfileLibrary
+from tests.foreplan.workspace import Workspace
 from tests.planner.problems import cluster, latency_service, profile
 from traces.demand import observed_demand
 from traces.synthesis import Diurnal, Gamma, synthesise
@@ -198,3 +199,16 @@ def test_what_may_not_be_polished_comes_back_as_it_was_with_a_warning():
 def test_the_record_survives_the_file():
     plan = make_plan(toy(), SETTINGS, REPEATABLE).plan
     assert type(plan).model_validate(json.loads(plan.model_dump_json(by_alias=True))) == plan
+
+
+def test_the_command_polishes_and_says_so(tmp_path):
+    workspace = Workspace.make(tmp_path)
+    shown = json.loads(workspace.plan("--polish", "1", "--polish-traces", "3", "--json").stdout)
+    assert shown["polish"]["attainment"] >= shown["polish"]["start_attainment"]
+    assert shown["polish"]["traces"] == 3
+    assert "polished by" in workspace.plan("--polish", "1", "--polish-traces", "3").stdout
+
+
+def test_the_command_refuses_fewer_traces_than_can_be_compared(tmp_path):
+    result = Workspace.make(tmp_path).plan("--polish", "1", "--polish-traces", "2", code=1)
+    assert "polish-traces" in result.stderr

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from planner import PolishLimits, Refused, Settings, polish_plan, solve
+from planner.correction import corrected, replanned
 from planner.greedy import greedy
 from planner.polish import polish
 from planner.scoring import Heat
@@ -33,6 +34,7 @@ class PlainScorer:
             service = generator.choice(services, requests, p=rate)
             self._blocks.append((np.sort(generator.random(requests)) * span_s * generator.uniform(0.2, 1.0), service))
         self.offered = np.array([np.bincount(service, minlength=services) for _, service in self._blocks])
+        self.simulated_s = sum(float(arrival_s[-1]) for arrival_s, _ in self._blocks)
         self._deadline_s = [min((o.deadline_s for o in space.catalogue.of(name)), default=0.0) for name in space.names]
 
     def race(self, deployment, value, *, rival, needed, start, least):
@@ -149,6 +151,33 @@ def test_weights_decide_who_is_served_where_not_all_can_be():
     )
     found = search(space, (), value=space.weight[space.service_of], candidates=60)
     assert {space.options[option].service for _, option in found.pairs} == {"heavy"}
+
+
+def test_utilisations_are_corrected_to_what_groups_bore():
+    """The mean over groups of a shape; within what the settings allow; the catalogue stays the same otherwise."""
+    space = build_space(shared(1))
+    start = pairs_of(greedy(space) or ())
+    better = corrected(space, start, PlainScorer(space, seed=5))
+    limits = space.problem.settings
+    assert better.sustained_rps.shape == space.sustained_rps.shape
+    assert any(one.utilisation != two.utilisation for one, two in zip(space.options, better.options, strict=True))
+    for before, after in zip(space.options, better.options, strict=True):
+        assert limits.min_utilisation <= after.utilisation <= limits.max_utilisation
+        assert replace(after, utilisation=before.utilisation) == before
+    assert better.sustained_rps == pytest.approx([option.sustained_rps for option in better.options])
+    again = replanned(better, frozen_clock, 1.0)
+    assert again
+    assert search(space, again).score >= judged(space, again)
+
+
+def test_other_starts_are_tried_and_never_make_it_worse():
+    space = build_space(shared(1))
+    good = search(space, pairs_of(greedy(space) or ()), candidates=400)
+    found = polish(
+        space, pairs_of(greedy(space) or ()), PlainScorer(space, seed=5), PlainScorer(space, seed=6),
+        np.ones(len(space.options)), (), PolishLimits(time_s=1.0, candidates=2), frozen_clock, (good.pairs,),
+    )  # fmt: skip
+    assert found.score >= found.start_score
 
 
 def scorers_of(space):
