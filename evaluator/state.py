@@ -336,6 +336,7 @@ class World:
         pool = np.zeros(old + slots, SLOT)
         if old:
             pool[:old] = self._arrays["pool"]
+        pool["replica"][old:] = NOWHERE
         pool["after"][old:] = np.arange(old + 1, old + slots + 1)
         pool["after"][-1] = self["free"] if old else NOWHERE
         self["free"] = old
