@@ -138,7 +138,7 @@ class AgentServicer(pb_grpc.AgentServicer):
             generation=node.generation,
             placement_digest=node.committed.placement_digest if node.committed else "",
             staged_generation=node.staged.generation if node.staged else 0,
-            replicas=node.upkeep.states(),
+            replicas=node.states(),
             device=node.settings.worker.device,
             device_count=node.settings.device_count,
             resident_bytes=resident_bytes([os.getpid(), *(worker for worker in workers if worker is not None)]),

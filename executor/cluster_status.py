@@ -175,7 +175,8 @@ def _replicas(
         observed = {replica.key: replica for replica in agent.replicas} if agent else {}
         wanted = set(replicas_of(plan, node.name)) if plan else _routed_keys(targets, node.name, observed)
         if plan is None and agent and agent.placement_digest in digests:
-            wanted |= {key for key, replica in observed.items() if replica.phase is not Phase.DRAINING}
+            standing = (key for key, one in observed.items() if one.phase is not Phase.DRAINING and not one.left_over)
+            wanted |= set(standing)
         for key in sorted(observed.keys() | wanted):
             state = observed.get(key)
             found.append(
@@ -212,7 +213,9 @@ def _difference(desired: bool, state: ReplicaState | None, lost: str | None) -> 
     if state is None:
         return "its agent does not run it; run `foreplan apply` again"
     if not desired:
-        return "it is not part of the plan" if state.phase is not Phase.DRAINING else "it has left the plan and drains"
+        if state.phase is Phase.DRAINING:
+            return "it has left the plan and drains"
+        return "it is not part of the plan; run `foreplan apply` again to unload it"
     if state.phase is not Phase.SERVING:
         return f"it is {state.phase.value}: {state.reason}" if state.reason else f"it is {state.phase.value}"
     return ""

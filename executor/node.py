@@ -6,6 +6,7 @@ A call changes what is wanted, at once and without waiting; then it waits until 
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import logging
 import time
 from collections.abc import Callable, Collection, Coroutine
@@ -16,7 +17,7 @@ from executor.admission import NodeFacts, placement_faults
 from executor.errors import ReplicaUnavailable, StageFailed, UnknownService, WorkerGone, WorkerRefused, WrongGeneration
 from executor.journal import Journal
 from executor.replica import Replica
-from executor.state import DesiredState, Phase, ReplicaKey
+from executor.state import DesiredState, Phase, ReplicaKey, ReplicaState
 from executor.upkeep import Upkeep
 from executor.worker_link import WorkerSettings
 from plans.errors import BadStoredData, Fault, InvalidInput
@@ -147,6 +148,13 @@ class Node:
             variants=variants,
         )
         return placement_faults(desired, facts)
+
+    def states(self) -> tuple[ReplicaState, ...]:
+        """Return the state of every replica."""
+        keep = {*_keys(self.committed), *_keys(self.staged)}
+        return tuple(
+            state if state.key in keep else dataclasses.replace(state, left_over=True) for state in self.upkeep.states()
+        )
 
     def would_wait(self, desired: DesiredState) -> tuple[ReplicaKey, ...]:
         """Return the replicas of ``desired`` that could not be loaded beside what is here now."""

@@ -120,6 +120,7 @@ class ReplicaState:
         max_batch: Largest batch allowed.
         weight_bytes: Bytes of the loaded weights; 0 before the load.
         load_s: Seconds that the load took; 0 before it.
+        left_over: Whether it runs without being part of what is committed or staged, so that `finish` unloads it.
     """
 
     key: ReplicaKey
@@ -135,6 +136,7 @@ class ReplicaState:
     max_batch: int = 1
     weight_bytes: int = 0
     load_s: float = 0.0
+    left_over: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

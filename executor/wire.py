@@ -242,6 +242,7 @@ def replica_state_to_proto(state: ReplicaState) -> pb.ReplicaState:
         max_batch=state.max_batch,
         weight_bytes=state.weight_bytes,
         load_s=state.load_s,
+        left_over=state.left_over,
     )
 
 
@@ -268,6 +269,7 @@ def replica_state_from_proto(message: pb.ReplicaState) -> ReplicaState:
         max_batch=message.max_batch,
         weight_bytes=message.weight_bytes,
         load_s=message.load_s,
+        left_over=message.left_over,
     )
 
 

@@ -151,7 +151,7 @@ class DrainResponse(_message.Message):
     def __init__(self, drained: _Optional[bool] = ...) -> None: ...
 
 class ReplicaState(_message.Message):
-    __slots__ = ("key", "phase", "reason", "queued", "running", "completed", "dropped", "failed", "batches", "expected_wait_s", "max_batch", "weight_bytes", "load_s")
+    __slots__ = ("key", "phase", "reason", "queued", "running", "completed", "dropped", "failed", "batches", "expected_wait_s", "max_batch", "weight_bytes", "load_s", "left_over")
     KEY_FIELD_NUMBER: _ClassVar[int]
     PHASE_FIELD_NUMBER: _ClassVar[int]
     REASON_FIELD_NUMBER: _ClassVar[int]
@@ -165,6 +165,7 @@ class ReplicaState(_message.Message):
     MAX_BATCH_FIELD_NUMBER: _ClassVar[int]
     WEIGHT_BYTES_FIELD_NUMBER: _ClassVar[int]
     LOAD_S_FIELD_NUMBER: _ClassVar[int]
+    LEFT_OVER_FIELD_NUMBER: _ClassVar[int]
     key: ReplicaKey
     phase: ReplicaPhase
     reason: str
@@ -178,7 +179,8 @@ class ReplicaState(_message.Message):
     max_batch: int
     weight_bytes: int
     load_s: float
-    def __init__(self, key: _Optional[_Union[ReplicaKey, _Mapping]] = ..., phase: _Optional[_Union[ReplicaPhase, str]] = ..., reason: _Optional[str] = ..., queued: _Optional[int] = ..., running: _Optional[int] = ..., completed: _Optional[int] = ..., dropped: _Optional[int] = ..., failed: _Optional[int] = ..., batches: _Optional[int] = ..., expected_wait_s: _Optional[float] = ..., max_batch: _Optional[int] = ..., weight_bytes: _Optional[int] = ..., load_s: _Optional[float] = ...) -> None: ...
+    left_over: bool
+    def __init__(self, key: _Optional[_Union[ReplicaKey, _Mapping]] = ..., phase: _Optional[_Union[ReplicaPhase, str]] = ..., reason: _Optional[str] = ..., queued: _Optional[int] = ..., running: _Optional[int] = ..., completed: _Optional[int] = ..., dropped: _Optional[int] = ..., failed: _Optional[int] = ..., batches: _Optional[int] = ..., expected_wait_s: _Optional[float] = ..., max_batch: _Optional[int] = ..., weight_bytes: _Optional[int] = ..., load_s: _Optional[float] = ..., left_over: _Optional[bool] = ...) -> None: ...
 
 class AgentState(_message.Message):
     __slots__ = ("node", "version", "generation", "placement_digest", "staged_generation", "replicas", "device", "device_count", "resident_bytes", "ready", "drained", "leased_to", "device_used_bytes", "forward_port")

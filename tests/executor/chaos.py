@@ -129,10 +129,12 @@ def _kill(kind: str, agent: PeerProcess, gateway: PeerProcess) -> None:
 def _recover(plan: Any, cluster: Any, gateway: PeerProcess) -> None:
     """Wait until the cluster is as ``plan`` says, applying it where it is not."""
 
+    seen: list[Any] = []
+
     async def recovering() -> None:
         async with asyncio.timeout(_RECOVER_S):
             while True:
-                with contextlib.suppress(ForeplanError):
+                try:
                     found = await status(cluster, [gateway.address])
                     routed = all(one.routed_by for one in found.replicas)
                     if found.live and found.live.digest == plan.placement_digest and found.healthy and routed:
@@ -140,6 +142,12 @@ def _recover(plan: Any, cluster: Any, gateway: PeerProcess) -> None:
                     wrong = found.live is None or found.live.digest != plan.placement_digest
                     if wrong or not found.healthy:
                         await apply(plan, cluster, [gateway.address], prior=found.live, lease=_TIMING)
+                    seen[:] = [found.to_json()]
+                except ForeplanError as error:
+                    seen[:] = [error]
                 await asyncio.sleep(0.02)
 
-    asyncio.run(recovering())
+    try:
+        asyncio.run(recovering())
+    except TimeoutError as error:
+        raise AssertionError(f"not as planned after {_RECOVER_S:g} s: {seen}") from error

@@ -76,7 +76,7 @@ def test_each_difference_gives_its_reason() -> None:
 
 def test_what_an_agent_of_another_placement_runs_is_not_part_of_the_plan() -> None:
     found = seen([agent("a", replica("a/0")), agent("b", replica("b/1"), generation=1)], gateway("a/0"))
-    assert {entry.group: entry.problem for entry in found.replicas}["b/1"] == "it is not part of the plan"
+    assert {entry.group: entry.problem for entry in found.replicas}["b/1"].startswith("it is not part of the plan")
 
 
 def test_peers_that_do_not_answer_are_named_and_their_replicas_are_still_listed() -> None:

@@ -79,6 +79,7 @@ replica_states = st.builds(
     max_batch=st.integers(1, 512),
     weight_bytes=st.integers(0, 2**40),
     load_s=seconds,
+    left_over=st.booleans(),
 )
 agent_states = st.builds(
     AgentState,
@@ -92,6 +93,10 @@ agent_states = st.builds(
     device_count=counts,
     resident_bytes=counts,
     ready=st.booleans(),
+    drained=st.booleans(),
+    leased_to=texts,
+    device_used_bytes=st.lists(counts, max_size=3).map(tuple),
+    forward_port=st.integers(0, 65535),
 )
 gateway_states = st.builds(
     GatewayState,

@@ -1,0 +1,144 @@
+"""Frames between gateway and agent: shared, broken, oversized, hostile."""
+
+from __future__ import annotations
+
+import asyncio
+import struct
+from collections.abc import AsyncIterator, Coroutine
+from contextlib import asynccontextmanager
+from typing import Any
+
+import grpc
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from executor.errors import QueueFull
+from executor.forwarding import CallFailed, ForwardLink, ForwardServer
+from executor.proto import forward_pb2 as pb
+
+LIMIT = 1 << 16
+
+
+def run(scenario: Coroutine[Any, Any, None]) -> None:
+    asyncio.run(asyncio.wait_for(scenario, 20))
+
+
+async def echo(body: bytes, group: str, timeout_s: float) -> bytes:
+    if body == b"full":
+        raise QueueFull("too much waits")
+    if body == b"bug":
+        raise ZeroDivisionError
+    if body == b"large":
+        return bytes(LIMIT + 1)
+    if body == b"slow":
+        await asyncio.sleep(60)
+    return group.encode() + body
+
+
+@asynccontextmanager
+async def linked() -> AsyncIterator[tuple[ForwardServer, ForwardLink, dict[str, float]]]:
+    server = ForwardServer(echo, lambda group: 0.25, max_message_bytes=LIMIT)
+    await server.listen("127.0.0.1")
+    waits: dict[str, float] = {}
+    link = ForwardLink("127.0.0.1", None, waits.__setitem__, max_message_bytes=LIMIT)
+    link.port = server.port
+    try:
+        yield server, link, waits
+    finally:
+        await link.close(0.0)
+        await server.close()
+
+
+async def code(call: Coroutine[Any, Any, bytes]) -> grpc.StatusCode:
+    with pytest.raises(CallFailed) as caught:
+        await call
+    return caught.value.code
+
+
+def test_requests_of_one_moment_are_answered_each_with_its_own() -> None:
+    async def scenario() -> None:
+        async with linked() as (_, link, waits):
+            bodies = [str(number).encode() * (number % 50 + 1) for number in range(300)]
+            answers = await asyncio.gather(*(link.send(body, "g", 5) for body in bodies))
+            assert answers == [b"g" + body for body in bodies]
+            assert waits == {"g": 0.25}
+
+    run(scenario())
+
+
+def test_every_refusal_has_its_status_and_costs_no_other_request() -> None:
+    async def scenario() -> None:
+        async with linked() as (_, link, _):
+            assert await code(link.send(b"full", "g", 5)) is grpc.StatusCode.RESOURCE_EXHAUSTED
+            assert await code(link.send(b"bug", "g", 5)) is grpc.StatusCode.INTERNAL
+            assert await code(link.send(b"large", "g", 5)) is grpc.StatusCode.RESOURCE_EXHAUSTED
+            assert await code(link.send(b"slow", "g", 0.05)) is grpc.StatusCode.DEADLINE_EXCEEDED
+            assert await link.send(b"x", "g", 5) == b"gx"
+
+    run(scenario())
+
+
+def test_a_broken_connection_fails_what_waits_and_the_next_request_makes_another() -> None:
+    async def scenario() -> None:
+        async with linked() as (server, link, _):
+            waiting = asyncio.ensure_future(code(link.send(b"slow", "g", 30)))
+            assert await link.send(b"x", "g", 5) == b"gx"
+            for connection in tuple(server._connections):
+                connection.abort()
+            assert await waiting is grpc.StatusCode.UNAVAILABLE
+            assert await link.send(b"x", "g", 5) == b"gx"
+
+    run(scenario())
+
+
+def test_an_agent_that_stops_or_is_gone_is_unavailable() -> None:
+    async def scenario() -> None:
+        async with linked() as (server, link, _):
+            server.refuse()
+            assert await code(link.send(b"x", "g", 5)) is grpc.StatusCode.UNAVAILABLE
+        link = ForwardLink("127.0.0.1", None, lambda *_: None, max_message_bytes=LIMIT)
+        link.port = server.port
+        assert await code(link.send(b"x", "g", 5)) is grpc.StatusCode.UNAVAILABLE
+        await link.close(0.0)
+
+    run(scenario())
+
+
+async def sent(port: int, data: bytes) -> bytes:
+    """Send bytes to an agent, and return what it answers until it ends the connection or a moment has passed."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    writer.write(data)
+    writer.write_eof()
+    answer = await asyncio.wait_for(reader.read(), 10)
+    writer.close()
+    return answer
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.binary(max_size=200), st.booleans())
+def test_law_hostile_bytes_end_their_own_connection_at_most(data: bytes, framed: bool) -> None:
+    async def scenario() -> None:
+        async with linked() as (server, link, _):
+            await sent(server.port, struct.pack("<I", len(data)) + data if framed else data)
+            await sent(server.port, struct.pack("<I", 2**31) + data)
+            assert await link.send(b"x", "g", 5) == b"gx"
+
+    run(scenario())
+
+
+def test_a_request_may_arrive_byte_by_byte() -> None:
+    async def scenario() -> None:
+        async with linked() as (server, _, _):
+            request = pb.Request(number=7, group="g", timeout_s=5, body=b"x")
+            body = pb.Requests(requests=[request]).SerializeToString()
+            reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
+            for byte in struct.pack("<I", len(body)) + body:
+                writer.write(bytes([byte]))
+                await writer.drain()
+            (size,) = struct.unpack("<I", await reader.readexactly(4))
+            (answer,) = pb.Answers.FromString(await reader.readexactly(size)).answers
+            assert (answer.number, answer.body, answer.status) == (7, b"gx", 0)
+            writer.close()
+
+    run(scenario())
