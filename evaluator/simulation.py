@@ -133,6 +133,8 @@ def evaluate(
         chosen = dataclasses.replace(chosen, overhead_s=overhead_s)
     _check(trace, chosen, timeline_s, profiled=cluster is not None and profiles is not None)
     check_changes(changes, cluster)
+    if controller is not None:
+        _check_control(cluster, interval_s)
     inventory = Inventory(services, cluster, profiles, chosen)
     fleet = Fleet(plan, cluster)
     replicas, features = inventory.replicas(fleet), inventory.features(fleet)
@@ -180,6 +182,14 @@ def _check(trace: RequestTrace, settings: Settings, timeline_s: float | None, *,
     if timeline_s is not None and not (math.isfinite(timeline_s) and timeline_s > trace.duration_s / _MOST_BINS):
         expected = f"a width above 0 seconds with at most {_MOST_BINS} bins over the trace"
         raise InvalidInput.of(expected, where="evaluate", field="timeline_s", found=timeline_s)
+
+
+def _check_control(cluster: Cluster | None, interval_s: float) -> None:
+    if cluster is None:
+        raise InvalidInput.of("the cluster that plans run on, with a controller", where="evaluate", found="none")
+    if not 0 < interval_s < math.inf:
+        expected = "more than 0 seconds and finite"
+        raise InvalidInput.of(expected, where="evaluate", field="interval_s", found=interval_s)
 
 
 def _log(run: Run, hosts: Hosts, services: Services, trace: RequestTrace) -> RequestLog:

@@ -2,11 +2,15 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
+import pandas as pd
 import pytest
 
+from evaluator import Settings, evaluate
 from evaluator.changes import Failure, PlanChange, Recovery, check_changes, random_failures, schedule
-from plans import InvalidInput
+from plans import InvalidInput, Services
 from tests.plans.strategies import cluster, entry, group, plan
+from traces.table import RequestTrace
 
 
 def one(service, node="node-0", gpu=0, **fields):
@@ -94,3 +98,116 @@ def test_changes_that_make_no_sense_are_refused_all_at_once():
     with pytest.raises(InvalidInput, match="mtbf_s"):
         random_failures(cluster(), mtbf_s=0, mttr_s=1, until_s=1, seed=1)
     check_changes([Failure(at_s=0.0, node="anything")], None)
+
+
+# In a run
+
+
+def services():
+    names = ("detect", "segment", "classify", "embed")
+    return Services.model_validate(
+        {"services": [{"name": n, "slo": {"deadline": 9}, "variants": [{"model": f"{n}-model"}]} for n in names]}
+    )
+
+
+def quick(service, node="node-0", gpu=0, latency_s=0.1, **fields):
+    return one(service, node, gpu, max_batch=1, stage_latency_s=((latency_s,),), **fields)
+
+
+def run(first, arrivals, changes, *, service="detect", **chosen):
+    trace = RequestTrace(pd.DataFrame({"arrival_s": arrivals, "service": service}))
+    return evaluate(first, services(), trace, settings=Settings(**chosen), cluster=cluster(), changes=changes)
+
+
+def test_a_new_plan_serves_from_the_flip_on():
+    """At 1 s a replica begins to load for 2 s on node-1; requests go there from 3 s on."""
+    new = plan([quick("detect", "node-1", load_s=2.0)])
+    found = run(plan([quick("detect")]), [0.0, 2.9, 3.0], [PlanChange(at_s=1.0, plan=new)])
+    assert found.requests["group"].tolist() == ["node-0/0", "node-0/0", "node-1/0"]
+
+
+def test_what_leaves_serves_what_it_has_queued():
+    new = plan([quick("detect", "node-1", load_s=1.0)])
+    found = run(plan([quick("detect")]), [0.95, 0.96, 0.97], [PlanChange(at_s=0.0, plan=new)])
+    assert found.requests["group"].tolist() == ["node-0/0"] * 3
+    assert found.requests["latency_s"].tolist() == pytest.approx([0.1, 0.19, 0.28])
+
+
+def test_a_replica_that_stays_takes_its_new_limits():
+    slow = plan([quick("detect")])
+    fast = plan([quick("detect", latency_s=0.01)])
+    found = run(slow, [0.0, 1.0], [PlanChange(at_s=0.5, plan=fast)])
+    assert found.requests["latency_s"].tolist() == pytest.approx([0.1, 0.01])
+
+
+def test_gpus_count_from_their_first_load_to_their_last_unload():
+    """node-0/0 from 0 to 3 (flip) + 0.5 (drain), node-1/0 from 1 on; the run ends with the trace at 11 s."""
+    new = plan([quick("detect", "node-1", load_s=2.0)])
+    trace = RequestTrace(pd.DataFrame({"arrival_s": [0.0, 5.0], "service": "detect"}), duration_s=11.0)
+    changes = [PlanChange(at_s=1.0, plan=new)]
+    first = plan([quick("detect", deadline_s=0.5)])
+    found = evaluate(first, services(), trace, cluster=cluster(), changes=changes).summary
+    assert found.gpu_hours == pytest.approx((3.5 + 10.0) / 3600)
+
+
+def test_a_failure_loses_what_runs_and_it_enters_again_when_it_is_known():
+    """The request runs from 0; its node fails at 0.05 and is found so at 0.55; the other node serves it by 0.65."""
+    two = plan([quick("detect"), quick("detect", "node-1")])
+    failure = Failure(at_s=0.05, node="node-0")
+    found = run(two, [0.0], [failure], detection_s=0.5).requests.iloc[0]
+    assert (found["group"], found["outcome"]) == ("node-1/0", "good")
+    assert found["latency_s"] == pytest.approx(0.65)
+    lost = run(two, [0.0], [failure], detection_s=0.5, retries=0).requests.iloc[0]
+    assert (lost["outcome"], lost["reason"]) == ("failed", "lost with its node")
+
+
+def test_what_is_routed_to_a_dead_group_before_it_is_known_waits_with_the_rest():
+    alone = plan([quick("detect")])
+    found = run(alone, [0.1, 2.0], [Failure(at_s=0.0, node="node-0", gpu=0)], detection_s=1.0).requests
+    assert found["reason"].tolist() == ["no route", "no route"]
+    assert run(alone, [0.1], [Failure(at_s=0.0, node="node-0", gpu=1)]).requests["outcome"].tolist() == ["good"]
+
+
+def test_a_group_comes_back_after_its_recovery_and_the_loads_of_what_it_runs():
+    """Down from 0, known at 1, well at 2, loaded by 2.5: requests before that fail, later ones are served."""
+    alone = plan([quick("detect", load_s=0.5)])
+    changes = [Failure(at_s=0.0, node="node-0"), Recovery(at_s=2.0, node="node-0")]
+    found = run(alone, [2.4, 2.5], changes, detection_s=1.0).requests
+    assert found["outcome"].tolist() == ["failed", "good"]
+
+
+def test_a_plan_that_is_known_during_a_transition_waits_for_its_end_and_only_the_last_counts():
+    """The first change loads until 2 s and drains until 3 s; of two that wait only the last goes on, from 3 to 4 s."""
+    at = [
+        quick("detect", f"node-{n}", g, load_s=2.0 if (n, g) == (0, 1) else 1.0, deadline_s=1.0)
+        for n in (0, 1)
+        for g in (0, 1)
+    ]
+    changes = [PlanChange(at_s=t, plan=plan([at[i]])) for t, i in ((0.0, 1), (0.5, 2), (0.6, 3))]
+    found = run(plan([at[0]]), [1.9, 3.9, 4.0], changes)
+    assert found.requests["group"].tolist() == ["node-0/0", "node-0/1", "node-1/1"]
+
+
+def test_groups_that_share_a_gpu_during_a_change_slow_each_other_down():
+    """The old group runs from 0.9 to 1.4; at the flip at 1 the new one on the same GPU starts: twice its 0.1 s."""
+    wide = group("node-0", (0, 1), [entry("detect", 2, max_batch=1, load_s=1.0, stage_latency_s=((0.1,),))])
+    found = run(plan([quick("detect", latency_s=0.5)]), [0.9, 1.0], [PlanChange(at_s=0.0, plan=plan([wide]))])
+    assert found.requests["latency_s"].tolist() == pytest.approx([0.5, 0.2])
+
+
+def test_requests_are_conserved_through_changes_and_failures_and_runs_repeat():
+    rng = np.random.default_rng(7)
+    arrivals = np.cumsum(rng.exponential(0.02, 3000)).tolist()
+    plans = [
+        plan([quick("detect", f"node-{n}", g, load_s=0.3) for n, g in places])
+        for places in ([(0, 0), (1, 0)], [(0, 1), (1, 1)])
+    ]
+    changes = [PlanChange(at_s=5.0 * (i + 1), plan=plans[i % 2]) for i in range(10)]
+    changes += random_failures(cluster(), mtbf_s=10, mttr_s=2, until_s=60, seed=3)
+    first, second = (run(plans[0], arrivals, changes, detection_s=0.1) for _ in range(2))
+    pd.testing.assert_frame_equal(first.requests, second.requests)
+    summary = first.summary.service("detect")
+    assert summary.offered == 3000
+    assert summary.in_flight == 0
+    assert summary.failed > 0
+    assert summary.good > 1500
