@@ -2,33 +2,74 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 
+from evaluator import Timeline
 from foreplan.report.content import Run
 from plans.documents import atomic_writer
 from plans.errors import InvalidInput
 from plans.plan import Plan
 from plans.service import Services
-from traces.outcomes import summarise
+from traces.outcomes import OUTCOMES, summarise
 
-__all__ = ["read_run", "write_requests"]
+__all__ = ["read_run", "write_requests", "write_timeline"]
 
 
-def write_requests(path: Path, requests: pd.DataFrame) -> None:
-    """Write a request log atomically, as Parquet or CSV by its suffix.
+def write_requests(path: Path, parts: Iterable[pd.DataFrame]) -> None:
+    """Write a request log atomically, as Parquet or CSV by its suffix, part by part.
+
+    Args:
+        path: The file.
+        parts: Tables of the same columns, at least one.
 
     Raises:
         InvalidInput: Another suffix, or the folder cannot be written.
     """
+    _write_table(path, parts)
+
+
+def write_timeline(path: Path, timeline: Timeline) -> None:
+    """Write counts per bin and service: ``start_s, service``, then one column per outcome.
+
+    Raises:
+        InvalidInput: A suffix other than .parquet or .csv, or the folder cannot be written.
+    """
+    bins, services, _ = timeline.outcomes.shape
+    table = pd.DataFrame(timeline.outcomes.reshape(bins * services, -1), columns=list(OUTCOMES))
+    table.insert(0, "service", list(timeline.services) * bins)
+    table.insert(0, "start_s", np.repeat(np.arange(bins) * timeline.bin_s, services))
+    _write_table(path, [table])
+
+
+def _write_table(path: Path, parts: Iterable[pd.DataFrame]) -> None:
     if path.suffix not in (".parquet", ".csv"):
         raise InvalidInput.of("a file name that ends in .parquet or .csv", where=path, found=repr(path.name))
     with atomic_writer(path) as stream:
-        if path.suffix == ".parquet":
-            requests.to_parquet(stream, index=False)
-        else:
-            requests.to_csv(stream, index=False)
+        if path.suffix == ".csv":
+            for position, part in enumerate(parts):
+                part.to_csv(stream, index=False, header=position == 0)
+            return
+        writer: pq.ParquetWriter | None = None
+        for part in parts:
+            # Columns that are empty in the first part are typed by the schema all the same.
+            table = pa.Table.from_pandas(part, preserve_index=False, schema=writer.schema if writer else _schema(part))
+            writer = writer or pq.ParquetWriter(stream, table.schema)
+            writer.write_table(table)
+        if writer is not None:
+            writer.close()
+
+
+def _schema(part: pd.DataFrame) -> pa.Schema:
+    """Return the types of the columns; one without a value holds text."""
+    inferred = pa.Schema.from_pandas(part, preserve_index=False)
+    fields = [pa.field(each.name, pa.string()) if pa.types.is_null(each.type) else each for each in inferred]
+    return pa.schema(fields)
 
 
 def read_run(path: Path, plan: Plan, services: Services) -> Run:

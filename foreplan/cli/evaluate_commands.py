@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import os
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from foreplan.cli.command import command
-from foreplan.cli.options import ClusterFile, PlanFile, ServicesFile, read_requests
+from foreplan.cli.options import ClusterFile, EngineName, PlanFile, Seed, ServicesFile, Workers, read_requests
 from foreplan.cli.output import Output
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from evaluator.changes import Change
+    from evaluator.measures import StreamSummary
+    from foreplan.batch import Context
+    from plans.plan import Plan
     from traces.outcomes import RunSummary
+    from traces.table import RequestTrace
 
 __all__ = ["print_summary", "register"]
 
@@ -31,6 +40,14 @@ _COLUMNS = [
     "accuracy",
 ]
 
+Routing = Literal[
+    "weighted", "weighted-random", "round-robin", "shortest-queue", "least-finish", "earliest-free", "credits"
+]
+Order = Literal["edf", "fifo"]
+Admission = Literal["dispatch", "arrival"]
+Latency = Literal["mean", "profile", "exponential"]
+# The evaluator's own choices, spelled again so that `--help` does not compile a simulator; a test holds them equal.
+
 RequestsFile = Annotated[
     Path | None, typer.Option("--requests", metavar="FILE", help="Keep one row per request: .parquet or .csv.")
 ]
@@ -44,26 +61,219 @@ def register(app: typer.Typer) -> None:
 
 def evaluate(
     out: Output,
-    plan: PlanFile,
+    plans: Annotated[list[Path], typer.Argument(metavar="PLAN...", help="Plan files; several are a batch of runs.")],
     services: ServicesFile,
-    trace: Annotated[Path, typer.Option("--trace", metavar="FILE", help="Request trace to serve.")],
-    overhead: Annotated[float, typer.Option(help="Seconds that gateway and transport add.", min=0)] = 0.0,
+    traces: Annotated[
+        list[Path], typer.Option("--trace", metavar="FILE", help="Request trace to serve; repeat for a batch of runs.")
+    ],
+    cluster: Annotated[
+        Path | None, typer.Option("--cluster", metavar="FILE", help="cluster.yaml: for --fail, --then and --profiles.")
+    ] = None,
+    profiles: Annotated[
+        Path | None, typer.Option("--profiles", metavar="DIR", help="For drawn latencies, interference and tokens.")
+    ] = None,
+    routing: Annotated[Routing, typer.Option(help="How a request finds its replica.")] = "weighted",
+    order: Annotated[Order, typer.Option(help="Order of the queues.")] = "edf",
+    batch_delay: Annotated[float, typer.Option(help="Seconds that a head waits for its batch to fill.", min=0)] = 0.0,
+    early_drop: Annotated[bool, typer.Option("--early-drop/--no-early-drop", help="Drop what cannot be met.")] = True,
+    admission: Annotated[
+        Admission, typer.Option(help="Decide when a request's turn comes, or when it arrives.")
+    ] = "dispatch",
+    concurrency: Annotated[int, typer.Option(help="Batches at once on a group of one stage.", min=1)] = 1,
+    latency: Annotated[
+        Latency, typer.Option(help="Latency of a batch: the plan's, drawn from the profiles, or exponential.")
+    ] = "mean",
+    overhead: Annotated[float, typer.Option(help="Seconds that gateway and transport add before the queue.")] = 0.0,
+    response: Annotated[float, typer.Option(help="Seconds from the end of a batch to the client.")] = 0.0,
+    warmup: Annotated[float, typer.Option(help="Seconds whose requests are not counted.", min=0)] = 0.0,
+    until: Annotated[float | None, typer.Option(help="End of the run, seconds; what runs then is in flight.")] = None,
+    then: Annotated[
+        list[str] | None,
+        typer.Option("--then", metavar="SECONDS=PLAN", help="Change to another plan, with its loads; repeat."),
+    ] = None,
+    fail: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--fail", metavar="NODE[/GPU]@FROM[-TO]", help="A node or GPU fails, and recovers, at seconds; repeat."
+        ),
+    ] = None,
+    mtbf: Annotated[
+        float | None, typer.Option(help="Mean seconds between random failures of a node; with --mttr.")
+    ] = None,
+    mttr: Annotated[float | None, typer.Option(help="Mean seconds until a failed node is back.")] = None,
+    seed: Seed = 0,
+    seeds: Annotated[int, typer.Option(help="Runs: of the trace, and of resampled ones.", min=1)] = 1,
+    engine: EngineName = "processes",
+    workers: Workers = 0,
+    keep: Annotated[
+        Path | None, typer.Option("--keep", metavar="DIR", help="Keep finished runs of a batch, and go on from them.")
+    ] = None,
     requests: RequestsFile = None,
+    timeline: Annotated[
+        Path | None, typer.Option("--timeline", metavar="FILE", help="Counts per service over time: .parquet or .csv.")
+    ] = None,
+    resolution: Annotated[float, typer.Option(help="Width of the timeline's bins, seconds.", min=0.001)] = 60.0,
 ) -> None:
-    """Simulate a plan on a trace: goodput, attainment and latency per service."""
-    from evaluator import evaluate as simulate
-    from foreplan.runs import write_requests
+    """Simulate plans on traces: goodput, attainment and latency per service."""
+    from evaluator import Settings
+    from foreplan.batch import Context
+    from plans.cluster import Cluster
     from plans.codec import read_plan
     from plans.documents import read_document
     from plans.service import Services
+    from profiles.library import ProfileLibrary
 
-    arrivals = read_requests(trace, out)
+    context = Context(
+        services=read_document(services, Services),
+        cluster=None if cluster is None else read_document(cluster, Cluster),
+        profiles=None if profiles is None else ProfileLibrary.read(profiles),
+        settings=Settings(
+            seed=seed,
+            routing=routing,
+            order=order,
+            batch_delay_s=batch_delay,
+            early_drop=early_drop,
+            admission=admission,
+            concurrency=concurrency,
+            latency=latency,
+            overhead_s=overhead,
+            response_s=response,
+            warmup_s=warmup,
+            until_s=until,
+        ),
+    )
+    arrivals = {str(path): read_requests(path, out) for path in traces}
+    known = {str(path): read_plan(path) for path in plans}
+    if len(known) * len(arrivals) * seeds == 1:
+        changes = _changes(context, arrivals[str(traces[0])], then or [], fail or [], mtbf, mttr, seed)
+        _evaluate_one(
+            out, context, known[str(plans[0])], arrivals[str(traces[0])], changes, requests, timeline, resolution
+        )
+        return
+    _refuse_in_a_batch({"--then": then, "--fail": fail, "--mtbf": mtbf, "--requests": requests, "--timeline": timeline})
+    _evaluate_batch(out, context, known, arrivals, seeds, engine, workers, keep)
+
+
+def _evaluate_one(
+    out: Output,
+    context: Context,
+    plan: Plan,
+    arrivals: RequestTrace,
+    changes: Sequence[Change],
+    requests: Path | None,
+    timeline: Path | None,
+    resolution_s: float,
+) -> None:
+    from evaluator import evaluate as simulate
+    from foreplan.runs import write_requests, write_timeline
+
     with out.progress(f"simulating {len(arrivals)} requests"):
-        result = simulate(read_plan(plan), read_document(services, Services), arrivals, overhead_s=overhead)
+        result = simulate(
+            plan,
+            context.services,
+            arrivals,
+            settings=context.settings,
+            cluster=context.cluster,
+            profiles=context.profiles,
+            changes=changes,
+            timeline_s=None if timeline is None else resolution_s,
+        )
     if requests is not None:
-        write_requests(requests, result.requests)
-    out.result(result.summary.to_json())
+        write_requests(requests, result.request_parts())
+    if timeline is not None and result.timeline is not None:
+        write_timeline(timeline, result.timeline)
+    streams = [asdict(stream) for stream in result.streams]
+    shown = {**result.summary.to_json(), "mode": result.mode}
+    out.result({**shown, "streams": streams} if streams else shown)
     print_summary(out, result.summary)
+    if streams:
+        columns = ["service", "stream", "frames", "good", "fps", "jitter (ms)", "largest (ms)"]
+        out.table(columns, [_stream_row(stream) for stream in result.streams])
+    out.note(f"mode: {result.mode}")
+
+
+def _stream_row(stream: StreamSummary) -> list[object]:
+    jitters = [None if value is None else value * 1000 for value in (stream.mean_jitter_s, stream.largest_jitter_s)]
+    return [stream.service, stream.stream, stream.offered, stream.good, stream.fps, *jitters]
+
+
+def _evaluate_batch(
+    out: Output,
+    context: Context,
+    plans: Mapping[str, Plan],
+    traces: Mapping[str, RequestTrace],
+    seeds: int,
+    engine: Literal["processes", "ray"],
+    workers: int,
+    keep: Path | None,
+) -> None:
+    from foreplan.batch import run_batch
+
+    total = len(plans) * len(traces) * seeds
+    finished: list[str] = []
+    with out.progress(f"{total} runs", total=total) as progress:
+
+        def done(key: str) -> None:
+            finished.append(key)
+            progress.update(len(finished))
+
+        runs = run_batch(
+            context,
+            plans,
+            traces,
+            seeds=seeds,
+            engine=engine,
+            workers=workers or os.cpu_count() or 1,
+            kept=keep,
+            done=done,
+        )
+    out.result({"runs": runs})
+    columns = ["plan", "trace", "seed", "requests", "attainment", "goodput (rps)", "GPU-hours"]
+    rows = []
+    for run in runs:
+        attained = "-" if run["attainment"] is None else f"{run['attainment']:.2%}"
+        cells = [run["plan"], run["trace"], run["seed"], run["requests"], attained]
+        rows.append([*cells, run["goodput_rps"], run["gpu_hours"]])
+    out.table(columns, rows)
+
+
+def _refuse_in_a_batch(options: Mapping[str, object]) -> None:
+    from plans.errors import Fault, InvalidInput
+
+    faults = [
+        Fault(where=name, found="a batch of runs", expected="one plan, one trace and one seed")
+        for name, value in options.items()
+        if value
+    ]
+    if faults:
+        raise InvalidInput(faults)
+
+
+def _changes(
+    context: Context,
+    arrivals: RequestTrace,
+    then: Sequence[str],
+    fail: Sequence[str],
+    mtbf_s: float | None,
+    mttr_s: float | None,
+    seed: int,
+) -> list[Change]:
+    """Return the changes that the options ask for, by time."""
+    from evaluator.changes import random_failures
+    from foreplan.changes import failures_of, plan_change_of
+    from plans.errors import InvalidInput
+
+    changes: list[Change] = [plan_change_of(text) for text in then]
+    changes += [change for text in fail for change in failures_of(text)]
+    if (mtbf_s is None) != (mttr_s is None):
+        raise InvalidInput.of("both or neither", where="--mtbf and --mttr", found="one of them")
+    if (changes or mtbf_s is not None) and context.cluster is None:
+        raise InvalidInput.of("the cluster that changes", where="--cluster", found="none")
+    if mtbf_s is not None and mttr_s is not None and context.cluster is not None:
+        changes += random_failures(
+            context.cluster, mtbf_s=mtbf_s, mttr_s=mttr_s, until_s=arrivals.duration_s, seed=seed
+        )
+    return sorted(changes, key=lambda change: change.at_s)
 
 
 def print_summary(out: Output, summary: RunSummary) -> None:

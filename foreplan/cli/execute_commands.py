@@ -517,7 +517,7 @@ def load(
     for warning in result.warnings:
         out.warn(warning)
     if requests is not None:
-        write_requests(requests, result.requests)
+        write_requests(requests, [result.requests])
     out.result(result.summary.to_json())
     print_summary(out, result.summary)
 

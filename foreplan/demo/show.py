@@ -134,7 +134,7 @@ def run_demo(
     simulated = evaluate(plan, services, load.arrivals, overhead_s=overhead_s)
     runs = {"simulated": Run(summary=simulated.summary, requests=simulated.requests), "measured": measured}
     for label, run in runs.items():
-        write_requests(folder / f"{label}.parquet", run.requests)
+        write_requests(folder / f"{label}.parquet", [run.requests])
     facts = {
         "machine": f"{processor_name()}, {machine.cores} cores",
         "trace": f"{source.name}, {len(load.arrivals)} requests in {load.arrivals.duration_s:g} s, {SPEED:g}x speed",

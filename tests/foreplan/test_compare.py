@@ -156,3 +156,13 @@ def test_failures_are_read():
 def test_a_change_of_plan_that_cannot_be_read_says_how_it_is_spelled(text):
     with pytest.raises(InvalidInput, match="--then"):
         plan_change_of(text)
+
+
+def test_the_command_line_offers_what_the_evaluator_does():
+    from typing import get_args
+
+    from evaluator import settings
+    from foreplan.cli import evaluate_commands
+
+    for name in ("Routing", "Order", "Admission", "Latency"):
+        assert get_args(getattr(evaluate_commands, name)) == get_args(getattr(settings, name))
