@@ -37,6 +37,7 @@ _HOT, _COLD = 1e-3, 3e-5
 _LARGE_SHARE = 0.03
 _DESCENT_MOVES = 60
 _FILL_ROUNDS = 64
+_ROUNDING = 1e-12
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -145,11 +146,15 @@ class _Polish:
         self._blocks = len(offered)
         self._nothing = np.zeros(self._blocks)
         self._candidates = 0
+        self._idle = 0
         self._score = _Score(block_value=self._nothing, total=0.0)
 
     def run(self, judge: Scorer, others: tuple[Pairs, ...]) -> PolishOutcome:
         self._now.restore(self._start)
         start = self._settle()
+        if not self._moves.kinds:
+            score = self._judged(self._start, judge)
+            return PolishOutcome(pairs=self._start, start_score=score, score=score, candidates=self._candidates)
         starts = sorted((start, *self._others(others), *self._starts()), key=lambda found: -found.total)
         trials = []
         for position, found in enumerate(starts[:_TRIALS]):
@@ -177,7 +182,8 @@ class _Polish:
         """Return the share of the budget that is gone."""
         spent = (self._clock() - self._began_s) / self._limits.time_s
         if self._limits.candidates is not None:
-            spent = max(spent, self._candidates / self._limits.candidates)
+            # Draws that lead to no candidate count too: where nothing can be changed, the search ends all the same.
+            spent = max(spent, (self._candidates + self._idle) / self._limits.candidates)
         return spent
 
     def _simulate(self, rival: Floats, needed: float, least: int = 3) -> Heat:
@@ -212,7 +218,9 @@ class _Polish:
         gpu_types = sorted({kind[0] for kind in self._moves.kinds})
         shapes = sorted({kind[1:] for kind in self._moves.kinds}, key=lambda shape: (-shape[0] * shape[1], shape))
         plans: list[dict[str, list[tuple[int, int]]]] = [{each: [shape] for each in gpu_types} for shape in shapes]
-        while self._spent() < _STARTS_SHARE:
+        while plans or self._spent() < _STARTS_SHARE:
+            if self._spent() >= 1.0:
+                return
             mixture = plans.pop(0) if plans else {each: [self._random.choice(shapes)] for each in gpu_types}
             found = self._uniform(mixture)
             if found is not None:
@@ -227,10 +235,9 @@ class _Polish:
         for kind in self._moves.kinds:
             if kind[1:] in shapes[kind[0]]:
                 slots += self._moves.open_all(kind)
-        if not slots:
-            return None
         self._fill(slots)
-        if not self._moves.complete():
+        if not slots or not self._moves.complete():
+            self._idle += 1
             return None
         return self._settle()
 
@@ -250,7 +257,7 @@ class _Polish:
         best = self._settle()
         began = self._spent()
         span = max(until - began, 1e-9)
-        while (spent := self._spent()) < until:
+        while (spent := self._spent()) < until and best.total < self._offered_value * (1 - _ROUNDING):
             temperature = hot * (cold / hot) ** ((spent - began) / span) * self._offered_value
             if self._random.random() < _LARGE_SHARE:
                 self._large(temperature)
@@ -270,6 +277,8 @@ class _Polish:
             if heat.blocks == self._blocks and float(heat.value.sum()) - self._score.total >= needed:
                 self._take(heat)
                 return
+        else:
+            self._idle += 1
         self._now.rollback(mark)
 
     def _large(self, temperature: float) -> None:
@@ -284,6 +293,8 @@ class _Polish:
                     self._small(0.0)
                 if self._score.total - before.total >= temperature * math.log(1.0 - self._random.random()):
                     return
+        else:
+            self._idle += 1
         self._now.rollback(mark)
         self._score = before
         self._insight.load(lost)

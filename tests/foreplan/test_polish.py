@@ -210,5 +210,5 @@ def test_the_command_polishes_and_says_so(tmp_path):
 
 
 def test_the_command_refuses_fewer_traces_than_can_be_compared(tmp_path):
-    result = Workspace.make(tmp_path).plan("--polish", "1", "--polish-traces", "2", code=1)
+    result = Workspace.make(tmp_path).plan("--polish", "1", "--polish-traces", "2", code=2)
     assert "polish-traces" in result.stderr
