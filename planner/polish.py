@@ -38,6 +38,8 @@ _LARGE_SHARE = 0.03
 _DESCENT_MOVES = 60
 _FILL_ROUNDS = 64
 _ROUNDING = 1e-12
+_LEAST_BLOCKS = 3
+"""Blocks that a candidate is given at least: fewer say nothing about how much blocks differ."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -186,11 +188,11 @@ class _Polish:
             spent = max(spent, (self._candidates + self._idle) / self._limits.candidates)
         return spent
 
-    def _simulate(self, rival: Floats, needed: float, least: int = 3) -> Heat:
+    def _simulate(self, rival: Floats, needed: float) -> Heat:
         self._candidates += 1
         start = self._random.randrange(self._blocks)
         return self._scorer.race(
-            self._now.deployment, self._value, rival=rival, needed=needed, start=start, least=least
+            self._now.deployment, self._value, rival=rival, needed=needed, start=start, least=_LEAST_BLOCKS
         )
 
     def _settle(self) -> _Found:
