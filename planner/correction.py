@@ -38,10 +38,8 @@ def corrected(space: PlanningSpace, pairs: Pairs, scorer: Scorer) -> PlanningSpa
     options = []
     for position, option in enumerate(space.options):
         shape = (option.gpu_type, option.tp, option.pp)
-        borne = seen.get((shape, int(space.service_of[position])))
-        if borne is None:
-            borne = mean_of.get(shape, option.utilisation)
-        within = min(max(borne, settings.min_utilisation), settings.max_utilisation)
+        utilisation = seen.get((shape, int(space.service_of[position])), mean_of.get(shape, option.utilisation))
+        within = min(max(utilisation, settings.min_utilisation), settings.max_utilisation)
         options.append(replace(option, utilisation=within))
     sustained = np.array([option.sustained_rps for option in options])
     return replace(
