@@ -58,6 +58,9 @@ def compare(
     regret: Annotated[bool, typer.Option("--regret/--no-regret", help="Plan in hindsight, too.")] = True,
     polish: Annotated[float, typer.Option(help="Seconds of Foreplan's search by simulation.", min=0)] = 10.0,
     time_limit: Annotated[float, typer.Option(help="Seconds of Foreplan's ILP.", min=0.1)] = 10.0,
+    replan: Annotated[
+        float, typer.Option(help="Seconds after which every policy plans again, its time charged; 0: never.", min=0)
+    ] = 0.0,
     overhead: Annotated[float, typer.Option(help="Seconds that gateway and transport add.", min=0)] = 0.0,
     engine: EngineName = "processes",
     workers: Workers = 0,
@@ -99,6 +102,7 @@ def compare(
         planning=Settings(seed=seed, time_limit_s=time_limit),
         simulation=SimulationSettings(seed=seed, overhead_s=overhead),
         polish_s=polish,
+        replan_s=replan,
     )
     names = [name.strip() for name in policies.split(",") if name.strip()]
     points = _points(load, slo_scale, burstiness)

@@ -17,6 +17,7 @@ from evaluator.policy import Situation
 from evaluator.sweep import Engine, Job, key_of, run_jobs
 from foreplan.batch import BLOCKS
 from foreplan.compare.policies import policy
+from foreplan.compare.replanning import Replanner
 from foreplan.report.content import timeline
 from planner import Settings
 from plans.cluster import Cluster
@@ -56,6 +57,7 @@ class Study:
         planning: Settings of Foreplan's own policy.
         simulation: Overheads, order, drops; the same for all. Routing is each policy's own.
         polish_s: Seconds of Foreplan's own search guided by simulation.
+        replan_s: Seconds after which every policy plans again at the rates that it has just seen; 0: it never does.
     """
 
     cluster: Cluster
@@ -66,6 +68,7 @@ class Study:
     planning: Settings
     simulation: SimulationSettings
     polish_s: float = 0.0
+    replan_s: float = 0.0
 
     def at(self, point: Point, seed: int) -> Study:
         """Return the study at ``point``: seed 0 serves the recorded arrivals, others a block bootstrap of them.
@@ -165,11 +168,12 @@ def compare(
     for name in policies:
         policy(name, study.planning, study.polish_s)
     documents = canonical_digest([study.cluster, study.services])
-    common = (documents, study.profiles.digest, study.history.digest, study.served.digest, seeds, study.polish_s)
+    common = (documents, study.profiles.digest, study.history.digest, study.served.digest)
+    numbers = (seeds, study.polish_s, study.replan_s)
     settings = (asdict(study.planning), asdict(study.simulation))
     jobs = {
         (name, point): Job(
-            key=f"{name}-{key_of(*common, *settings, asdict(point), name)}",
+            key=f"{name}-{key_of(*common, *numbers, *settings, asdict(point), name)}",
             work=_run,
             arguments=(study, name, point, seeds),
         )
@@ -208,6 +212,8 @@ def _run(study: Study, name: str, point: Point, seeds: int) -> dict[str, Any]:
             settings=settings,
             cluster=served.cluster,
             profiles=served.profiles,
+            controller=Replanner(chosen, situation) if study.replan_s else None,
+            interval_s=study.replan_s or 60.0,
         )
         mode = found.mode
         samples.append(asdict(_sample(seed, found.summary, found.requests)))

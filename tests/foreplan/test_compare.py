@@ -8,10 +8,12 @@ import json
 import pytest
 
 from evaluator import Settings as SimulationSettings
+from evaluator.control import Observation, ServiceObservation
 from foreplan.batch import Context, run_batch
 from foreplan.changes import failures_of, plan_change_of
 from foreplan.compare import Point, Study, compare, policy, regret, render
 from foreplan.compare.page import rows
+from foreplan.compare.replanning import Replanner
 from planner import Settings
 from plans.errors import InvalidInput
 from plans.service import Services
@@ -135,6 +137,37 @@ def situation(study):
         demand=observed_demand(study.history, window_s=20),
         history=study.history,
     )
+
+
+def observed(study, plan, rates, *, down=()):
+    services = {
+        name: ServiceObservation(arrived=int(10 * rate), good=0, late=0, dropped=0, failed=0, queued=0)
+        for name, rate in rates.items()
+    }
+    return Observation(now_s=20.0, since_s=10.0, plan=plan, services=services, queued={}, down=frozenset(down))
+
+
+def test_a_policy_that_plans_again_sees_the_rates_of_the_last_interval_and_is_charged_its_time(study):
+    times = iter([100.0, 100.25])
+    replanner = Replanner(policy("ilp", study.planning, 0.0), situation(study), clock=lambda: next(times))
+    plan = policy("random", study.planning, 0.0).decide(situation(study)).plan
+    turn = replanner.observe(observed(study, plan, {"a": 200.0, "b": 1.0}))
+    assert turn.solve_s == 0.25
+    assert [round(one.offered_rps) for one in turn.plan.predicted] == [200, 1]
+    assert turn.plan.prior.digest == plan.placement_digest
+
+
+def test_a_policy_that_would_change_nothing_and_one_without_nodes_leave_things_as_they_are(study):
+    replanner = Replanner(policy("round-robin", study.planning, 0.0), situation(study))
+    plan = policy("round-robin", study.planning, 0.0).decide(situation(study)).plan
+    assert replanner.observe(observed(study, plan, {"a": 40.0, "b": 40.0})) is None
+    assert replanner.observe(observed(study, plan, {"a": 1.0, "b": 1.0}, down=["node-0"])) is None
+
+
+def test_replanning_runs_inside_the_comparison(study):
+    again = dataclasses.replace(study, replan_s=5.0)
+    (outcome,) = compare(again, ["ilp"], POINTS[:1], seeds=1)
+    assert outcome.samples[0].attainment > 0.9
 
 
 @pytest.mark.parametrize(
