@@ -87,14 +87,18 @@ def fill(board: Board) -> None:
     for option in order:
         if board.remaining_rps[space.service_of[option]] <= 0:
             continue
-        while (wanted := board.wanted_share(option)) > NEGLIGIBLE and _place_best(board, option, wanted):
+        least = max(NEGLIGIBLE, float(space.requirements.least_share[option]))
+        while (wanted := board.wanted_share(option)) > least and _place_best(board, option, wanted, least=least):
             pass
 
 
-def _place_best(board: Board, option: int, wanted: float) -> bool:
-    """Place ``option`` in the fullest group with ``wanted`` compute left, else in the emptiest; used groups first."""
+def _place_best(board: Board, option: int, wanted: float, *, least: float = 0.0) -> bool:
+    """Place ``option`` in the fullest group with ``wanted`` compute left, else in the emptiest; used groups first.
+
+    Groups with less than ``least`` left are left out.
+    """
     candidates = board.candidates(option)
-    candidates = candidates[board.compute_left[candidates] > NEGLIGIBLE * (wanted > 0) - NEGLIGIBLE / 2]
+    candidates = candidates[board.compute_left[candidates] > max(least, NEGLIGIBLE * (wanted > 0)) - NEGLIGIBLE / 2]
     if not len(candidates):
         return False
     left = board.compute_left[candidates]

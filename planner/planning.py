@@ -14,6 +14,7 @@ from planner.conflict import Conflict, find_conflicts
 from planner.formulation import Formulation
 from planner.lexicographic import LARGEST_EXACT_MODEL, Exhausted, Search, Unsatisfiable
 from planner.linear import LinearModel
+from planner.objective import tiers, with_kept
 from planner.problem import Problem, check
 from planner.shadow import shadow_prices, shadow_prices_of_loadouts
 from planner.space import PlanningSpace, build_space
@@ -152,7 +153,7 @@ def _search(space: PlanningSpace, method: str, clock: Callable[[], float], ends_
 
 
 def exact_model(problem: Problem) -> LinearModel:
-    """Return the model over single groups with the first objective, for export and for second opinions.
+    """Return the model over single groups with the problem's first objective, for export and for second opinions.
 
     Raises:
         InvalidInput: The documents contradict each other.
@@ -160,7 +161,7 @@ def exact_model(problem: Problem) -> LinearModel:
     check(problem)
     space = build_space(problem)
     formulation = Formulation(space, space.singles)
-    return formulation.model.with_objective(formulation.goodput(), maximise=True)
+    return with_kept(formulation, tiers(space)[0], ())
 
 
 def _report(space: PlanningSpace, method: Literal["direct", "columns"], open_tiers: tuple[str, ...]) -> Report:

@@ -94,11 +94,8 @@ def transition(running: Plan | None, target: Plan, cluster: Cluster) -> Transiti
     for service in sorted({load.service for load in late}):
         add("route", "", service)
     missing_s = _missing_s(late, leaving, after)
-    return Transition(
-        steps=tuple(steps),
-        warnings=_gaps(late, target, missing_s),
-        falls=_falls(running or empty, target, late, missing_s),
-    )
+    falls = _falls(running or empty, target, late, missing_s)
+    return Transition(steps=tuple(steps), warnings=_gaps(late, target, missing_s, falls), falls=falls)
 
 
 def _missing_s(late: list[EntryChange], leaving: list[EntryChange], after: Mapping[str, Group]) -> float:
@@ -139,18 +136,21 @@ def _falls(running: Plan, target: Plan, late: list[EntryChange], missing_s: floa
     )
 
 
-def _gaps(late: list[EntryChange], target: Plan, missing_s: float) -> tuple[str, ...]:
-    """Say for each service how much of its planned rate waits for memory, and how long."""
+def _gaps(late: list[EntryChange], target: Plan, missing_s: float, falls: tuple[Fall, ...]) -> tuple[str, ...]:
+    """Say for each service how much of its planned rate waits for memory, how long, and what it falls to."""
+    fall_of = {fall.service: fall for fall in falls}
     waiting: dict[str, list[LoadoutEntry]] = defaultdict(list)
     for load in late:
         waiting[load.service].append(_entry(load))
     warnings = []
     planned = _rates(target)
     for service, entries in sorted(waiting.items()):
+        fall = fall_of.get(service)
+        fell = "" if fall is None else f", and its rate falls from {fall.before_rps:.4g} to {fall.lowest_rps:.4g} rps"
         share = sum(entry.rate_rps for entry in entries) / planned[service] if planned[service] > 0 else 1.0
         warnings.append(
             f"{service}: {share:.0%} of its planned rate has no room beside what runs; it is loaded after the old "
-            f"replicas are gone, so that share is missing for about {format_seconds(missing_s)}"
+            f"replicas are gone, so that share is missing for about {format_seconds(missing_s)}{fell}"
         )
     return tuple(warnings)
 

@@ -19,7 +19,7 @@ from foreplan.cli.options import (
     read_demand,
 )
 from foreplan.cli.output import Output
-from foreplan.cli.plan_options import Quantile, Window
+from foreplan.cli.plan_options import Attainment, KeepAfterLoss, Minimize, Objective, Quantile, Window
 
 __all__ = ["register"]
 
@@ -47,6 +47,12 @@ def export(
     trace: TraceFile = None,
     current: CurrentFile = None,
     quantile: Quantile = 0.9,
+    objective: Annotated[Objective, typer.Option(help="What to maximise.")] = Objective.goodput,
+    minimize: Annotated[
+        Minimize | None, typer.Option(help="Fewest GPUs or least cost for --attainment, in place of --objective.")
+    ] = None,
+    attainment: Attainment = None,
+    keep_after_loss: KeepAfterLoss = 0.0,
     window: Window = 60.0,
 ) -> None:
     """Write the exact model with its first objective, for any solver that reads LP or MPS."""
@@ -69,7 +75,13 @@ def export(
             profiles=inputs.profiles,
             demand=inputs.demand,
             current=inputs.current,
-            settings=Settings(quantile=quantile),
+            settings=Settings(
+                quantile=quantile,
+                objective=objective.value,
+                minimize=None if minimize is None else minimize.value,
+                attainment=attainment,
+                keep_after_loss=keep_after_loss,
+            ),
         )
     )
     write_text(output, model.lp_text() if kind is ModelFormat.lp else mps_text(model))

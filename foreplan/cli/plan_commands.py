@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
@@ -28,6 +29,7 @@ from foreplan.cli.plan_options import (
     DropPenalty,
     Headroom,
     KeepAfterLoss,
+    Method,
     Minimize,
     Objective,
     Quantile,
@@ -37,7 +39,7 @@ from foreplan.cli.plan_options import (
 )
 
 if TYPE_CHECKING:
-    from planner import Infeasible, NoPlanFound
+    from planner import Infeasible, NoPlanFound, Report
     from plans.plan import Plan, Prediction
 
 __all__ = ["register"]
@@ -75,6 +77,9 @@ def make(
     current: CurrentFile = None,
     time_limit: Annotated[float, typer.Option(help="Seconds for the ILP solve.", min=0.1)] = 10.0,
     solver: Annotated[Solver, typer.Option(help="MILP solver.")] = Solver.highs,
+    method: Annotated[
+        Method, typer.Option(help="One model over all groups, column generation, or by the size of the problem.")
+    ] = Method.auto,
     quantile: Quantile = 0.9,
     blocking: Annotated[Blocking, typer.Option(help="Charge for sharing a group.")] = Blocking.expected,
     headroom: Headroom = 0.05,
@@ -109,6 +114,7 @@ def make(
     from foreplan.what_if import changed, difference
     from planner import Settings, Solved
     from plans.codec import write_plan
+    from plans.transition import transition
     from traces.files import read_request_trace
 
     expected = read_demand(demand, trace, window, out)
@@ -123,6 +129,7 @@ def make(
     settings = Settings(
         time_limit_s=time_limit,
         backend=solver.value,
+        method=method.value,
         quantile=quantile,
         blocking=blocking.value,
         headroom_ratio=headroom,
@@ -155,12 +162,22 @@ def make(
             out.warn("there is no plan for the inputs as they are to compare with")
     write_plan(output, result.plan)
     compared = {} if found is None else {"what_if": {"base": found.base, "changed": found.changed}}
-    out.result(plan_json(result.plan, output) | compared)
+    falls = transition(target.current, result.plan, target.cluster).falls
+    outcome = {"method": result.report.method, "falls": [asdict(fall) for fall in falls]}
+    out.result(plan_json(result.plan, output) | outcome | compared)
     _print_plan(out, result.plan)
+    out.say(f"searched by {_METHODS[result.report.method]}: {_size(result.report)}")
     if found is not None:
         out.table(["what", "as it is", "what if", "change"], [list(row) for row in found.rows()], title="What if")
         out.note("this plan is for the changed inputs, not for the cluster and the demand as they are")
     out.say(f"wrote {output}")
+
+
+_METHODS = {"direct": "one model over groups", "columns": "column generation over loadouts"}
+
+
+def _size(report: Report) -> str:
+    return f"{report.options} options, {report.groups} candidate groups in {report.classes} classes"
 
 
 def _no_plan(out: Output, result: Infeasible | NoPlanFound) -> NoReturn:

@@ -13,6 +13,7 @@ __all__ = [
     "DropPenalty",
     "Headroom",
     "KeepAfterLoss",
+    "Method",
     "Minimize",
     "Objective",
     "Quantile",
@@ -28,6 +29,14 @@ class Solver(StrEnum):
     highs = "highs"
     scip = "scip"
     cbc = "cbc"
+
+
+class Method(StrEnum):
+    """How placements are searched."""
+
+    auto = "auto"
+    direct = "direct"
+    columns = "columns"
 
 
 class Blocking(StrEnum):

@@ -93,13 +93,23 @@ def test_a_plan_is_made_checked_shown_and_explained(planned):
 
 def test_plan_json_has_the_documented_shape(planned):
     result = json.loads(planned.plan("--json", output="again.json").stdout)
-    assert result.keys() == {"solver", "predicted", "unserved", "shadow_prices", "warnings", "plan", "gpus_used"}
+    assert result.keys() == {
+        *("solver", "predicted", "unserved", "shadow_prices", "warnings", "plan", "gpus_used", "method", "falls")
+    }
+    assert result["method"] == "direct"
     assert {prediction["service"] for prediction in result["predicted"]} == {"fast", "slow"}
 
 
 @pytest.mark.parametrize("solver", ["highs", "cbc"])
 def test_both_solvers_reach_the_same_goodput(planned, solver):
     result = json.loads(planned.plan("--json", "--solver", solver, output=f"{solver}.json").stdout)
+    assert result["solver"]["objective"] == pytest.approx(28.0, rel=0.01)
+
+
+def test_column_generation_is_asked_for_by_method_and_reaches_the_same_goodput(planned):
+    result = json.loads(planned.plan("--json", "--method", "columns", output="columns.json").stdout)
+    assert result["method"] == "columns"
+    assert result["solver"]["name"] == "highs+columns"
     assert result["solver"]["objective"] == pytest.approx(28.0, rel=0.01)
 
 

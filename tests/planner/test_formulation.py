@@ -210,3 +210,13 @@ def test_the_exported_model_is_the_exact_one_with_goodput() -> None:
     assert model.integer.any()
     assert "served_detect" not in model.lp_text()
     assert "served(detect)" in model.lp_text()
+
+
+def test_the_exported_model_has_the_objective_of_the_problem() -> None:
+    problem = town()
+    fewest = replace(problem, settings=replace(problem.settings, minimize="gpus", attainment=0.5))
+    model = exact_model(fewest)
+    assert not model.maximise
+    assert {name for name, value in zip(model.variables, model.objective, strict=True) if value} == {
+        name for name in model.variables if name.startswith("use[")
+    }

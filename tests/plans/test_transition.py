@@ -112,3 +112,4 @@ def test_what_does_not_fit_waits_and_a_warning_says_how_long():
     assert [step.action for step in result.steps] == ["drain", "unload", "load", "route"]
     assert "detect: 100%" in result.warnings[0]
     assert "3 s" in result.warnings[0]
+    assert "falls from 1 to 0 rps" in result.warnings[0]
