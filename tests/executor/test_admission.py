@@ -41,11 +41,14 @@ def test_what_the_node_does_not_have_is_named(state, says):
     assert says in found[0]
 
 
-def test_a_group_of_several_devices_is_beyond_this_runtime():
-    group = DesiredGroup(id="node-a/0-1", gpus=(0, 1), tensor_parallel=2, replicas=(replica("a", memory_bytes=(1, 1)),))
-    found = faults(dataclasses.replace(desired(1), groups=(group,)))
-    assert len(found) == 1
-    assert "one device per group" in found[0]
+def test_a_group_may_have_several_devices_with_memory_for_its_part_on_each() -> None:
+    def group(size: int) -> DesiredGroup:
+        one = replica("a", memory_bytes=(1, size))
+        return DesiredGroup(id="node-a/0-1", gpus=(0, 1), tensor_parallel=2, replicas=(one,))
+
+    assert faults(dataclasses.replace(desired(1), groups=(group(1),))) == []
+    (found,) = faults(dataclasses.replace(desired(1), groups=(group(10**15),)))
+    assert "on device 1" in found
 
 
 def test_a_device_in_two_groups_is_a_fault():

@@ -311,10 +311,13 @@ def test_a_state_that_the_node_cannot_run_is_refused_with_all_faults(tmp_path):
     asyncio.run(scenario())
 
 
-def test_a_runtime_that_does_not_start_is_a_fault_of_every_state(tmp_path):
+def test_a_runtime_that_does_not_start_is_a_fault_of_every_state_that_needs_it(tmp_path):
     async def scenario():
         async with running_agent(tmp_path, runtime="no.such:Runtime") as agent:
-            answer = await agent.control.Validate(wire.desired_state_to_proto(desired(1)), timeout=WAIT_S)
+            empty = await agent.control.Validate(wire.desired_state_to_proto(desired(1)), timeout=WAIT_S)
+            assert not empty.faults
+            state = desired(1, g0=[replica("s")])
+            answer = await agent.control.Validate(wire.desired_state_to_proto(state), timeout=WAIT_S)
             assert [fault.field for fault in answer.faults] == ["runtime"]
             assert "no.such" in answer.faults[0].found
 

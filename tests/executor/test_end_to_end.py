@@ -102,7 +102,9 @@ def test_a_plan_is_served_replaced_and_emptied(site: Site) -> None:
     generation = site.generation
     result = site.load(60, 200.0)
     assert set(result.requests["outcome"]) == {"good"}
-    assert result.requests["group"].value_counts().to_dict() == {"a/0": 30, "b/0": 30}
+    shares = result.requests["group"].value_counts()
+    assert set(shares.index) == {"a/0", "b/0"}
+    assert shares.min() >= 20  # equal weights, less what each has waiting
     assert set(result.requests["variant"]) == {"fake-double"}
     assert (result.requests["batch_size"] >= 1).all()
     assert site.apply(BOTH) == NoChanges(generation=generation, placement_digest=BOTH.placement_digest)
