@@ -9,6 +9,7 @@ import pytest
 
 from evaluator import Settings as SimulationSettings
 from evaluator.control import Observation, ServiceObservation
+from evaluator.policy import Decision
 from foreplan.batch import Context, run_batch
 from foreplan.changes import failures_of, plan_change_of
 from foreplan.compare import Point, Study, compare, policy, regret, render
@@ -147,14 +148,27 @@ def observed(study, plan, rates, *, down=()):
     return Observation(now_s=20.0, since_s=10.0, plan=plan, services=services, queued={}, down=frozenset(down))
 
 
+class Spy:
+    name = "spy"
+
+    def __init__(self, plan):
+        self.plan = plan
+
+    def decide(self, situation):
+        self.seen = situation
+        return Decision(plan=self.plan)
+
+
 def test_a_policy_that_plans_again_sees_the_rates_of_the_last_interval_and_is_charged_its_time(study):
     times = iter([100.0, 100.25])
-    replanner = Replanner(policy("ilp", study.planning, 0.0), situation(study), clock=lambda: next(times))
     plan = policy("random", study.planning, 0.0).decide(situation(study)).plan
-    turn = replanner.observe(observed(study, plan, {"a": 200.0, "b": 1.0}))
-    assert turn.solve_s == 0.25
-    assert [round(one.offered_rps) for one in turn.plan.predicted] == [200, 1]
-    assert turn.plan.prior.digest == plan.placement_digest
+    spy = Spy(plan)
+    replanner = Replanner(spy, situation(study), clock=lambda: next(times))
+    empty = plan.model_copy(update={"groups": (), "routes": {}})
+    turn = replanner.observe(observed(study, empty, {"a": 200.0, "b": 1.0}))
+    assert (turn.solve_s, turn.plan) == (0.25, plan)
+    assert [spy.seen.demand.of(name).peak_rps(0.5) for name in NAMES] == [200.0, 1.0]
+    assert spy.seen.current == empty
 
 
 def test_a_policy_that_would_change_nothing_and_one_without_nodes_leave_things_as_they_are(study):
