@@ -45,13 +45,6 @@ def settings_of(told: Scenario) -> Settings:
     return Settings(**chosen | {"until_s": None if told.until_s == math.inf else told.until_s})
 
 
-def is_static(case: Case) -> bool:
-    """Whether nothing changes while the plan runs, and only single requests are served, each in one go."""
-    told = case.scenario
-    generates = any(service.request_class == "generation" for service in told.services.services)
-    return not told.changes and told.controller is None and not told.services.workflows and not generates
-
-
 class _Asked:
     """The scenario's controller behind the engine's protocol."""
 
