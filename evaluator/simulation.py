@@ -6,7 +6,7 @@ import dataclasses
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import pandas as pd
 
@@ -28,16 +28,21 @@ from evaluator.measures import (
 from evaluator.run import Run
 from evaluator.scenario import compile_arrivals, compile_deadlines
 from evaluator.settings import Settings
+from evaluator.single_pass import compile_hosts
+from evaluator.single_pass_run import SinglePassRun, single_pass_faults
 from evaluator.workflows import compile_workflows
 from plans.cluster import Cluster
-from plans.errors import InvalidInput
+from plans.errors import Fault, InvalidInput
 from plans.plan import Plan
 from plans.service import Services
 from profiles.library import ProfileLibrary
 from traces.outcomes import RunSummary
 from traces.table import RequestTrace
 
-__all__ = ["Evaluation", "evaluate"]
+__all__ = ["Evaluation", "Mode", "evaluate"]
+
+Mode = Literal["auto", "event", "single-pass"]
+"""Which simulator runs; ``auto``: the single pass wherever it applies."""
 
 _MOST_BINS = 10_000_000
 
@@ -104,6 +109,7 @@ def evaluate(
     interval_s: float = 60.0,
     keep_requests: bool = True,
     timeline_s: float | None = None,
+    mode: Mode = "auto",
 ) -> Evaluation:
     """Simulate ``plan`` serving ``trace``, open loop, as docs/evaluator.md says; repeatable bit by bit.
 
@@ -122,11 +128,12 @@ def evaluate(
         keep_requests: Whether to keep what becomes of each request (15 bytes each), which makes percentiles exact and
             measures streams. Without, memory grows with the requests in flight alone.
         timeline_s: Width of the bins of a timeline, seconds.
+        mode: Which simulator runs; the outcomes are the same wherever both may.
 
     Raises:
         InvalidInput: Plan or trace name services that ``services`` lacks, the trace holds no request that counts, a
-            setting is out of its range, latencies shall be drawn from profiles that are not there, or plans shall
-            change without a cluster.
+            setting is out of its range, latencies shall be drawn from profiles that are not there, plans shall
+            change without a cluster, or a single pass is asked for where it does not apply.
     """
     chosen = settings or Settings()
     if overhead_s is not None:
@@ -142,7 +149,12 @@ def evaluate(
     flows = int(arrivals.service_of_code.max()) >= len(services.services)
     kept: dict[str, Any] = {"keep_requests": keep_requests, "keep_latencies": not keep_requests, "bin_s": timeline_s}
     run: Run
-    if not (features.generating or flows or changes or controller is not None):
+    changing = bool(changes) or controller is not None
+    single_pass = _is_single_pass(mode, chosen, services, trace, timeline_s, changing=changing)
+    if single_pass:
+        run = SinglePassRun(replicas, compile_hosts(plan, services), arrivals, compile_deadlines(services), chosen)
+        run.finish()
+    elif not (features.generating or flows or changing):
         run = Run(replicas, arrivals, compile_deadlines(services), chosen, **kept)
         run.finish()
     else:
@@ -164,7 +176,7 @@ def evaluate(
     )
     return Evaluation(
         summary=summary_of(run, hosts, services, fleet.gpu_seconds),
-        mode="event",
+        mode="single-pass" if single_pass else "event",
         settings=chosen,
         log=_log(run, hosts, services, trace) if keep_requests else None,
         streams=stream_summaries(run, services) if keep_requests else (),
@@ -182,6 +194,27 @@ def _check(trace: RequestTrace, settings: Settings, timeline_s: float | None, *,
     if timeline_s is not None and not (math.isfinite(timeline_s) and timeline_s > trace.duration_s / _MOST_BINS):
         expected = f"a width above 0 seconds with at most {_MOST_BINS} bins over the trace"
         raise InvalidInput.of(expected, where="evaluate", field="timeline_s", found=timeline_s)
+
+
+def _is_single_pass(
+    mode: Mode, settings: Settings, services: Services, trace: RequestTrace, timeline_s: float | None, *, changing: bool
+) -> bool:
+    """Say whether one pass does it.
+
+    Raises:
+        InvalidInput: It was asked for and does not; with every reason.
+    """
+    if mode not in get_args(Mode):
+        raise InvalidInput.of(f"one of {', '.join(get_args(Mode))}", where="evaluate", field="mode", found=repr(mode))
+    if mode == "event":
+        return False
+    faults = single_pass_faults(settings, services, trace.services)
+    for field, asked in (("timeline_s", timeline_s is not None), ("changes", changing)):
+        if asked:
+            faults.append(Fault(where="evaluate", field=field, found="some", expected="none in a single pass"))
+    if faults and mode == "single-pass":
+        raise InvalidInput(faults)
+    return not faults
 
 
 def _check_control(cluster: Cluster | None, interval_s: float) -> None:

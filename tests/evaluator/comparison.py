@@ -74,6 +74,7 @@ def engine_run(case: Case) -> Evaluation:
         settings=settings_of(told),
         cluster=told.cluster,
         profiles=ProfileLibrary(case.profiles),
+        mode="event",
         **over_time,
     )
 
