@@ -15,12 +15,14 @@ from grpc_health.v1 import health_pb2
 from executor.agent_control import AgentServicer
 from executor.agent_inference import InferenceServicer
 from executor.agent_metrics import agent_metrics
+from executor.cores import own_cores
 from executor.forwarding import ForwardServer
 from executor.grpc_server import HealthServicer, RpcServer, stop_signals
 from executor.http_server import http_server, metrics_application
 from executor.journal import Journal
 from executor.logs import log_failure
 from executor.metrics import exposition
+from executor.mps import mps_is_running
 from executor.node import Node, NodeSettings
 from executor.proto import control_pb2, control_pb2_grpc, open_inference_pb2, open_inference_pb2_grpc
 from executor.roles import Role
@@ -61,6 +63,9 @@ class AgentConfig:
         dtype: Element type of weights and activations.
         threads: Threads that one device's worker may use for one operation on the CPU.
         model_dir: Folder of local models, or None.
+        compiled: Whether workers run batches by torch.compile.
+        cuda_graphs: Whether workers replay CUDA graphs.
+        pin_cores: Whether each device's worker gets processor cores of its own, as many as ``threads``.
         max_message_bytes: Largest message taken or sent.
         drain_s: How long a replica that left the plan may go on answering what it has taken.
         log_level: Of the workers.
@@ -84,6 +89,9 @@ class AgentConfig:
     dtype: str = "fp32"
     threads: int = 1
     model_dir: Path | None = None
+    compiled: bool = False
+    cuda_graphs: bool = False
+    pin_cores: bool = False
     max_message_bytes: int = 64 * 2**20
     drain_s: float = 30.0
     log_level: str = "INFO"
@@ -121,8 +129,8 @@ async def serve_agent(
         stop: Ends the agent from the same process.
 
     Raises:
-        InvalidInput: The address cannot be listened on, or only with certificates; a certificate cannot be used; or the
-            state folder cannot be used or is in use.
+        InvalidInput: The address cannot be listened on, or only with certificates; a certificate cannot be used; the
+            state folder cannot be used or is in use; or there are too few processor cores to pin workers to.
         BadStoredData: The journal is damaged, or that of another node.
     """
     stopping = stop or asyncio.Event()
@@ -141,6 +149,8 @@ async def serve_agent(
             await server.start()
             async with services.metrics_server(credentials):
                 _log.info("event=agent_listening node=%s port=%d", config.node, port)
+                if config.device == "cuda":
+                    _log.info("event=mps running=%s", mps_is_running())
                 on_ready(port)
                 await stopping.wait()
             _log.info("event=agent_stopping node=%s", config.node)
@@ -205,6 +215,9 @@ def _node_settings(config: AgentConfig) -> NodeSettings:
             dtype=config.dtype,
             threads=config.threads,
             model_dir=config.model_dir,
+            compiled=config.compiled,
+            cuda_graphs=config.cuda_graphs,
+            cores=own_cores(config.device_count, config.threads) if config.pin_cores else (),
             log_level=config.log_level,
         ),
     )

@@ -24,6 +24,7 @@ from typing import Any
 
 from numpy.typing import NDArray
 
+from executor.cores import pin_process
 from executor.logs import configure_logging
 from executor.runtime.protocol import DevicesLost, GroupRuntime, LoadedModel, PipelinedModel, UnknownVariant
 from executor.segment import SharedSegment
@@ -229,6 +230,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--dtype", default="fp32")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--model-dir", type=Path)
+    parser.add_argument("--compile", action="store_true", help="run batches by torch.compile")
+    parser.add_argument("--cuda-graphs", action="store_true", help="replay CUDA graphs")
+    parser.add_argument("--cores", default="", help="run on these processor cores only, separated by commas")
     parser.add_argument("--log-level", default="INFO")
     return parser
 
@@ -237,6 +241,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a worker until its agent says stop or is gone; return the exit code."""
     options = _parser().parse_args(arguments)
     configure_logging(options.log_level)
+    if options.cores:
+        pin_process(tuple(map(int, options.cores.split(","))))  # before the runtime starts threads of its own
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole terminal; the agent ends its workers
     with socket.socket(fileno=options.socket) as connection:
         try:
@@ -245,6 +251,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 dtype=options.dtype,
                 threads=options.threads,
                 model_dir=options.model_dir,
+                # Runtimes that know no such options need not take them.
+                **({"compiled": True} if options.compile else {}),
+                **({"cuda_graphs": True} if options.cuda_graphs else {}),
             )
         except ForeplanError as error:
             connection.sendall(encode_from_worker(Failed(call=0, problem=str(error), invalid_input=True)))

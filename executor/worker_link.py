@@ -14,6 +14,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from executor.cores import cores_of
 from executor.errors import WorkerGone, WorkerRefused
 from executor.segment import SharedSegment
 from executor.worker_wire import (
@@ -52,6 +53,10 @@ class WorkerSettings:
         dtype: Element type of weights and activations.
         threads: Threads of one operation on the CPU.
         model_dir: Folder of local models.
+        compiled: Run batches by torch.compile.
+        cuda_graphs: Replay CUDA graphs.
+        cores: Processor cores of the node; each device's worker runs on ``threads`` of them. Empty leaves it to the
+            operating system.
         log_level: Of the worker's own log.
         run_limit_s: Seconds that any batch may take before the worker counts as hung; slow ones get more.
         load_limit_s: Likewise for a start and a load.
@@ -63,6 +68,9 @@ class WorkerSettings:
     dtype: str = "fp32"
     threads: int = 1
     model_dir: Path | None = None
+    compiled: bool = False
+    cuda_graphs: bool = False
+    cores: tuple[int, ...] = ()
     log_level: str = "INFO"
     run_limit_s: float = 10.0
     load_limit_s: float = 600.0
@@ -325,6 +333,10 @@ def _command(settings: WorkerSettings, gpus: tuple[int, ...], connection: int, s
         f"--dtype={settings.dtype}",
     ]
     command += [f"--threads={settings.threads}", f"--log-level={settings.log_level}"]
+    command += ["--compile"] if settings.compiled else []
+    command += ["--cuda-graphs"] if settings.cuda_graphs else []
+    if settings.cores:
+        command.append(f"--cores={','.join(map(str, cores_of(gpus, settings.threads, settings.cores)))}")
     return command + ([f"--model-dir={settings.model_dir}"] if settings.model_dir else [])
 
 

@@ -187,6 +187,8 @@ def _serve(connection: Connection, model: str, batch: int, device: Device) -> No
             threads=device.threads,
             model_dir=device.model_dir,
             seed=device.seed,
+            compiled=device.compiled,
+            cuda_graphs=device.cuda_graphs,
         )
         loaded = runtime.load(model, batch)
         connection.send([])

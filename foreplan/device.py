@@ -13,7 +13,8 @@ __all__ = ["Device", "processor_name"]
 class Device:
     """Where and how models run: the arguments of the runtime, and the name in cluster.yaml.
 
-    ``tp`` and ``pp`` are tensor and pipeline parallelism: a group of tp x pp devices from ``device`` on.
+    ``compiled`` runs batches by torch.compile, ``cuda_graphs`` replays CUDA graphs; both on one device. ``tp``
+    and ``pp`` are tensor and pipeline parallelism: a group of tp x pp devices from ``device`` on.
     """
 
     gpu_type: str
@@ -24,6 +25,8 @@ class Device:
     seed: int = 0
     tp: int = 1
     pp: int = 1
+    compiled: bool = False
+    cuda_graphs: bool = False
 
     @property
     def devices(self) -> tuple[str, ...]:

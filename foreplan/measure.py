@@ -12,6 +12,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+from executor.mps import mps_is_running
 from executor.runtime.protocol import OutOfDeviceMemory
 from foreplan import __version__
 from foreplan.device import Device, processor_name
@@ -131,8 +132,11 @@ def _runtime(device: Device) -> Iterator[Any]:
 
     shared = (device.dtype, device.threads, device.model_dir, device.seed)
     if len(device.devices) == 1:
-        yield TorchRuntime(device.device, *shared)
+        yield TorchRuntime(device.device, *shared, compiled=device.compiled, cuda_graphs=device.cuda_graphs)
         return
+    if device.compiled or device.cuda_graphs:
+        found = f"{len(device.devices)} devices"
+        raise InvalidInput.of("one device", field="compile or cuda_graphs", found=found, remedy="leave them off")
     from executor.runtime.parallel import ParallelTorchRuntime
 
     runtime = ParallelTorchRuntime(device.devices, *shared)
@@ -223,5 +227,16 @@ def _meta(device: Device, loaded: Any) -> ProfileMeta:
         input=", ".join(f"{spec.datatype} {'x'.join(map(str, spec.shape))}" for spec in loaded.inputs),
         measured_at=datetime.now(UTC).isoformat(timespec="seconds"),
         tool_version=__version__,
-        options={"threads": str(device.threads)} if device.device == "cpu" else {},
+        options=_options(device),
     )
+
+
+def _options(device: Device) -> dict[str, str]:
+    """Return the choices that change speed, as a profile records them."""
+    chosen = {
+        "threads": str(device.threads) if device.device == "cpu" else "",
+        "compile": "default" if device.compiled else "",
+        "cuda_graphs": "on" if device.cuda_graphs else "",
+        "mps": "on" if device.device != "cpu" and mps_is_running() else "",
+    }
+    return {name: value for name, value in chosen.items() if value}

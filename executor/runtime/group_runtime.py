@@ -20,17 +20,31 @@ class TorchGroupRuntime:
         dtype: As for `TorchRuntime`, and so the following.
         threads: Threads of each device's process.
         model_dir: Folder of local models.
+        compiled: Run batches by torch.compile; on one device.
+        cuda_graphs: Replay CUDA graphs; on one device.
 
     Raises:
         InvalidInput: An argument is wrong.
     """
 
     def __init__(
-        self, devices: Sequence[str] = ("cpu",), dtype: str = "fp32", threads: int = 1, model_dir: Path | None = None
+        self,
+        devices: Sequence[str] = ("cpu",),
+        dtype: str = "fp32",
+        threads: int = 1,
+        model_dir: Path | None = None,
+        *,
+        compiled: bool = False,
+        cuda_graphs: bool = False,
     ) -> None:
         self._single: TorchRuntime | None = None
         if len(devices) == 1:
-            self._single = TorchRuntime(devices[0], dtype, threads, model_dir)
+            self._single = TorchRuntime(
+                devices[0], dtype, threads, model_dir, compiled=compiled, cuda_graphs=cuda_graphs
+            )
+        elif compiled or cuda_graphs:
+            found, expected = f"{len(devices)} devices", "one device: groups run neither compiled nor by CUDA graphs"
+            raise InvalidInput.of(expected, field="devices", found=found)
         else:
             from executor.runtime.parallel import ParallelTorchRuntime  # torch.distributed takes a while to import
 

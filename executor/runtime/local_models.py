@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,7 +12,9 @@ import torch
 import transformers
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from transformers import PreTrainedModel  # the heavy part of transformers: paid at import, not in the first load
+
+# The heavy part of transformers: paid at import, not in the first load.
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from transformers.models.auto import modeling_auto
 
 from executor.runtime.protocol import TensorSpec
@@ -26,6 +29,7 @@ _HEADS: Mapping[str, Any] = {
     "ForSemanticSegmentation": modeling_auto.MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING,
     "ForObjectDetection": modeling_auto.MODEL_FOR_OBJECT_DETECTION_MAPPING,
     "ForSequenceClassification": modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+    "ForCausalLM": {LlamaConfig: LlamaForCausalLM},  # the architecture that `executor.runtime.generation` knows
 }
 _ANSWERS = {"ForObjectDetection": ("logits", "pred_boxes")}
 _LONGEST_TEXT = 128
@@ -72,6 +76,9 @@ def load_folder(model_dir: Path, name: str) -> tuple[PreTrainedModel, tuple[Tens
         problem = _first_line(error)
         raise InvalidInput.of("weights of the architecture in config.json", where=folder, found=problem) from error
     _check_weights(report, folder)
+    if head == "ForCausalLM":  # as in the registry: whole requests ask for the first token of an answer
+        module.config.use_cache = False
+        module.forward = functools.partial(module.forward, logits_to_keep=1)
     return module, _inputs(config, module.main_input_name, folder), _ANSWERS.get(head, ("logits",))
 
 

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import ctypes
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
+from executor.runtime.protocol import OutOfDeviceMemory
 from profiles.memory import resident_growth_bytes
 
-__all__ = ["LiveTensors", "keep_freed_memory", "peak_growth_bytes", "peak_tensor_bytes"]
+__all__ = ["LiveTensors", "keep_freed_memory", "out_of_memory_named", "peak_growth_bytes", "peak_tensor_bytes"]
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of mallopt(3)
 _KEPT_BYTES = 2**30
@@ -92,3 +94,14 @@ class LiveTensors(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _release(self, size_bytes: int) -> None:
         self._held_bytes -= size_bytes
+
+
+@contextmanager
+def out_of_memory_named(variant: str, batch: int) -> Iterator[None]:
+    """Raise torch's error of a full device as `OutOfDeviceMemory`, with the model and the batch."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        torch.cuda.empty_cache()
+        problem = f"{variant} does not fit on the device at batch {batch}: {str(error).splitlines()[0]}"
+        raise OutOfDeviceMemory(problem) from error

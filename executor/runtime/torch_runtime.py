@@ -16,13 +16,16 @@ import torch
 import transformers
 from numpy.typing import NDArray
 
+from executor.runtime.acceleration import GraphedModule, acceleration_faults, compiled_module
+from executor.runtime.generation import GenerationEngine, KvMemory, LlamaSteps, can_generate
+from executor.runtime.generation_group import GenerationGroup
 from executor.runtime.local_models import load_folder, local_names
-from executor.runtime.memory import keep_freed_memory, peak_growth_bytes
-from executor.runtime.protocol import InvalidTensor, OutOfDeviceMemory, TensorSpec, UnknownVariant, batch_of
+from executor.runtime.memory import keep_freed_memory, out_of_memory_named, peak_growth_bytes
+from executor.runtime.protocol import InvalidTensor, TensorSpec, UnknownVariant, batch_of
 from executor.runtime.registry import REGISTRY
 from plans.errors import Fault, InvalidInput
 
-__all__ = ["DTYPES", "TorchModel", "TorchRuntime", "check_tokens", "random_inputs", "to_tensor"]
+__all__ = ["DTYPES", "GeneratingModel", "TorchModel", "TorchRuntime", "check_tokens", "random_inputs", "to_tensor"]
 
 DTYPES: Mapping[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 """Types that weights and activations can have; inputs and outputs stay FP32."""
@@ -43,9 +46,12 @@ class TorchRuntime:
         threads: Threads that torch may use for one operation on the CPU; a setting of the whole process.
         model_dir: Folder of local models, or None for the registry alone.
         seed: Of the random weights.
+        compiled: Run batches by torch.compile, which takes its time at the first batch of a size.
+        cuda_graphs: Record the kernels of each batch size once and replay them; on a CUDA device.
 
     Raises:
-        InvalidInput: An argument is wrong, or there is no such device here; all faults at once.
+        InvalidInput: An argument is wrong, compiling lacks a C++ compiler, or there is no such device here; all faults
+            at once.
     """
 
     def __init__(
@@ -55,8 +61,11 @@ class TorchRuntime:
         threads: int = 1,
         model_dir: Path | None = None,
         seed: int = 0,
+        *,
+        compiled: bool = False,
+        cuda_graphs: bool = False,
     ) -> None:
-        faults = [*_device_faults(device)]
+        faults = [*_device_faults(device), *acceleration_faults(device, compiled=compiled, cuda_graphs=cuda_graphs)]
         if dtype not in DTYPES:
             faults.append(Fault(field="dtype", found=repr(dtype), expected="one of " + ", ".join(DTYPES)))
         if threads < 1:
@@ -70,6 +79,8 @@ class TorchRuntime:
         self._threads = threads
         self._model_dir = model_dir
         self._seed = seed
+        self._compiled = compiled
+        self._cuda_graphs = cuda_graphs
 
     def names(self) -> tuple[str, ...]:
         """Names that `load` knows, sorted: the registry's and those of local folders."""
@@ -91,16 +102,18 @@ class TorchRuntime:
         if self._device.type == "cpu":
             keep_freed_memory()
         start = time.perf_counter()
-        with _quiet_transformers(), _out_of_memory_named(variant, max_batch):
+        with _quiet_transformers(), out_of_memory_named(variant, max_batch):
             module, inputs, wanted = self.build(variant)
             module = module.to(device=self._device, dtype=DTYPES[self._dtype]).eval().requires_grad_(False)
             self._synchronize()
             load_s = time.perf_counter() - start
-            return TorchModel(
+            kind = GeneratingModel if can_generate(module) else TorchModel
+            return kind(
                 variant,
                 module,
                 inputs,
                 wanted,
+                run=self._accelerated(module, variant),
                 device=self._device,
                 dtype=DTYPES[self._dtype],
                 max_batch=max_batch,
@@ -135,6 +148,10 @@ class TorchRuntime:
             torch.manual_seed(self._seed + zlib.crc32(variant.encode()))
             return architecture.build(), architecture.inputs, architecture.outputs
 
+    def _accelerated(self, module: torch.nn.Module, variant: str) -> Callable[..., Any]:
+        run = compiled_module(module, variant) if self._compiled else module
+        return GraphedModule(run, self._device) if self._cuda_graphs else run
+
     def _synchronize(self) -> None:
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
@@ -150,6 +167,7 @@ class TorchModel:
         inputs: tuple[TensorSpec, ...],
         wanted: tuple[str, ...],
         *,
+        run: Callable[..., Any],
         device: torch.device,
         dtype: torch.dtype,
         max_batch: int,
@@ -160,6 +178,7 @@ class TorchModel:
         self.load_s = load_s
         self.max_batch = max_batch
         self._module = module
+        self._run = run
         self._wanted = wanted
         self._device = device
         self._dtype = dtype
@@ -182,14 +201,35 @@ class TorchModel:
         """
         batch = batch_of(inputs, self.inputs, max_batch=self.max_batch, where=self.name)
         check_tokens(self.name, self.inputs, self._vocabulary, inputs)
-        with torch.inference_mode(), _out_of_memory_named(self.name, batch):
+        with torch.inference_mode(), out_of_memory_named(self.name, batch):
             tensors = {name: to_tensor(array, self._device, self._dtype) for name, array in inputs.items()}
-            answer = self._module(**tensors)
+            answer = self._run(**tensors)
             return {name: answer[name].float().cpu().numpy() for name in self._wanted}
 
     def example(self, batch: int, seed: int = 0) -> dict[str, NDArray[Any]]:
         """Return valid random inputs for ``batch`` items; the same seed gives the same values."""
         return random_inputs(self.inputs, self._vocabulary, batch, seed)
+
+
+class GeneratingModel(TorchModel):
+    """A Llama model: as a whole it answers with the logits after a prompt, and its engine generates."""
+
+    def engine(self, *, kv_tokens: int, **chosen: Any) -> GenerationEngine:
+        """Return an engine with key-value memory for ``kv_tokens`` tokens; ``chosen`` as for `GenerationEngine`.
+
+        Raises:
+            OutOfDeviceMemory: The device cannot hold so many.
+            InvalidInput: ``kv_tokens`` or a chosen limit is below 1.
+        """
+        if kv_tokens < 1:
+            raise InvalidInput.of("at least 1", where=self.name, field="kv_tokens", found=kv_tokens)
+        with out_of_memory_named(self.name, self.max_batch):
+            memory = KvMemory(self._module.config, kv_tokens, self._device, self._dtype)
+        return GenerationEngine(LlamaSteps(self._module, memory), **chosen)
+
+    def as_group(self) -> GenerationGroup:
+        """Return the model as `profiles.profiler.profile_group` measures it."""
+        return GenerationGroup(self.name, self, self._module, self._device, self._dtype)
 
 
 def random_inputs(specs: tuple[TensorSpec, ...], vocabulary: int, batch: int, seed: int) -> dict[str, NDArray[Any]]:
@@ -258,13 +298,3 @@ def _quiet_transformers() -> Iterator[None]:
         logging.set_verbosity(level)
         if bars:
             logging.enable_progress_bar()
-
-
-@contextmanager
-def _out_of_memory_named(variant: str, batch: int) -> Iterator[None]:
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        torch.cuda.empty_cache()
-        problem = f"{variant} does not fit on the device at batch {batch}: {str(error).splitlines()[0]}"
-        raise OutOfDeviceMemory(problem) from error

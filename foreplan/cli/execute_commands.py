@@ -73,6 +73,11 @@ def agent(
     dtype: Annotated[str, typer.Option(help="fp32, bf16 or fp16.")] = "fp32",
     threads: Annotated[int, typer.Option(help="CPU threads of one device's worker.", min=1)] = 1,
     model_dir: Annotated[Path | None, typer.Option(metavar="DIR", help="Folder of local models (safetensors).")] = None,
+    compiled: Annotated[bool, typer.Option("--compile", help="Run batches by torch.compile.")] = False,
+    cuda_graphs: Annotated[bool, typer.Option("--cuda-graphs", help="Replay CUDA graphs.")] = False,
+    pin_cores: Annotated[
+        bool, typer.Option("--pin-cores", help="Give each device's worker --threads cores of its own.")
+    ] = False,
     runtime: Annotated[
         str, typer.Option(metavar="MODULE:FACTORY", help="What runs the models.")
     ] = "executor.runtime.group_runtime:TorchGroupRuntime",
@@ -113,6 +118,9 @@ def agent(
         dtype=dtype,
         threads=threads,
         model_dir=model_dir,
+        compiled=compiled,
+        cuda_graphs=cuda_graphs,
+        pin_cores=pin_cores,
         log_level=log_level,
         metrics=metrics,
         forward_port=forward_port,

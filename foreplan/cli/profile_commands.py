@@ -66,6 +66,8 @@ def run(
     ] = "",
     context_tokens: Annotated[str, typer.Option(help="Also measure decode steps at these lengths of context.")] = "",
     model_dir: ModelDir = None,
+    compiled: Annotated[bool, typer.Option("--compile", help="Run batches by torch.compile.")] = False,
+    cuda_graphs: Annotated[bool, typer.Option("--cuda-graphs", help="Replay CUDA graphs.")] = False,
     point_seconds: Annotated[float, typer.Option(help="Most seconds for one batch size.", min=0.05)] = 2.0,
     fresh: Annotated[bool, typer.Option("--fresh", help="Do not go on where an interrupted run stopped.")] = False,
     seed: Seed = 0,
@@ -86,6 +88,8 @@ def run(
         seed=seed,
         tp=tp,
         pp=pp,
+        compiled=compiled,
+        cuda_graphs=cuda_graphs,
     )
     grid = Grid(
         batches=_numbers(batches, "--batches") if batches else None,

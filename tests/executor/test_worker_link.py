@@ -44,6 +44,15 @@ async def run_once(link, variant, values):
     return link.segment.array(done.outputs[0]).copy()
 
 
+def test_a_pinned_worker_runs_on_its_own_cores_only(tmp_path):
+    async def scenario():
+        last = max(os.sched_getaffinity(0))
+        async with started(tmp_path, cores=(last,)) as link:
+            assert psutil.Process(link.process_id).cpu_affinity() == [last]
+
+    asyncio.run(scenario())
+
+
 def test_a_worker_loads_runs_and_unloads_several_models(tmp_path):
     async def scenario():
         async with started(tmp_path) as link:

@@ -41,6 +41,20 @@ def test_a_model_is_measured_and_its_profile_kept(tmp_path: Path) -> None:
     assert [each.name for each in (tmp_path / "p").iterdir()] == ["bert-tiny-16.cpu.json"]
 
 
+def test_a_model_that_generates_is_measured_by_phase(tmp_path: Path) -> None:
+    grid = ("--batches", "1,2", "--prompt-tokens", "8", "--context-tokens", "16", "--point-seconds", "0.05")
+    foreplan(tmp_path, "run", "llama-tiny", "-o", "p", *grid)
+    profile = read_document(tmp_path / "p" / "llama-tiny.cpu.json", Profile)
+    expected = [(phase, batch, tokens) for phase, tokens in (("decode", 16), ("prefill", 8)) for batch in (1, 2)]
+    assert sorted((row.phase, row.batch, row.input_tokens) for row in profile.rows) == expected
+    assert profile.kv_bytes_per_token == 2048
+
+
+def test_acceleration_that_the_device_lacks_is_refused(tmp_path: Path) -> None:
+    found = foreplan(tmp_path, "run", "bert-tiny-16", "-o", "p", "--cuda-graphs", code=1)
+    assert "cuda_graphs: found device cpu, expected a CUDA device" in found.stderr
+
+
 @pytest.mark.slow
 def test_copies_and_pairs_are_measured_beside_each_other(tmp_path: Path) -> None:
     grid = ("--batches", "1,2,4", "--point-seconds", "0.1")

@@ -8,10 +8,17 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import BertConfig, BertForSequenceClassification, ResNetConfig, ResNetForImageClassification
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
+    ResNetConfig,
+    ResNetForImageClassification,
+)
 
 from executor.runtime.protocol import UnknownVariant
-from executor.runtime.torch_runtime import TorchRuntime
+from executor.runtime.torch_runtime import GeneratingModel, TorchRuntime
 from plans.errors import InvalidInput
 from tests.executor.runtime.contract import RuntimeContract
 
@@ -189,3 +196,27 @@ def test_folders_that_are_no_models_are_not_listed(models: Path) -> None:
 def test_examples_stay_inside_a_small_vocabulary(models: Path) -> None:
     model = TorchRuntime(model_dir=models).load("tiny", 64)
     assert int(np.max(model.example(64)["input_ids"])) < 50
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_llama_folder_generates_as_transformers_does(tmp_path: Path, tied: bool) -> None:
+    torch.manual_seed(5)
+    config = LlamaConfig(
+        vocab_size=60, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=64, tie_word_embeddings=tied,
+    )  # fmt: skip
+    module = LlamaForCausalLM(config).eval()
+    module.save_pretrained(tmp_path / "models" / "chat")
+    model = TorchRuntime(model_dir=tmp_path / "models").load("chat", 2)
+    assert isinstance(model, GeneratingModel)
+    assert [spec.shape for spec in model.inputs + model.outputs] == [(64,), (1, 60)]
+    engine = model.engine(kv_tokens=40, max_batch=2)
+    engine.add([3, 1, 4, 1, 5], 9)
+    finished = ()
+    while not engine.is_idle:
+        finished = engine.step().finished
+    with torch.inference_mode():
+        expected = module.generate(
+            torch.tensor([[3, 1, 4, 1, 5]]), max_new_tokens=9, do_sample=False, eos_token_id=None, pad_token_id=0
+        )
+    assert finished[0].tokens == tuple(expected[0, 5:].tolist())

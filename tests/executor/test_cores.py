@@ -1,0 +1,47 @@
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from executor.cores import cores_of, own_cores
+from plans.errors import InvalidInput
+
+
+@given(threads=st.integers(1, 4), devices=st.integers(1, 6), split=st.integers(0, 6))
+def test_workers_of_different_devices_share_no_core_and_leave_none_over(threads, devices, split):
+    cores = tuple(range(3, 3 + devices * threads))
+    one, other = tuple(range(devices))[:split], tuple(range(devices))[split:]
+    found = cores_of(one, threads, cores), cores_of(other, threads, cores)
+    assert [len(each) for each in found] == [len(one) * threads, len(other) * threads]
+    assert sorted(found[0] + found[1]) == list(cores)
+
+
+def test_too_few_cores_are_refused():
+    here = len(os.sched_getaffinity(0))
+    assert own_cores(1, here) == tuple(sorted(os.sched_getaffinity(0)))
+    with pytest.raises(InvalidInput, match=f"{here} cores, expected at least {2 * here}"):
+        own_cores(2, here)
+
+
+def test_a_process_is_kept_on_its_cores_with_the_threads_that_it_had_already():
+    script = """if True:
+        import os, threading
+        from executor.cores import pin_process
+        asked, told, seen = threading.Event(), threading.Event(), []
+        def look():
+            asked.wait()
+            seen.append(os.sched_getaffinity(0))
+        thread = threading.Thread(target=look)
+        thread.start()
+        last = max(os.sched_getaffinity(0))
+        pin_process((last,))
+        asked.set()
+        thread.join()
+        assert seen == [{last}] and os.sched_getaffinity(0) == {last}, seen
+    """
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=60)
