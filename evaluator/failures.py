@@ -15,7 +15,7 @@ from evaluator.agenda import push_pending
 from evaluator.calls import lose_call
 from evaluator.extras import ORPHANED, TRANSIT, call_at, small_of
 from evaluator.memory import compiled, int64
-from evaluator.queues import free_slot, pop
+from evaluator.queues import free_slot, pop, set_head_key
 from evaluator.recording import record, record_busy
 from evaluator.state import LOST, NOWHERE
 
@@ -69,6 +69,7 @@ def clear_group(w: Any, g: int, found: int, count: int) -> int:
         if replica.generates != NOWHERE:
             rest = small_of(found + 4 * count, w.slot_count - count)
             count += generation.release_all(w, int64(replica.generates), rest)
+            set_head_key(w, r)
     lead = int64(group.running)
     while lead != NOWHERE:
         following = int64(slot_at(w, lead).batch_after)
