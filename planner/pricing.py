@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from planner.linear import Floats, Integers
 
-__all__ = ["ClassOptions", "Priced", "best_loadout"]
+__all__ = ["ClassOptions", "Priced", "best_loadout", "compile_pricing"]
 
 _DEEPEST = 512
 """Most options of one loadout that are considered."""
@@ -137,6 +137,20 @@ def best_loadout(
         value=float(found),
         bound=max(float(bound), float(found), floor),
     )
+
+
+def compile_pricing() -> None:
+    """Load the compiled code, or compile it where an installation has not done so yet, which takes some seconds."""
+    of = ClassOptions(
+        options=np.arange(2),
+        service=np.arange(2),
+        memory=np.full((2, 1), 0.6),
+        cap=np.ones(2),
+        hold_s=np.zeros(2),
+        slack_s=np.ones(2),
+        least=np.zeros(2),
+    )
+    best_loadout(of, np.array([1.0, 2.0]), np.zeros(2))
 
 
 def _lifted(share: Floats, least: Floats) -> Floats:

@@ -42,7 +42,8 @@ class Settings:
 
     Attributes:
         seed: Seed of the solver.
-        time_limit_s: Wall time for the whole solve, seconds; what is best by then is returned with its gap.
+        time_limit_s: Wall time for the whole solve, seconds; what is best by then is returned with its gap. Compiling
+            the pricing of column generation, once per installation, does not count.
         backend: The solver.
         method: See `Method`.
         headroom_ratio: Share of every GPU's memory that is left free, in [0, 1).

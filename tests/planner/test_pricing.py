@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from planner.pricing import ClassOptions, best_loadout
+from planner import pricing
+from planner.pricing import ClassOptions, best_loadout, compile_pricing
 
 
 def options_of(rng: np.random.Generator, count: int, services: int, stages: int) -> ClassOptions:
@@ -99,3 +100,12 @@ def test_at_most_one_option_is_filled_in_part() -> None:
         found = best_loadout(of, np.linspace(1.0, 2.0, 12), np.zeros(12))
         partial = (found.share > 1e-12) & (found.share < of.cap[found.chosen] - 1e-12)
         assert partial.sum() <= 1
+
+
+def test_nothing_is_left_to_compile_once_pricing_is_compiled() -> None:
+    compile_pricing()
+    kernels = (pricing._search, pricing._greedy, pricing._suffixes, pricing._multipliers)
+    before = [len(kernel.signatures) for kernel in kernels]
+    of = options_of(np.random.default_rng(1), 9, services=5, stages=3)
+    best_loadout(of, np.linspace(-0.2, 3.0, 9), np.zeros(9), barred=np.zeros(5, dtype=bool), floor=0.1, cap=of.cap / 2)
+    assert [len(kernel.signatures) for kernel in kernels] == before
