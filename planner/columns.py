@@ -16,7 +16,7 @@ from planner.backend import Budget
 from planner.board import Board
 from planner.formulation import Formulation
 from planner.greedy import add_minimum, fill
-from planner.lexicographic import LARGEST_EXACT_MODEL, Search, Tier
+from planner.lexicographic import LARGEST_EXACT_MODEL, LEAST_RELAXATION_S, Search, Tier
 from planner.linear import Floats
 from planner.linking import Linking
 from planner.mapping import map_loadouts
@@ -32,6 +32,9 @@ __all__ = ["ColumnSearch"]
 
 _FORESEEING = 0.35
 """Share of an objective's time that first prices may take."""
+
+_LEAST_FORESEEING = 0.02
+"""Share of the whole time limit that they may take in any case, so that no objective is left without a bound."""
 
 _CONVERGING = 0.5
 """Share of an objective's time by whose end column generation stops."""
@@ -139,7 +142,8 @@ class ColumnSearch(Search):
             return started_s + share * max(0.0, tier.ends_at_s - started_s)
 
         sign = 1.0 if tier.objective.maximise else -1.0
-        master.foresee(until(_FORESEEING) - self._clock())
+        least_s = max(LEAST_RELAXATION_S, _LEAST_FORESEEING * self._settings.time_limit_s)
+        master.foresee(max(least_s, until(_FORESEEING) - self._clock()))
         tier.tighten(sign * master.bound)
         solution = converge(master, self._clock, until(_CONVERGING), gap=self._settings.gap / 4)
         tier.tighten(sign * master.bound)

@@ -38,6 +38,7 @@ class Formulation:
         count: Shape (class,): members, with the extra GPU's.
         side: The rows that join groups beyond demand and budgets, and their variables.
         fair: The rows of an objective on served shares, and their variables.
+        has_loadouts: Whether it has the rows of single groups.
         model: The model, with an objective of 0.
     """
 
@@ -53,7 +54,7 @@ class Formulation:
     ) -> None:
         """Build the model; without ``loadouts`` only the rows that join groups, for column generation (section 9)."""
         self.space = space
-        self._loadouts = loadouts
+        self.has_loadouts = loadouts
         self.classes = tuple(classes)
         if pairs is None:
             pairs = [(position, option) for position, each in enumerate(self.classes) for option in each.options]
@@ -102,7 +103,7 @@ class Formulation:
     # Step 2: constraints.
 
     def _add_constraints(self) -> None:
-        if self._loadouts:
+        if self.has_loadouts:
             self._add_loadouts()
         self._one_group_per_gpu()
         self._demand()

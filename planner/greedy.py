@@ -10,7 +10,7 @@ import numpy as np
 from planner.board import NEGLIGIBLE, Board
 from planner.space import Placement, PlanningSpace
 
-__all__ = ["Target", "add_minimum", "fill", "greedy", "pack", "running"]
+__all__ = ["Order", "Target", "add_minimum", "fill", "greedy", "pack", "running"]
 
 Target = tuple[int, int, float, int]
 """(class, option, compute share over the class, least number of replicas)."""

@@ -18,13 +18,23 @@ import numpy as np
 from planner.backend import Budget, InfeasibleModel, Solution, Solver, local_solver, solver_for
 from planner.board import NEGLIGIBLE
 from planner.formulation import Formulation
-from planner.greedy import Target, greedy, pack, running
+from planner.greedy import Order, Target, greedy, pack, running
 from planner.linear import Floats, LinearModel
 from planner.neighbourhood import neighbourhoods
 from planner.objective import ACCURACY, GOODPUT, Kept, Objective, gap_of, tiers, with_kept
+from planner.redundancy import Redundant, placed_apart, redundant_starts
 from planner.space import Placed, Placement, PlanningSpace
 
-__all__ = ["LARGEST_EXACT_MODEL", "Exhausted", "Outcome", "Search", "Tier", "TierOutcome", "Unsatisfiable"]
+__all__ = [
+    "LARGEST_EXACT_MODEL",
+    "LEAST_RELAXATION_S",
+    "Exhausted",
+    "Outcome",
+    "Search",
+    "Tier",
+    "TierOutcome",
+    "Unsatisfiable",
+]
 
 LARGEST_EXACT_MODEL = 40_000
 """Pairs of group and option up to which the exact model is worth building; beyond, columns are generated."""
@@ -55,6 +65,9 @@ _LATER_ROUNDS = 10
 
 _STALLED_ROUNDS = 4
 """Neighbourhoods without a gain after which an objective is left as it is."""
+
+LEAST_RELAXATION_S = 0.5
+"""Seconds that a linear relaxation may take also when time is over, so that no objective is left without a bound."""
 
 _FIXED = ("gpus", "gpu-cost", "bytes-moved")
 """Objectives that rates alone do not change."""
@@ -190,9 +203,12 @@ class Search:
         return fixed.decode(answer.values) if isinstance(answer, Solution) else None
 
     def _start(self) -> Placement | None:
-        """Return the better of the greedy and the running plan, both with optimal rates."""
+        """Return the best of the running plan and of greedy ones, with optimal rates."""
         best: Placement | None = None
-        for placement in (running(self._space), greedy(self._space)):
+        starts = [running(self._space), greedy(self._space)]
+        if self._space.requirements.losses:
+            starts += redundant_starts(self._space)
+        for placement in starts:
             if placement is None:
                 continue
             rated = self.best_rates(_pairs(placement), GOODPUT, ())
@@ -291,17 +307,29 @@ class Search:
         answer = self._solver.solve(model, budget)
         if isinstance(answer, InfeasibleModel):
             return None
-        if not isinstance(answer, Solution):
-            tier.tighten(answer.bound)
-            return []
+        if answer.bound is None or not math.isfinite(answer.bound):
+            self._bound_by_relaxation(tier, model)
         tier.tighten(answer.bound)
-        return _targets(over, answer.values)
+        return _targets(over, answer.values) if isinstance(answer, Solution) else []
+
+    def _bound_by_relaxation(self, tier: Tier, model: LinearModel) -> None:
+        """Bound ``tier`` by the linear relaxation over classes, which takes a fraction of what whole counts take."""
+        limit_s = max(LEAST_RELAXATION_S, tier.ends_at_s - self._clock())
+        answer = self._solver.solve(model.relaxed(), Budget(time_limit_s=limit_s, seed=self._settings.seed))
+        if isinstance(answer, Solution):
+            tier.tighten(answer.bound)
 
     def _pack(self, tier: Tier, targets: list[Target]) -> None:
-        for order in ("memory", "share", "density"):
-            placement = pack(self._space, targets, order)
-            if placement is not None:
+        orders: tuple[Order, ...] = ("memory", "share", "density")
+        if self._space.requirements.losses:
+            wanted = _apart(self._space, targets)
+            for order in orders[:2]:
+                placement = placed_apart(self._space, _by(self._space, wanted, order))
                 self._offer(tier, self.best_rates(_pairs(placement), tier.objective, tier.kept))
+        for order in orders:
+            packed = pack(self._space, targets, order)
+            if packed is not None:
+                self._offer(tier, self.best_rates(_pairs(packed), tier.objective, tier.kept))
             if self._closed(tier):
                 return
 
@@ -427,3 +455,22 @@ def _trimmed(space: PlanningSpace, placement: Placement) -> Placement:
         else:
             kept.append(each)
     return tuple(kept)
+
+
+def _apart(space: PlanningSpace, targets: list[Target]) -> list[Redundant]:
+    """Return the counts of ``targets`` with room to spare on each for the loss of one."""
+    keep = space.requirements.keep_after_loss
+    found = []
+    for _, option, share, replicas in targets:
+        least = max(replicas, 1)
+        spare = max(share / least, keep * share / (least - 1) if least > 1 else 1.0)
+        found.append(Redundant(option=option, replicas=least, share=min(1.0, spare)))
+    return found
+
+
+def _by(space: PlanningSpace, wanted: list[Redundant], order: Order) -> list[Redundant]:
+    """Return ``wanted`` with the largest first: by memory or by share."""
+    size = space.memory.max(axis=1) if len(space.options) else np.zeros(0)
+    if order == "memory":
+        return sorted(wanted, key=lambda each: (-size[each.option], -each.share, each.option))
+    return sorted(wanted, key=lambda each: (-each.share, -size[each.option], each.option))

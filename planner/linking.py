@@ -178,6 +178,22 @@ class Linking:
             static_value=np.concatenate([self.static_value, np.array(extra_value)]),
         )
 
+    @property
+    def reach(self) -> Floats:
+        """How far each static may go, shape (static,); 0 where nothing bounds it."""
+        return np.where(np.isfinite(self.static_upper), self.static_upper, 0.0)
+
+    def scaled(self, scale: Floats) -> Floats:
+        """Return ``scale``, shape (row,), where it is above 0, and elsewhere the largest activity of a static, or 1."""
+        filled = scale.copy()
+        reach = np.where(self.reach > 0, self.reach, 1.0)
+        empty = scale <= 0
+        np.maximum.at(
+            filled, self.static_row, np.abs(self.static_value) * reach[self.static_of] * empty[self.static_row]
+        )
+        filled[filled <= 0] = 1.0
+        return filled
+
     def values(self, duals: Floats) -> tuple[Floats, Floats, Floats]:
         """Return what a share and a running option, shape (pair,), and a group in use, shape (class,), are worth.
 

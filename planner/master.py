@@ -124,12 +124,9 @@ def _scales(linking: Linking, cap: Floats) -> tuple[Floats, float]:
     inside = linking.entry_row >= 0
     scale = np.zeros(len(linking.rows))
     np.maximum.at(scale, linking.entry_row[inside], amount[inside])
-    empty = scale <= 0
-    np.maximum.at(scale, linking.static_row, np.abs(linking.static_value) * empty[linking.static_row])
-    scale[scale <= 0] = 1.0
-    ends = np.where(np.isfinite(linking.static_upper), linking.static_upper, 0.0)
-    objective = float(np.sum(np.abs(linking.static_objective) * ends))
-    return scale, max(objective, float(amount[~inside].max(initial=0.0)), 1e-9)
+    uses = max((abs(objective) for objective, _, _ in linking.use), default=0.0)
+    objective = float(np.sum(np.abs(linking.static_objective) * linking.reach))
+    return linking.scaled(scale), max(objective, float(amount[~inside].max(initial=0.0)), uses) or 1.0
 
 
 class Master:

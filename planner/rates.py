@@ -58,12 +58,9 @@ def best_shares(
     cap = space.share_cap[options] if len(pairs) else np.zeros(0)
     least = space.requirements.least_share[options] if len(pairs) else np.zeros(0)
     np.maximum.at(scale, row[inside], np.abs(share[inside]) * np.maximum(cap[column[inside]], 1e-9))
-    empty = scale <= 0
-    np.maximum.at(scale, linking.static_row, np.abs(linking.static_value) * empty[linking.static_row])
-    scale[scale <= 0] = 1.0
     static_upper = linking.static_upper.copy()
     static_upper[statics - linking.wastes :] = 0.0
-    ends = np.where(np.isfinite(linking.static_upper), linking.static_upper, 0.0)
+    given = float(np.sum(np.abs(objective[statics:]) * np.maximum(cap, least) * count[owner])) if len(pairs) else 0.0
     program = LinearProgram(
         np.concatenate([linking.lower - constant, np.full(len(loadouts), -np.inf)]),
         np.concatenate([linking.upper - constant, count]),
@@ -73,8 +70,8 @@ def best_shares(
         np.concatenate([linking.static_row, row[inside], rows + owner]),
         np.concatenate([linking.static_of, statics + column[inside], statics + np.arange(len(pairs))]),
         np.concatenate([linking.static_value, share[inside], np.ones(len(pairs))]),
-        row_scale=np.concatenate([scale, np.maximum(count, 1.0)]),
-        objective_scale=max(float(np.sum(np.abs(linking.static_objective) * ends)), 1e-9),
+        row_scale=np.concatenate([linking.scaled(scale), np.maximum(count, 1.0)]),
+        objective_scale=max(float(np.sum(np.abs(linking.static_objective) * linking.reach)), given) or 1.0,
     )
     found = program.solve(time_limit_s)
     if found is None:

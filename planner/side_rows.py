@@ -22,6 +22,10 @@ if TYPE_CHECKING:
 __all__ = ["SideRows"]
 
 
+_NODE_LEVELS: tuple[tuple[int, int | None], ...] = ((2, 2), (3, 3), (4, 4), (5, 6), (7, 10), (11, None))
+"""Ranges of the number of nodes that a service is on, which (4.21) tells apart."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _BlockColumns:
     """Variables of one block: shares, shape (pair,), and served rates, shape (service,)."""
@@ -150,10 +154,11 @@ class SideRows:
             row = f"attain.{model.space.names[service]}"
             self.builder.add_row(row, [model.served[service]], [1.0], lower=least)
 
-    def _block(self, block: Block) -> None:
+    def _block(self, block: Block, *, times: float = 1.0) -> None:
         """(4.18) is (4.3), (4.6), (4.8) and (4.15) again for the shares a' and rates z' <= d' of a block.
 
-        They hold over the same x. A block has a demand d' of its own, or a lost node, on which a' is absent.
+        They hold over the same x. A block has a demand d' of its own, or a lost node, on which a' is absent. z' may be
+        ``times`` d', without (4.15), where a' stands for more than one routing.
         """
         model, space = self.formulation, self.formulation.space
         nodes = self._node_of_place() if block.lost_node is not None else [""] * len(model.classes)
@@ -170,7 +175,9 @@ class SideRows:
             integer=False,
         )
         served = self.builder.add_variables(
-            [f"served.{block.name}[{name}]" for name in space.names], upper=block.offered_rps, integer=False
+            [f"served.{block.name}[{name}]" for name in space.names],
+            upper=times * block.offered_rps,
+            integer=False,
         )
         for place in np.unique(model.pair_class[pairs]) if len(pairs) else ():
             mine = share[model.pair_class[pairs] == place]
@@ -183,7 +190,7 @@ class SideRows:
             mine = np.flatnonzero(services == service)
             columns, values = np.append(share[mine], served[service]), np.append(rates[mine], -1.0)
             self.builder.add_row(f"demand.{block.name}.{name}", columns, values, lower=0.0, upper=0.0)
-        for coupling in space.requirements.couplings:
+        for coupling in space.requirements.couplings if times == 1.0 else ():
             self._calls(f"calls.{block.name}", coupling, served)
         self.blocks.append(_BlockColumns(block=block, pairs=pairs, share=share, served=served))
 
@@ -206,8 +213,9 @@ class SideRows:
         model, space = self.formulation, self.formulation.space
         nodes = self._node_of_place()
         if nodes is None:
+            self._emergency_over_classes()
             return
-        self._block(Block(name="emergency", offered_rps=space.offered_rps))
+        self._block(Block(name="emergency", offered_rps=space.offered_rps), times=2.0)
         emergency = self.blocks.pop()
         place, option = model.pair_class[emergency.pairs], model.pair_option[emergency.pairs]
         where = np.array(nodes)[place] if len(place) else np.zeros(0, dtype=str)
@@ -219,6 +227,42 @@ class SideRows:
                 columns = np.append(emergency.share[left], model.served[service])
                 values = np.append(space.sustained_rps[option[left]], -space.requirements.keep_after_loss)
                 self.builder.add_row(f"survive.{node}.{name}", columns, values, lower=0.0)
+
+    def _emergency_over_classes(self) -> None:
+        """(4.21) sum of (rho / u) a' >= K sum over j of f[j] z[s, j], z[s] <= sum of z[s, j], where classes span nodes.
+
+        With replicas on n nodes, (4.20) summed over these asks for n / (n - 1) times K z[s]. b[s, j] says that n is at
+        least n[j] and below n[j + 1], and f[j] is the least of the factors there: z[s, j] <= d[s] b[s, j],
+        sum over j of b[s, j] <= 1, and sum over g and o in O(s) of x[g, o] >= sum over j of n[j] b[s, j].
+        """
+        model, space = self.formulation, self.formulation.space
+        nodes = len({group.node for group in space.groups})
+        if nodes < 2 or not model.has_loadouts:
+            return
+        self._block(Block(name="emergency", offered_rps=space.offered_rps), times=2.0)
+        emergency = self.blocks.pop()
+        option = model.pair_option[emergency.pairs]
+        levels = [(least, min(most or nodes, nodes)) for least, most in _NODE_LEVELS if least <= nodes]
+        least_nodes = np.array([float(least) for least, _ in levels])
+        factors = np.array([most / (most - 1) for _, most in levels])
+        keep = space.requirements.keep_after_loss
+        for service, name in enumerate(space.names):
+            mine = np.flatnonzero(space.service_of[option] == service) if len(option) else np.zeros(0, dtype=np.int64)
+            labels = [f"[{name},{least}]" for least, _ in levels]
+            offered = np.full(len(levels), space.offered_rps[service])
+            level = self.builder.add_variables([f"nodes{x}" for x in labels], upper=np.ones(len(levels)), integer=True)
+            kept = self.builder.add_variables([f"kept{x}" for x in labels], upper=offered, integer=False)
+            for column, binary in zip(kept, level, strict=True):
+                self.builder.add_row(f"level.{name}.{column}", [column, binary], [1.0, -offered[0]], upper=0.0)
+            self.builder.add_row(f"one-level.{name}", level, np.ones(len(levels)), upper=1.0)
+            runs = model.run[emergency.pairs[mine]]
+            counts = np.concatenate([np.ones(len(runs)), -least_nodes])
+            self.builder.add_row(f"nodes.{name}", np.concatenate([runs, level]), counts, lower=0.0)
+            both, signs = np.append(kept, model.served[service]), np.append(np.ones(len(levels)), -1.0)
+            self.builder.add_row(f"kept.{name}", both, signs, lower=0.0)
+            columns = np.concatenate([emergency.share[mine], kept])
+            values = np.concatenate([space.sustained_rps[option[mine]], -keep * factors])
+            self.builder.add_row(f"survive.{name}", columns, values, lower=0.0)
 
     def _rate_row(self, name: str, pairs: Integers, times: float, flows: Sequence[int] | Integers) -> None:
         """Add ``sum of flows <= times * rate of pairs``."""

@@ -212,3 +212,16 @@ def test_mapping_deals_replicas_over_nodes_and_zones_and_fits_large_tiles() -> N
     for size, count in ((1, 2), (2, 2), (4, 2)):
         nodes = {space.groups[p.group].node for p in placement if len(space.groups[p.group].gpus) == size}
         assert len(nodes) == count
+
+
+@pytest.mark.parametrize("times", [1.0, 1e5])
+def test_every_objective_is_left_with_a_bound_of_use_whatever_the_units_of_demand(times: float) -> None:
+    wanted = generated(3, services=6, nodes=5, types=1, load=0.6, batches=(1, 4))
+    heavier = tuple(
+        service.model_copy(update={"weight": service.weight * times}) for service in wanted.services.services
+    )
+    wanted = replace(wanted, services=wanted.services.model_copy(update={"services": heavier}))
+    outcome = ColumnSearch(build_space(wanted), Ticks(), 5.0, finish=False).run()
+    assert isinstance(outcome, Outcome)
+    assert [tier.objective.name for tier in outcome.tiers] == ["goodput", "accuracy", "gpu-cost"]
+    assert all(tier.gap < 0.6 for tier in outcome.tiers), [tier.gap for tier in outcome.tiers]
