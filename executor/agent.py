@@ -30,6 +30,7 @@ from executor.state import Phase
 from executor.state_folder import locked_folder
 from executor.tensors import TensorLimits
 from executor.tls import Credentials, TlsFiles, check_transport
+from executor.tracing import NoSpans, Spans, start_tracing
 from executor.worker_link import WorkerSettings
 from plans.errors import Fault, InvalidInput
 
@@ -130,7 +131,8 @@ async def serve_agent(
 
     Raises:
         InvalidInput: The address cannot be listened on, or only with certificates; a certificate cannot be used; the
-            state folder cannot be used or is in use; or there are too few processor cores to pin workers to.
+            state folder cannot be used or is in use; there are too few processor cores to pin workers to; or spans are
+            asked for and cannot be recorded.
         BadStoredData: The journal is damaged, or that of another node.
     """
     stopping = stop or asyncio.Event()
@@ -140,7 +142,8 @@ async def serve_agent(
         server = RpcServer(Role.AGENT, max_message_bytes=config.max_message_bytes, credentials=credentials)
         readiness = _Readiness(server.checks)
         node = Node(_node_settings(config), Journal(folder), on_change=lambda: readiness.update(node))
-        services = _Services(config, node, server, credentials)
+        spans = start_tracing("foreplan-agent")
+        services = _Services(config, node, server, credentials, spans)
         try:
             port = server.listen(config.address, _SERVICES)
             await services.forward.listen(config.address.rpartition(":")[0], config.forward_port)
@@ -161,16 +164,20 @@ async def serve_agent(
             await node.stop()
             await services.forward.close()
             await readiness.close()
+            spans.close()
 
 
 class _Services:
     """What one agent answers with."""
 
-    def __init__(self, config: AgentConfig, node: Node, server: RpcServer, credentials: Credentials | None) -> None:
+    def __init__(
+        self, config: AgentConfig, node: Node, server: RpcServer, credentials: Credentials | None, spans: NoSpans
+    ) -> None:
         version = importlib.metadata.version("foreplan")
         self._config = config
         limits = TensorLimits(total_bytes=config.max_message_bytes)
-        self._inference = InferenceServicer(node, version=version, limits=limits)
+        recorded = spans if isinstance(spans, Spans) else None  # a span around nothing costs too
+        self._inference = InferenceServicer(node, version=version, limits=limits, spans=recorded)
         self.forward = ForwardServer(
             self._inference.forwarded,
             self._inference.wait_s,

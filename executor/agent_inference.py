@@ -16,6 +16,7 @@ import grpc.aio
 from google.protobuf.message import DecodeError
 
 from executor.errors import PlacementIsPlanned, RequestRefused, UnknownService, details_of, status_of
+from executor.group_server import Answer
 from executor.infer_header import GROUP_METADATA, LONGEST_DEADLINE_S, deadline_of, priority_of, stream_of
 from executor.node import Node
 from executor.proto import open_inference_pb2 as pb
@@ -25,6 +26,7 @@ from executor.runtime.protocol import TensorSpec, batch_of
 from executor.state import Phase
 from executor.statistics import Counters, statistics_to_proto
 from executor.tensors import TensorLimits, decode_inputs, described_inputs, encode_response
+from executor.tracing import Spans
 from executor.worker_wire import Loaded
 from plans.errors import ForeplanError, InvalidInput
 
@@ -57,6 +59,7 @@ class InferenceServicer(pb_grpc.GRPCInferenceServiceServicer):
         version: Of Foreplan, for ``ServerMetadata``.
         limits: What one request may hold.
         clock: The clock of the node's groups.
+        spans: Records each request, with its time in queue and in batch as spans inside; None records nothing.
     """
 
     def __init__(
@@ -66,7 +69,9 @@ class InferenceServicer(pb_grpc.GRPCInferenceServiceServicer):
         version: str,
         limits: TensorLimits | None = None,
         clock: Callable[[], float] = time.monotonic,
+        spans: Spans | None = None,
     ) -> None:
+        self._spans = spans
         self._node = node
         self._version = version
         self._limits = limits or TensorLimits()
@@ -145,7 +150,7 @@ class InferenceServicer(pb_grpc.GRPCInferenceServiceServicer):
         """Run one request, batched with others where that serves all deadlines."""
         arrived_s = self._clock()
         try:
-            return await self._infer(request, arrived_s, context.time_remaining(), _group_in(context))
+            return await self._recorded(request, arrived_s, context.time_remaining(), _group_in(context))
         except ForeplanError as error:
             return await context.abort(status_of(error), details_of(error))
 
@@ -161,7 +166,7 @@ class InferenceServicer(pb_grpc.GRPCInferenceServiceServicer):
             request = pb.ModelInferRequest.FromString(body)
         except DecodeError as error:
             raise InvalidInput.of("a ModelInferRequest", where="request", found=f"other bytes ({error})") from error
-        answer = await self._infer(request, arrived_s, timeout_s, group)
+        answer = await self._recorded(request, arrived_s, timeout_s, group)
         return answer.SerializeToString()
 
     def wait_s(self, group: str) -> float:
@@ -194,6 +199,22 @@ class InferenceServicer(pb_grpc.GRPCInferenceServiceServicer):
                 found.setdefault(key.service, []).append(server.counters[key])
         return found
 
+    async def _recorded(
+        self, request: pb.ModelInferRequest, arrived_s: float, time_remaining_s: float | None, group: str | None
+    ) -> pb.ModelInferResponse:
+        if self._spans is None:
+            return await self._infer(request, arrived_s, time_remaining_s, group)
+        with self._spans.span("agent.infer", service=request.model_name, group=group or ""):
+            return await self._infer(request, arrived_s, time_remaining_s, group)
+
+    def _record(self, answer: Answer) -> None:
+        """Record where the time of a request went, by what its answer says."""
+        if self._spans is not None:
+            now_s = time.time()
+            started_s = now_s - answer.run_s
+            self._spans.record("agent.queue", started_s - answer.queue_s, started_s)
+            self._spans.record("agent.batch", started_s, now_s, variant=answer.variant, batch_size=answer.batch_items)
+
     async def _infer(
         self, request: pb.ModelInferRequest, arrived_s: float, time_remaining_s: float | None, group: str | None
     ) -> pb.ModelInferResponse:
@@ -221,6 +242,7 @@ class InferenceServicer(pb_grpc.GRPCInferenceServiceServicer):
         except asyncio.CancelledError:  # the client gave up, or its deadline passed
             server.cancel(pending)
             raise
+        self._record(answer)
         return encode_response(
             request.model_name,
             {name: array for name, array in answer.outputs.items() if not wanted or name in wanted},
