@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from evaluator import Settings, evaluate
+from evaluator.simulation import Mode
 from evaluator.sweep import Engine, Job, key_of, run_jobs
 from plans.cluster import Cluster
 from plans.documents import canonical_digest
@@ -31,6 +32,7 @@ class Context:
     settings: Settings
     cluster: Cluster | None = None
     profiles: ProfileLibrary | None = None
+    mode: Mode = "auto"
 
 
 def run_batch(
@@ -64,7 +66,7 @@ def run_batch(
     """
     documents = [context.services, *([context.cluster] if context.cluster else [])]
     profiles = context.profiles.digest if context.profiles else ""
-    common = (canonical_digest(documents), asdict(context.settings), profiles)
+    common = (canonical_digest(documents), asdict(context.settings), profiles, context.mode)
     jobs = [
         Job(
             key=key_of(*common, name, plan.placement_digest, label, trace.digest, seed),
@@ -89,5 +91,6 @@ def _run(context: Context, plan: Plan, trace: RequestTrace, seed: int, name: str
         settings=replace(context.settings, seed=context.settings.seed + seed),
         cluster=context.cluster,
         profiles=context.profiles,
+        mode=context.mode,
     )
     return {"plan": name, "trace": label, "seed": seed, "mode": found.mode, **found.summary.to_json()}

@@ -18,7 +18,7 @@ from plans.plan import Plan
 from plans.service import Services
 from traces.outcomes import OUTCOMES, summarise
 
-__all__ = ["read_run", "write_requests", "write_timeline"]
+__all__ = ["check_table_name", "read_run", "write_requests", "write_timeline"]
 
 
 def write_requests(path: Path, parts: Iterable[pd.DataFrame]) -> None:
@@ -47,9 +47,18 @@ def write_timeline(path: Path, timeline: Timeline) -> None:
     _write_table(path, [table])
 
 
-def _write_table(path: Path, parts: Iterable[pd.DataFrame]) -> None:
+def check_table_name(path: Path) -> None:
+    """Check that a table can be written to ``path``, before it takes long to make one.
+
+    Raises:
+        InvalidInput: The suffix is neither .parquet nor .csv.
+    """
     if path.suffix not in (".parquet", ".csv"):
         raise InvalidInput.of("a file name that ends in .parquet or .csv", where=path, found=repr(path.name))
+
+
+def _write_table(path: Path, parts: Iterable[pd.DataFrame]) -> None:
+    check_table_name(path)
     with atomic_writer(path) as stream:
         if path.suffix == ".csv":
             for position, part in enumerate(parts):

@@ -296,6 +296,7 @@ def _service_json(service: ServiceSummary) -> dict[str, Any]:
         "late": service.late,
         "dropped": service.dropped,
         "failed": service.failed,
+        "in_flight": service.in_flight,
         "attainment": service.attainment,
         "latency_s": {"p50": service.latency_s.p50, "p95": service.latency_s.p95, "p99": service.latency_s.p99},
         "mean_batch": service.mean_batch,

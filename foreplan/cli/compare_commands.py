@@ -148,6 +148,7 @@ def _print(out: Output, outcomes: Sequence[Outcome], regrets: Sequence[Regret], 
         out.say(f"best in hindsight: {each.best_rps:.4g} rps by {each.best}{bound}")
     for remark in remarks:
         out.warn(remark)
+    out.note(f"mode: {', '.join(sorted({each.mode for each in outcomes}))}")
 
 
 def _remarks(outcomes: Sequence[Outcome], points: Sequence[Point]) -> list[str]:

@@ -32,6 +32,7 @@ _COLUMNS = [
     "late",
     "dropped",
     "failed",
+    "in flight",
     "attainment",
     "p50 (ms)",
     "p95 (ms)",
@@ -40,12 +41,16 @@ _COLUMNS = [
     "accuracy",
 ]
 
+_KEPT_REQUESTS = 20_000_000
+"""Longer traces are only counted unless their requests are asked for: percentiles to 0.4 %, streams not told apart."""
+
 Routing = Literal[
     "weighted", "weighted-random", "round-robin", "shortest-queue", "least-finish", "earliest-free", "credits"
 ]
 Order = Literal["edf", "fifo"]
 Admission = Literal["dispatch", "arrival"]
 Latency = Literal["mean", "profile", "exponential"]
+Mode = Literal["auto", "event", "single-pass"]
 # The evaluator's own choices, spelled again so that `--help` does not compile a simulator; a test holds them equal.
 
 RequestsFile = Annotated[
@@ -101,6 +106,9 @@ def evaluate(
         float | None, typer.Option(help="Mean seconds between random failures of a node; with --mttr.")
     ] = None,
     mttr: Annotated[float | None, typer.Option(help="Mean seconds until a failed node is back.")] = None,
+    mode: Annotated[
+        Mode, typer.Option(help="Simulator: of events, or one pass over the arrivals, with --admission arrival.")
+    ] = "auto",
     seed: Seed = 0,
     seeds: Annotated[int, typer.Option(help="Runs: of the trace, and of resampled ones.", min=1)] = 1,
     engine: EngineName = "processes",
@@ -117,12 +125,16 @@ def evaluate(
     """Simulate plans on traces: goodput, attainment and latency per service."""
     from evaluator import Settings
     from foreplan.batch import Context
+    from foreplan.runs import check_table_name
     from plans.cluster import Cluster
     from plans.codec import read_plan
     from plans.documents import read_document
     from plans.service import Services
     from profiles.library import ProfileLibrary
 
+    for table in (requests, timeline):
+        if table is not None:
+            check_table_name(table)
     context = Context(
         services=read_document(services, Services),
         cluster=None if cluster is None else read_document(cluster, Cluster),
@@ -141,10 +153,12 @@ def evaluate(
             warmup_s=warmup,
             until_s=until,
         ),
+        mode=mode,
     )
     arrivals = {str(path): read_requests(path, out) for path in traces}
     known = {str(path): read_plan(path) for path in plans}
-    if len(known) * len(arrivals) * seeds == 1:
+    # What is kept and what Ray does are batches, be it of one run.
+    if len(known) * len(arrivals) * seeds == 1 and keep is None and engine == "processes":
         changes = _changes(context, arrivals[str(traces[0])], then or [], fail or [], mtbf, mttr, seed)
         _evaluate_one(
             out, context, known[str(plans[0])], arrivals[str(traces[0])], changes, requests, timeline, resolution
@@ -176,7 +190,9 @@ def _evaluate_one(
             cluster=context.cluster,
             profiles=context.profiles,
             changes=changes,
+            keep_requests=requests is not None or len(arrivals) <= _KEPT_REQUESTS,
             timeline_s=None if timeline is None else resolution_s,
+            mode=context.mode,
         )
     if requests is not None:
         write_requests(requests, result.request_parts())
@@ -228,12 +244,12 @@ def _evaluate_batch(
             done=done,
         )
     out.result({"runs": runs})
-    columns = ["plan", "trace", "seed", "requests", "attainment", "goodput (rps)", "GPU-hours"]
+    columns = ["plan", "trace", "seed", "requests", "attainment", "goodput (rps)", "GPU-hours", "mode"]
     rows = []
     for run in runs:
         attained = "-" if run["attainment"] is None else f"{run['attainment']:.2%}"
         cells = [run["plan"], run["trace"], run["seed"], run["requests"], attained]
-        rows.append([*cells, run["goodput_rps"], run["gpu_hours"]])
+        rows.append([*cells, run["goodput_rps"], run["gpu_hours"], run["mode"]])
     out.table(columns, rows)
 
 
@@ -241,7 +257,7 @@ def _refuse_in_a_batch(options: Mapping[str, object]) -> None:
     from plans.errors import Fault, InvalidInput
 
     faults = [
-        Fault(where=name, found="a batch of runs", expected="one plan, one trace and one seed")
+        Fault(where=name, found="a batch of runs", expected="one plan, trace and seed, without --keep and Ray")
         for name, value in options.items()
         if value
     ]
@@ -288,6 +304,7 @@ def print_summary(out: Output, summary: RunSummary) -> None:
                 one.late,
                 one.dropped,
                 one.failed,
+                one.in_flight,
                 None if one.attainment is None else f"{one.attainment:.2%}",
                 *(
                     None if value is None else value * 1000

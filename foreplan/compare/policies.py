@@ -7,12 +7,16 @@ from dataclasses import dataclass, field
 
 from evaluator.baselines import LeastLoaded, RandomPlacement, RoundRobin, SelectiveReplication
 from evaluator.policy import Decision, Policy, Situation
+from evaluator.settings import Routing
 from foreplan.planning import Inputs, make_plan
 from foreplan.polish import PolishSettings
 from planner import Settings, Solved
 from plans.errors import InvalidInput
 
-__all__ = ["POLICIES", "ForeplanPolicy", "policy"]
+__all__ = ["FOREPLAN_ROUTING", "POLICIES", "ForeplanPolicy", "policy"]
+
+FOREPLAN_ROUTING: Routing = "least-finish"
+"""How requests find their replica under Foreplan's own plans."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,7 +50,7 @@ class ForeplanPolicy:
                 found=type(result).__name__,
                 remedy="`foreplan plan` with the same inputs says what conflicts",
             )
-        return Decision(plan=result.plan, routing="least-finish")
+        return Decision(plan=result.plan, routing=FOREPLAN_ROUTING)
 
 
 POLICIES: Mapping[str, Callable[[Settings, float], Policy]] = {

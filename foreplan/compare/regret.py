@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from evaluator import evaluate
+from foreplan.compare.policies import FOREPLAN_ROUTING
 from foreplan.compare.study import Outcome, Point, Study
 from foreplan.planning import Inputs, make_plan
 from foreplan.polish import PolishSettings
@@ -22,8 +23,8 @@ class Regret:
 
     Attributes:
         point: Where.
-        best_rps: Goodput of the best placement known: Foreplan's, planned and polished on the trace itself, or that of
-            a compared policy where it is better.
+        best_rps: Goodput, over the time of the trace, of the best placement known: Foreplan's, planned and polished on
+            the trace itself, or that of a compared policy where it is better.
         best: Which one it is: ``hindsight`` or the policy's name.
         bound_rps: What no placement exceeds: the proven bound of the ILP at the true mean rates with groups that may
             be busy all the time and no interference. The rate served is concave in the rate offered, so the mean over
@@ -45,21 +46,29 @@ def regret(study: Study, outcomes: Sequence[Outcome], point: Point) -> Regret:
         InvalidInput: The documents contradict each other.
     """
     there = study.at(point, 0)
-    known = {outcome.policy: outcome.samples[0].goodput_rps for outcome in outcomes if outcome.point == point}
+    known = {outcome.policy: outcome.samples[0].attainment for outcome in outcomes if outcome.point == point}
     demand = _mean_rates(observed_demand(there.served, window_s=there.served.duration_s))
     inputs = Inputs(cluster=there.cluster, services=there.services, profiles=there.profiles, demand=demand)
     candidates = dict(known)
     planned = make_plan(inputs, there.planning, PolishSettings(time_s=there.polish_s), there.served)
     if isinstance(planned, Solved):
-        found = evaluate(planned.plan, there.services, there.served, settings=there.simulation, keep_requests=False)
-        candidates["hindsight"] = found.summary.goodput_rps
+        found = evaluate(
+            planned.plan,
+            there.services,
+            there.served,
+            settings=replace(there.simulation, routing=FOREPLAN_ROUTING),
+            cluster=there.cluster,
+            profiles=there.profiles,
+            keep_requests=False,
+        )
+        candidates["hindsight"] = found.summary.attainment or 0.0
     best = max(candidates, key=lambda name: candidates[name])
     return Regret(
         point=point,
-        best_rps=candidates[best],
+        best_rps=candidates[best] * len(there.served) / there.served.duration_s,
         best=best,
         bound_rps=_bound_rps(inputs, there),
-        regret={name: 1 - rps / candidates[best] if candidates[best] > 0 else 0.0 for name, rps in known.items()},
+        regret={name: 1 - share / candidates[best] if candidates[best] > 0 else 0.0 for name, share in known.items()},
     )
 
 

@@ -22,9 +22,11 @@ from foreplan.report.content import timeline
 from planner import Settings
 from plans.cluster import Cluster
 from plans.documents import canonical_digest
+from plans.errors import InvalidInput
 from plans.service import Services
 from profiles.library import ProfileLibrary
 from traces.demand import observed_demand
+from traces.outcomes import RunSummary
 from traces.resample import block_bootstrap, with_burstiness
 from traces.table import RequestTrace
 
@@ -94,7 +96,7 @@ class Sample:
     Attributes:
         seed: 0 is the recorded trace.
         attainment: Good requests over all offered.
-        goodput_rps: Good requests per second.
+        goodput_rps: Good requests per second of the trace, so that late answers do not stretch the time of one policy.
         gpu_hours: GPUs held, times the length of the run.
         services: Attainment per service; those without a request are left out.
         latency_s: Shape (quantile,): latency below which the share k / 200 of all offered requests finished; None
@@ -163,8 +165,10 @@ def compare(
         done: Called after each run.
 
     Raises:
-        InvalidInput: An unknown policy, or documents that contradict each other.
+        InvalidInput: No or an unknown policy, or documents that contradict each other.
     """
+    if not policies:
+        raise InvalidInput.of("at least one policy", where="--policies", found="none")
     for name in policies:
         policy(name, study.planning, study.polish_s)
     documents = canonical_digest([study.cluster, study.services])
@@ -216,11 +220,11 @@ def _run(study: Study, name: str, point: Point, seeds: int) -> dict[str, Any]:
             interval_s=study.replan_s or 60.0,
         )
         mode = found.mode
-        samples.append(asdict(_sample(seed, found.summary, found.requests)))
+        samples.append(asdict(_sample(seed, found.summary, found.requests, served.served.duration_s)))
     return {"gpus": decision.plan.gpus_used, "decide_s": decide_s, "mode": mode, "samples": samples}
 
 
-def _sample(seed: int, summary: Any, requests: pd.DataFrame) -> Sample:
+def _sample(seed: int, summary: RunSummary, requests: pd.DataFrame, duration_s: float) -> Sample:
     latency_s = np.sort(requests["latency_s"].dropna().to_numpy(dtype=np.float64))
     ranks = np.ceil(np.linspace(0, 1, _QUANTILES) * len(requests)).astype(int) - 1
     quantiles = [float(latency_s[max(rank, 0)]) if rank < len(latency_s) else None for rank in ranks]
@@ -233,7 +237,7 @@ def _sample(seed: int, summary: Any, requests: pd.DataFrame) -> Sample:
     return Sample(
         seed=seed,
         attainment=summary.attainment or 0.0,
-        goodput_rps=summary.goodput_rps,
+        goodput_rps=summary.good / duration_s,
         gpu_hours=summary.gpu_hours,
         services={one.service: one.attainment for one in summary.services if one.attainment is not None},
         latency_s=quantiles,

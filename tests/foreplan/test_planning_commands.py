@@ -172,6 +172,27 @@ def test_a_trace_goes_from_synthesis_to_forecast_to_plan_to_evaluation_to_report
     assert "node-a" in (planned.folder / "r.html").read_text()
 
 
+def test_a_run_says_its_mode_and_refuses_what_it_could_not_write_or_keep_before_it_runs(planned):
+    planned.run("trace", "synth", "--service", "fast=20", "--duration", 30, "-o", "e.parquet")
+    planned.run("plan", *planned.inputs, "--trace", "e.parquet", "-o", "e.json")
+    run = ("evaluate", "e.json", "--services", "services.yaml", "--trace", "e.parquet")
+    events, single = (
+        json.loads(planned.run(*run, "--admission", "arrival", "--order", "fifo", "--mode", mode, "--json").stdout)
+        for mode in ("event", "auto")
+    )
+    assert (events.pop("mode"), single.pop("mode")) == ("event", "single-pass")
+    assert events["services"] == single["services"]
+    assert events["services"][0].keys() >= {"offered", "good", "late", "dropped", "failed", "in_flight"}
+    assert "admission" in planned.run(*run, "--mode", "single-pass", code=1).stderr
+    before = planned.files()
+    failed = planned.run(*run, "--requests", "e-requests.csv", "--timeline", "e-timeline.txt", code=1)
+    assert "e-timeline.txt" in failed.stderr
+    assert planned.files() == before
+    kept = json.loads(planned.run(*run, "--keep", "kept", "--json").stdout)
+    assert [each["mode"] for each in kept["runs"]] == ["event"]
+    assert "--keep" in planned.run(*run, "--keep", "kept", "--then", "1=e.json", code=1).stderr
+
+
 def test_a_truncated_trace_is_named(planned):
     planned.run("trace", "synth", "--service", "fast=20", "--duration", 60, "-o", "whole.parquet")
     (planned.folder / "cut.parquet").write_bytes((planned.folder / "whole.parquet").read_bytes()[:-200])

@@ -138,6 +138,7 @@ def test_json_has_the_documented_shape() -> None:
                 "late": 0,
                 "dropped": 1,
                 "failed": 0,
+                "in_flight": 0,
                 "attainment": 0.5,
                 "latency_s": {"p50": None, "p95": None, "p99": None},
                 "mean_batch": 2.0,
