@@ -20,6 +20,7 @@ NODES = ("node-1", "node-2", "node-10")
 GPUS = 4
 MEMORY_BYTES = 2000
 KV_BYTES_PER_TOKEN = 4
+LARGEST_BATCH = 8
 FEATURES = (
     "batching",
     "routing",
@@ -149,7 +150,9 @@ class _Drawer:
         return PlannedGroup(id=group_id(node, gpus), node=node, gpus=gpus, tp=len(gpus) // pp, pp=pp, loadout=loadout)
 
     def entry(self, service: str, gpus: int, pp: int) -> LoadoutEntry:
-        largest = self.rng.choice([1, 2, 3, 4, 8]) if self.feature != "admission" else self.rng.choice([1, 4])
+        largest = (
+            self.rng.choice([1, 2, 3, 4, LARGEST_BATCH]) if self.feature != "admission" else self.rng.choice([1, 4])
+        )
         one = [self.time_s(1, 8) for _ in range(pp)]
         more = [self.time_s(0, 3) for _ in range(pp)]
         weights = self.rng.randint(50, 200)
@@ -192,7 +195,7 @@ class _Drawer:
                     point = {"phase": phase, "batch": batch, "input_tokens": length, "latency_s": {"mean": took_s}}
                     rows.append(place | point | {"stage_latency_s": [took_s / pp] * pp})
                 continue
-            for batch in range(1, 9):
+            for batch in range(1, LARGEST_BATCH + 1):
                 mean_s = step_s * (1 + batch)
                 latency = {"mean": mean_s, "p50": p50 * mean_s, "p95": p95 * mean_s, "p99": p99 * mean_s}
                 rows.append(place | {"batch": batch, "latency_s": latency, "stage_latency_s": [mean_s / pp] * pp})
