@@ -7,7 +7,7 @@ import contextlib
 import datetime
 import os
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -40,8 +40,14 @@ def placed(
     max_batch: int = 8,
     prior: Plan | None = None,
     memory_bytes: int = 2**20,
+    latency_s: Callable[[str, int], tuple[tuple[float], ...]] = latency_table_s,
 ) -> Plan:
-    """Return a plan that runs ``groups`` (group id to service to timed variant), each service in equal shares."""
+    """Return a plan that runs ``groups`` (group id to service to variant), each service in equal shares.
+
+    A group over several devices, such as ``a/0-1``, runs its models tensor parallel. ``latency_s`` gives the planned
+    latencies of a variant, by batch.
+    """
+    gpus = {group: _gpus(group) for group in groups}
     hosts: dict[str, list[str]] = {}
     for group, services in groups.items():
         for service in services:
@@ -52,17 +58,18 @@ def placed(
             Group(
                 id=group,
                 node=group.split("/")[0],
-                gpus=(int(group.split("/")[1]),),
+                gpus=gpus[group],
+                tp=len(gpus[group]),
                 loadout=tuple(
                     LoadoutEntry(
                         service=service,
                         variant=variant,
                         max_batch=max_batch,
                         rate_rps=1.0,
-                        memory_bytes=(memory_bytes,),
+                        memory_bytes=(memory_bytes,) * len(gpus[group]),
                         deadline_s=deadline_s,
                         load_s=0.1,
-                        stage_latency_s=latency_table_s(variant, max_batch),
+                        stage_latency_s=latency_s(variant, max_batch),
                     )
                     for service, variant in services.items()
                 ),
@@ -72,6 +79,11 @@ def placed(
         routes={service: tuple(Route(group=one, weight=1 / len(of)) for one in of) for service, of in hosts.items()},
         prior=Prior(generation=1, digest=prior.placement_digest) if prior else None,
     )
+
+
+def _gpus(group: str) -> tuple[int, ...]:
+    first, _, last = group.split("/")[1].partition("-")
+    return tuple(range(int(first), int(last or first) + 1))
 
 
 def services_of(*names: str, deadline_s: float, variants: Sequence[str]) -> Services:

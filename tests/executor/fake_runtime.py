@@ -74,6 +74,8 @@ class FakeRuntime:
     def load(self, variant: str, max_batch: int, shape: tuple[int, int] = (1, 1)) -> FakeModel:
         if max_batch < 1:
             raise InvalidInput.of("at least 1", where=variant, field="max_batch", found=max_batch)
+        if shape[0] * shape[1] != len(self.devices):
+            raise InvalidInput.of(f"tp x pp = {len(self.devices)} devices", where=variant, field="shape", found=shape)
         slow = _SLOW.fullmatch(variant)
         if slow:
             return FakeModel(name=variant, max_batch=max_batch, run_s=int(slow[1]) / 1000)

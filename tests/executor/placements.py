@@ -1,4 +1,4 @@
-"""Plans over one-device groups, for tests that apply them."""
+"""Plans, for tests that apply them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,11 @@ def placement(
     deadline_s: float = 5.0,
     memory_bytes: int = 1024,
 ) -> Plan:
-    """Return a plan that runs ``groups`` (group id to service to variant) and routes each service in equal shares."""
+    """Return a plan that runs ``groups`` (group id to service to variant) and routes each service in equal shares.
+
+    A group over several devices, such as ``a/0-1``, runs its models tensor parallel.
+    """
+    gpus = {group: _gpus(group) for group in groups}
     hosts: dict[str, list[str]] = defaultdict(list)
     for group, services in groups.items():
         for service in services:
@@ -27,14 +31,15 @@ def placement(
             Group(
                 id=group,
                 node=group.split("/")[0],
-                gpus=(int(group.split("/")[1]),),
+                gpus=gpus[group],
+                tp=len(gpus[group]),
                 loadout=tuple(
                     LoadoutEntry(
                         service=service,
                         variant=variant,
                         max_batch=max_batch,
                         rate_rps=1.0,
-                        memory_bytes=(memory_bytes,),
+                        memory_bytes=(memory_bytes,) * len(gpus[group]),
                         deadline_s=deadline_s,
                         stage_latency_s=((0.001,),) * max_batch,
                     )
@@ -49,3 +54,8 @@ def placement(
         },
         prior=Prior(generation=1, digest=prior.placement_digest) if prior else None,
     )
+
+
+def _gpus(group: str) -> tuple[int, ...]:
+    first, _, last = group.split("/")[1].partition("-")
+    return tuple(range(int(first), int(last or first) + 1))

@@ -70,6 +70,26 @@ class Site:
             replay(RequestTrace(arrivals), self.gateway.address, SERVICES, LoadOptions(on_progress=progress))
         )
 
+    def load_while(self, count: int, rate_rps: float, wanted: Plan, **options: Any) -> LoadResult:
+        """Replay ``count`` requests, and bring the site to ``wanted`` once some of them have ended."""
+
+        async def both() -> LoadResult:
+            begun = asyncio.Event()
+
+            def progress(one: LoadProgress) -> None:
+                if one.done >= 20:
+                    begun.set()
+
+            arrivals = RequestTrace(pd.DataFrame({"arrival_s": np.arange(count) / rate_rps, "service": "chat"}))
+            load = asyncio.create_task(
+                replay(arrivals, self.gateway.address, SERVICES, LoadOptions(on_progress=progress))
+            )
+            await begun.wait()
+            await apply(wanted, cluster_of(self.a, self.b), [self.gateway.address], timeouts=TIMEOUTS, **options)
+            return await load
+
+        return asyncio.run(both())
+
 
 @pytest.fixture(scope="module")
 def peers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
@@ -129,6 +149,17 @@ def test_what_does_not_fit_beside_the_old_is_loaded_after_it(site: Site) -> None
     result = site.apply(after)
     assert [str(key) for key in result.deferred] == ["chat (fake-slow-20) on a/1"]
     assert set(site.load(4, 50.0).requests["variant"]) == {"fake-slow-20"}
+
+
+def test_a_service_goes_from_one_device_to_two_sharded_and_back_and_no_request_is_lost(site: Site) -> None:
+    one = placement({"a/0": {"chat": "fake-double"}}, prior=BOTH)
+    two = placement({"a/0-1": {"chat": "fake-double"}}, prior=one)
+    site.apply(one)
+    for after, before_group, after_group in ((two, "a/0", "a/0-1"), (one, "a/0-1", "a/0")):
+        result = site.load_while(200, 100.0, after, prior=site.status().live)
+        assert set(result.requests["outcome"]) == {"good"}
+        assert set(result.requests["group"].head(20)) == {before_group}
+        assert set(site.load(4, 100.0).requests["group"]) == {after_group}
 
 
 def test_what_a_node_cannot_run_is_refused_and_what_runs_goes_on(site: Site) -> None:
