@@ -199,9 +199,12 @@ class ColumnSearch(Search):
             share = min(placed.share, max(board.compute_left[placed.group], 0.0), board.wanted_share(placed.option))
             board.place(placed.group, placed.option, share)
         add_minimum(board)
+        decided = board.running()
         if self._clock() < tier.ends_at_s:
             fill(board)
-        return self.best_rates(board.running(), tier.objective, tier.kept)
+        filled = self.best_rates(board.running(), tier.objective, tier.kept)
+        # What is filled in knows nothing of the rows that join groups and may break them.
+        return filled or self.best_rates(decided, tier.objective, tier.kept)
 
     def _regroup(self, tier: Tier, linking: Linking, solution: MasterSolution) -> None:
         """Free a few groups at a time, those that earn least for what their GPUs cost first, and decide them anew."""

@@ -179,6 +179,13 @@ class Linking:
         )
 
     @property
+    def lifted_rows(self) -> Integers:
+        """Rows that ask for at least something: columns may be missing that satisfy them."""
+        asks = np.isfinite(self.lower) & (self.lower != self.upper)
+        found: Integers = np.flatnonzero(asks)
+        return found
+
+    @property
     def reach(self) -> Floats:
         """How far each static may go, shape (static,); 0 where nothing bounds it."""
         return np.where(np.isfinite(self.static_upper), self.static_upper, 0.0)

@@ -40,6 +40,9 @@ _LESS_SMOOTHING = 0.3
 _QUIET_ROUNDS = 8
 """Rounds that gain less than a tenth of the gap asked for, after which column generation ends."""
 
+_SHORTFALL_PRICE = 20.0
+"""Price, in units of the whole objective, of falling short of a row by about what one group does for it."""
+
 _STALLED = 1e-5
 """Relative gain of a round that counts."""
 
@@ -140,7 +143,11 @@ class Master:
     """
 
     def __init__(self, space: PlanningSpace, linking: Linking, network: Network, cap: Floats) -> None:
-        """Start without columns; ``cap``, shape (pair,), is the compute share that serves what demand is left."""
+        """Start without columns; ``cap``, shape (pair,), is the compute share that serves what demand is left.
+
+        A row that asks for at least something may fall short, at a price that nothing is worth: so there is an optimum,
+        and prices that lead to what is missing, before the first column that satisfies it.
+        """
         self.space = space
         self.linking = linking
         self.columns: list[Column] = []
@@ -152,15 +159,17 @@ class Master:
         self._stable: Floats | None = None
         self._row_scale, self._objective_scale = _scales(linking, cap)
         limits = np.array([each.limit for each in network.capacities])
+        lifted, statics = linking.lifted_rows, len(linking.static_lower)
+        self._first_column = statics + len(lifted)
         self._program = LinearProgram(
             np.concatenate([linking.lower, np.full(len(limits), -np.inf)]),
             np.concatenate([linking.upper, limits]),
-            linking.static_lower,
-            linking.static_upper,
-            linking.static_objective,
-            linking.static_row,
-            linking.static_of,
-            linking.static_value,
+            np.concatenate([linking.static_lower, np.zeros(len(lifted))]),
+            np.concatenate([linking.static_upper, np.full(len(lifted), np.inf)]),
+            np.concatenate([linking.static_objective, np.full(len(lifted), -_SHORTFALL_PRICE * self._objective_scale)]),
+            np.concatenate([linking.static_row, lifted]),
+            np.concatenate([linking.static_of, statics + np.arange(len(lifted))]),
+            np.concatenate([linking.static_value, self._row_scale[lifted]]),
             row_scale=np.concatenate([self._row_scale, np.ones(len(limits))]),
             objective_scale=self._objective_scale,
         )
@@ -204,7 +213,7 @@ class Master:
             return None
         statics, rows = len(self.linking.static_lower), len(self.linking.rows)
         return MasterSolution(
-            counts=found.values[statics:],
+            counts=found.values[self._first_column :],
             statics=found.values[:statics],
             objective=found.objective,
             duals=found.duals[:rows],

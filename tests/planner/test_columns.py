@@ -19,6 +19,7 @@ from planner.master import Master, Network, converge
 from planner.objective import GOODPUT, with_kept
 from planner.planning import method_for
 from planner.space import build_space
+from plans.service import Spread
 from tests.planner.brute_force import best_goodput
 from tests.planner.problems import (
     FEATURES,
@@ -225,3 +226,18 @@ def test_every_objective_is_left_with_a_bound_of_use_whatever_the_units_of_deman
     assert isinstance(outcome, Outcome)
     assert [tier.objective.name for tier in outcome.tiers] == ["goodput", "accuracy", "gpu-cost"]
     assert all(tier.gap < 0.6 for tier in outcome.tiers), [tier.gap for tier in outcome.tiers]
+
+
+@pytest.mark.parametrize("seed", [1, 4, 7])
+def test_columns_alone_find_what_the_greedy_start_breaks(seed: int) -> None:
+    wanted = generated(seed, services=6, nodes=6, types=1, load=1.5, batches=(1, 4))
+    spread = tuple(
+        service.model_copy(update={"spread": Spread(over="node", max_skew=1, min_domains=2)})
+        for service in wanted.services.services
+    )
+    wanted = replace(wanted, services=wanted.services.model_copy(update={"services": spread}))
+    search = ColumnSearch(build_space(wanted), Ticks(), 5.0, finish=False)
+    assert search._start() is None
+    outcome = search.run()
+    assert isinstance(outcome, Outcome)
+    assert outcome.tiers[0].gap <= 1e-3
