@@ -1,6 +1,7 @@
 """Generation with Llama models: key-value memory in pages of one token, prefill and decode steps, and their engine.
 
-A prefill packs its prompts one behind the other, so it costs what their tokens cost together and nothing for padding.
+A prefill packs its prompts one behind the other, so it costs what their tokens cost together and nothing for padding;
+attention works on all that is packed together, which is why many tokens are packed into several passes.
 A decode reads the context of each sequence from where its tokens lie. Decoding is greedy.
 """
 
@@ -20,6 +21,9 @@ from executor.runtime.iteration import Decode, IterationLimits, IterationSchedul
 from plans.errors import Fault, InvalidInput
 
 __all__ = ["Finished", "GenerationEngine", "KvMemory", "LlamaSteps", "Step", "can_generate", "kv_bytes_per_token"]
+
+_PACKED_TOKENS = 4096
+"""Tokens that one pass of a prefill takes, unless a single prompt has more."""
 
 Places = NDArray[np.int64]
 """Where the tokens of one sequence lie in memory, in their order; shape (token,)."""
@@ -119,6 +123,21 @@ class LlamaSteps:
 
     def prefill(self, contexts: Sequence[Sequence[int]], places: Sequence[Places]) -> list[int]:
         """Read ``contexts``, keep their keys and values at ``places``, and return the next token of each."""
+        passes: list[list[int]] = []
+        tokens = 0
+        for number, context in enumerate(contexts):
+            if not passes or tokens + len(context) > _PACKED_TOKENS:
+                passes.append([])
+                tokens = 0
+            passes[-1].append(number)
+            tokens += len(context)
+        return [
+            token
+            for packed in passes
+            for token in self._prefill([contexts[number] for number in packed], [places[number] for number in packed])
+        ]
+
+    def _prefill(self, contexts: Sequence[Sequence[int]], places: Sequence[Places]) -> list[int]:
         lengths = [len(context) for context in contexts]
         owner = np.repeat(np.arange(len(contexts)), lengths)
         position = np.concatenate([np.arange(length) for length in lengths])

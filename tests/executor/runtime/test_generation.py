@@ -74,6 +74,16 @@ def test_a_batch_of_mixed_lengths_gives_each_what_it_gets_alone(model, module):
         assert finished[number].tokens == by_transformers(module, prompt, new)
 
 
+def test_a_prefill_of_many_tokens_goes_in_several_passes(model, module, monkeypatch):
+    monkeypatch.setattr("executor.runtime.generation._PACKED_TOKENS", 50)
+    engine = model.engine(kv_tokens=1000, max_batch=8)
+    numbers = [engine.add(prompt, 2) for prompt in prompts(8)]
+    steps, finished = finish(engine)
+    assert len(steps) == 2
+    for number, prompt in zip(numbers, prompts(8), strict=True):
+        assert finished[number].tokens == by_transformers(module, prompt, 2)
+
+
 def test_sequences_that_lose_their_memory_are_computed_again_to_the_same_tokens(model, module):
     engine = model.engine(kv_tokens=110, max_batch=8)
     wanted = [(prompt, 25) for prompt in prompts(6, seed=3)]
