@@ -27,6 +27,8 @@ class Sampler:
     def __init__(self, problem: Problem, trace: RequestTrace | None) -> None:
         self._problem = problem
         self._trace = trace if trace is not None and len(trace) and trace.duration_s > 0 else None
+        if self._trace is not None and not set(self._trace.services) <= {s.name for s in problem.services.services}:
+            self._trace = None  # workflows: what they call is sampled at the planned rates
         self._model = None
         self.name = "windows of the trace"
         if self._trace is None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from evaluator import evaluate
 from foreplan.compare.policies import FOREPLAN_ROUTING
 from foreplan.compare.study import Outcome, Point, Study
+from foreplan.compare.workflow_demand import with_stages
 from foreplan.planning import Inputs, make_plan
 from foreplan.polish import PolishSettings
 from planner import Solved
@@ -47,7 +48,8 @@ def regret(study: Study, outcomes: Sequence[Outcome], point: Point) -> Regret:
     """
     there = study.at(point, 0)
     known = {outcome.policy: outcome.samples[0].attainment for outcome in outcomes if outcome.point == point}
-    demand = _mean_rates(observed_demand(there.served, window_s=there.served.duration_s))
+    observed = observed_demand(there.served, window_s=there.served.duration_s)
+    demand = _mean_rates(with_stages(observed, there.services))
     inputs = Inputs(cluster=there.cluster, services=there.services, profiles=there.profiles, demand=demand)
     candidates = dict(known)
     planned = make_plan(inputs, there.planning, PolishSettings(time_s=there.polish_s), there.served)
@@ -67,12 +69,12 @@ def regret(study: Study, outcomes: Sequence[Outcome], point: Point) -> Regret:
         point=point,
         best_rps=candidates[best] * len(there.served) / there.served.duration_s,
         best=best,
-        bound_rps=_bound_rps(inputs, there),
+        bound_rps=_bound_rps(inputs, there, len(there.served) / there.served.duration_s),
         regret={name: 1 - share / candidates[best] if candidates[best] > 0 else 0.0 for name, share in known.items()},
     )
 
 
-def _bound_rps(inputs: Inputs, study: Study) -> float | None:
+def _bound_rps(inputs: Inputs, study: Study, offered_rps: float) -> float | None:
     """Return the proven bound on the fluid goodput, with every service weighted alike."""
     services = inputs.services.model_copy(
         update={"services": tuple(each.model_copy(update={"weight": 1.0}) for each in inputs.services.services)}
@@ -81,8 +83,7 @@ def _bound_rps(inputs: Inputs, study: Study) -> float | None:
     result = make_plan(replace(inputs, services=services), settings)
     if not isinstance(result, Solved):
         return None
-    offered = sum(one.peak_rps(0.5) for one in inputs.demand.services)
-    return min(result.plan.solver.bound, offered)
+    return min(result.plan.solver.bound, offered_rps)
 
 
 def _mean_rates(demand: Demand) -> Demand:

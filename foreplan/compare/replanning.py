@@ -8,6 +8,7 @@ from dataclasses import replace
 
 from evaluator.control import Observation, Turn
 from evaluator.policy import Policy, Situation
+from foreplan.compare.workflow_demand import with_stages
 from plans.cluster import Cluster
 from plans.demand import Demand, Rate, ServiceDemand
 from plans.plan import Plan
@@ -38,7 +39,7 @@ class Replanner:
         situation = replace(
             self._situation,
             cluster=_without(self._situation.cluster, observation.down),
-            demand=_seen(self._situation.demand, observation),
+            demand=with_stages(_seen(self._situation.demand, observation), self._situation.services),
             current=observation.plan,
         )
         if not situation.cluster.nodes:

@@ -18,6 +18,7 @@ from evaluator.sweep import Engine, Job, key_of, run_jobs
 from foreplan.batch import BLOCKS
 from foreplan.compare.policies import policy
 from foreplan.compare.replanning import Replanner
+from foreplan.compare.workflow_demand import with_stages
 from foreplan.report.content import timeline
 from planner import Settings
 from plans.cluster import Cluster
@@ -192,7 +193,10 @@ def _run(study: Study, name: str, point: Point, seeds: int) -> dict[str, Any]:
     """Plan at ``point`` and serve every seed; the work of one job."""
     chosen = policy(name, study.planning, study.polish_s)
     planned = study.at(point, 0)
-    demand = observed_demand(planned.history, window_s=planned.history.duration_s)
+    demand = with_stages(
+        observed_demand(planned.history, window_s=planned.history.duration_s),
+        planned.services,
+    )
     situation = Situation(
         cluster=planned.cluster,
         services=planned.services,

@@ -122,6 +122,22 @@ def test_the_page_and_the_table_tell_every_outcome(study, outcomes):
     assert "a remark" in page
 
 
+def test_policies_plan_for_what_a_trace_of_workflows_calls(study):
+    edges = [{"from": "a", "to": "b"}]
+    flow = {"name": "flow", "slo": {"deadline": 0.3}, "edges": edges}
+    flowing = dataclasses.replace(
+        study,
+        services=Services.model_validate({**study.services.model_dump(by_alias=True), "workflows": [flow]}),
+        history=synthesise({"flow": Gamma(rate_rps=20, cv=2)}, duration_s=10, seed=1),
+        served=synthesise({"flow": Gamma(rate_rps=20, cv=2)}, duration_s=10, seed=2),
+        polish_s=0.2,
+        replan_s=4.0,
+    )
+    found = compare(flowing, ["foreplan", "least-loaded"], POINTS[:1], seeds=1)
+    assert all(each.attainments[0] > 0.9 for each in found)
+    assert regret(flowing, found, POINTS[0]).bound_rps == pytest.approx(len(flowing.served) / 10)
+
+
 def test_a_batch_runs_every_plan_on_every_trace_and_seed(study, tmp_path):
     context = Context(services=study.services, settings=SimulationSettings())
     plans = {
