@@ -106,7 +106,7 @@ class _Drawer:
             size = self.rng.choice([0, 1_000_000, 20_000_000])
             fanout = self.rng.choice([0.5, 1.0, 1.5, 2.0, 3.0])
             edges.append({"from": source, "to": target, "fanout": fanout, "bytes": size})
-        for source in {source for source, _ in chosen}:
+        for source in dict.fromkeys(source for source, _ in chosen):
             leaving = [edge for edge in edges if edge["from"] == source]
             if self.rng.random() < 0.35:
                 for edge in leaving:
