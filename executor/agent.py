@@ -66,6 +66,7 @@ class AgentConfig:
         model_dir: Folder of local models, or None.
         compiled: Whether workers run batches by torch.compile.
         cuda_graphs: Whether workers replay CUDA graphs.
+        host_cache_bytes: Weights that each worker of one device keeps in host memory, to load models again quickly.
         pin_cores: Whether each device's worker gets processor cores of its own, as many as ``threads``.
         max_message_bytes: Largest message taken or sent.
         drain_s: How long a replica that left the plan may go on answering what it has taken.
@@ -92,6 +93,7 @@ class AgentConfig:
     model_dir: Path | None = None
     compiled: bool = False
     cuda_graphs: bool = False
+    host_cache_bytes: int = 0
     pin_cores: bool = False
     max_message_bytes: int = 64 * 2**20
     drain_s: float = 30.0
@@ -110,6 +112,8 @@ class AgentConfig:
         ]
         if not self.node:
             faults.append(Fault(field="node", found="''", expected="the name of the node in the cluster document"))
+        if self.host_cache_bytes < 0:
+            faults.append(Fault(field="host_cache_bytes", found=str(self.host_cache_bytes), expected="at least 0"))
         if self.drain_s < 0:
             faults.append(Fault(field="drain_s", found=str(self.drain_s), expected="at least 0 seconds"))
         if faults:
@@ -224,6 +228,7 @@ def _node_settings(config: AgentConfig) -> NodeSettings:
             model_dir=config.model_dir,
             compiled=config.compiled,
             cuda_graphs=config.cuda_graphs,
+            host_cache_bytes=config.host_cache_bytes,
             cores=own_cores(config.device_count, config.threads) if config.pin_cores else (),
             log_level=config.log_level,
         ),

@@ -232,6 +232,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--model-dir", type=Path)
     parser.add_argument("--compile", action="store_true", help="run batches by torch.compile")
     parser.add_argument("--cuda-graphs", action="store_true", help="replay CUDA graphs")
+    parser.add_argument("--host-cache", type=int, default=0, help="bytes of weights to keep in host memory")
     parser.add_argument("--cores", default="", help="run on these processor cores only, separated by commas")
     parser.add_argument("--log-level", default="INFO")
     return parser
@@ -254,6 +255,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 # Runtimes that know no such options need not take them.
                 **({"compiled": True} if options.compile else {}),
                 **({"cuda_graphs": True} if options.cuda_graphs else {}),
+                **({"host_cache_bytes": options.host_cache} if options.host_cache else {}),
             )
         except ForeplanError as error:
             connection.sendall(encode_from_worker(Failed(call=0, problem=str(error), invalid_input=True)))

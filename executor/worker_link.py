@@ -55,6 +55,7 @@ class WorkerSettings:
         model_dir: Folder of local models.
         compiled: Run batches by torch.compile.
         cuda_graphs: Replay CUDA graphs.
+        host_cache_bytes: Weights that a worker of one device keeps in host memory, to load models again quickly.
         cores: Processor cores of the node; each device's worker runs on ``threads`` of them. Empty leaves it to the
             operating system.
         log_level: Of the worker's own log.
@@ -70,6 +71,7 @@ class WorkerSettings:
     model_dir: Path | None = None
     compiled: bool = False
     cuda_graphs: bool = False
+    host_cache_bytes: int = 0
     cores: tuple[int, ...] = ()
     log_level: str = "INFO"
     run_limit_s: float = 10.0
@@ -335,6 +337,7 @@ def _command(settings: WorkerSettings, gpus: tuple[int, ...], connection: int, s
     command += [f"--threads={settings.threads}", f"--log-level={settings.log_level}"]
     command += ["--compile"] if settings.compiled else []
     command += ["--cuda-graphs"] if settings.cuda_graphs else []
+    command += [f"--host-cache={settings.host_cache_bytes}"] if settings.host_cache_bytes else []
     if settings.cores:
         command.append(f"--cores={','.join(map(str, cores_of(gpus, settings.threads, settings.cores)))}")
     return command + ([f"--model-dir={settings.model_dir}"] if settings.model_dir else [])

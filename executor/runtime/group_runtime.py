@@ -22,6 +22,7 @@ class TorchGroupRuntime:
         model_dir: Folder of local models.
         compiled: Run batches by torch.compile; on one device.
         cuda_graphs: Replay CUDA graphs; on one device.
+        host_cache_bytes: Weights kept in host memory so that models are loaded again quickly; on one device.
 
     Raises:
         InvalidInput: An argument is wrong.
@@ -36,9 +37,22 @@ class TorchGroupRuntime:
         *,
         compiled: bool = False,
         cuda_graphs: bool = False,
+        host_cache_bytes: int = 0,
     ) -> None:
         self._single: TorchRuntime | None = None
-        if len(devices) == 1:
+        if len(devices) == 1 and host_cache_bytes:
+            from executor.runtime.host_cache import CachingTorchRuntime
+
+            self._single = CachingTorchRuntime(
+                devices[0],
+                dtype,
+                threads,
+                model_dir,
+                budget_bytes=host_cache_bytes,
+                compiled=compiled,
+                cuda_graphs=cuda_graphs,
+            )
+        elif len(devices) == 1:
             self._single = TorchRuntime(
                 devices[0], dtype, threads, model_dir, compiled=compiled, cuda_graphs=cuda_graphs
             )

@@ -75,6 +75,9 @@ def agent(
     model_dir: Annotated[Path | None, typer.Option(metavar="DIR", help="Folder of local models (safetensors).")] = None,
     compiled: Annotated[bool, typer.Option("--compile", help="Run batches by torch.compile.")] = False,
     cuda_graphs: Annotated[bool, typer.Option("--cuda-graphs", help="Replay CUDA graphs.")] = False,
+    host_cache: Annotated[
+        str, typer.Option(metavar="BYTES", help="Weights kept in host memory for each device, to swap models quickly.")
+    ] = "0B",
     pin_cores: Annotated[
         bool, typer.Option("--pin-cores", help="Give each device's worker --threads cores of its own.")
     ] = False,
@@ -120,6 +123,7 @@ def agent(
         model_dir=model_dir,
         compiled=compiled,
         cuda_graphs=cuda_graphs,
+        host_cache_bytes=_size_bytes(host_cache, "--host-cache"),
         pin_cores=pin_cores,
         log_level=log_level,
         metrics=metrics,
@@ -130,6 +134,16 @@ def agent(
     )
     host = address.rpartition(":")[0]
     asyncio.run(serve_agent(config, on_ready=lambda port: _ready(out, "agent", f"{host}:{port}", node)))
+
+
+def _size_bytes(text: str, option: str) -> int:
+    from plans.errors import InvalidInput
+    from plans.units import parse_bytes
+
+    try:
+        return parse_bytes(text)
+    except ValueError as error:
+        raise InvalidInput.of(str(error), where="command line", field=option, found=repr(text)) from error
 
 
 def gateway(

@@ -16,7 +16,7 @@ import pytest
 
 from executor.errors import WorkerGone, WorkerRefused
 from executor.segment import place_all
-from executor.worker_link import WorkerLink, WorkerSettings
+from executor.worker_link import WorkerLink, WorkerSettings, _command
 from executor.worker_wire import Done
 from tests.executor.running_agent import WAIT_S, eventually, worker_processes
 
@@ -271,3 +271,8 @@ def test_a_worker_takes_no_module_from_the_folder_that_the_agent_was_started_in(
             assert "twice" in link.variants
 
     asyncio.run(scenario())
+
+
+def test_a_worker_is_told_what_it_may_keep_in_host_memory_only_where_it_may():
+    assert "--host-cache=5" in _command(WorkerSettings(host_cache_bytes=5), (0,), 3, 4)
+    assert not any("host-cache" in word for word in _command(WorkerSettings(), (0,), 3, 4))
