@@ -22,6 +22,7 @@ __all__ = [
     "Schedule",
     "Span",
     "check_changes",
+    "check_places",
     "random_failures",
     "schedule",
 ]
@@ -173,9 +174,28 @@ def _plan_faults(plan: Plan, cluster: Cluster | None, field: str) -> Iterable[Fa
     if cluster is None:
         yield Fault(where="changes", field=field, found="no cluster", expected="the cluster that the plans run on")
         return
-    nodes = {node.name for node in cluster.nodes}
-    for name in sorted({group.node for group in plan.groups} - nodes):
-        yield Fault(where="changes", field=field, found=repr(name), expected=f"one of {', '.join(sorted(nodes))}")
+    yield from _places_of(plan, cluster, "changes", field)
+
+
+def check_places(plan: Plan, cluster: Cluster | None, where: str) -> None:
+    """Check that the GPUs of ``plan`` are in ``cluster``, where there is one; ``where`` names the plan in errors.
+
+    Raises:
+        InvalidInput: With every group that is not.
+    """
+    if cluster is not None and (faults := list(_places_of(plan, cluster, where, "groups"))):
+        raise InvalidInput(faults)
+
+
+def _places_of(plan: Plan, cluster: Cluster, where: str, field: str) -> Iterable[Fault]:
+    counts = {node.name: node.gpus.count for node in cluster.nodes}
+    for name in sorted({group.node for group in plan.groups} - counts.keys()):
+        yield Fault(where=where, field=field, found=repr(name), expected=f"one of {', '.join(sorted(counts))}")
+    for group in plan.groups:
+        count = counts.get(group.node)
+        if count is not None and max(group.gpus) >= count:
+            expected = f"devices of {group.node}: 0 to {count - 1}"
+            yield Fault(where=where, field=field, found=repr(group.id), expected=expected)
 
 
 def _place_faults(change: Failure | Recovery, cluster: Cluster, field: str) -> Iterable[Fault]:

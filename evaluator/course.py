@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from evaluator import operations
-from evaluator.changes import Change, Failure, PlanChange, Recovery, Schedule, schedule
+from evaluator.changes import Change, Failure, PlanChange, Recovery, Schedule, check_places, schedule
 from evaluator.control import Controller, Observation, ServiceObservation
 from evaluator.featured_run import FeaturedRun, Features, Generating
 from evaluator.fleet import Fleet, FleetGroup, FleetReplica
@@ -272,6 +272,7 @@ class Course:
             return
         decided = self._controller.observe(self._observation(now))
         if decided is not None:
+            check_places(decided.plan, self._inventory.cluster, "the controller's plan")
             self._in_transition = True
             self._at(now + decided.solve_s, lambda at: self._change_to(decided.plan, at))
 

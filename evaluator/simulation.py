@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args
 
 import pandas as pd
 
-from evaluator.changes import Change, PlanChange, check_changes
+from evaluator.changes import Change, PlanChange, check_changes, check_places
 from evaluator.control import Controller
 from evaluator.course import Course, Inventory
 from evaluator.featured_run import FeaturedRun
@@ -131,14 +131,15 @@ def evaluate(
         mode: Which simulator runs; the outcomes are the same wherever both may.
 
     Raises:
-        InvalidInput: Plan or trace name services that ``services`` lacks, the trace holds no request that counts, a
-            setting is out of its range, latencies shall be drawn from profiles that are not there, plans shall
-            change without a cluster, or a single pass is asked for where it does not apply.
+        InvalidInput: Plan or trace name services that ``services`` lacks, a plan is not of ``cluster``, the trace holds
+            no request that counts, a setting is out of its range, latencies shall be drawn from profiles that are not
+            there, plans shall change without a cluster, or a single pass is asked for where it does not apply.
     """
     chosen = settings or Settings()
     if overhead_s is not None:
         chosen = dataclasses.replace(chosen, overhead_s=overhead_s)
     _check(trace, chosen, timeline_s, profiled=cluster is not None and profiles is not None)
+    check_places(plan, cluster, "plan")
     check_changes(changes, cluster)
     if controller is not None:
         _check_control(cluster, interval_s)

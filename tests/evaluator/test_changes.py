@@ -100,6 +100,15 @@ def test_changes_that_make_no_sense_are_refused_all_at_once():
     check_changes([Failure(at_s=0.0, node="anything")], None)
 
 
+def test_a_plan_of_another_cluster_is_refused_with_every_group():
+    elsewhere = plan([one("detect", node="node-7"), one("segment", gpu=4)])
+    trace = RequestTrace(pd.DataFrame({"arrival_s": [0.0], "service": "detect"}))
+    with pytest.raises(InvalidInput, match="node-7") as caught:
+        evaluate(elsewhere, services(), trace, cluster=cluster())
+    assert [fault.found for fault in caught.value.faults] == ["'node-7'", "'node-0/4'"]
+    assert evaluate(elsewhere, services(), trace).summary.good == 1
+
+
 # In a run
 
 

@@ -86,3 +86,5 @@ def test_nonsense_is_refused():
         run([0.1], Script(), interval_s=0.0)
     with pytest.raises(InvalidInput, match="cluster"):
         run([0.1], Script(), known=None)
+    with pytest.raises(InvalidInput, match="the controller's plan"):
+        run([0.1, 5.0], Script(Turn(plan=serving("node-9"))))
