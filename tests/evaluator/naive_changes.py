@@ -123,7 +123,9 @@ class Changes(State):
         self.at((turn + 1) * self.told.interval_s, CHANGE, lambda: self.ask_controller(turn + 1))
         if self.in_transition:
             return
-        queued = {(g.id, r.entry.service): r.waiting for g in self.groups for r in g.replicas}
+        queued: dict[str, int] = defaultdict(int)
+        for group in self.groups:
+            queued[group.id] += sum(replica.waiting for replica in group.replicas)
         decided = self.told.controller(View(now_s=self.now, arrivals=dict(self.arrived), queued=queued))
         self.arrived.clear()
         if decided is not None:
