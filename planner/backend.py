@@ -91,6 +91,10 @@ def solver(name: Backend, *, presolve: bool = True) -> Solver:
         from planner.pulp_backend import CbcSolver
 
         return CbcSolver()
+    if name == "cp-sat":
+        from planner.cp_sat_backend import CpSatSolver
+
+        return CpSatSolver(presolve=presolve)
     from planner.mathopt_backend import MathOptSolver
 
     return MathOptSolver(name, presolve=presolve)

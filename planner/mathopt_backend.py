@@ -15,7 +15,7 @@ from planner.linear import Floats, LinearModel
 from planner.quiet import native_output_discarded
 from planner.settings import Backend
 
-__all__ = ["MathOptSolver"]
+__all__ = ["MathOptSolver", "to_proto"]
 
 _TYPES = {
     "highs": mathopt.SolverType.HIGHS,
@@ -37,7 +37,7 @@ class MathOptSolver:
         """Solve ``model``; see `planner.backend.Solver`."""
         if not model.variables:
             return constant_answer(model)
-        translated = mathopt.Model.from_model_proto(_proto(model))
+        translated = mathopt.Model.from_model_proto(to_proto(model))
         variables = list(translated.variables())
         hints = []
         if hint is not None:
@@ -95,7 +95,8 @@ class MathOptSolver:
         )
 
 
-def _proto(model: LinearModel) -> model_pb2.ModelProto:
+def to_proto(model: LinearModel) -> model_pb2.ModelProto:
+    """Return ``model`` as MathOpt takes it, without names."""
     proto = model_pb2.ModelProto()
     columns = np.arange(len(model.variables))
     proto.variables.ids.extend(columns.tolist())

@@ -9,11 +9,10 @@ from plans.errors import Fault, InvalidInput
 
 __all__ = ["Backend", "Blocking", "DropPenalty", "Fairness", "Method", "Minimised", "Settings", "UtilityCurve"]
 
-Backend = Literal["highs", "scip", "cbc"]
-"""A solver: the first two through MathOpt, CBC through PuLP as the independent second opinion.
+Backend = Literal["highs", "scip", "cp-sat", "cbc"]
+"""A solver: the first three through MathOpt, CBC through PuLP as the independent second opinion.
 
-CP-SAT is not among them: it knows integers only, and MathOpt's rounding of the compute shares made it refuse models
-and call feasible ones infeasible (OR-Tools 9.15).
+CP-SAT knows integers only: it decides those on a grid, and HiGHS the rest (`planner.cp_sat_backend`).
 """
 
 Method = Literal["auto", "direct", "columns"]

@@ -28,6 +28,7 @@ class Solver(StrEnum):
 
     highs = "highs"
     scip = "scip"
+    cp_sat = "cp-sat"
     cbc = "cbc"
 
 

@@ -72,7 +72,7 @@ def test_highs_and_cbc_agree_on_generated_problems(seed: int) -> None:
         assert plans[0].solver.objective == pytest.approx(plans[1].solver.objective, rel=1e-5)
 
 
-@pytest.mark.parametrize("backend", ["highs", "scip", "cbc"])
+@pytest.mark.parametrize("backend", ["highs", "scip", "cp-sat", "cbc"])
 def test_the_town_is_planned_alike_by_every_solver(backend: str) -> None:
     wanted = town(settings=replace(QUIET, backend=backend))  # type: ignore[arg-type]
     plan = solved(wanted)
