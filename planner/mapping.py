@@ -24,7 +24,9 @@ def map_loadouts(
 
     Large tiles first, so that aligned tiles never block each other. Within a size, loadouts that find most of their
     weights where they already run go there; the rest is dealt to free tiles node by node and zone by zone, over what
-    costs the running plan least, so that replicas of a service, which come one after the other, spread.
+    costs the running plan least, so that replicas of a service, which come one after the other, spread. Where workflows
+    have an affinity, of tiles that cost the same those go first whose node has fewest replicas of the same services,
+    and of these the ones beside what calls them or what they call.
     """
     board = _Tiles(space)
     placement: list[Placed] = []
@@ -35,21 +37,22 @@ def map_loadouts(
         taken: list[tuple[int, Loadout]] = []
         for _, group, loadout in _stays(space, pair_option, mine):
             if left[loadout] > 0 and board.free(group):
-                board.take(group)
+                options = pair_option[np.array(loadout[1], dtype=np.int64)]
+                board.take(group, set(space.service_of[options].tolist()))
                 left[loadout] -= 1
                 taken.append((group, loadout))
         for place in sorted({place for place, _ in mine}):
-            free = board.dealt(place)
-            at = 0
+            dealt = board.dealt(place)
             for loadout, count in left.items():
                 if loadout[0] != place:
                     continue
-                while count > 0 and at < len(free):
-                    if board.free(free[at]):
-                        board.take(free[at])
-                        taken.append((free[at], loadout))
-                        count -= 1
-                    at += 1
+                services = set(space.service_of[pair_option[np.array(loadout[1], dtype=np.int64)]].tolist())
+                for _ in range(count):
+                    tile = board.next_tile(dealt, services)
+                    if tile is None:
+                        break
+                    board.take(tile, services)
+                    taken.append((tile, loadout))
         for group, loadout in taken:
             options = pair_option[np.array(loadout[1], dtype=np.int64)]
             placement.extend(
@@ -92,6 +95,11 @@ class _Tiles:
         self._zone = {node.name: node.zone for node in space.problem.cluster.nodes}
         self._number = {node.name: index for index, node in enumerate(space.problem.cluster.nodes)}
         self._lost: dict[tuple[str, int], float] = defaultdict(float)
+        self._on_node: dict[str, Counter[int]] = defaultdict(Counter)
+        self._neighbours: dict[int, set[int]] = defaultdict(set)
+        for call in space.requirements.calls:
+            self._neighbours[call.source].add(call.target)
+            self._neighbours[call.target].add(call.source)
         heaviest: dict[int, float] = defaultdict(float)
         for group, option in space.kept:
             heaviest[group] = max(heaviest[group], float(space.moved_bytes[option]))
@@ -104,10 +112,34 @@ class _Tiles:
         each = self._space.groups[group]
         return not any((each.node, gpu) in self._used for gpu in each.gpus)
 
-    def take(self, group: int) -> None:
-        """Take the group's GPUs."""
+    def take(self, group: int, services: set[int]) -> None:
+        """Take the group's GPUs for ``services``."""
         each = self._space.groups[group]
         self._used.update((each.node, gpu) for gpu in each.gpus)
+        self._on_node[each.node].update(services)
+
+    def next_tile(self, dealt: list[int], services: set[int]) -> int | None:
+        """Return the next free tile of ``dealt`` for a loadout of ``services``, taking it off; None without one."""
+        while dealt and not self.free(dealt[0]):
+            dealt.pop(0)
+        if not dealt:
+            return None
+        neighbours = set().union(*(self._neighbours[service] for service in services)) - services
+        if not neighbours:
+            return dealt.pop(0)
+        cost = self._cost(dealt[0])
+
+        def rank(at: int) -> tuple[int, bool, int]:
+            here = self._on_node[self._space.groups[dealt[at]].node]
+            return (sum(here[service] for service in services), not any(here[each] for each in neighbours), at)
+
+        alike = (at for at, group in enumerate(dealt) if self._cost(group) == cost and self.free(group))
+        return dealt.pop(min(alike, key=rank))
+
+    def _cost(self, group: int) -> float:
+        """Return the bytes of the running plan that taking the group's GPUs would clear."""
+        each = self._space.groups[group]
+        return sum(self._lost.get((each.node, gpu), 0.0) for gpu in each.gpus)
 
     def dealt(self, place: int) -> list[int]:
         """Return the free groups of a class: what is cheapest to clear first, then round by round over the nodes.
@@ -120,7 +152,7 @@ class _Tiles:
         keys: dict[int, tuple[float, int, int, int]] = {}
         for group in free:
             each = self._space.groups[group]
-            cost = sum(self._lost.get((each.node, gpu), 0.0) for gpu in each.gpus)
+            cost = self._cost(group)
             round_ = seen[each.node]
             seen[each.node] += 1
             zone = self._zone[each.node]

@@ -19,7 +19,7 @@ from planner.master import Master, Network, converge
 from planner.objective import GOODPUT, with_kept
 from planner.planning import method_for
 from planner.space import build_space
-from plans.service import Spread
+from plans.service import Edge, LatencySlo, Spread, Workflow
 from tests.planner.brute_force import best_goodput
 from tests.planner.problems import (
     FEATURES,
@@ -241,3 +241,32 @@ def test_columns_alone_find_what_the_greedy_start_breaks(seed: int) -> None:
     outcome = search.run()
     assert isinstance(outcome, Outcome)
     assert outcome.tiers[0].gap <= 1e-3
+
+
+@pytest.mark.parametrize("affinity", ["none", "prefer"])
+def test_mapping_puts_workflow_neighbours_together_and_replicas_of_one_service_apart(affinity: str) -> None:
+    wanted = problem(
+        cluster(("a", "gpu", 2), ("b", "gpu", 2)),
+        [latency_service("s", ("m", 1.0)), latency_service("t", ("m", 1.0))],
+        [profile("m")],
+        demand(s=10.0),
+    )
+    chain = Workflow(
+        name="w",
+        slo=LatencySlo(deadline_s=1.0),
+        edges=(Edge(source="s", target="t", payload_bytes=1000),),
+        affinity=affinity,  # type: ignore[arg-type]
+    )
+    space = build_space(replace(wanted, services=wanted.services.model_copy(update={"workflows": (chain,)})))
+    joined = Formulation(space, space.classes, loadouts=False)
+    service = space.service_of[joined.pair_option]
+    first, second = (int(np.flatnonzero(service == index)[0]) for index in (0, 1))
+    loadouts = [(0, (first,)), (0, (second,))]
+    shares = {loadout: np.array([0.5]) for loadout in loadouts}
+
+    def nodes(count: int) -> list[tuple[str, str]]:
+        placement = map_loadouts(space, joined.pair_option, dict.fromkeys(loadouts, count), shares)
+        return sorted((space.options[p.option].service, space.groups[p.group].node) for p in placement)
+
+    assert ({node for _, node in nodes(1)} == {"a"}) == (affinity == "prefer")
+    assert nodes(2) == [("s", "a"), ("s", "b"), ("t", "a"), ("t", "b")]
