@@ -117,7 +117,7 @@ def solve(
     if isinstance(outcome, Exhausted):
         return NoPlanFound(
             bound=outcome.bound,
-            detail=f"{settings.time_limit_s:g} s did not suffice to place the minimum replicas of every service",
+            detail=f"{settings.time_limit_s:g} s did not suffice to find a placement that keeps every hard constraint",
         )
     linear = solver(settings.backend)
     budget = Budget(time_limit_s=max(0.5, ends_at_s - clock()), seed=settings.seed)

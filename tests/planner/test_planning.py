@@ -9,8 +9,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from planner import Infeasible, NoPlanFound, Problem, Settings, Solved, solve
+from planner.backend import BackendResult, Budget, NothingFound, solver
 from planner.greedy import greedy
-from planner.lexicographic import _SMALL_EXACT_MODEL
+from planner.lexicographic import _SMALL_EXACT_MODEL, Outcome, Search
+from planner.linear import Floats, LinearModel
 from planner.objective import GOODPUT
 from planner.space import build_space
 from plans.demand import Demand, Rate, ServiceDemand
@@ -318,3 +320,24 @@ def test_the_report_counts_what_was_considered() -> None:
 
 def _placed(plan: Plan) -> list[tuple[str, str, str]]:
     return [(group.id, entry.service, entry.variant) for group in plan.groups for entry in group.loadout]
+
+
+class OnlyLinear:
+    """A solver that runs out of time on whole numbers."""
+
+    name = "highs"
+
+    def solve(self, model: LinearModel, budget: Budget, hint: Floats | None = None) -> BackendResult:
+        if model.integer.any():
+            return NothingFound(bound=None, detail="out of time")
+        return solver("highs").solve(model, budget)
+
+
+def test_every_objective_has_a_bound_of_use_even_when_time_is_over() -> None:
+    space = build_space(generated(3, services=6, nodes=5, types=1, load=0.6, batches=(1, 4)))
+    search = Search(space, lambda: 0.0, 0.0)
+    search._solver = OnlyLinear()
+    outcome = search.run()
+    assert isinstance(outcome, Outcome)
+    assert all(tier.bound != tier.objective.trivial_bound(space) for tier in outcome.tiers[2:])
+    assert all(tier.gap < 0.6 for tier in outcome.tiers), [tier.gap for tier in outcome.tiers]
