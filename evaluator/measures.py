@@ -152,7 +152,7 @@ class RequestLog:
                 "reason": _categories(reason_of[code], reasons),
                 "group": _categories(served, self.groups),
                 "variant": _categories(served, self.variants),
-                "batch_size": np.where(finished, self.batch[rows], np.nan),
+                "batch_size": np.where(finished & (self.batch[rows] > 0), self.batch[rows], np.nan),
                 "accuracy": np.where(finished, accuracy[replica], np.nan),
                 "ttft_s": np.full(len(code), np.nan) if self.ttft_s is None else self.ttft_s[rows],
                 "tpot_s": np.full(len(code), np.nan) if self.tpot_s is None else self.tpot_s[rows],

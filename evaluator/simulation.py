@@ -73,7 +73,7 @@ class Evaluation:
 
         Columns: ``service, scheduled_s, latency_s`` (NaN unless finished), ``outcome`` (of
         `traces.outcomes.OUTCOMES`), ``reason`` (why dropped or failed), ``group, variant`` (missing unless it had a
-        place), ``batch_size, accuracy`` (missing unless finished), ``ttft_s,
+        place; instances of workflows have none), ``batch_size, accuracy`` (missing unless finished there), ``ttft_s,
         tpot_s`` (missing unless iterations made it). Made anew at each call.
 
         Raises:

@@ -10,6 +10,7 @@ from pathlib import Path
 from evaluator import evaluate
 from foreplan import __version__
 from foreplan.polish import PolishSettings, polished
+from foreplan.workflow_demand import with_stages
 from planner import Infeasible, NoPlanFound, Problem, Settings, Solved, solve
 from plans.checker import check_plan
 from plans.cluster import Cluster
@@ -48,7 +49,7 @@ class Inputs:
     def read(
         cls, *, cluster: Path, services: Path, profiles: Path, demand: Demand, current: Path | None = None
     ) -> Inputs:
-        """Read the files.
+        """Read the files; where ``demand`` names workflows, the demand for their stages stands in their place.
 
         Raises:
             InvalidInput: A file is wrong, or pins name places that the cluster does not have.
@@ -60,7 +61,7 @@ class Inputs:
             cluster=inventory,
             services=wanted,
             profiles=ProfileLibrary.read(profiles),
-            demand=demand,
+            demand=with_stages(demand, wanted),
             current=None if current is None else read_plan(current),
         )
 

@@ -96,6 +96,8 @@ def read_run(path: Path, plan: Plan, services: Services) -> Run:
         found = f"no column {', '.join(sorted(missing))}" if missing else "no row"
         raise InvalidInput.of("a request log of `evaluate` or `load`", where=path, found=found)
     ended_s = (requests["scheduled_s"] + requests["latency_s"].fillna(0.0)).max()
+    seen = set(requests["service"].unique())
     names = [service.name for service in services.services]
+    names += [workflow.name for workflow in services.workflows if workflow.name in seen]
     summary = summarise(requests, wall_s=max(float(ended_s), 1e-3), gpus=plan.gpus_used, services=names)
     return Run(summary=summary, requests=requests)

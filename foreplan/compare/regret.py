@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 from evaluator import evaluate
 from foreplan.compare.policies import FOREPLAN_ROUTING
 from foreplan.compare.study import Outcome, Point, Study
-from foreplan.compare.workflow_demand import with_stages
 from foreplan.planning import Inputs, make_plan
 from foreplan.polish import PolishSettings
+from foreplan.workflow_demand import with_stages
 from planner import Solved
 from plans.demand import Demand, Rate
 from traces.demand import observed_demand

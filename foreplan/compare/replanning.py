@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from evaluator.control import Observation, Turn
 from evaluator.policy import Policy, Situation
-from foreplan.compare.workflow_demand import with_stages
+from foreplan.workflow_demand import with_stages
 from plans.cluster import Cluster
 from plans.demand import Demand, Rate, ServiceDemand
 from plans.plan import Plan

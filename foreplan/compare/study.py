@@ -18,8 +18,8 @@ from evaluator.sweep import Engine, Job, key_of, run_jobs
 from foreplan.batch import BLOCKS
 from foreplan.compare.policies import policy
 from foreplan.compare.replanning import Replanner
-from foreplan.compare.workflow_demand import with_stages
 from foreplan.report.content import timeline
+from foreplan.workflow_demand import with_stages
 from planner import Settings
 from plans.cluster import Cluster
 from plans.documents import canonical_digest

@@ -114,6 +114,14 @@ def test_stages_follow_each_other_and_the_instance_ends_with_the_last():
     assert found.summary.service("detect").offered == 0
 
 
+def test_an_instance_has_no_replica_and_no_batch_of_its_own():
+    one = plan([serving("detect", "node-0", 0.1), serving("segment", "node-1", 0.2)])
+    trace = RequestTrace(pd.DataFrame({"arrival_s": [0.0], "service": "flow"}))
+    found = evaluate(one, services([edge("detect", "segment")]), trace).requests.iloc[0]
+    assert found["outcome"] == "good"
+    assert found[["group", "variant", "batch_size", "accuracy"]].isna().all()
+
+
 def test_fan_out_makes_calls_that_the_stage_works_off_one_by_one():
     found = run(services([edge("detect", "segment", fanout=3)], deadline=9), chain("node-0", "node-0"))
     assert found.requests["latency_s"].tolist() == pytest.approx([0.1 + 3 * 0.1])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from foreplan.compare.workflow_demand import mean_calls, with_stages
+from foreplan.workflow_demand import mean_calls, with_stages
 from plans.demand import Demand, Rate, ServiceDemand
 from plans.service import Services, Workflow
 

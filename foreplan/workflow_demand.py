@@ -18,6 +18,8 @@ def with_stages(demand: Demand, services: Services) -> Demand:
     tokens are the service's own.
     """
     flows = {workflow.name: workflow for workflow in services.workflows}
+    if not flows.keys() & {one.service for one in demand.services}:
+        return demand
     parts: dict[str, list[tuple[ServiceDemand, float]]] = {}
     for one in demand.services:
         calls = mean_calls(flows[one.service]) if one.service in flows else {one.service: 1.0}
