@@ -4,7 +4,7 @@ An iteration is one prefill or one decode of all running sequences of a replica.
 time in the kernel, compiled before. Every run is checked: each request ends, as many tokens come out as were asked for
 (a lone sequence takes one iteration for each), and small cases end request by request as in the naive simulator.
 
-    python benchmarks/evaluator_generation.py [--requests 20000] [--json FILE]
+    python benchmarks/evaluator_generation.py [--requests 400000] [--json FILE]
 """
 
 from __future__ import annotations
@@ -144,7 +144,7 @@ def check() -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--requests", type=int, default=20_000)
+    parser.add_argument("--requests", type=int, default=400_000)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     check()
