@@ -29,7 +29,8 @@ class Regret:
         best: Which one it is: ``hindsight`` or the policy's name.
         bound_rps: What no placement exceeds: the proven bound of the ILP at the true mean rates with groups that may
             be busy all the time and no interference. The rate served is concave in the rate offered, so the mean over
-            a varying load is not above what the mean load allows. None when no bound was found in time.
+            a varying load is not above what the mean load allows. None when no bound was found in time, or when some
+            placement did better, because the ILP counts out a model whose latency it estimates too cautiously.
         regret: By policy, the share of ``best_rps`` that it lost, in [0, 1].
     """
 
@@ -65,11 +66,14 @@ def regret(study: Study, outcomes: Sequence[Outcome], point: Point) -> Regret:
         )
         candidates["hindsight"] = found.summary.attainment or 0.0
     best = max(candidates, key=lambda name: candidates[name])
+    offered_rps = len(there.served) / there.served.duration_s
+    best_rps = candidates[best] * offered_rps
+    bound_rps = _bound_rps(inputs, there, offered_rps)
     return Regret(
         point=point,
-        best_rps=candidates[best] * len(there.served) / there.served.duration_s,
+        best_rps=best_rps,
         best=best,
-        bound_rps=_bound_rps(inputs, there, len(there.served) / there.served.duration_s),
+        bound_rps=None if bound_rps is None or bound_rps < best_rps * (1 - 1e-9) else bound_rps,
         regret={name: 1 - share / candidates[best] if candidates[best] > 0 else 0.0 for name, share in known.items()},
     )
 

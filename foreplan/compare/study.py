@@ -230,8 +230,8 @@ def _run(study: Study, name: str, point: Point, seeds: int) -> dict[str, Any]:
 
 def _sample(seed: int, summary: RunSummary, requests: pd.DataFrame, duration_s: float) -> Sample:
     latency_s = np.sort(requests["latency_s"].dropna().to_numpy(dtype=np.float64))
-    ranks = np.ceil(np.linspace(0, 1, _QUANTILES) * len(requests)).astype(int) - 1
-    quantiles = [float(latency_s[max(rank, 0)]) if rank < len(latency_s) else None for rank in ranks]
+    ranks = np.maximum(np.ceil(np.linspace(0, 1, _QUANTILES) * len(requests)).astype(int) - 1, 0)
+    quantiles = [float(latency_s[rank]) if rank < len(latency_s) else None for rank in ranks]
     drawn = None
     if seed == 0:
         bins = timeline(requests, bin_s=summary.wall_s / _TIMELINE_BINS, end_s=summary.wall_s)

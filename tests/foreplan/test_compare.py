@@ -122,6 +122,19 @@ def test_the_page_and_the_table_tell_every_outcome(study, outcomes):
     assert "a remark" in page
 
 
+def test_a_policy_that_serves_nothing_is_shown_and_a_bound_that_others_exceed_is_not(study):
+    """No latency fits the deadline of 1 ms, so the ILP places nothing, and neither would hindsight."""
+    hopeless = study.at(Point(slo_scale=0.01), 0)
+    (found,) = compare(hopeless, ["ilp"], POINTS[:1], seeds=1)
+    assert found.attainments == [0.0]
+    assert set(found.samples[0].latency_s) == {None}
+    served = dataclasses.replace(
+        found, policy="wonder", samples=(dataclasses.replace(found.samples[0], attainment=0.5),)
+    )
+    lost = regret(hopeless, [found, served], POINTS[0])
+    assert (lost.best, lost.bound_rps, lost.regret) == ("wonder", None, {"ilp": 1.0, "wonder": 0.0})
+
+
 def test_policies_plan_for_what_a_trace_of_workflows_calls(study):
     edges = [{"from": "a", "to": "b"}]
     flow = {"name": "flow", "slo": {"deadline": 0.3}, "edges": edges}
