@@ -33,7 +33,8 @@ def main() -> None:
         cold_s, again_s, first_s = (statistics.median(times) for times in zip(*kept, strict=True))
         print(
             f"{variant}: first load {cold_s:.3f} s, swapped in again {again_s:.3f} s "
-            f"(of which the first inference {first_s:.3f} s), {cold_s / again_s:.1f} times as fast; without a cache again {none[1]:.3f} s"
+            f"(of which the first inference {first_s:.3f} s), "
+            f"{cold_s / again_s:.1f} times as fast; without a cache again {none[1]:.3f} s"
         )
 
 

@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import grpc
 import grpc.aio
-from google.protobuf.message import DecodeError
 
 from executor.errors import PlacementIsPlanned, RequestRefused, UnknownService, details_of, status_of
+from executor.forwarding import Body
 from executor.group_server import Answer
-from executor.infer_header import GROUP_METADATA, LONGEST_DEADLINE_S, deadline_of, priority_of, stream_of
+from executor.infer_header import GROUP_METADATA, LONGEST_DEADLINE_S, deadline_of, priority_of, split_request, stream_of
 from executor.node import Node
 from executor.proto import open_inference_pb2 as pb
 from executor.proto import open_inference_pb2_grpc as pb_grpc
@@ -25,7 +26,7 @@ from executor.replica import Replica
 from executor.runtime.protocol import TensorSpec, batch_of
 from executor.state import Phase
 from executor.statistics import Counters, statistics_to_proto
-from executor.tensors import TensorLimits, decode_inputs, described_inputs, encode_response
+from executor.tensors import Buffer, TensorLimits, decode_inputs, described_inputs, encode_response
 from executor.tracing import Spans
 from executor.worker_wire import Loaded
 from plans.errors import ForeplanError, InvalidInput
@@ -49,6 +50,14 @@ def deadline_in_s(request: pb.ModelInferRequest, time_remaining_s: float | None,
     """
     given_s = [limit for limit in (time_remaining_s, deadline_of(request)) if limit is not None]
     return min(LONGEST_DEADLINE_S, min(given_s, default=default_s))
+
+
+@dataclass(frozen=True, slots=True)
+class _Whole:
+    """A request, and the raw contents of its tensors."""
+
+    request: pb.ModelInferRequest
+    raw: Sequence[Buffer]
 
 
 class InferenceServicer(pb_grpc.GRPCInferenceServiceServicer):
@@ -150,11 +159,12 @@ class InferenceServicer(pb_grpc.GRPCInferenceServiceServicer):
         """Run one request, batched with others where that serves all deadlines."""
         arrived_s = self._clock()
         try:
-            return await self._recorded(request, arrived_s, context.time_remaining(), _group_in(context))
+            whole = _Whole(request, request.raw_input_contents)
+            return await self._recorded(whole, arrived_s, context.time_remaining(), _group_in(context))
         except ForeplanError as error:
             return await context.abort(status_of(error), details_of(error))
 
-    async def forwarded(self, body: bytes, group: str, timeout_s: float) -> bytes:
+    async def forwarded(self, body: Body, group: str, timeout_s: float) -> bytes:
         """Run a serialised ``ModelInferRequest`` on ``group``, and return the serialised answer.
 
         Raises:
@@ -162,11 +172,7 @@ class InferenceServicer(pb_grpc.GRPCInferenceServiceServicer):
             InvalidInput: It is no such message, or not one that the model takes.
         """
         arrived_s = self._clock()
-        try:
-            request = pb.ModelInferRequest.FromString(body)
-        except DecodeError as error:
-            raise InvalidInput.of("a ModelInferRequest", where="request", found=f"other bytes ({error})") from error
-        answer = await self._recorded(request, arrived_s, timeout_s, group)
+        answer = await self._recorded(_Whole(*split_request(body)), arrived_s, timeout_s, group)
         return answer.SerializeToString()
 
     def wait_s(self, group: str) -> float:
@@ -200,12 +206,12 @@ class InferenceServicer(pb_grpc.GRPCInferenceServiceServicer):
         return found
 
     async def _recorded(
-        self, request: pb.ModelInferRequest, arrived_s: float, time_remaining_s: float | None, group: str | None
+        self, whole: _Whole, arrived_s: float, time_remaining_s: float | None, group: str | None
     ) -> pb.ModelInferResponse:
         if self._spans is None:
-            return await self._infer(request, arrived_s, time_remaining_s, group)
-        with self._spans.span("agent.infer", service=request.model_name, group=group or ""):
-            return await self._infer(request, arrived_s, time_remaining_s, group)
+            return await self._infer(whole, arrived_s, time_remaining_s, group)
+        with self._spans.span("agent.infer", service=whole.request.model_name, group=group or ""):
+            return await self._infer(whole, arrived_s, time_remaining_s, group)
 
     def _record(self, answer: Answer) -> None:
         """Record where the time of a request went, by what its answer says."""
@@ -216,8 +222,9 @@ class InferenceServicer(pb_grpc.GRPCInferenceServiceServicer):
             self._spans.record("agent.batch", started_s, now_s, variant=answer.variant, batch_size=answer.batch_items)
 
     async def _infer(
-        self, request: pb.ModelInferRequest, arrived_s: float, time_remaining_s: float | None, group: str | None
+        self, whole: _Whole, arrived_s: float, time_remaining_s: float | None, group: str | None
     ) -> pb.ModelInferResponse:
+        request = whole.request
         replica, loaded = self._chosen(request.model_name, request.model_version, group)
         if len(request.outputs) > self._limits.tensors:
             raise InvalidInput.of(f"at most {self._limits.tensors}", field="outputs", found=len(request.outputs))
@@ -227,12 +234,12 @@ class InferenceServicer(pb_grpc.GRPCInferenceServiceServicer):
             raise InvalidInput.of(f"some of {known}", field="outputs", found=", ".join(sorted(unknown)))
         server = self._node.upkeep.groups[replica.key.group]
         items = batch_of(  # from the headers alone: contents that cannot be run are not worth decoding
-            described_inputs(request, self._limits),
+            described_inputs(request, self._limits, whole.raw),
             loaded.inputs,
             max_batch=server.max_batch(replica.key),
             where=request.model_name,
         )
-        inputs = decode_inputs(request, self._limits)
+        inputs = decode_inputs(request, self._limits, whole.raw)
         deadline_s = arrived_s + deadline_in_s(request, time_remaining_s, replica.settings.deadline_s)
         pending = server.submit(
             replica.key, inputs, items, deadline_s, priority=priority_of(request), stream=stream_of(request)

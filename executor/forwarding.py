@@ -12,6 +12,7 @@ import itertools
 import logging
 import struct
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import grpc
@@ -24,14 +25,20 @@ from executor.roles import Role
 from executor.tls import Credentials, peer_identity
 from plans.errors import ForeplanError, InvalidInput
 
-__all__ = ["CallFailed", "ForwardLink", "ForwardServer", "shared_bytes"]
+__all__ = ["Body", "CallFailed", "ForwardLink", "ForwardServer", "shared_bytes"]
 
 _log = logging.getLogger("executor.forwarding")
 
 _CODES = {code.value[0]: code for code in grpc.StatusCode}
-_LENGTH = struct.Struct("<I")
+_LENGTHS = struct.Struct("<II")  # of the message, and of all bodies
+_READ_BYTES = 1 << 16
+_JOINED_BYTES = 1 << 14
+"""Bodies up to here are joined: a call to send more costs more than a copy."""
 _ENVELOPE_BYTES = 1 << 16
 _CONNECT_S = 2.0
+
+Body = bytes | memoryview
+"""A serialised message; what is not bytes is a part of a frame."""
 
 
 def shared_bytes(max_message_bytes: int) -> int:
@@ -48,14 +55,25 @@ class CallFailed(Exception):
         self.details = details
 
 
-class _Frames(asyncio.Protocol):
+@dataclass(frozen=True, slots=True)
+class _Item:
+    """A request or an answer in a frame, and its body."""
+
+    message: Any
+    body: Body
+
+
+class _Frames(asyncio.BufferedProtocol):
     """Frames over one connection: what is sent within one turn of the event loop leaves in one frame, up to a size.
+
+    Large bodies are neither joined when sent nor moved when received: they are read to where they stay.
 
     Args:
         limit_bytes: Longest frame taken; a longer one ends the connection.
         full_bytes: When a frame to be sent is full.
         pack: Makes the message of a frame out of items.
-        on_frame: Told every message that arrives; a `DecodeError` ends the connection.
+        unpack: Returns the items of the message of a frame.
+        on_item: Told every item that arrives, with its body, which stays valid; a `DecodeError` ends the connection.
         on_end: Told why when the connection is gone.
     """
 
@@ -65,17 +83,21 @@ class _Frames(asyncio.Protocol):
         limit_bytes: int,
         full_bytes: int,
         pack: Callable[[list[Any]], bytes],
-        on_frame: Callable[[bytes], None],
+        unpack: Callable[[bytes], Iterable[Any]],
+        on_item: Callable[[Any, memoryview], None],
         on_end: Callable[[str], None],
     ) -> None:
         self.transport: Any = None
         self._limit_bytes = limit_bytes
         self._full_bytes = full_bytes
         self._pack = pack
-        self._on_frame = on_frame
+        self._unpack = unpack
+        self._on_item = on_item
         self._on_end = on_end
-        self._waiting: list[tuple[Any, int]] = []
-        self._read = bytearray()
+        self._waiting: list[_Item] = []
+        self._small = memoryview(bytearray(_READ_BYTES))  # what arrives, until it is known to be a long frame
+        self._large: memoryview | None = None  # a frame that is read to its place
+        self._filled = 0
         self._loop = asyncio.get_running_loop()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -83,54 +105,88 @@ class _Frames(asyncio.Protocol):
         self.transport = transport
         self._flush()
 
-    def put(self, item: Any, size_bytes: int) -> None:
-        """Send ``item`` within this turn of the event loop, or once the connection is there."""
+    def put(self, message: Any, body: Body = b"") -> None:
+        """Send ``message`` within this turn of the event loop, or once the connection is there."""
         if not self._waiting and self.transport is not None:
             self._loop.call_soon(self._flush)
-        self._waiting.append((item, size_bytes))
+        self._waiting.append(_Item(message, body))
 
     def _flush(self) -> None:
         waiting, self._waiting = self._waiting, []
         if self.transport.is_closing():
             return
         for items in _parts(waiting, self._full_bytes):
-            body = self._pack(items)
-            self.transport.write(_LENGTH.pack(len(body)) + body)
+            message = self._pack([item.message for item in items])
+            bodies = [item.body for item in items]
+            bodies_bytes = sum(map(len, bodies))
+            head = _LENGTHS.pack(len(message), bodies_bytes) + message
+            if bodies_bytes <= _JOINED_BYTES:
+                self.transport.write(b"".join((head, *bodies)))
+            else:
+                self.transport.write(head)
+                for body in bodies:
+                    self.transport.write(body)
 
-    def data_received(self, data: bytes) -> None:
+    def get_buffer(self, sizehint: int) -> memoryview:
+        """Return where the next bytes go; called by the event loop."""
+        return (self._small if self._large is None else self._large)[self._filled :]
+
+    def buffer_updated(self, nbytes: int) -> None:
         """Take frames apart; called by the event loop."""
-        self._read += data
-        start = 0
+        self._filled += nbytes
         try:
-            while len(self._read) - start >= _LENGTH.size:
-                (size_bytes,) = _LENGTH.unpack_from(self._read, start)
-                if size_bytes > self._limit_bytes:
-                    raise DecodeError(f"a frame of {size_bytes} bytes")
-                end = start + _LENGTH.size + size_bytes
-                if len(self._read) < end:
-                    break
-                self._on_frame(bytes(memoryview(self._read)[start + _LENGTH.size : end]))
-                start = end
+            if self._large is None:
+                self._take_small()
+            elif self._filled == len(self._large):
+                frame, self._large, self._filled = self._large, None, 0
+                self._take(frame)
         except DecodeError as error:
             _log.warning("event=bad_frame problem=%r", str(error))
             self.transport.abort()
-            return
-        del self._read[:start]
+
+    def _take_small(self) -> None:
+        start = 0
+        while self._filled - start >= _LENGTHS.size:
+            size_bytes = _LENGTHS.size + sum(_LENGTHS.unpack_from(self._small, start))
+            if size_bytes > self._limit_bytes:
+                raise DecodeError(f"a frame of {size_bytes} bytes")
+            end = start + size_bytes
+            if end > self._filled:
+                break
+            self._take(memoryview(bytes(self._small[start:end])))
+            start = end
+        left_bytes = self._filled - start
+        if left_bytes >= _LENGTHS.size and size_bytes > _READ_BYTES // 2:
+            self._large = memoryview(bytearray(size_bytes))
+            self._large[:left_bytes] = self._small[start : self._filled]
+        elif start:
+            self._small[:left_bytes] = bytes(self._small[start : self._filled])
+        self._filled = left_bytes
+
+    def _take(self, frame: memoryview) -> None:
+        message_bytes, _ = _LENGTHS.unpack_from(frame)
+        start = _LENGTHS.size + message_bytes
+        for item in self._unpack(bytes(frame[_LENGTHS.size : start])):
+            end = start + item.body_bytes
+            if end > len(frame):
+                raise DecodeError("a body that reaches beyond its frame")
+            self._on_item(item, frame[start:end].toreadonly())
+            start = end
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Tell why; called by the event loop."""
         self._on_end(str(exc) if exc else "the connection was closed")
 
 
-def _parts(items: Iterable[tuple[Any, int]], full_bytes: int) -> Iterator[list[Any]]:
-    part: list[Any] = []
+def _parts(items: Iterable[_Item], full_bytes: int) -> Iterator[list[_Item]]:
+    part: list[_Item] = []
     total = 0
-    for item, size_bytes in items:
-        if part and total + size_bytes > full_bytes:
+    for item in items:
+        if part and total + len(item.body) > full_bytes:
             yield part
             part, total = [], 0
         part.append(item)
-        total += size_bytes
+        total += len(item.body)
     if part:
         yield part
 
@@ -178,7 +234,7 @@ class ForwardLink:
         number = next(self._numbers)
         answer: asyncio.Future[bytes] = self._loop.create_future()
         self._pending[number] = (answer, group)
-        frames.put(pb.Request(number=number, group=group, timeout_s=timeout_s, body=body), len(body))
+        frames.put(pb.Request(number=number, group=group, timeout_s=timeout_s, body_bytes=len(body)), body)
         timer = self._loop.call_later(timeout_s, self._late, number)
         try:
             return await answer
@@ -207,7 +263,8 @@ class ForwardLink:
             limit_bytes=self._limit_bytes,
             full_bytes=self._full_bytes,
             pack=lambda items: pb.Requests(requests=items).SerializeToString(),
-            on_frame=self._answered,
+            unpack=lambda message: pb.Answers.FromString(message).answers,
+            on_item=self._answered,
             on_end=lambda reason: self._end(frames, reason),
         )
         self._frames = frames
@@ -229,19 +286,18 @@ class ForwardLink:
         except (OSError, TimeoutError) as error:
             self._end(frames, f"cannot connect to port {self.port}: {error}")
 
-    def _answered(self, message: bytes) -> None:
-        for answer in pb.Answers.FromString(message).answers:
-            future, group = self._pending.pop(answer.number, (None, ""))
-            if future is None:
-                continue
-            self._on_wait(group, answer.expected_wait_s)
-            if future.done():
-                continue
-            if answer.status:
-                code = _CODES.get(answer.status, grpc.StatusCode.UNKNOWN)
-                future.set_exception(CallFailed(code, answer.details))
-            else:
-                future.set_result(answer.body)
+    def _answered(self, answer: pb.Answer, body: memoryview) -> None:
+        future, group = self._pending.pop(answer.number, (None, ""))
+        if future is None:
+            return
+        self._on_wait(group, answer.expected_wait_s)
+        if future.done():
+            return
+        if answer.status:
+            code = _CODES.get(answer.status, grpc.StatusCode.UNKNOWN)
+            future.set_exception(CallFailed(code, answer.details))
+        else:
+            future.set_result(bytes(body))
 
     def _late(self, number: int) -> None:
         future, _ = self._pending.get(number, (None, ""))
@@ -251,7 +307,7 @@ class ForwardLink:
 
     def _forget(self, number: int) -> None:
         if self._pending.pop(number, None) is not None and self._frames is not None:
-            self._frames.put(pb.Request(number=number), 0)
+            self._frames.put(pb.Request(number=number))
 
     def _end(self, frames: _Frames, reason: str) -> None:
         if self._frames is not frames:
@@ -266,7 +322,7 @@ class ForwardLink:
 class Answering(Protocol):
     """What an agent does with a forwarded request."""
 
-    async def __call__(self, body: bytes, group: str, timeout_s: float) -> bytes:
+    async def __call__(self, body: Body, group: str, timeout_s: float) -> bytes:
         """Return the serialised answer; raise `ForeplanError` or `CallFailed` to refuse."""
 
 
@@ -355,11 +411,12 @@ class ForwardServer:
         """Largest message, and when a frame is full."""
         return self._max_message_bytes, shared_bytes(self._max_message_bytes)
 
-    async def answer_to(self, request: pb.Request) -> pb.Answer:
-        """Return the answer to one request, whatever becomes of it."""
+    async def answer_to(self, request: pb.Request, body: memoryview) -> tuple[pb.Answer, bytes]:
+        """Return the answer to one request and its body, whatever becomes of it."""
         answer = pb.Answer(number=request.number)
+        found = b""
         try:
-            answer.body = await self._answer(request.body, request.group, request.timeout_s)
+            found = await self._answer(body, request.group, request.timeout_s)
         except ForeplanError as error:
             answer.status, answer.details = status_of(error).value[0], details_of(error)
         except CallFailed as error:
@@ -367,12 +424,13 @@ class ForwardServer:
         except Exception:  # noqa: BLE001 - the edge of the process: one request must not end the connection of all
             _log.exception("event=bug request=%d", request.number)
             answer.status, answer.details = grpc.StatusCode.INTERNAL.value[0], "a bug in the agent; see its log"
-        if len(answer.body) > self._max_message_bytes:
-            problem = f"the answer has {len(answer.body)} bytes, above the limit of {self._max_message_bytes}"
-            code = grpc.StatusCode.RESOURCE_EXHAUSTED.value[0]
-            answer = pb.Answer(number=request.number, status=code, details=problem)
+        if len(found) > self._max_message_bytes:
+            problem = f"the answer has {len(found)} bytes, above the limit of {self._max_message_bytes}"
+            answer.status, answer.details = grpc.StatusCode.RESOURCE_EXHAUSTED.value[0], problem
+            found = b""
+        answer.body_bytes = len(found)
         answer.expected_wait_s = self._wait_s(request.group)
-        return answer
+        return answer, found
 
 
 class _Connection:
@@ -386,7 +444,8 @@ class _Connection:
             limit_bytes=largest_bytes + _ENVELOPE_BYTES,
             full_bytes=full_bytes,
             pack=lambda items: pb.Answers(answers=items).SerializeToString(),
-            on_frame=self._asked,
+            unpack=self._requests,
+            on_item=self._take,
             on_end=self._ended,
         )
         self._admitted = False
@@ -396,31 +455,29 @@ class _Connection:
         if self.frames.transport is not None:
             self.frames.transport.abort()
 
-    def _asked(self, message: bytes) -> None:
+    def _requests(self, message: bytes) -> Iterable[pb.Request]:
         if not self._admitted:
             self._admitted = self._server.admits(self.frames.transport)
             if not self._admitted:
                 self.abort()
-                return
+                return ()
             self._server.taking(self, True)
-        for request in pb.Requests.FromString(message).requests:
-            self._take(request)
+        return pb.Requests.FromString(message).requests
 
-    def _take(self, request: pb.Request) -> None:
+    def _take(self, request: pb.Request, body: memoryview) -> None:
         number = request.number
-        if not request.body:
+        if not body:
             if task := self._running.get(number):
                 task.cancel()
         elif self._server.is_closing:
             code = grpc.StatusCode.UNAVAILABLE.value[0]
-            self.frames.put(pb.Answer(number=number, status=code, details="the agent is stopping"), 0)
+            self.frames.put(pb.Answer(number=number, status=code, details="the agent is stopping"))
         elif number not in self._running:
-            self._running[number] = task = asyncio.create_task(self._one(request))
+            self._running[number] = task = asyncio.create_task(self._one(request, body))
             task.add_done_callback(lambda _: self._running.pop(number, None))
 
-    async def _one(self, request: pb.Request) -> None:
-        answer = await self._server.answer_to(request)
-        self.frames.put(answer, len(answer.body))
+    async def _one(self, request: pb.Request, body: memoryview) -> None:
+        self.frames.put(*await self._server.answer_to(request, body))
 
     def _ended(self, _: str) -> None:
         self._server.taking(self, False)

@@ -7,6 +7,7 @@ the few small ones to the generated parser. Field numbers: executor/proto/open_i
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from google.protobuf.message import DecodeError
@@ -27,6 +28,7 @@ __all__ = [
     "read_answer_header",
     "read_infer_header",
     "small_fields",
+    "split_request",
     "stream_of",
 ]
 
@@ -39,7 +41,7 @@ LONGEST_DEADLINE_S = 86_400.0
 _MOST_FIELDS = 1000
 """Top-level fields of a message: tensors and parameters. They are looked at one by one."""
 
-_MODEL_NAME, _PARAMETERS = 1, 4
+_MODEL_NAME, _PARAMETERS, _RAW_CONTENTS = 1, 4, 7
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 
 
@@ -167,33 +169,63 @@ def priority_of(request: messages.ModelInferRequest) -> int:
 
 def _small_fields(request: bytes) -> bytes:
     """Return the model name and parameters of a request or an answer as a message of their own."""
-    kept = bytearray()
-    position, end = 0, len(request)
+    return b"".join(
+        request[start:end] for tag, start, _, end in _fields(request) if tag >> 3 in (_MODEL_NAME, _PARAMETERS)
+    )
+
+
+def split_request(request: bytes | memoryview) -> tuple[messages.ModelInferRequest, list[memoryview]]:
+    """Return a serialised request without its raw contents, and these as parts of it, not copied.
+
+    Raises:
+        InvalidInput: The bytes are no such message.
+    """
+    whole = memoryview(request)
+    raw: list[memoryview] = []
+    rest: list[memoryview] = []
+    try:
+        for tag, start, content, end in _fields(whole):
+            if tag == _RAW_CONTENTS << 3 | _BYTES:  # of another type it is a field that nobody knows
+                raw.append(whole[content:end])
+            else:
+                rest.append(whole[start:end])
+        return messages.ModelInferRequest.FromString(b"".join(rest)), raw
+    except (DecodeError, IndexError, ValueError) as error:
+        raise InvalidInput.of("a ModelInferRequest", where="request", found=f"other bytes ({error})") from error
+
+
+def _fields(message: bytes | memoryview) -> Iterator[tuple[int, int, int, int]]:
+    """Yield tag, start, start of the content and end of each top-level field.
+
+    Raises:
+        ValueError: The bytes are no protobuf message, or one of too many fields.
+        IndexError: They end within a field.
+    """
+    position, end = 0, len(message)
     fields = 0
     while position < end:
         start = position
         fields += 1
         if fields > _MOST_FIELDS:
             raise ValueError(f"more than {_MOST_FIELDS} fields")
-        tag, position = _varint(request, position)
+        tag, position = _varint(message, position)
+        content = position
         wire_type = tag & 7
         if wire_type == _BYTES:
-            size, position = _varint(request, position)
-            position += size
+            size, content = _varint(message, position)
+            position = content + size
         elif wire_type == _VARINT:
-            _, position = _varint(request, position)
+            _, position = _varint(message, position)
         elif wire_type in (_FIXED32, _FIXED64):
             position += 4 if wire_type == _FIXED32 else 8
         else:
             raise ValueError("groups are not part of this protocol")
         if position > end:
             raise ValueError("a field reaches beyond the message")
-        if tag >> 3 in (_MODEL_NAME, _PARAMETERS):
-            kept += request[start:position]
-    return bytes(kept)
+        yield tag, start, content, position
 
 
-def _varint(data: bytes, position: int) -> tuple[int, int]:
+def _varint(data: bytes | memoryview, position: int) -> tuple[int, int]:
     """Return the variable-length integer at ``position``, and the position behind it."""
     value = shift = 0
     while True:

@@ -7,6 +7,7 @@ and nobody makes it smaller, so an array over it stays valid.
 
 from __future__ import annotations
 
+import math
 import mmap
 import os
 from collections.abc import Iterable, Mapping
@@ -33,7 +34,7 @@ def place_all(tensors: Mapping[str, tuple[str, tuple[int, ...]]], offset_bytes: 
     """Lay tensors, given as name to (datatype, shape), one after the other from ``offset_bytes`` on."""
     places = []
     for name, (datatype, shape) in tensors.items():
-        size_bytes = int(np.prod(shape, dtype=np.int64)) * NUMPY_TYPES[datatype].itemsize
+        size_bytes = math.prod(shape) * NUMPY_TYPES[datatype].itemsize
         places.append(
             TensorPlace(name=name, datatype=datatype, shape=shape, offset_bytes=offset_bytes, size_bytes=size_bytes)
         )
@@ -70,7 +71,7 @@ class SharedSegment:
             ValueError: The place reaches beyond the segment, or contradicts itself.
         """
         dtype = NUMPY_TYPES[place.datatype]
-        count = int(np.prod(place.shape, dtype=np.int64))
+        count = math.prod(place.shape)
         if place.size_bytes != count * dtype.itemsize:
             raise ValueError(f"a tensor of {place.datatype} {list(place.shape)} in {place.size_bytes} bytes")
         flat: np.ndarray[Any, np.dtype[Any]] = np.frombuffer(

@@ -21,6 +21,7 @@ from plans.errors import Fault, InvalidInput
 
 __all__ = [
     "Array",
+    "Buffer",
     "TensorLimits",
     "datatype_of",
     "decode_inputs",
@@ -33,6 +34,9 @@ __all__ = [
 ]
 
 Array = np.ndarray[Any, np.dtype[Any]]
+
+Buffer = bytes | memoryview
+"""Raw content of a tensor."""
 
 _NAMES = {dtype: name for name, dtype in NUMPY_TYPES.items()}
 
@@ -82,16 +86,23 @@ def datatype_of(array: Array) -> str:
     return name
 
 
-def decode_inputs(request: pb.ModelInferRequest, limits: TensorLimits | None = None) -> dict[str, Array]:
+def decode_inputs(
+    request: pb.ModelInferRequest, limits: TensorLimits | None = None, raw: Sequence[Buffer] | None = None
+) -> dict[str, Array]:
     """Return the request's input tensors by name; raw ones are read-only views of the message.
+
+    ``raw`` are the raw contents, where they are not in ``request``.
 
     Raises:
         InvalidInput: A tensor is malformed or beyond ``limits``; with every fault.
     """
-    return _decode(request.inputs, request.raw_input_contents, "inputs", limits or TensorLimits())
+    contents = request.raw_input_contents if raw is None else raw
+    return _decode(request.inputs, contents, "inputs", limits or TensorLimits())
 
 
-def described_inputs(request: pb.ModelInferRequest, limits: TensorLimits | None = None) -> dict[str, Array]:
+def described_inputs(
+    request: pb.ModelInferRequest, limits: TensorLimits | None = None, raw: Sequence[Buffer] | None = None
+) -> dict[str, Array]:
     """Return arrays of the types and shapes that the request's headers claim, without looking at any content.
 
     They take no memory (every element is the same zero), so a request can be judged before it costs anything.
@@ -99,7 +110,8 @@ def described_inputs(request: pb.ModelInferRequest, limits: TensorLimits | None 
     Raises:
         InvalidInput: A header is malformed or beyond ``limits``; with every fault.
     """
-    _check_headers(request.inputs, request.raw_input_contents, "inputs", limits or TensorLimits())
+    contents = request.raw_input_contents if raw is None else raw
+    _check_headers(request.inputs, contents, "inputs", limits or TensorLimits())
     return {
         tensor.name: np.broadcast_to(np.zeros((), NUMPY_TYPES[tensor.datatype]), tuple(tensor.shape))
         for tensor in request.inputs
@@ -118,7 +130,7 @@ def decode_outputs(response: pb.ModelInferResponse, limits: TensorLimits | None 
 _Tensor = pb.ModelInferRequest.InferInputTensor | pb.ModelInferResponse.InferOutputTensor
 
 
-def _decode(tensors: Sequence[_Tensor], raw: Sequence[bytes], field: str, limits: TensorLimits) -> dict[str, Array]:
+def _decode(tensors: Sequence[_Tensor], raw: Sequence[Buffer], field: str, limits: TensorLimits) -> dict[str, Array]:
     _check_headers(tensors, raw, field, limits)
     faults: list[Fault] = []
     arrays: dict[str, Array] = {}
@@ -134,7 +146,7 @@ def _decode(tensors: Sequence[_Tensor], raw: Sequence[bytes], field: str, limits
     return arrays
 
 
-def _check_headers(tensors: Sequence[_Tensor], raw: Sequence[bytes], field: str, limits: TensorLimits) -> None:
+def _check_headers(tensors: Sequence[_Tensor], raw: Sequence[Buffer], field: str, limits: TensorLimits) -> None:
     faults = list(_count_faults(tensors, raw, field, limits))
     total_bytes = 0
     for position, tensor in enumerate(tensors if not faults else ()):
@@ -151,7 +163,7 @@ def _check_headers(tensors: Sequence[_Tensor], raw: Sequence[bytes], field: str,
 
 
 def _count_faults(
-    tensors: Sequence[_Tensor], raw: Sequence[bytes], field: str, limits: TensorLimits
+    tensors: Sequence[_Tensor], raw: Sequence[Buffer], field: str, limits: TensorLimits
 ) -> Iterator[Fault]:
     if len(tensors) > limits.tensors:
         yield Fault(field=field, found=str(len(tensors)), expected=f"at most {limits.tensors} tensors")
@@ -177,7 +189,7 @@ def _header_faults(tensor: _Tensor, field: str, limits: TensorLimits) -> Iterato
         yield Fault(field=f"{field}.shape", found=str(list(tensor.shape)), expected="every dimension at least 1")
 
 
-def _raw_array(tensor: _Tensor, content: bytes, field: str) -> Array | Fault:
+def _raw_array(tensor: _Tensor, content: Buffer, field: str) -> Array | Fault:
     dtype = NUMPY_TYPES[tensor.datatype]
     size_bytes = math.prod(tensor.shape) * dtype.itemsize
     if len(content) != size_bytes:

@@ -7,16 +7,16 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class Request(_message.Message):
-    __slots__ = ("number", "group", "timeout_s", "body")
+    __slots__ = ("number", "group", "timeout_s", "body_bytes")
     NUMBER_FIELD_NUMBER: _ClassVar[int]
     GROUP_FIELD_NUMBER: _ClassVar[int]
     TIMEOUT_S_FIELD_NUMBER: _ClassVar[int]
-    BODY_FIELD_NUMBER: _ClassVar[int]
+    BODY_BYTES_FIELD_NUMBER: _ClassVar[int]
     number: int
     group: str
     timeout_s: float
-    body: bytes
-    def __init__(self, number: _Optional[int] = ..., group: _Optional[str] = ..., timeout_s: _Optional[float] = ..., body: _Optional[bytes] = ...) -> None: ...
+    body_bytes: int
+    def __init__(self, number: _Optional[int] = ..., group: _Optional[str] = ..., timeout_s: _Optional[float] = ..., body_bytes: _Optional[int] = ...) -> None: ...
 
 class Requests(_message.Message):
     __slots__ = ("requests",)
@@ -25,18 +25,18 @@ class Requests(_message.Message):
     def __init__(self, requests: _Optional[_Iterable[_Union[Request, _Mapping]]] = ...) -> None: ...
 
 class Answer(_message.Message):
-    __slots__ = ("number", "body", "status", "details", "expected_wait_s")
+    __slots__ = ("number", "body_bytes", "status", "details", "expected_wait_s")
     NUMBER_FIELD_NUMBER: _ClassVar[int]
-    BODY_FIELD_NUMBER: _ClassVar[int]
+    BODY_BYTES_FIELD_NUMBER: _ClassVar[int]
     STATUS_FIELD_NUMBER: _ClassVar[int]
     DETAILS_FIELD_NUMBER: _ClassVar[int]
     EXPECTED_WAIT_S_FIELD_NUMBER: _ClassVar[int]
     number: int
-    body: bytes
+    body_bytes: int
     status: int
     details: str
     expected_wait_s: float
-    def __init__(self, number: _Optional[int] = ..., body: _Optional[bytes] = ..., status: _Optional[int] = ..., details: _Optional[str] = ..., expected_wait_s: _Optional[float] = ...) -> None: ...
+    def __init__(self, number: _Optional[int] = ..., body_bytes: _Optional[int] = ..., status: _Optional[int] = ..., details: _Optional[str] = ..., expected_wait_s: _Optional[float] = ...) -> None: ...
 
 class Answers(_message.Message):
     __slots__ = ("answers",)

@@ -18,7 +18,7 @@ import grpc.aio
 from google.protobuf.message import Message
 
 from executor import wire
-from executor.forwarding import CallFailed, ForwardServer
+from executor.forwarding import Body, CallFailed, ForwardServer
 from executor.gateway_peer import INFERENCE
 from executor.infer_header import GROUP_METADATA
 from executor.lease import Lease
@@ -245,7 +245,8 @@ class FakeAgent(_Scripted, control_pb2_grpc.AgentServicer):
         except CallFailed as failed:
             await context.abort(failed.code, failed.details)
 
-    async def _forwarded(self, request: bytes, group: str, timeout_s: float) -> bytes:
+    async def _forwarded(self, body: Body, group: str, timeout_s: float) -> bytes:
+        request = bytes(body)
         self.served.append((group, request))
         self.remaining_s.append(timeout_s)
         if self.infer_waits_for is not None:

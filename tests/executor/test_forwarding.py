@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from executor.errors import QueueFull
-from executor.forwarding import CallFailed, ForwardLink, ForwardServer
+from executor.forwarding import Body, CallFailed, ForwardLink, ForwardServer
 from executor.proto import forward_pb2 as pb
 
 LIMIT = 1 << 16
@@ -24,7 +24,7 @@ def run(scenario: Coroutine[Any, Any, None]) -> None:
     asyncio.run(asyncio.wait_for(scenario, 20))
 
 
-async def echo(body: bytes, group: str, timeout_s: float) -> bytes:
+async def echo(body: Body, group: str, timeout_s: float) -> bytes:
     if body == b"full":
         raise QueueFull("too much waits")
     if body == b"bug":
@@ -33,7 +33,7 @@ async def echo(body: bytes, group: str, timeout_s: float) -> bytes:
         return bytes(LIMIT + 1)
     if body == b"slow":
         await asyncio.sleep(60)
-    return group.encode() + body
+    return group.encode() + bytes(body)
 
 
 @asynccontextmanager
@@ -63,6 +63,28 @@ def test_requests_of_one_moment_are_answered_each_with_its_own() -> None:
             answers = await asyncio.gather(*(link.send(body, "g", 5) for body in bodies))
             assert answers == [b"g" + body for body in bodies]
             assert waits == {"g": 0.25}
+
+    run(scenario())
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.integers(1, 40_000) | st.sampled_from([16_384, 32_760, 32_768, 65_520, 65_530]), max_size=12))
+def test_law_bodies_of_any_size_come_back_whole(sizes: list[int]) -> None:
+    async def scenario() -> None:
+        async with linked() as (_, link, _):
+            bodies = [bytes([number + 1]) * size for number, size in enumerate(sizes)]
+            answers = await asyncio.gather(*(link.send(body, "g", 5) for body in bodies))
+            assert answers == [b"g" + body for body in bodies]
+
+    run(scenario())
+
+
+def test_a_body_that_reaches_beyond_its_frame_ends_the_connection() -> None:
+    async def scenario() -> None:
+        async with linked() as (server, link, _):
+            message = pb.Requests(requests=[pb.Request(number=1, group="g", body_bytes=9)]).SerializeToString()
+            assert await sent(server.port, struct.pack("<II", len(message), 1) + message + b"x") == b""
+            assert await link.send(b"x", "g", 5) == b"gx"
 
     run(scenario())
 
@@ -120,8 +142,9 @@ async def sent(port: int, data: bytes) -> bytes:
 def test_law_hostile_bytes_end_their_own_connection_at_most(data: bytes, framed: bool) -> None:
     async def scenario() -> None:
         async with linked() as (server, link, _):
-            await sent(server.port, struct.pack("<I", len(data)) + data if framed else data)
-            await sent(server.port, struct.pack("<I", 2**31) + data)
+            await sent(server.port, struct.pack("<II", len(data), 0) + data if framed else data)
+            await sent(server.port, struct.pack("<II", 0, len(data)) + data)
+            await sent(server.port, struct.pack("<II", 2**31, 2**31) + data)
             assert await link.send(b"x", "g", 5) == b"gx"
 
     run(scenario())
@@ -130,15 +153,16 @@ def test_law_hostile_bytes_end_their_own_connection_at_most(data: bytes, framed:
 def test_a_request_may_arrive_byte_by_byte() -> None:
     async def scenario() -> None:
         async with linked() as (server, _, _):
-            request = pb.Request(number=7, group="g", timeout_s=5, body=b"x")
-            body = pb.Requests(requests=[request]).SerializeToString()
+            request = pb.Request(number=7, group="g", timeout_s=5, body_bytes=1)
+            message = pb.Requests(requests=[request]).SerializeToString()
             reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
-            for byte in struct.pack("<I", len(body)) + body:
+            for byte in struct.pack("<II", len(message), 1) + message + b"x":
                 writer.write(bytes([byte]))
                 await writer.drain()
-            (size,) = struct.unpack("<I", await reader.readexactly(4))
+            size, bodies = struct.unpack("<II", await reader.readexactly(8))
             (answer,) = pb.Answers.FromString(await reader.readexactly(size)).answers
-            assert (answer.number, answer.body, answer.status) == (7, b"gx", 0)
+            assert (answer.number, answer.body_bytes, answer.status) == (7, bodies, 0)
+            assert await reader.readexactly(bodies) == b"gx"
             writer.close()
 
     run(scenario())

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from executor.infer_header import read_infer_header
+from executor.infer_header import read_infer_header, split_request
 from executor.proto import open_inference_pb2 as messages
 from plans.errors import InvalidInput
 
@@ -30,6 +30,33 @@ def test_service_and_deadline_are_what_a_full_parse_finds(
     assert header.service == service
     expected_s = None if deadline_ms is None else pytest.approx(min(deadline_ms / 1000, 86_400.0))
     assert header.deadline_s == expected_s
+
+
+@given(st.lists(st.binary(max_size=300), max_size=4), st.text())
+def test_law_a_split_request_is_the_whole_one_and_its_contents_are_parts_of_it(
+    tensors: list[bytes], service: str
+) -> None:
+    whole = messages.ModelInferRequest.FromString(request(service, mode="z"))
+    del whole.raw_input_contents[:]
+    whole.raw_input_contents.extend(tensors)
+    data = whole.SerializeToString()
+    rest, raw = split_request(data)
+    assert [bytes(one) for one in raw] == tensors
+    assert all(one.obj is data for one in raw)
+    del whole.raw_input_contents[:]
+    assert rest == whole
+
+
+@given(st.binary(max_size=60))
+def test_any_bytes_are_split_as_a_full_parse_does_or_refused_by_name(data: bytes) -> None:
+    try:
+        rest, raw = split_request(data)
+    except InvalidInput:
+        return
+    rest.raw_input_contents.extend(map(bytes, raw))
+    assert rest.SerializeToString(deterministic=True) == messages.ModelInferRequest.FromString(data).SerializeToString(
+        deterministic=True
+    )
 
 
 @given(st.binary(max_size=60))
