@@ -307,7 +307,7 @@ class Search:
         answer = self._solver.solve(model, budget)
         if isinstance(answer, InfeasibleModel):
             return None
-        if answer.bound is None or not math.isfinite(answer.bound):
+        if not isinstance(answer, Solution) or answer.stopped == "limit":
             self._bound_by_relaxation(tier, model)
         tier.tighten(answer.bound)
         return _targets(over, answer.values) if isinstance(answer, Solution) else []
