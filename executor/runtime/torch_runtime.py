@@ -23,6 +23,7 @@ from executor.runtime.local_models import load_folder, local_names
 from executor.runtime.memory import keep_freed_memory, out_of_memory_named, peak_growth_bytes
 from executor.runtime.protocol import InvalidTensor, TensorSpec, UnknownVariant, batch_of
 from executor.runtime.registry import REGISTRY
+from executor.runtime.transfer import DeviceTransfer
 from plans.errors import Fault, InvalidInput
 
 __all__ = ["DTYPES", "GeneratingModel", "TorchModel", "TorchRuntime", "check_tokens", "random_inputs", "to_tensor"]
@@ -182,6 +183,7 @@ class TorchModel:
         self._wanted = wanted
         self._device = device
         self._dtype = dtype
+        self._transfer = DeviceTransfer(device, dtype) if device.type == "cuda" else None
         self._vocabulary = int(getattr(getattr(module, "config", None), "vocab_size", 0) or 0)
         tensors = [*module.parameters(), *module.buffers()]
         self.weight_bytes = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
@@ -202,9 +204,11 @@ class TorchModel:
         batch = batch_of(inputs, self.inputs, max_batch=self.max_batch, where=self.name)
         check_tokens(self.name, self.inputs, self._vocabulary, inputs)
         with torch.inference_mode(), out_of_memory_named(self.name, batch):
-            tensors = {name: to_tensor(array, self._device, self._dtype) for name, array in inputs.items()}
-            answer = self._run(**tensors)
-            return {name: answer[name].float().cpu().numpy() for name in self._wanted}
+            if self._transfer is not None:
+                answer = self._run(**self._transfer.to_device(inputs))
+                return self._transfer.to_host({name: answer[name] for name in self._wanted})
+            answer = self._run(**{name: to_tensor(array, self._device, self._dtype) for name, array in inputs.items()})
+            return {name: answer[name].float().numpy() for name in self._wanted}
 
     def example(self, batch: int, seed: int = 0) -> dict[str, NDArray[Any]]:
         """Return valid random inputs for ``batch`` items; the same seed gives the same values."""

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from executor.runtime.protocol import OutOfDeviceMemory
-from executor.runtime.torch_runtime import GeneratingModel, TorchRuntime
+from executor.runtime.torch_runtime import DTYPES, GeneratingModel, TorchRuntime
+from executor.runtime.transfer import DeviceTransfer
 from tests.executor.runtime.contract import RuntimeContract
 
 pytestmark = pytest.mark.gpu
@@ -39,6 +40,21 @@ def test_an_accelerated_model_answers_as_the_plain_one(options):
     for batch, seed in ((1, 0), (4, 1), (4, 2), (1, 3)):
         expected = plain.run(plain.example(batch, seed))["logits"]
         np.testing.assert_allclose(quick.run(quick.example(batch, seed))["logits"], expected, rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_copies_keep_every_value_and_batches_in_a_row_do_not_mix(dtype):
+    device = torch.device("cuda")
+    transfer = DeviceTransfer(device, DTYPES[dtype])
+    for turn in range(20):
+        floats = np.full((4, 37_500), turn, dtype=np.float32)
+        tokens = np.arange(turn, turn + 512, dtype=np.int64).reshape(4, 128)
+        floats.setflags(write=False)
+        moved = transfer.to_device({"x": floats, "tokens": tokens})
+        assert (moved["x"].dtype, moved["tokens"].dtype) == (DTYPES[dtype], torch.int64)
+        back = transfer.to_host({"x": moved["x"] * 2, "tokens": moved["tokens"]})
+        np.testing.assert_array_equal(back["x"], floats * 2)
+        np.testing.assert_array_equal(back["tokens"], tokens.astype(np.float32))
 
 
 def test_a_model_that_does_not_fit_is_found_when_it_is_loaded():
