@@ -20,7 +20,7 @@ from profiles import ProfileLibrary
 from tests.evaluator import naive
 from tests.evaluator.naive_parts import Failure as NaiveFailure
 from tests.evaluator.naive_parts import NewPlan, Result, Row, Scenario, TokenCosts, View
-from tests.evaluator.random_scenarios import Case, with_fresh_controller
+from tests.evaluator.random_scenarios import LARGEST_BATCH, Case, with_fresh_controller
 from traces.table import RequestTrace
 
 
@@ -54,8 +54,7 @@ class _Asked:
 
     def observe(self, observation: Observation) -> Turn | None:
         arrivals = {name: seen.arrived for name, seen in observation.services.items() if seen.arrived}
-        queued = {(group, ""): waiting for group, waiting in observation.queued.items()}
-        decided = self.controller(View(now_s=observation.now_s, arrivals=arrivals, queued=queued))
+        decided = self.controller(View(now_s=observation.now_s, arrivals=arrivals, queued=observation.queued))
         return None if decided is None else Turn(plan=decided[0], solve_s=decided[1])
 
 
@@ -92,7 +91,10 @@ def naive_run(case: Case) -> list[Result | None]:
     told = with_fresh_controller(case.scenario)
 
     def costs(group: Any, entry: Any) -> TokenCosts | None:
-        found = token_costs_of(group, entry, told.services, told.cluster, library)
+        # More sequences than a new plan's largest batch may still run.
+        found = token_costs_of(
+            group, entry.model_copy(update={"max_batch": LARGEST_BATCH}), told.services, told.cluster, library
+        )
         if found is None:
             return None
         return TokenCosts(

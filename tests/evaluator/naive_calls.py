@@ -81,11 +81,13 @@ class Calls(State):
         instance.ended = True
         self.ends[instance.position] = result
         for call in [call for calls in instance.calls.values() for call in calls if not call.ended]:
-            if call.replica is None or self.runs(call):
+            if call.replica is not None and self.runs(call):
+                continue
+            call.ended = True
+            if call.replica is None:  # it is to enter again
                 continue
             for bundle in [b for b in call.replica.queue if call in b.frames]:
                 self.take(call.replica, bundle)
-            call.ended = True
             call.replica.outstanding -= 1
 
     def runs(self, call: Request) -> bool:

@@ -79,11 +79,11 @@ class Recovery:
 
 @dataclass(frozen=True, kw_only=True)
 class View:
-    """What a controller sees: its time, arrivals by service since its last turn, and what is queued by replica."""
+    """What a controller sees: its time, arrivals by service since its last turn, and what is queued by group."""
 
     now_s: float
     arrivals: Mapping[str, int]
-    queued: Mapping[tuple[str, str], int]
+    queued: Mapping[str, int]
 
 
 @dataclass(frozen=True, kw_only=True)
