@@ -182,7 +182,9 @@ class FeaturedRun(Run):
         before = {name: world.array(name) for name in _CARRIED}
         turns = world.array("services")["turn"].copy()
         counts, generates = world.array("counts"), before["replicas"]["generates"].copy()
+        gathered = bool(world["bundles"])
         self._set_replicas(replicas, self.settings)
+        world["bundles"] = gathered or bool(world["bundles"])  # bundles may wait where none gathers any more
         self._set_services(replicas, self._deadlines)
         world.array("services")["turn"] = turns
         world.attach("counts", counts)

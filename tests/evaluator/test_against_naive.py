@@ -9,9 +9,12 @@ import numpy as np
 import pytest
 
 from evaluator.single_pass import SINGLE_PASS_ROUTINGS, compile_hosts, run_single_pass
+from plans import Plan, Services
 from tests.evaluator import naive
 from tests.evaluator.comparison import disagreements, naive_run
+from tests.evaluator.naive_parts import NewPlan, Row, Scenario
 from tests.evaluator.random_scenarios import FEATURES, Case, random_case
+from tests.plans.strategies import cluster, entry, group, plan
 
 SCENARIOS = 504
 
@@ -46,6 +49,40 @@ def test_the_scenarios_reach_every_end():
         "no route",
         "lost with its node",
     }
+
+
+def test_a_bundle_is_served_whole_when_the_next_plan_gathers_none():
+    """Found by the scenarios above: the second frame was never heard of again."""
+
+    def video(*batches: float, frames: int) -> Plan:
+        one = entry("video", max_batch=len(batches), multi_frame=frames, stage_latency_s=tuple((b,) for b in batches))
+        busy = entry("detect", max_batch=1, stage_latency_s=((1.0,),))
+        return plan([group("node-0", (0,), [busy, one])])
+
+    services = Services.model_validate(
+        {
+            "services": [
+                {"name": "detect", "slo": {"deadline": 1.0}, "variants": [{"model": "detect-model"}]},
+                {"name": "video", "class": "frequency", "slo": {"fps": 0.25}, "variants": [{"model": "video-model"}]},
+            ]
+        }
+    )
+    rows = [Row(arrival_s=0.0, name="detect")]
+    rows += [Row(arrival_s=time_s, name="video", stream="s") for time_s in (0.0, 0.25)]
+    told = Scenario(
+        plan=video(0.5, 0.5, frames=2),
+        services=services,
+        rows=rows,
+        cluster=cluster(),
+        changes=[NewPlan(time_s=0.5, plan=video(0.5, 0.5, frames=1))],
+    )
+    case = Case(feature="", scenario=told, profiles=())
+    assert [(end.outcome, end.finish_s, end.batch) for end in naive_run(case) if end] == [
+        ("good", 1.0, 1),
+        ("good", 1.5, 2),
+        ("good", 1.5, 2),
+    ]
+    assert not disagreements(case)
 
 
 def test_a_single_pass_ends_every_request_as_the_naive_simulator():
