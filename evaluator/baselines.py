@@ -12,10 +12,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from evaluator.draft import Draft, Tile
-from evaluator.policy import Decision, Situation
+from evaluator.policy import Decision, Situation, Undecided
 from evaluator.settings import Settings
 from evaluator.simulation import evaluate
-from plans.errors import InvalidInput
 from plans.plan import Plan
 from traces.table import RequestTrace
 
@@ -138,7 +137,7 @@ class SelectiveReplication:
 def _filled(draft: Draft, name: str) -> Plan:
     plan = draft.plan(name)
     if not plan.groups:
-        raise InvalidInput.of(
+        raise Undecided.of(
             "a service that fits on some GPU and can meet its deadline there",
             where=f"policy {name}",
             found="none",

@@ -8,12 +8,17 @@ from typing import Protocol
 from evaluator.settings import Routing
 from plans.cluster import Cluster
 from plans.demand import Demand
+from plans.errors import InvalidInput
 from plans.plan import Plan
 from plans.service import Services
 from profiles.library import ProfileLibrary
 from traces.table import RequestTrace
 
-__all__ = ["Decision", "Policy", "Situation"]
+__all__ = ["Decision", "Policy", "Situation", "Undecided"]
+
+
+class Undecided(InvalidInput):
+    """A policy finds no plan: nothing fits, or the problem is infeasible."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,5 +63,6 @@ class Policy(Protocol):
         """Return what should run in ``situation``.
 
         Raises:
-            InvalidInput: The documents contradict each other, or nothing can be placed.
+            Undecided: Nothing can be placed.
+            InvalidInput: The documents contradict each other.
         """

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from evaluator.baselines import LeastLoaded, RandomPlacement, RoundRobin, SelectiveReplication
-from evaluator.policy import Decision, Policy, Situation
+from evaluator.policy import Decision, Policy, Situation, Undecided
 from evaluator.settings import Routing
 from foreplan.planning import Inputs, make_plan
 from foreplan.polish import PolishSettings
@@ -44,7 +44,7 @@ class ForeplanPolicy:
         polish = PolishSettings(time_s=self.polish_s)
         result = make_plan(inputs, self.settings, polish, situation.history)
         if not isinstance(result, Solved):
-            raise InvalidInput.of(
+            raise Undecided.of(
                 "a feasible problem",
                 where=f"policy {self.name}",
                 found=type(result).__name__,

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from evaluator.control import Observation, Turn
-from evaluator.policy import Policy, Situation
+from evaluator.policy import Policy, Situation, Undecided
 from foreplan.workflow_demand import with_stages
 from plans.cluster import Cluster
 from plans.demand import Demand, Rate, ServiceDemand
@@ -34,7 +34,7 @@ class Replanner:
         self._clock = clock
 
     def observe(self, observation: Observation) -> Turn | None:
-        """Return the policy's plan for the rates seen, or None when it would change nothing."""
+        """Return the policy's plan for the rates seen, or None when it would change nothing or has none."""
         started_s = self._clock()
         situation = replace(
             self._situation,
@@ -44,7 +44,10 @@ class Replanner:
         )
         if not situation.cluster.nodes:
             return None
-        plan = self._policy.decide(situation).plan
+        try:
+            plan = self._policy.decide(situation).plan
+        except Undecided:
+            return None
         if _running(plan) == _running(observation.plan):
             return None
         return Turn(plan=plan, solve_s=self._clock() - started_s)

@@ -9,7 +9,7 @@ import pytest
 
 from evaluator import Settings as SimulationSettings
 from evaluator.control import Observation, ServiceObservation
-from evaluator.policy import Decision
+from evaluator.policy import Decision, Undecided
 from foreplan.batch import Context, run_batch
 from foreplan.changes import failures_of, plan_change_of
 from foreplan.compare import Point, Study, compare, policy, regret, render
@@ -214,6 +214,17 @@ def test_a_policy_that_would_change_nothing_and_one_without_nodes_leave_things_a
     plan = policy("round-robin", study.planning, 0.0).decide(situation(study)).plan
     assert replanner.observe(observed(study, plan, {"a": 40.0, "b": 40.0})) is None
     assert replanner.observe(observed(study, plan, {"a": 1.0, "b": 1.0}, down=["node-0"])) is None
+
+
+def test_a_policy_that_finds_no_plan_leaves_the_one_in_force(study):
+    class Clueless:
+        name = "clueless"
+
+        def decide(self, situation):
+            raise Undecided.of("a feasible problem")
+
+    plan = policy("round-robin", study.planning, 0.0).decide(situation(study)).plan
+    assert Replanner(Clueless(), situation(study)).observe(observed(study, plan, {"a": 1.0, "b": 1.0})) is None
 
 
 def test_replanning_runs_inside_the_comparison(study):
