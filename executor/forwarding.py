@@ -75,6 +75,7 @@ class _Frames(asyncio.BufferedProtocol):
         unpack: Returns the items of the message of a frame.
         on_item: Told every item that arrives, with its body, which stays valid; a `DecodeError` ends the connection.
         on_end: Told why when the connection is gone.
+        admits: Asked once, before anything is read, whether the other end is welcome.
     """
 
     def __init__(
@@ -86,6 +87,7 @@ class _Frames(asyncio.BufferedProtocol):
         unpack: Callable[[bytes], Iterable[Any]],
         on_item: Callable[[Any, memoryview], None],
         on_end: Callable[[str], None],
+        admits: Callable[[Any], bool] = lambda _: True,
     ) -> None:
         self.transport: Any = None
         self._limit_bytes = limit_bytes
@@ -94,6 +96,7 @@ class _Frames(asyncio.BufferedProtocol):
         self._unpack = unpack
         self._on_item = on_item
         self._on_end = on_end
+        self._admits = admits
         self._waiting: list[_Item] = []
         self._small = memoryview(bytearray(_READ_BYTES))  # what arrives, until it is known to be a long frame
         self._large: memoryview | None = None  # a frame that is read to its place
@@ -103,7 +106,10 @@ class _Frames(asyncio.BufferedProtocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Send what waited for the connection; called by the event loop."""
         self.transport = transport
-        self._flush()
+        if self._admits(transport):
+            self._flush()
+        else:
+            self.transport.abort()
 
     def put(self, message: Any, body: Body = b"") -> None:
         """Send ``message`` within this turn of the event loop, or once the connection is there."""
@@ -444,25 +450,22 @@ class _Connection:
             limit_bytes=largest_bytes + _ENVELOPE_BYTES,
             full_bytes=full_bytes,
             pack=lambda items: pb.Answers(answers=items).SerializeToString(),
-            unpack=self._requests,
+            unpack=lambda message: pb.Requests.FromString(message).requests,
             on_item=self._take,
             on_end=self._ended,
+            admits=self._admits,
         )
-        self._admitted = False
 
     def abort(self) -> None:
         """End the connection now."""
         if self.frames.transport is not None:
             self.frames.transport.abort()
 
-    def _requests(self, message: bytes) -> Iterable[pb.Request]:
-        if not self._admitted:
-            self._admitted = self._server.admits(self.frames.transport)
-            if not self._admitted:
-                self.abort()
-                return ()
+    def _admits(self, transport: Any) -> bool:
+        admitted = self._server.admits(transport)
+        if admitted:
             self._server.taking(self, True)
-        return pb.Requests.FromString(message).requests
+        return admitted
 
     def _take(self, request: pb.Request, body: memoryview) -> None:
         number = request.number
