@@ -6,6 +6,7 @@ import asyncio
 import struct
 from collections.abc import AsyncIterator, Coroutine
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -16,6 +17,9 @@ from hypothesis import strategies as st
 from executor.errors import QueueFull
 from executor.forwarding import Body, CallFailed, ForwardLink, ForwardServer
 from executor.proto import forward_pb2 as pb
+from executor.roles import Role
+from executor.tls import Credentials
+from tests.executor.authority import Authority
 
 LIMIT = 1 << 16
 
@@ -166,3 +170,28 @@ def test_a_request_may_arrive_byte_by_byte() -> None:
             writer.close()
 
     run(scenario())
+
+
+@pytest.mark.parametrize(("role", "served"), [(Role.GATEWAY, True), (Role.OPERATOR, True), (Role.CLIENT, False)])
+def test_with_certificates_only_gateways_and_operators_may_forward(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, role: Role, served: bool
+) -> None:
+    authority = Authority.made(tmp_path)
+    credentials = Credentials(authority.issue(Role.AGENT))
+
+    async def scenario() -> None:
+        server = ForwardServer(echo, lambda group: 0.25, max_message_bytes=LIMIT, credentials=credentials)
+        await server.listen("127.0.0.1")
+        theirs = Credentials(authority.issue(role))
+        link = ForwardLink("127.0.0.1", theirs, lambda *_: None, max_message_bytes=LIMIT)
+        link.port = server.port
+        if served:
+            large = bytes(LIMIT - 1)
+            assert await link.send(large, "g", 10) == b"g" + large
+        else:
+            assert await code(link.send(b"x", "g", 10)) is grpc.StatusCode.UNAVAILABLE
+        await link.close(0.0)
+        await server.close()
+
+    run(scenario())
+    assert ("event=refused method=forward" in caplog.text) is not served
