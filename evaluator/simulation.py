@@ -139,6 +139,8 @@ def evaluate(
     if overhead_s is not None:
         chosen = dataclasses.replace(chosen, overhead_s=overhead_s)
     _check(trace, chosen, timeline_s, profiled=cluster is not None and profiles is not None)
+    if chosen.latency == "profile" and cluster is not None and profiles is not None:
+        _check_profiled(plan, cluster, profiles)
     check_places(plan, cluster, "plan")
     check_changes(changes, cluster)
     if controller is not None:
@@ -183,6 +185,30 @@ def evaluate(
         streams=stream_summaries(run, services) if keep_requests else (),
         timeline=None if timeline_s is None else timeline_of(run, hosts, services),
     )
+
+
+def _check_profiled(plan: Plan, cluster: Cluster, profiles: ProfileLibrary) -> None:
+    """Refuse to draw latencies of models that nobody profiled: they would silently not vary."""
+    types = {node.name: node.gpus.type for node in cluster.nodes}
+    missing = sorted(
+        {
+            (entry.variant, types[group.node])
+            for group in plan.groups
+            if group.node in types
+            for entry in group.loadout
+            if profiles.profile(entry.variant, types[group.node]) is None
+        }
+    )
+    if missing:
+        raise InvalidInput(
+            Fault(
+                where="profiles",
+                found=f"no profile of {model} on {gpu_type}",
+                expected="one for every model of the plan with latency 'profile'",
+                remedy="measure it with `foreplan profile run`, or take the plan's latencies with --latency mean",
+            )
+            for model, gpu_type in missing
+        )
 
 
 def _check(trace: RequestTrace, settings: Settings, timeline_s: float | None, *, profiled: bool) -> None:

@@ -4,8 +4,12 @@ import math
 
 import pytest
 
-from evaluator import Settings
-from plans import InvalidInput
+from evaluator import Settings, evaluate
+from plans import InvalidInput, Services
+from profiles.library import ProfileLibrary
+from tests.planner.problems import cluster, latency_service, profile
+from tests.plans.strategies import entry, group, plan
+from traces.synthesis import Poisson, synthesise
 
 
 def faults(**fields):
@@ -55,3 +59,13 @@ def test_settings_that_exclude_each_other_are_refused():
     assert faults(routing="earliest-free") == {"routing"}
     assert faults(admission_margin_s=0.1) == {"admission_margin_s"}
     assert faults(warmup_s=2.0, until_s=2.0) == {"until_s"}
+
+
+def test_latencies_of_a_model_without_a_profile_are_not_drawn():
+    plan_ = plan([group("node-0", (0,), [entry("detect")])])
+    there = cluster(("node-0", "gpu", 1))
+    wanted = Services(services=(latency_service("detect", ("model", 0.9)),))
+    trace = synthesise({"detect": Poisson(rate_rps=5)}, duration_s=5, seed=1)
+    library = ProfileLibrary([profile("another")])
+    with pytest.raises(InvalidInput, match=r"no profile of .* on gpu"):
+        evaluate(plan_, wanted, trace, settings=Settings(latency="profile"), cluster=there, profiles=library)
