@@ -268,8 +268,11 @@ _FIELDS: Final[list[tuple[str, Any]]] = [
     ("log_batch", _i8),  # i2 (request,)
 ]
 
-WORLD: Final = np.dtype(_FIELDS, align=True)
-"""The world of a run of latency and frequency services on one plan."""
+WORLD: Final = np.dtype([*_FIELDS, ("plain", np.int8)], align=True)
+"""The world of a run of latency and frequency services on one plan.
+
+Its last field keeps it from being the beginning of the other: numba would take that one for a subtype, with a warning.
+"""
 
 FEATURED_WORLD: Final = np.dtype([*_FIELDS, *EXTRA_FIELDS], align=True)
 """The same with generation, workflows and changes: compiled code for it is more."""

@@ -6,6 +6,7 @@ import ast
 import dataclasses
 from pathlib import Path
 
+import numba
 import numpy as np
 import pytest
 from hypothesis import given
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 
 import evaluator
 from evaluator import Run, Settings, kernel, run, simulate_counts
-from evaluator.state import DROPPED, GOOD, LATE, World
+from evaluator.state import DROPPED, FEATURED_WORLD, GOOD, LATE, WORLD, World
 from tests.evaluator.arrays import arrivals, deadlines, finished, replicas
 
 ALLOWED_S = (0.08, 0.2)
@@ -209,3 +210,8 @@ def test_an_array_of_another_type_is_refused():
         world.attach("code", np.zeros(3, dtype=np.int32))
     with pytest.raises(ValueError, match="C order"):
         world.attach("free_s", np.zeros((3, 2)).T)
+
+
+@pytest.mark.parametrize(("one", "other"), [(WORLD, FEATURED_WORLD), (FEATURED_WORLD, WORLD)])
+def test_code_compiled_for_one_world_is_never_considered_for_the_other(one, other):
+    assert numba.from_dtype(one).can_convert_to(None, numba.from_dtype(other)) is None
