@@ -28,7 +28,9 @@ class CatalogueEntry(Document):
         interconnect: Between GPUs of a node, both directions together, bytes per second; None where there is only PCIe.
         power_w: Board power, watts.
         flops_per_s: Peak rate by type of number, dense; ``fp32`` is always there.
-        source: The datasheet.
+        source: Address of the datasheet.
+        note: What a reader of the datasheet should know, such as that a rate was halved because it is stated with
+            sparsity; may be empty.
     """
 
     vendor: str
@@ -38,7 +40,8 @@ class CatalogueEntry(Document):
     interconnect: BytesPerSecond | None = None
     power_w: Rate
     flops_per_s: Mapping[str, Rate]
-    source: str = Field(min_length=1)
+    source: str = Field(pattern=r"^https://[^\s]+$")
+    note: str = ""
 
 
 class _Catalogue(Document):
