@@ -200,13 +200,16 @@ def _add_slowdowns(
 
 
 def _middle(profile: Profile) -> int:
-    batches = sorted({row.batch for row in profile.rows if row.phase == "whole"})
+    """Return the median batch of whole requests, or of the phases where only these were measured."""
+    whole = {row.batch for row in profile.rows if row.phase == "whole"}
+    batches = sorted(whole or {row.batch for row in profile.rows})
     return batches[len(batches) // 2]
 
 
 def _with_slowdowns(profile: Profile, found: Slowdowns, batch: int) -> Profile:
-    alone = next(row for row in profile.rows if (row.phase, row.batch, row.concurrency) == ("whole", batch, 1))
-    together = tuple(_together(alone, count, found) for count in found.latency_s)
+    """Return ``profile`` with the factors, and with rows of the copies where it has rows of whole requests."""
+    single = [row for row in profile.rows if (row.phase, row.batch, row.concurrency) == ("whole", batch, 1)]
+    together = tuple(_together(single[0], count, found) for count in found.latency_s) if single else ()
     fields = {"interference": found.interference, "neighbours": found.neighbours}
     return profile.model_copy(update={"rows": (*profile.rows, *together), **fields})
 

@@ -67,6 +67,15 @@ def test_copies_and_pairs_are_measured_beside_each_other(tmp_path: Path) -> None
 
 
 @pytest.mark.slow
+def test_copies_of_a_model_measured_by_phase_give_factors_and_no_rows(tmp_path: Path) -> None:
+    grid = ("--batches", "1,2", "--prompt-tokens", "8", "--context-tokens", "16", "--point-seconds", "0.05")
+    foreplan(tmp_path, "run", "llama-tiny", "-o", "p", *grid, "--concurrency", "2", "--pairs")
+    profile = read_document(tmp_path / "p" / "llama-tiny.cpu.json", Profile)
+    assert profile.interference[2] >= 1.0
+    assert {(row.phase, row.concurrency) for row in profile.rows} == {("prefill", 1), ("decode", 1)}
+
+
+@pytest.mark.slow
 def test_a_pipeline_is_measured_by_stage_beside_what_was_known(tmp_path: Path) -> None:
     grid = ("-o", "p", "--batches", "1,2", "--point-seconds", "0.1")
     foreplan(tmp_path, "run", "bert-tiny-16", *grid)
