@@ -13,6 +13,7 @@ from plans.plan import Group, LoadoutEntry
 from plans.service import GenerationService, Services
 from profiles.curve import isotonic
 from profiles.document import Profile, Row
+from profiles.generation import least_concurrent, prefill_points
 from profiles.library import ProfileLibrary
 
 __all__ = ["UNLIMITED_TOKENS", "TokenCosts", "token_costs", "token_costs_of"]
@@ -49,12 +50,10 @@ def token_costs(profile: Profile, group: Group, entry: LoadoutEntry, most_runnin
         entry: Its memory.
         most_running: Sequences that may run together, now or by an earlier plan.
     """
-    rows = [row for row in profile.rows if (row.tp, row.pp) == (group.tp, group.pp) and row.input_tokens is not None]
-    prefill = _least_concurrent([row for row in rows if row.phase == "prefill"])
-    decode = _least_concurrent([row for row in rows if row.phase == "decode"])
-    if not prefill or not decode:
+    tokens, prefill_s = prefill_points(profile, group.tp, group.pp)
+    decode = least_concurrent(profile, group.tp, group.pp, "decode")
+    if not tokens or not decode:
         return None
-    tokens, prefill_s = _prefill_points(prefill)
     decode_s, decode_token_s = _decode_fit(decode, most_running)
     limit = None
     if profile.kv_bytes_per_token is not None:
@@ -87,25 +86,12 @@ def token_costs_of(
     return None if profile is None else token_costs(profile, group, entry, most_running or entry.max_batch)
 
 
-def _least_concurrent(rows: list[Row]) -> list[Row]:
-    lowest = min((row.concurrency for row in rows), default=1)
-    return [row for row in rows if row.concurrency == lowest]
-
-
 def _tokens(row: Row) -> float:
     assert row.input_tokens is not None
     return float(row.batch * row.input_tokens)
 
 
-def _prefill_points(rows: list[Row]) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    found: dict[float, list[float]] = defaultdict(list)
-    for row in rows:
-        found[_tokens(row)].append(row.latency_s.mean)
-    tokens = tuple(sorted(found))
-    return tokens, isotonic([sum(found[t]) / len(found[t]) for t in tokens], [len(found[t]) for t in tokens])
-
-
-def _decode_fit(rows: list[Row], most_running: int) -> tuple[tuple[float, ...], float]:
+def _decode_fit(rows: Sequence[Row], most_running: int) -> tuple[tuple[float, ...], float]:
     """Fit ``decode_s[b] + decode_token_s * context``: one slope for all batches, an intercept for each, none negative.
 
     The slope is the pooled within-batch least-squares slope (fixed effects), cut to where the first intercept would

@@ -10,12 +10,13 @@ from executor.state import (
     DesiredGroup,
     DesiredReplica,
     DesiredState,
+    GenerationRules,
     ReplicaKey,
     RoutingTable,
     ServiceRoutes,
     Target,
 )
-from plans.plan import Plan
+from plans.plan import LoadoutEntry, Plan
 
 __all__ = ["desired_state", "routing_table"]
 
@@ -42,6 +43,7 @@ def desired_state(plan: Plan, node: str, generation: int) -> DesiredState:
                         batch_latency_s=tuple(entry.batch_latency_s(batch + 1) for batch in range(entry.max_batch)),
                         memory_bytes=entry.memory_bytes,
                         shape=(group.tp, group.pp),
+                        generation=_generation(entry),
                     )
                     for entry in group.loadout
                 ),
@@ -49,6 +51,20 @@ def desired_state(plan: Plan, node: str, generation: int) -> DesiredState:
             for group in plan.groups
             if group.node == node
         ),
+    )
+
+
+def _generation(entry: LoadoutEntry) -> GenerationRules | None:
+    """Return how ``entry`` generates; key-value memory is what the plan sets aside beyond the weights."""
+    if entry.tokens is None:
+        return None
+    return GenerationRules(
+        ttft_s=entry.tokens.ttft_s,
+        tpot_s=entry.tokens.tpot_s,
+        kv_bytes=max(0, sum(entry.memory_bytes) - entry.weight_bytes),
+        max_prefill_tokens=entry.tokens.max_prefill_tokens,
+        prefill_tokens=entry.tokens.prefill_tokens,
+        prefill_s=entry.tokens.prefill_s,
     )
 
 
@@ -79,18 +95,22 @@ def routing_table(
 def _service_routes(plan: Plan, service: str, without: Collection[ReplicaKey]) -> ServiceRoutes:
     targets = []
     deadlines = []
+    first_tokens = []
     for route in plan.routes[service]:
         group = plan.group(route.group)
         entry = group.entry(service)
         if entry is None:  # the plan's own validation excludes it
             continue
         deadlines.append(entry.deadline_s)
+        if entry.tokens is not None:
+            first_tokens.append(entry.tokens.ttft_s)
         if ReplicaKey(group=group.id, service=service, variant=entry.variant) not in without:
             targets.append(Target(group=group.id, node=group.node, weight=route.weight, variant=entry.variant))
     total = math.fsum(target.weight for target in targets)
     return ServiceRoutes(
         service=service,
         deadline_s=min(deadlines, default=0.0),
+        first_token_s=min(first_tokens, default=None),
         targets=tuple(
             Target(group=target.group, node=target.node, weight=target.weight / total, variant=target.variant)
             if without

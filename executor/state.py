@@ -16,6 +16,7 @@ __all__ = [
     "DesiredReplica",
     "DesiredState",
     "GatewayState",
+    "GenerationRules",
     "Phase",
     "ReplicaKey",
     "ReplicaState",
@@ -49,6 +50,27 @@ class ReplicaKey:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class GenerationRules:
+    """How a replica generates; see `plans.plan.TokenRules`.
+
+    Attributes:
+        ttft_s: Seconds from arrival to the first token; sequences go by that deadline.
+        tpot_s: Seconds per token after the first.
+        kv_bytes: Key-value memory over all GPUs of the group.
+        max_prefill_tokens: Prompt tokens of one prefill, unless its first sequence alone has more.
+        prefill_tokens: Shape (point,), rising: prompt tokens for which the time of a prefill is known.
+        prefill_s: Shape (point,): seconds of a prefill of so many. Without points nothing is dropped ahead.
+    """
+
+    ttft_s: float
+    tpot_s: float
+    kv_bytes: int
+    max_prefill_tokens: int = 8192
+    prefill_tokens: tuple[float, ...] = ()
+    prefill_s: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class DesiredReplica:
     """One service that a group shall run.
 
@@ -61,6 +83,7 @@ class DesiredReplica:
         batch_latency_s: Shape (max_batch,): seconds that a batch of b takes from start to end, in entry b - 1.
         memory_bytes: Peak bytes per GPU of the group, weights included.
         shape: Tensor and pipeline parallelism of the group.
+        generation: Of a service that generates; ``max_batch`` then limits the sequences that run together.
     """
 
     service: str
@@ -71,6 +94,7 @@ class DesiredReplica:
     batch_latency_s: tuple[float, ...]
     memory_bytes: tuple[int, ...]
     shape: tuple[int, int] = (1, 1)
+    generation: GenerationRules | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -187,11 +211,15 @@ class Target:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServiceRoutes:
-    """Where the requests of one service go. ``deadline_s`` applies to requests that carry no deadline."""
+    """Where the requests of one service go. ``deadline_s`` applies to requests that carry no deadline.
+
+    A service that generates has ``first_token_s`` seconds for its first token, and its answers are not cut short.
+    """
 
     service: str
     deadline_s: float
     targets: tuple[Target, ...] = ()
+    first_token_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

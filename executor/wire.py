@@ -18,6 +18,7 @@ from executor.state import (
     DesiredReplica,
     DesiredState,
     GatewayState,
+    GenerationRules,
     Phase,
     ReplicaKey,
     ReplicaState,
@@ -89,6 +90,29 @@ def _desired_replica_to_proto(replica: DesiredReplica) -> pb.Replica:
         deadline_s=replica.deadline_s,
         batch_latency_s=replica.batch_latency_s,
         memory_bytes=replica.memory_bytes,
+        generation=_generation_to_proto(replica.generation) if replica.generation else None,
+    )
+
+
+def _generation_to_proto(rules: GenerationRules) -> pb.Generation:
+    return pb.Generation(
+        ttft_s=rules.ttft_s,
+        tpot_s=rules.tpot_s,
+        kv_bytes=rules.kv_bytes,
+        max_prefill_tokens=rules.max_prefill_tokens,
+        prefill_tokens=rules.prefill_tokens,
+        prefill_s=rules.prefill_s,
+    )
+
+
+def _generation_from_proto(message: pb.Generation) -> GenerationRules:
+    return GenerationRules(
+        ttft_s=message.ttft_s,
+        tpot_s=message.tpot_s,
+        kv_bytes=message.kv_bytes,
+        max_prefill_tokens=message.max_prefill_tokens,
+        prefill_tokens=tuple(message.prefill_tokens),
+        prefill_s=tuple(message.prefill_s),
     )
 
 
@@ -121,6 +145,9 @@ def desired_state_from_proto(message: pb.DesiredState) -> DesiredState:
                         batch_latency_s=tuple(replica.batch_latency_s),
                         memory_bytes=tuple(replica.memory_bytes),
                         shape=(group.tensor_parallel, group.pipeline_parallel),
+                        generation=(
+                            _generation_from_proto(replica.generation) if replica.HasField("generation") else None
+                        ),
                     )
                     for replica in group.replicas
                 ),
@@ -168,6 +195,20 @@ def _replica_faults(replica: pb.Replica, field: str, gpus: int) -> Iterator[Faul
     if len(replica.memory_bytes) != gpus:
         expected = f"one entry for each of the group's {gpus} GPUs"
         yield _fault(f"{field}.memory_bytes", f"{len(replica.memory_bytes)} entries", expected)
+    if replica.HasField("generation"):
+        yield from _generation_faults(replica.generation, f"{field}.generation")
+
+
+def _generation_faults(rules: pb.Generation, field: str) -> Iterator[Fault]:
+    for name in ("ttft_s", "tpot_s"):
+        if not 0 < getattr(rules, name) < math.inf:
+            yield _fault(f"{field}.{name}", getattr(rules, name), "seconds above 0 and finite")
+    if rules.max_prefill_tokens < 1:
+        yield _fault(f"{field}.max_prefill_tokens", rules.max_prefill_tokens, "at least 1")
+    tokens, seconds = list(rules.prefill_tokens), list(rules.prefill_s)
+    rising = all(a < b for a, b in zip([0.0, *tokens], tokens, strict=False))
+    if len(tokens) != len(seconds) or not rising or not all(0 < each < math.inf for each in (*tokens, *seconds)):
+        yield _fault(f"{field}.prefill_tokens", tokens, "rising numbers above 0, with one of prefill_s for each")
 
 
 def _fault(field: str, found: object, expected: str) -> Fault:
@@ -334,6 +375,7 @@ def routing_table_to_proto(table: RoutingTable) -> pb.RoutingTable:
                     pb.Target(group=target.group, node=target.node, weight=target.weight, variant=target.variant)
                     for target in routes.targets
                 ],
+                first_token_s=routes.first_token_s,
             )
             for routes in table.services
         ],
@@ -361,6 +403,7 @@ def routing_table_from_proto(message: pb.RoutingTable) -> RoutingTable:
                     Target(group=target.group, node=target.node, weight=target.weight, variant=target.variant)
                     for target in routes.targets
                 ),
+                first_token_s=routes.first_token_s if routes.HasField("first_token_s") else None,
             )
             for routes in message.services
         ),

@@ -6,12 +6,15 @@ import math
 
 from planner.backend import Budget, solver
 from planner.lexicographic import TierOutcome
+from planner.option import Option
 from planner.prediction import latency_model, predict
 from planner.recourse import routed_in
 from planner.space import Placed, Placement, PlanningSpace
 from planner.unserved import unserved
 from plans.documents import canonical_digest
-from plans.plan import Contingency, Group, LoadoutEntry, Plan, Prior, Route, SolverReport, Tier
+from plans.plan import Contingency, Group, LoadoutEntry, Plan, Prior, Route, SolverReport, Tier, TokenRules
+from plans.service import GenerationService
+from profiles.generation import prefill_points
 
 __all__ = ["assemble", "solver_report"]
 
@@ -126,7 +129,17 @@ def _idle_entry(space: PlanningSpace, position: int) -> LoadoutEntry:
         load_s=option.load_s,
         deadline_s=option.deadline_s,
         stage_latency_s=latency_model(space, option).stage_latency_table(option.batch),
+        tokens=_token_rules(space, option),
     )
+
+
+def _token_rules(space: PlanningSpace, option: Option) -> TokenRules | None:
+    service = space.problem.services.service(option.service)
+    profile = space.problem.profiles.profile(option.variant, option.gpu_type)
+    if not isinstance(service, GenerationService) or profile is None:
+        return None
+    tokens, prefill_s = prefill_points(profile, option.tp, option.pp)
+    return TokenRules(ttft_s=service.slo.ttft_s, tpot_s=service.slo.tpot_s, prefill_tokens=tokens, prefill_s=prefill_s)
 
 
 def _rate_rps(space: PlanningSpace, placed: Placed) -> float:

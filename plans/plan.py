@@ -24,12 +24,46 @@ __all__ = [
     "Route",
     "SolverReport",
     "Tier",
+    "TokenRules",
     "TransitionStep",
     "Unserved",
 ]
 
 Confidence = Literal["measured", "interpolated", "extrapolated", "modelled"]
 """What a prediction rests on, best first."""
+
+
+class TokenRules(Document):
+    """How a service that generates is run, token by token, and when its answers are good (docs/evaluator.md, 9).
+
+    Attributes:
+        ttft_s: Seconds from arrival to the first token.
+        tpot_s: Seconds per token after the first.
+        max_prefill_tokens: Prompt tokens of one prefill, unless its first sequence alone has more.
+        prefill_tokens: Shape (point,), rising: prompt tokens for which the time of a prefill is known; none where no
+            profile tells it.
+        prefill_s: Shape (point,), never falling: seconds of a prefill of so many.
+    """
+
+    ttft_s: float = Field(gt=0, allow_inf_nan=False)
+    tpot_s: float = Field(gt=0, allow_inf_nan=False)
+    max_prefill_tokens: int = Field(default=8192, ge=1)
+    prefill_tokens: tuple[float, ...] = ()
+    prefill_s: tuple[float, ...] = ()
+
+    @model_validator(mode="after")
+    def _a_curve(self) -> TokenRules:
+        if len(self.prefill_tokens) != len(self.prefill_s):
+            raise ValueError(
+                f"one prefill_s for each of {len(self.prefill_tokens)} prefill_tokens: found {len(self.prefill_s)}"
+            )
+        pairs = zip(self.prefill_tokens, self.prefill_tokens[1:], strict=False)
+        if any(not 0 < tokens < float("inf") for tokens in self.prefill_tokens) or any(a >= b for a, b in pairs):
+            raise ValueError("prefill_tokens above 0, finite and rising")
+        falls = any(a > b for a, b in zip(self.prefill_s, self.prefill_s[1:], strict=False))
+        if falls or any(not 0 < seconds < float("inf") for seconds in self.prefill_s):
+            raise ValueError("prefill_s above 0, finite and never falling")
+        return self
 
 
 class LoadoutEntry(Document):
@@ -47,6 +81,7 @@ class LoadoutEntry(Document):
         deadline_s: Seconds from arrival within which a request of this service counts as good.
         stage_latency_s: Shape (max_batch, pp): seconds that a batch of b holds each pipeline stage, in row b - 1. A
             row's sum is the batch's latency from start to end.
+        tokens: Of a service that generates; without them its requests are batched whole.
     """
 
     service: Name
@@ -59,6 +94,8 @@ class LoadoutEntry(Document):
     load_s: float = Field(default=0.0, ge=0, allow_inf_nan=False)
     deadline_s: float = Field(gt=0, allow_inf_nan=False)
     stage_latency_s: tuple[tuple[float, ...], ...] = Field(min_length=1)
+    # Left out where there are none, so that the digest of a plan without generation is what it was before.
+    tokens: TokenRules | None = Field(default=None, exclude_if=lambda tokens: tokens is None)
 
     @model_validator(mode="after")
     def _shapes(self) -> LoadoutEntry:

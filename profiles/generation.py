@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
+
 from plans.errors import InvalidInput
 from profiles.column import tokens_of
+from profiles.curve import isotonic
 from profiles.document import LatencyStatistics, Profile, Row
 from profiles.latency import LatencyModel
 
-__all__ = ["compose_whole", "whole_parallelisms"]
+__all__ = ["compose_whole", "least_concurrent", "prefill_points", "whole_parallelisms"]
 
 
 def whole_parallelisms(profile: Profile) -> tuple[tuple[int, int], ...]:
@@ -16,6 +19,28 @@ def whole_parallelisms(profile: Profile) -> tuple[tuple[int, int], ...]:
     for row in profile.rows:
         phases.setdefault((row.tp, row.pp), set()).add(row.phase)
     return tuple(sorted(key for key, found in phases.items() if "whole" in found or found == {"prefill", "decode"}))
+
+
+def prefill_points(profile: Profile, tp: int, pp: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Return prompt tokens, rising, and the seconds of a prefill of so many, never falling; both of shape (point,).
+
+    Points are (batch x prompt, mean latency), those of equal tokens averaged. Both are empty without rows of prefill.
+    """
+    found: dict[float, list[float]] = defaultdict(list)
+    for row in least_concurrent(profile, tp, pp, "prefill"):
+        assert row.input_tokens is not None
+        found[float(row.batch * row.input_tokens)].append(row.latency_s.mean)
+    tokens = tuple(sorted(found))
+    return tokens, isotonic([sum(found[t]) / len(found[t]) for t in tokens], [len(found[t]) for t in tokens])
+
+
+def least_concurrent(profile: Profile, tp: int, pp: int, phase: str) -> tuple[Row, ...]:
+    """Return the rows of ``phase`` with stated tokens at this parallelism, of the lowest concurrency among them."""
+    rows = [
+        row for row in profile.rows if (row.tp, row.pp, row.phase) == (tp, pp, phase) and row.input_tokens is not None
+    ]
+    lowest = min((row.concurrency for row in rows), default=1)
+    return tuple(row for row in rows if row.concurrency == lowest)
 
 
 def compose_whole(

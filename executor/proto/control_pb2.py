@@ -24,15 +24,15 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1c\x65xecutor/proto/control.proto\x12\x13\x66oreplan.control.v1\"\x11\n\x0fGetStateRequest\"v\n\x0c\x44\x65siredState\x12\x12\n\ngeneration\x18\x01 \x01(\x04\x12\x18\n\x10placement_digest\x18\x02 \x01(\t\x12\x0c\n\x04node\x18\x03 \x01(\t\x12*\n\x06groups\x18\x04 \x03(\x0b\x32\x1a.foreplan.control.v1.Group\"\x85\x01\n\x05Group\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0c\n\x04gpus\x18\x02 \x03(\r\x12\x17\n\x0ftensor_parallel\x18\x03 \x01(\r\x12\x19\n\x11pipeline_parallel\x18\x04 \x01(\r\x12.\n\x08replicas\x18\x05 \x03(\x0b\x32\x1c.foreplan.control.v1.Replica\"\x96\x01\n\x07Replica\x12\x0f\n\x07service\x18\x01 \x01(\t\x12\x0f\n\x07variant\x18\x02 \x01(\t\x12\x11\n\tmax_batch\x18\x03 \x01(\r\x12\x13\n\x0bmulti_frame\x18\x04 \x01(\r\x12\x12\n\ndeadline_s\x18\x05 \x01(\x01\x12\x17\n\x0f\x62\x61tch_latency_s\x18\x06 \x03(\x01\x12\x14\n\x0cmemory_bytes\x18\x07 \x03(\x04\"G\n\x05\x46\x61ult\x12\r\n\x05\x66ield\x18\x01 \x01(\t\x12\r\n\x05\x66ound\x18\x02 \x01(\t\x12\x10\n\x08\x65xpected\x18\x03 \x01(\t\x12\x0e\n\x06remedy\x18\x04 \x01(\t\"q\n\x10ValidateResponse\x12*\n\x06\x66\x61ults\x18\x01 \x03(\x0b\x32\x1a.foreplan.control.v1.Fault\x12\x31\n\x08\x64\x65\x66\x65rred\x18\x02 \x03(\x0b\x32\x1f.foreplan.control.v1.ReplicaKey\"B\n\rStageResponse\x12\x31\n\x08\x64\x65\x66\x65rred\x18\x01 \x03(\x0b\x32\x1f.foreplan.control.v1.ReplicaKey\"=\n\nReplicaKey\x12\r\n\x05group\x18\x01 \x01(\t\x12\x0f\n\x07service\x18\x02 \x01(\t\x12\x0f\n\x07variant\x18\x03 \x01(\t\"A\n\x11GenerationRequest\x12\x12\n\ngeneration\x18\x01 \x01(\x04\x12\x18\n\x10placement_digest\x18\x02 \x01(\t\"(\n\x12GenerationResponse\x12\x12\n\ngeneration\x18\x01 \x01(\x04\"-\n\x0cLeaseRequest\x12\x0e\n\x06holder\x18\x01 \x01(\t\x12\r\n\x05ttl_s\x18\x02 \x01(\x01\"E\n\rLeaseResponse\x12\x0f\n\x07granted\x18\x01 \x01(\x08\x12\x0e\n\x06holder\x18\x02 \x01(\t\x12\x13\n\x0bremaining_s\x18\x03 \x01(\x01\"\x1f\n\x0c\x44rainRequest\x12\x0f\n\x07\x64rained\x18\x01 \x01(\x08\" \n\rDrainResponse\x12\x0f\n\x07\x64rained\x18\x01 \x01(\x08\"\xc9\x02\n\x0cReplicaState\x12,\n\x03key\x18\x01 \x01(\x0b\x32\x1f.foreplan.control.v1.ReplicaKey\x12\x30\n\x05phase\x18\x02 \x01(\x0e\x32!.foreplan.control.v1.ReplicaPhase\x12\x0e\n\x06reason\x18\x03 \x01(\t\x12\x0e\n\x06queued\x18\x04 \x01(\r\x12\x0f\n\x07running\x18\x05 \x01(\r\x12\x11\n\tcompleted\x18\x06 \x01(\x04\x12\x0f\n\x07\x64ropped\x18\x07 \x01(\x04\x12\x0e\n\x06\x66\x61iled\x18\x08 \x01(\x04\x12\x0f\n\x07\x62\x61tches\x18\t \x01(\x04\x12\x17\n\x0f\x65xpected_wait_s\x18\n \x01(\x01\x12\x11\n\tmax_batch\x18\x0b \x01(\r\x12\x14\n\x0cweight_bytes\x18\x0c \x01(\x04\x12\x0e\n\x06load_s\x18\r \x01(\x01\x12\x11\n\tleft_over\x18\x0e \x01(\x08\"\xcb\x02\n\nAgentState\x12\x0c\n\x04node\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12\x12\n\ngeneration\x18\x03 \x01(\x04\x12\x18\n\x10placement_digest\x18\x04 \x01(\t\x12\x19\n\x11staged_generation\x18\x05 \x01(\x04\x12\x33\n\x08replicas\x18\x06 \x03(\x0b\x32!.foreplan.control.v1.ReplicaState\x12\x0e\n\x06\x64\x65vice\x18\x07 \x01(\t\x12\x14\n\x0c\x64\x65vice_count\x18\x08 \x01(\r\x12\x16\n\x0eresident_bytes\x18\t \x01(\x04\x12\r\n\x05ready\x18\n \x01(\x08\x12\x0f\n\x07\x64rained\x18\x0b \x01(\x08\x12\x11\n\tleased_to\x18\x0c \x01(\t\x12\x19\n\x11\x64\x65vice_used_bytes\x18\r \x03(\x04\x12\x14\n\x0c\x66orward_port\x18\x0e \x01(\r\"(\n\x07\x42\x61\x63kend\x12\x0c\n\x04node\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\"b\n\rServiceRoutes\x12\x0f\n\x07service\x18\x01 \x01(\t\x12\x12\n\ndeadline_s\x18\x02 \x01(\x01\x12,\n\x07targets\x18\x03 \x03(\x0b\x32\x1b.foreplan.control.v1.Target\"F\n\x06Target\x12\r\n\x05group\x18\x01 \x01(\t\x12\x0c\n\x04node\x18\x02 \x01(\t\x12\x0e\n\x06weight\x18\x03 \x01(\x01\x12\x0f\n\x07variant\x18\x04 \x01(\t\"\xa2\x01\n\x0cRoutingTable\x12\x12\n\ngeneration\x18\x01 \x01(\x04\x12\x18\n\x10placement_digest\x18\x02 \x01(\t\x12.\n\x08\x62\x61\x63kends\x18\x03 \x03(\x0b\x32\x1c.foreplan.control.v1.Backend\x12\x34\n\x08services\x18\x04 \x03(\x0b\x32\".foreplan.control.v1.ServiceRoutes\"l\n\x0bTargetState\x12\x0f\n\x07service\x18\x01 \x01(\t\x12\r\n\x05group\x18\x02 \x01(\t\x12\x0f\n\x07healthy\x18\x03 \x01(\x08\x12\x0e\n\x06reason\x18\x04 \x01(\t\x12\x0c\n\x04sent\x18\x05 \x01(\x04\x12\x0e\n\x06\x66\x61iled\x18\x06 \x01(\x04\"\x8f\x01\n\x0cGatewayState\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\x12\n\ngeneration\x18\x02 \x01(\x04\x12\x18\n\x10placement_digest\x18\x03 \x01(\t\x12\x31\n\x07targets\x18\x04 \x03(\x0b\x32 .foreplan.control.v1.TargetState\x12\r\n\x05ready\x18\x05 \x01(\x08*\xb3\x01\n\x0cReplicaPhase\x12\x1d\n\x19REPLICA_PHASE_UNSPECIFIED\x10\x00\x12\x19\n\x15REPLICA_PHASE_LOADING\x10\x01\x12\x18\n\x14REPLICA_PHASE_STAGED\x10\x02\x12\x19\n\x15REPLICA_PHASE_SERVING\x10\x03\x12\x1a\n\x16REPLICA_PHASE_DRAINING\x10\x04\x12\x18\n\x14REPLICA_PHASE_FAILED\x10\x05\x32\xc0\x05\n\x05\x41gent\x12S\n\x08GetState\x12$.foreplan.control.v1.GetStateRequest\x1a\x1f.foreplan.control.v1.AgentState\"\x00\x12V\n\x08Validate\x12!.foreplan.control.v1.DesiredState\x1a%.foreplan.control.v1.ValidateResponse\"\x00\x12P\n\x05Stage\x12!.foreplan.control.v1.DesiredState\x1a\".foreplan.control.v1.StageResponse\"\x00\x12[\n\x06\x43ommit\x12&.foreplan.control.v1.GenerationRequest\x1a\'.foreplan.control.v1.GenerationResponse\"\x00\x12[\n\x06\x46inish\x12&.foreplan.control.v1.GenerationRequest\x1a\'.foreplan.control.v1.GenerationResponse\"\x00\x12Z\n\x05\x41\x62ort\x12&.foreplan.control.v1.GenerationRequest\x1a\'.foreplan.control.v1.GenerationResponse\"\x00\x12P\n\x05Lease\x12!.foreplan.control.v1.LeaseRequest\x1a\".foreplan.control.v1.LeaseResponse\"\x00\x12P\n\x05\x44rain\x12!.foreplan.control.v1.DrainRequest\x1a\".foreplan.control.v1.DrainResponse\"\x00\x32\xbb\x01\n\x07Gateway\x12U\n\x08GetState\x12$.foreplan.control.v1.GetStateRequest\x1a!.foreplan.control.v1.GatewayState\"\x00\x12Y\n\tSetRoutes\x12!.foreplan.control.v1.RoutingTable\x1a\'.foreplan.control.v1.GenerationResponse\"\x00\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1c\x65xecutor/proto/control.proto\x12\x13\x66oreplan.control.v1\"\x11\n\x0fGetStateRequest\"v\n\x0c\x44\x65siredState\x12\x12\n\ngeneration\x18\x01 \x01(\x04\x12\x18\n\x10placement_digest\x18\x02 \x01(\t\x12\x0c\n\x04node\x18\x03 \x01(\t\x12*\n\x06groups\x18\x04 \x03(\x0b\x32\x1a.foreplan.control.v1.Group\"\x85\x01\n\x05Group\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0c\n\x04gpus\x18\x02 \x03(\r\x12\x17\n\x0ftensor_parallel\x18\x03 \x01(\r\x12\x19\n\x11pipeline_parallel\x18\x04 \x01(\r\x12.\n\x08replicas\x18\x05 \x03(\x0b\x32\x1c.foreplan.control.v1.Replica\"\xcb\x01\n\x07Replica\x12\x0f\n\x07service\x18\x01 \x01(\t\x12\x0f\n\x07variant\x18\x02 \x01(\t\x12\x11\n\tmax_batch\x18\x03 \x01(\r\x12\x13\n\x0bmulti_frame\x18\x04 \x01(\r\x12\x12\n\ndeadline_s\x18\x05 \x01(\x01\x12\x17\n\x0f\x62\x61tch_latency_s\x18\x06 \x03(\x01\x12\x14\n\x0cmemory_bytes\x18\x07 \x03(\x04\x12\x33\n\ngeneration\x18\x08 \x01(\x0b\x32\x1f.foreplan.control.v1.Generation\"\x85\x01\n\nGeneration\x12\x0e\n\x06ttft_s\x18\x01 \x01(\x01\x12\x0e\n\x06tpot_s\x18\x02 \x01(\x01\x12\x10\n\x08kv_bytes\x18\x03 \x01(\x04\x12\x1a\n\x12max_prefill_tokens\x18\x04 \x01(\r\x12\x16\n\x0eprefill_tokens\x18\x05 \x03(\x01\x12\x11\n\tprefill_s\x18\x06 \x03(\x01\"G\n\x05\x46\x61ult\x12\r\n\x05\x66ield\x18\x01 \x01(\t\x12\r\n\x05\x66ound\x18\x02 \x01(\t\x12\x10\n\x08\x65xpected\x18\x03 \x01(\t\x12\x0e\n\x06remedy\x18\x04 \x01(\t\"q\n\x10ValidateResponse\x12*\n\x06\x66\x61ults\x18\x01 \x03(\x0b\x32\x1a.foreplan.control.v1.Fault\x12\x31\n\x08\x64\x65\x66\x65rred\x18\x02 \x03(\x0b\x32\x1f.foreplan.control.v1.ReplicaKey\"B\n\rStageResponse\x12\x31\n\x08\x64\x65\x66\x65rred\x18\x01 \x03(\x0b\x32\x1f.foreplan.control.v1.ReplicaKey\"=\n\nReplicaKey\x12\r\n\x05group\x18\x01 \x01(\t\x12\x0f\n\x07service\x18\x02 \x01(\t\x12\x0f\n\x07variant\x18\x03 \x01(\t\"A\n\x11GenerationRequest\x12\x12\n\ngeneration\x18\x01 \x01(\x04\x12\x18\n\x10placement_digest\x18\x02 \x01(\t\"(\n\x12GenerationResponse\x12\x12\n\ngeneration\x18\x01 \x01(\x04\"-\n\x0cLeaseRequest\x12\x0e\n\x06holder\x18\x01 \x01(\t\x12\r\n\x05ttl_s\x18\x02 \x01(\x01\"E\n\rLeaseResponse\x12\x0f\n\x07granted\x18\x01 \x01(\x08\x12\x0e\n\x06holder\x18\x02 \x01(\t\x12\x13\n\x0bremaining_s\x18\x03 \x01(\x01\"\x1f\n\x0c\x44rainRequest\x12\x0f\n\x07\x64rained\x18\x01 \x01(\x08\" \n\rDrainResponse\x12\x0f\n\x07\x64rained\x18\x01 \x01(\x08\"\xc9\x02\n\x0cReplicaState\x12,\n\x03key\x18\x01 \x01(\x0b\x32\x1f.foreplan.control.v1.ReplicaKey\x12\x30\n\x05phase\x18\x02 \x01(\x0e\x32!.foreplan.control.v1.ReplicaPhase\x12\x0e\n\x06reason\x18\x03 \x01(\t\x12\x0e\n\x06queued\x18\x04 \x01(\r\x12\x0f\n\x07running\x18\x05 \x01(\r\x12\x11\n\tcompleted\x18\x06 \x01(\x04\x12\x0f\n\x07\x64ropped\x18\x07 \x01(\x04\x12\x0e\n\x06\x66\x61iled\x18\x08 \x01(\x04\x12\x0f\n\x07\x62\x61tches\x18\t \x01(\x04\x12\x17\n\x0f\x65xpected_wait_s\x18\n \x01(\x01\x12\x11\n\tmax_batch\x18\x0b \x01(\r\x12\x14\n\x0cweight_bytes\x18\x0c \x01(\x04\x12\x0e\n\x06load_s\x18\r \x01(\x01\x12\x11\n\tleft_over\x18\x0e \x01(\x08\"\xcb\x02\n\nAgentState\x12\x0c\n\x04node\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12\x12\n\ngeneration\x18\x03 \x01(\x04\x12\x18\n\x10placement_digest\x18\x04 \x01(\t\x12\x19\n\x11staged_generation\x18\x05 \x01(\x04\x12\x33\n\x08replicas\x18\x06 \x03(\x0b\x32!.foreplan.control.v1.ReplicaState\x12\x0e\n\x06\x64\x65vice\x18\x07 \x01(\t\x12\x14\n\x0c\x64\x65vice_count\x18\x08 \x01(\r\x12\x16\n\x0eresident_bytes\x18\t \x01(\x04\x12\r\n\x05ready\x18\n \x01(\x08\x12\x0f\n\x07\x64rained\x18\x0b \x01(\x08\x12\x11\n\tleased_to\x18\x0c \x01(\t\x12\x19\n\x11\x64\x65vice_used_bytes\x18\r \x03(\x04\x12\x14\n\x0c\x66orward_port\x18\x0e \x01(\r\"(\n\x07\x42\x61\x63kend\x12\x0c\n\x04node\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\"\x90\x01\n\rServiceRoutes\x12\x0f\n\x07service\x18\x01 \x01(\t\x12\x12\n\ndeadline_s\x18\x02 \x01(\x01\x12,\n\x07targets\x18\x03 \x03(\x0b\x32\x1b.foreplan.control.v1.Target\x12\x1a\n\rfirst_token_s\x18\x04 \x01(\x01H\x00\x88\x01\x01\x42\x10\n\x0e_first_token_s\"F\n\x06Target\x12\r\n\x05group\x18\x01 \x01(\t\x12\x0c\n\x04node\x18\x02 \x01(\t\x12\x0e\n\x06weight\x18\x03 \x01(\x01\x12\x0f\n\x07variant\x18\x04 \x01(\t\"\xa2\x01\n\x0cRoutingTable\x12\x12\n\ngeneration\x18\x01 \x01(\x04\x12\x18\n\x10placement_digest\x18\x02 \x01(\t\x12.\n\x08\x62\x61\x63kends\x18\x03 \x03(\x0b\x32\x1c.foreplan.control.v1.Backend\x12\x34\n\x08services\x18\x04 \x03(\x0b\x32\".foreplan.control.v1.ServiceRoutes\"l\n\x0bTargetState\x12\x0f\n\x07service\x18\x01 \x01(\t\x12\r\n\x05group\x18\x02 \x01(\t\x12\x0f\n\x07healthy\x18\x03 \x01(\x08\x12\x0e\n\x06reason\x18\x04 \x01(\t\x12\x0c\n\x04sent\x18\x05 \x01(\x04\x12\x0e\n\x06\x66\x61iled\x18\x06 \x01(\x04\"\x8f\x01\n\x0cGatewayState\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\x12\n\ngeneration\x18\x02 \x01(\x04\x12\x18\n\x10placement_digest\x18\x03 \x01(\t\x12\x31\n\x07targets\x18\x04 \x03(\x0b\x32 .foreplan.control.v1.TargetState\x12\r\n\x05ready\x18\x05 \x01(\x08*\xb3\x01\n\x0cReplicaPhase\x12\x1d\n\x19REPLICA_PHASE_UNSPECIFIED\x10\x00\x12\x19\n\x15REPLICA_PHASE_LOADING\x10\x01\x12\x18\n\x14REPLICA_PHASE_STAGED\x10\x02\x12\x19\n\x15REPLICA_PHASE_SERVING\x10\x03\x12\x1a\n\x16REPLICA_PHASE_DRAINING\x10\x04\x12\x18\n\x14REPLICA_PHASE_FAILED\x10\x05\x32\xc0\x05\n\x05\x41gent\x12S\n\x08GetState\x12$.foreplan.control.v1.GetStateRequest\x1a\x1f.foreplan.control.v1.AgentState\"\x00\x12V\n\x08Validate\x12!.foreplan.control.v1.DesiredState\x1a%.foreplan.control.v1.ValidateResponse\"\x00\x12P\n\x05Stage\x12!.foreplan.control.v1.DesiredState\x1a\".foreplan.control.v1.StageResponse\"\x00\x12[\n\x06\x43ommit\x12&.foreplan.control.v1.GenerationRequest\x1a\'.foreplan.control.v1.GenerationResponse\"\x00\x12[\n\x06\x46inish\x12&.foreplan.control.v1.GenerationRequest\x1a\'.foreplan.control.v1.GenerationResponse\"\x00\x12Z\n\x05\x41\x62ort\x12&.foreplan.control.v1.GenerationRequest\x1a\'.foreplan.control.v1.GenerationResponse\"\x00\x12P\n\x05Lease\x12!.foreplan.control.v1.LeaseRequest\x1a\".foreplan.control.v1.LeaseResponse\"\x00\x12P\n\x05\x44rain\x12!.foreplan.control.v1.DrainRequest\x1a\".foreplan.control.v1.DrainResponse\"\x00\x32\xbb\x01\n\x07Gateway\x12U\n\x08GetState\x12$.foreplan.control.v1.GetStateRequest\x1a!.foreplan.control.v1.GatewayState\"\x00\x12Y\n\tSetRoutes\x12!.foreplan.control.v1.RoutingTable\x1a\'.foreplan.control.v1.GenerationResponse\"\x00\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'executor.proto.control_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_REPLICAPHASE']._serialized_start=2396
-  _globals['_REPLICAPHASE']._serialized_end=2575
+  _globals['_REPLICAPHASE']._serialized_start=2632
+  _globals['_REPLICAPHASE']._serialized_end=2811
   _globals['_GETSTATEREQUEST']._serialized_start=53
   _globals['_GETSTATEREQUEST']._serialized_end=70
   _globals['_DESIREDSTATE']._serialized_start=72
@@ -40,45 +40,47 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_GROUP']._serialized_start=193
   _globals['_GROUP']._serialized_end=326
   _globals['_REPLICA']._serialized_start=329
-  _globals['_REPLICA']._serialized_end=479
-  _globals['_FAULT']._serialized_start=481
-  _globals['_FAULT']._serialized_end=552
-  _globals['_VALIDATERESPONSE']._serialized_start=554
-  _globals['_VALIDATERESPONSE']._serialized_end=667
-  _globals['_STAGERESPONSE']._serialized_start=669
-  _globals['_STAGERESPONSE']._serialized_end=735
-  _globals['_REPLICAKEY']._serialized_start=737
-  _globals['_REPLICAKEY']._serialized_end=798
-  _globals['_GENERATIONREQUEST']._serialized_start=800
-  _globals['_GENERATIONREQUEST']._serialized_end=865
-  _globals['_GENERATIONRESPONSE']._serialized_start=867
-  _globals['_GENERATIONRESPONSE']._serialized_end=907
-  _globals['_LEASEREQUEST']._serialized_start=909
-  _globals['_LEASEREQUEST']._serialized_end=954
-  _globals['_LEASERESPONSE']._serialized_start=956
-  _globals['_LEASERESPONSE']._serialized_end=1025
-  _globals['_DRAINREQUEST']._serialized_start=1027
-  _globals['_DRAINREQUEST']._serialized_end=1058
-  _globals['_DRAINRESPONSE']._serialized_start=1060
-  _globals['_DRAINRESPONSE']._serialized_end=1092
-  _globals['_REPLICASTATE']._serialized_start=1095
-  _globals['_REPLICASTATE']._serialized_end=1424
-  _globals['_AGENTSTATE']._serialized_start=1427
-  _globals['_AGENTSTATE']._serialized_end=1758
-  _globals['_BACKEND']._serialized_start=1760
-  _globals['_BACKEND']._serialized_end=1800
-  _globals['_SERVICEROUTES']._serialized_start=1802
-  _globals['_SERVICEROUTES']._serialized_end=1900
-  _globals['_TARGET']._serialized_start=1902
-  _globals['_TARGET']._serialized_end=1972
-  _globals['_ROUTINGTABLE']._serialized_start=1975
-  _globals['_ROUTINGTABLE']._serialized_end=2137
-  _globals['_TARGETSTATE']._serialized_start=2139
-  _globals['_TARGETSTATE']._serialized_end=2247
-  _globals['_GATEWAYSTATE']._serialized_start=2250
-  _globals['_GATEWAYSTATE']._serialized_end=2393
-  _globals['_AGENT']._serialized_start=2578
-  _globals['_AGENT']._serialized_end=3282
-  _globals['_GATEWAY']._serialized_start=3285
-  _globals['_GATEWAY']._serialized_end=3472
+  _globals['_REPLICA']._serialized_end=532
+  _globals['_GENERATION']._serialized_start=535
+  _globals['_GENERATION']._serialized_end=668
+  _globals['_FAULT']._serialized_start=670
+  _globals['_FAULT']._serialized_end=741
+  _globals['_VALIDATERESPONSE']._serialized_start=743
+  _globals['_VALIDATERESPONSE']._serialized_end=856
+  _globals['_STAGERESPONSE']._serialized_start=858
+  _globals['_STAGERESPONSE']._serialized_end=924
+  _globals['_REPLICAKEY']._serialized_start=926
+  _globals['_REPLICAKEY']._serialized_end=987
+  _globals['_GENERATIONREQUEST']._serialized_start=989
+  _globals['_GENERATIONREQUEST']._serialized_end=1054
+  _globals['_GENERATIONRESPONSE']._serialized_start=1056
+  _globals['_GENERATIONRESPONSE']._serialized_end=1096
+  _globals['_LEASEREQUEST']._serialized_start=1098
+  _globals['_LEASEREQUEST']._serialized_end=1143
+  _globals['_LEASERESPONSE']._serialized_start=1145
+  _globals['_LEASERESPONSE']._serialized_end=1214
+  _globals['_DRAINREQUEST']._serialized_start=1216
+  _globals['_DRAINREQUEST']._serialized_end=1247
+  _globals['_DRAINRESPONSE']._serialized_start=1249
+  _globals['_DRAINRESPONSE']._serialized_end=1281
+  _globals['_REPLICASTATE']._serialized_start=1284
+  _globals['_REPLICASTATE']._serialized_end=1613
+  _globals['_AGENTSTATE']._serialized_start=1616
+  _globals['_AGENTSTATE']._serialized_end=1947
+  _globals['_BACKEND']._serialized_start=1949
+  _globals['_BACKEND']._serialized_end=1989
+  _globals['_SERVICEROUTES']._serialized_start=1992
+  _globals['_SERVICEROUTES']._serialized_end=2136
+  _globals['_TARGET']._serialized_start=2138
+  _globals['_TARGET']._serialized_end=2208
+  _globals['_ROUTINGTABLE']._serialized_start=2211
+  _globals['_ROUTINGTABLE']._serialized_end=2373
+  _globals['_TARGETSTATE']._serialized_start=2375
+  _globals['_TARGETSTATE']._serialized_end=2483
+  _globals['_GATEWAYSTATE']._serialized_start=2486
+  _globals['_GATEWAYSTATE']._serialized_end=2629
+  _globals['_AGENT']._serialized_start=2814
+  _globals['_AGENT']._serialized_end=3518
+  _globals['_GATEWAY']._serialized_start=3521
+  _globals['_GATEWAY']._serialized_end=3708
 # @@protoc_insertion_point(module_scope)

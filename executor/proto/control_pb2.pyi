@@ -53,7 +53,7 @@ class Group(_message.Message):
     def __init__(self, id: _Optional[str] = ..., gpus: _Optional[_Iterable[int]] = ..., tensor_parallel: _Optional[int] = ..., pipeline_parallel: _Optional[int] = ..., replicas: _Optional[_Iterable[_Union[Replica, _Mapping]]] = ...) -> None: ...
 
 class Replica(_message.Message):
-    __slots__ = ("service", "variant", "max_batch", "multi_frame", "deadline_s", "batch_latency_s", "memory_bytes")
+    __slots__ = ("service", "variant", "max_batch", "multi_frame", "deadline_s", "batch_latency_s", "memory_bytes", "generation")
     SERVICE_FIELD_NUMBER: _ClassVar[int]
     VARIANT_FIELD_NUMBER: _ClassVar[int]
     MAX_BATCH_FIELD_NUMBER: _ClassVar[int]
@@ -61,6 +61,7 @@ class Replica(_message.Message):
     DEADLINE_S_FIELD_NUMBER: _ClassVar[int]
     BATCH_LATENCY_S_FIELD_NUMBER: _ClassVar[int]
     MEMORY_BYTES_FIELD_NUMBER: _ClassVar[int]
+    GENERATION_FIELD_NUMBER: _ClassVar[int]
     service: str
     variant: str
     max_batch: int
@@ -68,7 +69,24 @@ class Replica(_message.Message):
     deadline_s: float
     batch_latency_s: _containers.RepeatedScalarFieldContainer[float]
     memory_bytes: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, service: _Optional[str] = ..., variant: _Optional[str] = ..., max_batch: _Optional[int] = ..., multi_frame: _Optional[int] = ..., deadline_s: _Optional[float] = ..., batch_latency_s: _Optional[_Iterable[float]] = ..., memory_bytes: _Optional[_Iterable[int]] = ...) -> None: ...
+    generation: Generation
+    def __init__(self, service: _Optional[str] = ..., variant: _Optional[str] = ..., max_batch: _Optional[int] = ..., multi_frame: _Optional[int] = ..., deadline_s: _Optional[float] = ..., batch_latency_s: _Optional[_Iterable[float]] = ..., memory_bytes: _Optional[_Iterable[int]] = ..., generation: _Optional[_Union[Generation, _Mapping]] = ...) -> None: ...
+
+class Generation(_message.Message):
+    __slots__ = ("ttft_s", "tpot_s", "kv_bytes", "max_prefill_tokens", "prefill_tokens", "prefill_s")
+    TTFT_S_FIELD_NUMBER: _ClassVar[int]
+    TPOT_S_FIELD_NUMBER: _ClassVar[int]
+    KV_BYTES_FIELD_NUMBER: _ClassVar[int]
+    MAX_PREFILL_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    PREFILL_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    PREFILL_S_FIELD_NUMBER: _ClassVar[int]
+    ttft_s: float
+    tpot_s: float
+    kv_bytes: int
+    max_prefill_tokens: int
+    prefill_tokens: _containers.RepeatedScalarFieldContainer[float]
+    prefill_s: _containers.RepeatedScalarFieldContainer[float]
+    def __init__(self, ttft_s: _Optional[float] = ..., tpot_s: _Optional[float] = ..., kv_bytes: _Optional[int] = ..., max_prefill_tokens: _Optional[int] = ..., prefill_tokens: _Optional[_Iterable[float]] = ..., prefill_s: _Optional[_Iterable[float]] = ...) -> None: ...
 
 class Fault(_message.Message):
     __slots__ = ("field", "found", "expected", "remedy")
@@ -223,14 +241,16 @@ class Backend(_message.Message):
     def __init__(self, node: _Optional[str] = ..., address: _Optional[str] = ...) -> None: ...
 
 class ServiceRoutes(_message.Message):
-    __slots__ = ("service", "deadline_s", "targets")
+    __slots__ = ("service", "deadline_s", "targets", "first_token_s")
     SERVICE_FIELD_NUMBER: _ClassVar[int]
     DEADLINE_S_FIELD_NUMBER: _ClassVar[int]
     TARGETS_FIELD_NUMBER: _ClassVar[int]
+    FIRST_TOKEN_S_FIELD_NUMBER: _ClassVar[int]
     service: str
     deadline_s: float
     targets: _containers.RepeatedCompositeFieldContainer[Target]
-    def __init__(self, service: _Optional[str] = ..., deadline_s: _Optional[float] = ..., targets: _Optional[_Iterable[_Union[Target, _Mapping]]] = ...) -> None: ...
+    first_token_s: float
+    def __init__(self, service: _Optional[str] = ..., deadline_s: _Optional[float] = ..., targets: _Optional[_Iterable[_Union[Target, _Mapping]]] = ..., first_token_s: _Optional[float] = ...) -> None: ...
 
 class Target(_message.Message):
     __slots__ = ("group", "node", "weight", "variant")

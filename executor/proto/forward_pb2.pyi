@@ -7,16 +7,18 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class Request(_message.Message):
-    __slots__ = ("number", "group", "timeout_s", "body_bytes")
+    __slots__ = ("number", "group", "timeout_s", "body_bytes", "traceparent")
     NUMBER_FIELD_NUMBER: _ClassVar[int]
     GROUP_FIELD_NUMBER: _ClassVar[int]
     TIMEOUT_S_FIELD_NUMBER: _ClassVar[int]
     BODY_BYTES_FIELD_NUMBER: _ClassVar[int]
+    TRACEPARENT_FIELD_NUMBER: _ClassVar[int]
     number: int
     group: str
     timeout_s: float
     body_bytes: int
-    def __init__(self, number: _Optional[int] = ..., group: _Optional[str] = ..., timeout_s: _Optional[float] = ..., body_bytes: _Optional[int] = ...) -> None: ...
+    traceparent: str
+    def __init__(self, number: _Optional[int] = ..., group: _Optional[str] = ..., timeout_s: _Optional[float] = ..., body_bytes: _Optional[int] = ..., traceparent: _Optional[str] = ...) -> None: ...
 
 class Requests(_message.Message):
     __slots__ = ("requests",)

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1b\x65xecutor/proto/worker.proto\x12\x12\x66oreplan.worker.v1\"X\n\tTensorRef\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x10\n\x08\x64\x61tatype\x18\x02 \x01(\t\x12\r\n\x05shape\x18\x03 \x03(\x03\x12\x0e\n\x06offset\x18\x04 \x01(\x04\x12\x0c\n\x04size\x18\x05 \x01(\x04\"\x88\x04\n\x08ToWorker\x12\x31\n\x04load\x18\x01 \x01(\x0b\x32!.foreplan.worker.v1.ToWorker.LoadH\x00\x12\x35\n\x06unload\x18\x02 \x01(\x0b\x32#.foreplan.worker.v1.ToWorker.UnloadH\x00\x12/\n\x03run\x18\x03 \x01(\x0b\x32 .foreplan.worker.v1.ToWorker.RunH\x00\x12\x31\n\x04stop\x18\x04 \x01(\x0b\x32!.foreplan.worker.v1.ToWorker.StopH\x00\x1al\n\x04Load\x12\x0c\n\x04\x63\x61ll\x18\x01 \x01(\x04\x12\x0f\n\x07variant\x18\x02 \x01(\t\x12\x11\n\tmax_batch\x18\x03 \x01(\r\x12\x17\n\x0ftensor_parallel\x18\x04 \x01(\r\x12\x19\n\x11pipeline_parallel\x18\x05 \x01(\r\x1a\'\n\x06Unload\x12\x0c\n\x04\x63\x61ll\x18\x01 \x01(\x04\x12\x0f\n\x07variant\x18\x02 \x01(\t\x1a\x83\x01\n\x03Run\x12\x0c\n\x04\x63\x61ll\x18\x01 \x01(\x04\x12\x0f\n\x07variant\x18\x02 \x01(\t\x12-\n\x06inputs\x18\x03 \x03(\x0b\x32\x1d.foreplan.worker.v1.TensorRef\x12\x15\n\routput_offset\x18\x04 \x01(\x04\x12\x17\n\x0foutput_capacity\x18\x05 \x01(\x04\x1a\x06\n\x04StopB\t\n\x07message\"\xe9\x06\n\nFromWorker\x12\x35\n\x05ready\x18\x01 \x01(\x0b\x32$.foreplan.worker.v1.FromWorker.ReadyH\x00\x12\x37\n\x06loaded\x18\x02 \x01(\x0b\x32%.foreplan.worker.v1.FromWorker.LoadedH\x00\x12\x33\n\x04\x64one\x18\x03 \x01(\x0b\x32#.foreplan.worker.v1.FromWorker.DoneH\x00\x12;\n\x08unloaded\x18\x04 \x01(\x0b\x32\'.foreplan.worker.v1.FromWorker.UnloadedH\x00\x12\x37\n\x06\x66\x61iled\x18\x05 \x01(\x0b\x32%.foreplan.worker.v1.FromWorker.FailedH\x00\x12\x35\n\x05\x66reed\x18\x06 \x01(\x0b\x32$.foreplan.worker.v1.FromWorker.FreedH\x00\x1a*\n\x05Ready\x12\x0f\n\x07process\x18\x01 \x01(\r\x12\x10\n\x08variants\x18\x02 \x03(\t\x1a\xce\x01\n\x06Loaded\x12\x0c\n\x04\x63\x61ll\x18\x01 \x01(\x04\x12\x14\n\x0cweight_bytes\x18\x02 \x01(\x04\x12\x0e\n\x06load_s\x18\x03 \x01(\x01\x12\x19\n\x11\x66irst_inference_s\x18\x04 \x01(\x01\x12\x39\n\x06inputs\x18\x05 \x03(\x0b\x32).foreplan.worker.v1.FromWorker.TensorSpec\x12:\n\x07outputs\x18\x06 \x03(\x0b\x32).foreplan.worker.v1.FromWorker.TensorSpec\x1a;\n\nTensorSpec\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x10\n\x08\x64\x61tatype\x18\x02 \x01(\t\x12\r\n\x05shape\x18\x03 \x03(\x03\x1aS\n\x04\x44one\x12\x0c\n\x04\x63\x61ll\x18\x01 \x01(\x04\x12.\n\x07outputs\x18\x02 \x03(\x0b\x32\x1d.foreplan.worker.v1.TensorRef\x12\r\n\x05run_s\x18\x03 \x01(\x01\x1a\x15\n\x05\x46reed\x12\x0c\n\x04\x63\x61ll\x18\x01 \x01(\x04\x1a\x18\n\x08Unloaded\x12\x0c\n\x04\x63\x61ll\x18\x01 \x01(\x04\x1a>\n\x06\x46\x61iled\x12\x0c\n\x04\x63\x61ll\x18\x01 \x01(\x04\x12\x0f\n\x07problem\x18\x02 \x01(\t\x12\x15\n\rinvalid_input\x18\x03 \x01(\x08\x42\t\n\x07messageb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1b\x65xecutor/proto/worker.proto\x12\x12\x66oreplan.worker.v1\"X\n\tTensorRef\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x10\n\x08\x64\x61tatype\x18\x02 \x01(\t\x12\r\n\x05shape\x18\x03 \x03(\x03\x12\x0e\n\x06offset\x18\x04 \x01(\x04\x12\x0c\n\x04size\x18\x05 \x01(\x04\"\x94\x06\n\x08ToWorker\x12\x31\n\x04load\x18\x01 \x01(\x0b\x32!.foreplan.worker.v1.ToWorker.LoadH\x00\x12\x35\n\x06unload\x18\x02 \x01(\x0b\x32#.foreplan.worker.v1.ToWorker.UnloadH\x00\x12/\n\x03run\x18\x03 \x01(\x0b\x32 .foreplan.worker.v1.ToWorker.RunH\x00\x12\x31\n\x04stop\x18\x04 \x01(\x0b\x32!.foreplan.worker.v1.ToWorker.StopH\x00\x12\x37\n\x07iterate\x18\x05 \x01(\x0b\x32$.foreplan.worker.v1.ToWorker.IterateH\x00\x1a~\n\x04Load\x12\x0c\n\x04\x63\x61ll\x18\x01 \x01(\x04\x12\x0f\n\x07variant\x18\x02 \x01(\t\x12\x11\n\tmax_batch\x18\x03 \x01(\r\x12\x17\n\x0ftensor_parallel\x18\x04 \x01(\r\x12\x19\n\x11pipeline_parallel\x18\x05 \x01(\r\x12\x10\n\x08kv_bytes\x18\x06 \x01(\x04\x1a\'\n\x06Unload\x12\x0c\n\x04\x63\x61ll\x18\x01 \x01(\x04\x12\x0f\n\x07variant\x18\x02 \x01(\t\x1a\x83\x01\n\x03Run\x12\x0c\n\x04\x63\x61ll\x18\x01 \x01(\x04\x12\x0f\n\x07variant\x18\x02 \x01(\t\x12-\n\x06inputs\x18\x03 \x03(\x0b\x32\x1d.foreplan.worker.v1.TensorRef\x12\x15\n\routput_offset\x18\x04 \x01(\x04\x12\x17\n\x0foutput_capacity\x18\x05 \x01(\x04\x1a\x91\x01\n\x07Iterate\x12\x0c\n\x04\x63\x61ll\x18\x01 \x01(\x04\x12\x0f\n\x07variant\x18\x02 \x01(\t\x12\x11\n\tkv_tokens\x18\x03 \x01(\x04\x12\r\n\x05\x66reed\x18\x04 \x03(\x04\x12\x35\n\x07prefill\x18\x05 \x03(\x0b\x32$.foreplan.worker.v1.ToWorker.Context\x12\x0e\n\x06\x64\x65\x63ode\x18\x06 \x03(\x04\x1a+\n\x07\x43ontext\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12\x0e\n\x06tokens\x18\x02 \x03(\r\x1a\x06\n\x04StopB\t\n\x07message\"\x81\t\n\nFromWorker\x12\x35\n\x05ready\x18\x01 \x01(\x0b\x32$.foreplan.worker.v1.FromWorker.ReadyH\x00\x12\x37\n\x06loaded\x18\x02 \x01(\x0b\x32%.foreplan.worker.v1.FromWorker.LoadedH\x00\x12\x33\n\x04\x64one\x18\x03 \x01(\x0b\x32#.foreplan.worker.v1.FromWorker.DoneH\x00\x12;\n\x08unloaded\x18\x04 \x01(\x0b\x32\'.foreplan.worker.v1.FromWorker.UnloadedH\x00\x12\x37\n\x06\x66\x61iled\x18\x05 \x01(\x0b\x32%.foreplan.worker.v1.FromWorker.FailedH\x00\x12\x35\n\x05\x66reed\x18\x06 \x01(\x0b\x32$.foreplan.worker.v1.FromWorker.FreedH\x00\x12;\n\x08iterated\x18\x07 \x01(\x0b\x32\'.foreplan.worker.v1.FromWorker.IteratedH\x00\x1a*\n\x05Ready\x12\x0f\n\x07process\x18\x01 \x01(\r\x12\x10\n\x08variants\x18\x02 \x03(\t\x1a\x8c\x02\n\x06Loaded\x12\x0c\n\x04\x63\x61ll\x18\x01 \x01(\x04\x12\x14\n\x0cweight_bytes\x18\x02 \x01(\x04\x12\x0e\n\x06load_s\x18\x03 \x01(\x01\x12\x19\n\x11\x66irst_inference_s\x18\x04 \x01(\x01\x12\x39\n\x06inputs\x18\x05 \x03(\x0b\x32).foreplan.worker.v1.FromWorker.TensorSpec\x12:\n\x07outputs\x18\x06 \x03(\x0b\x32).foreplan.worker.v1.FromWorker.TensorSpec\x12<\n\tgenerates\x18\x07 \x01(\x0b\x32).foreplan.worker.v1.FromWorker.Vocabulary\x1a\x62\n\nVocabulary\x12\x0e\n\x06tokens\x18\x01 \x01(\r\x12\x13\n\x0bmax_context\x18\x02 \x01(\r\x12\x1a\n\x12kv_bytes_per_token\x18\x03 \x01(\x04\x12\x13\n\x0bstop_tokens\x18\x04 \x03(\r\x1a\x37\n\x08Iterated\x12\x0c\n\x04\x63\x61ll\x18\x01 \x01(\x04\x12\x0e\n\x06tokens\x18\x02 \x03(\r\x12\r\n\x05run_s\x18\x03 \x01(\x01\x1a;\n\nTensorSpec\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x10\n\x08\x64\x61tatype\x18\x02 \x01(\t\x12\r\n\x05shape\x18\x03 \x03(\x03\x1aS\n\x04\x44one\x12\x0c\n\x04\x63\x61ll\x18\x01 \x01(\x04\x12.\n\x07outputs\x18\x02 \x03(\x0b\x32\x1d.foreplan.worker.v1.TensorRef\x12\r\n\x05run_s\x18\x03 \x01(\x01\x1a\x15\n\x05\x46reed\x12\x0c\n\x04\x63\x61ll\x18\x01 \x01(\x04\x1a\x18\n\x08Unloaded\x12\x0c\n\x04\x63\x61ll\x18\x01 \x01(\x04\x1a>\n\x06\x46\x61iled\x12\x0c\n\x04\x63\x61ll\x18\x01 \x01(\x04\x12\x0f\n\x07problem\x18\x02 \x01(\t\x12\x15\n\rinvalid_input\x18\x03 \x01(\x08\x42\t\n\x07messageb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,29 +34,37 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_TENSORREF']._serialized_start=51
   _globals['_TENSORREF']._serialized_end=139
   _globals['_TOWORKER']._serialized_start=142
-  _globals['_TOWORKER']._serialized_end=662
-  _globals['_TOWORKER_LOAD']._serialized_start=360
-  _globals['_TOWORKER_LOAD']._serialized_end=468
-  _globals['_TOWORKER_UNLOAD']._serialized_start=470
-  _globals['_TOWORKER_UNLOAD']._serialized_end=509
-  _globals['_TOWORKER_RUN']._serialized_start=512
-  _globals['_TOWORKER_RUN']._serialized_end=643
-  _globals['_TOWORKER_STOP']._serialized_start=645
-  _globals['_TOWORKER_STOP']._serialized_end=651
-  _globals['_FROMWORKER']._serialized_start=665
-  _globals['_FROMWORKER']._serialized_end=1538
-  _globals['_FROMWORKER_READY']._serialized_start=1017
-  _globals['_FROMWORKER_READY']._serialized_end=1059
-  _globals['_FROMWORKER_LOADED']._serialized_start=1062
-  _globals['_FROMWORKER_LOADED']._serialized_end=1268
-  _globals['_FROMWORKER_TENSORSPEC']._serialized_start=1270
-  _globals['_FROMWORKER_TENSORSPEC']._serialized_end=1329
-  _globals['_FROMWORKER_DONE']._serialized_start=1331
-  _globals['_FROMWORKER_DONE']._serialized_end=1414
-  _globals['_FROMWORKER_FREED']._serialized_start=1416
-  _globals['_FROMWORKER_FREED']._serialized_end=1437
-  _globals['_FROMWORKER_UNLOADED']._serialized_start=1439
-  _globals['_FROMWORKER_UNLOADED']._serialized_end=1463
-  _globals['_FROMWORKER_FAILED']._serialized_start=1465
-  _globals['_FROMWORKER_FAILED']._serialized_end=1527
+  _globals['_TOWORKER']._serialized_end=930
+  _globals['_TOWORKER_LOAD']._serialized_start=417
+  _globals['_TOWORKER_LOAD']._serialized_end=543
+  _globals['_TOWORKER_UNLOAD']._serialized_start=545
+  _globals['_TOWORKER_UNLOAD']._serialized_end=584
+  _globals['_TOWORKER_RUN']._serialized_start=587
+  _globals['_TOWORKER_RUN']._serialized_end=718
+  _globals['_TOWORKER_ITERATE']._serialized_start=721
+  _globals['_TOWORKER_ITERATE']._serialized_end=866
+  _globals['_TOWORKER_CONTEXT']._serialized_start=868
+  _globals['_TOWORKER_CONTEXT']._serialized_end=911
+  _globals['_TOWORKER_STOP']._serialized_start=913
+  _globals['_TOWORKER_STOP']._serialized_end=919
+  _globals['_FROMWORKER']._serialized_start=933
+  _globals['_FROMWORKER']._serialized_end=2086
+  _globals['_FROMWORKER_READY']._serialized_start=1346
+  _globals['_FROMWORKER_READY']._serialized_end=1388
+  _globals['_FROMWORKER_LOADED']._serialized_start=1391
+  _globals['_FROMWORKER_LOADED']._serialized_end=1659
+  _globals['_FROMWORKER_VOCABULARY']._serialized_start=1661
+  _globals['_FROMWORKER_VOCABULARY']._serialized_end=1759
+  _globals['_FROMWORKER_ITERATED']._serialized_start=1761
+  _globals['_FROMWORKER_ITERATED']._serialized_end=1816
+  _globals['_FROMWORKER_TENSORSPEC']._serialized_start=1818
+  _globals['_FROMWORKER_TENSORSPEC']._serialized_end=1877
+  _globals['_FROMWORKER_DONE']._serialized_start=1879
+  _globals['_FROMWORKER_DONE']._serialized_end=1962
+  _globals['_FROMWORKER_FREED']._serialized_start=1964
+  _globals['_FROMWORKER_FREED']._serialized_end=1985
+  _globals['_FROMWORKER_UNLOADED']._serialized_start=1987
+  _globals['_FROMWORKER_UNLOADED']._serialized_end=2011
+  _globals['_FROMWORKER_FAILED']._serialized_start=2013
+  _globals['_FROMWORKER_FAILED']._serialized_end=2075
 # @@protoc_insertion_point(module_scope)
