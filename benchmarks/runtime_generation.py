@@ -12,7 +12,8 @@ import sys
 import time
 from datetime import UTC, datetime
 
-from executor.runtime.generation import Finished, GenerationEngine
+from executor.runtime.generation_engine import GenerationEngine
+from executor.runtime.generation_queue import Finished
 from executor.runtime.torch_runtime import GeneratingModel, TorchRuntime
 from foreplan.device import processor_name
 

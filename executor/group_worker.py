@@ -148,9 +148,17 @@ class GroupWorker:
         self.phase = WorkerPhase.ENDED
 
     async def load(
-        self, variant: str, max_batch: int, memory_bytes: tuple[int, ...], shape: tuple[int, int] = (1, 1)
+        self,
+        variant: str,
+        max_batch: int,
+        memory_bytes: tuple[int, ...],
+        shape: tuple[int, int] = (1, 1),
+        *,
+        kv_bytes: int = 0,
     ) -> Loaded:
         """Load a model, or load it again for larger batches or in another shape; it goes on running meanwhile.
+
+        With ``kv_bytes`` it generates, where it can, within so much key-value memory.
 
         Raises:
             WorkerRefused: It could not be loaded; the next try is not due before a while.
@@ -163,7 +171,7 @@ class GroupWorker:
         model.max_batch, model.memory_bytes, model.shape = max_batch, memory_bytes, shape
         model.problem = ""
         try:
-            loaded = await link.load(variant, max_batch, shape)
+            loaded = await link.load(variant, max_batch, shape, kv_bytes=kv_bytes)
         except WorkerRefused as error:
             model.failures += 1
             model.problem = str(error)

@@ -94,6 +94,11 @@ class Replica:
         return tuple(max(sizes) for sizes in zip(*(one.memory_bytes for one in self._possible), strict=True))
 
     @property
+    def kv_bytes(self) -> int:
+        """Key-value memory that it needs now, after the commit, or if that were taken back; 0 if it never generates."""
+        return max(one.generation.kv_bytes if one.generation else 0 for one in self._possible)
+
+    @property
     def shape(self) -> tuple[int, int]:
         """Tensor and pipeline parallelism that it is to have: after the commit, where a generation is staged."""
         return (self.staged or self.settings).shape

@@ -345,7 +345,13 @@ class Upkeep:
             if replica.phase is Phase.FAILED:
                 self.advance(replica.key, Event.RETRIED, replica.reason)
         try:
-            await group.worker.load(action.variant, action.max_batch, action.memory_bytes, action.shape)
+            await group.worker.load(
+                action.variant,
+                action.max_batch,
+                action.memory_bytes,
+                action.shape,
+                kv_bytes=sum(replica.kv_bytes for replica in self._of_model(action.group, action.variant)),
+            )
         except WorkerRefused as error:
             _log.error("event=load_failed group=%s variant=%s reason=%r", action.group, action.variant, str(error))
             for replica in self._of_model(action.group, action.variant):

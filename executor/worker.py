@@ -26,7 +26,15 @@ from numpy.typing import NDArray
 
 from executor.cores import pin_process
 from executor.logs import configure_logging
-from executor.runtime.protocol import DevicesLost, GroupRuntime, LoadedModel, PipelinedModel, UnknownVariant
+from executor.runtime.protocol import (
+    DevicesLost,
+    GeneratesTokens,
+    GroupRuntime,
+    LoadedModel,
+    PipelinedModel,
+    SequenceRunner,
+    UnknownVariant,
+)
 from executor.segment import SharedSegment
 from executor.worker_wire import (
     Done,
@@ -34,6 +42,8 @@ from executor.worker_wire import (
     FrameSplitter,
     Freed,
     FromWorker,
+    Iterate,
+    Iterated,
     Load,
     Loaded,
     Ready,
@@ -68,9 +78,10 @@ class Worker:
         self._segment = segment
         self._runtime = runtime
         self._models: dict[str, LoadedModel] = {}
+        self._sequences: dict[str, SequenceRunner] = {}
         self._sending = threading.Lock()
         self._loads: queue.SimpleQueue[Load] = queue.SimpleQueue()
-        self._runs: queue.SimpleQueue[Run | Unload | Stop] = queue.SimpleQueue()
+        self._runs: queue.SimpleQueue[Run | Iterate | Unload | Stop] = queue.SimpleQueue()
 
     def serve(self) -> bool:
         """Answer until the agent says stop (True: what ran before is finished) or is gone (False)."""
@@ -115,6 +126,8 @@ class Worker:
                 model = self._models.get(message.variant)
                 act = self._submit if isinstance(model, PipelinedModel) else self._run
                 self._answer(message.call, functools.partial(act, message))
+            elif isinstance(message, Iterate):
+                self._answer(message.call, functools.partial(self._iterate, message))
             else:
                 self._answer(message.call, functools.partial(self._unload, message))
 
@@ -158,10 +171,19 @@ class Worker:
             self._send(answer)
 
     def _load(self, message: Load) -> Loaded:
+        if message.variant in self._sequences:  # how many of them run together is the agent's business
+            return self._loaded(message, self._models[message.variant])
         model = self._runtime.load(message.variant, message.max_batch, message.shape)
+        if message.kv_bytes and isinstance(model, GeneratesTokens):
+            tokens = max(1, message.kv_bytes // model.generation.kv_bytes_per_token)
+            self._sequences[message.variant] = model.sequences(tokens)
         replaced, self._models[message.variant] = self._models.get(message.variant), model
         _close(replaced)
         _log.info("event=loaded variant=%s max_batch=%d load_s=%.3f", message.variant, message.max_batch, model.load_s)
+        return self._loaded(message, model)
+
+    def _loaded(self, message: Load, model: LoadedModel) -> Loaded:
+        sequences = self._sequences.get(message.variant)
         return Loaded(
             call=message.call,
             weight_bytes=model.weight_bytes,
@@ -169,9 +191,11 @@ class Worker:
             first_inference_s=model.first_inference_s,
             inputs=tuple(model.inputs),
             outputs=tuple(model.outputs),
+            generates=sequences.facts if sequences else None,
         )
 
     def _unload(self, message: Unload) -> Unloaded:
+        self._sequences.pop(message.variant, None)
         _close(self._models.pop(message.variant, None))
         _log.info("event=unloaded variant=%s", message.variant)
         return Unloaded(call=message.call)
@@ -184,6 +208,16 @@ class Worker:
         start_s = time.perf_counter()
         outputs = model.run(inputs)
         return self._done(message, outputs, time.perf_counter() - start_s)
+
+    def _iterate(self, message: Iterate) -> Iterated:
+        sequences = self._sequences.get(message.variant)
+        if sequences is None:
+            raise UnknownVariant.of("a loaded variant that generates", field="variant", found=repr(message.variant))
+        start_s = time.perf_counter()
+        sequences.free(message.freed)
+        sequences.hold(message.kv_tokens)
+        tokens = sequences.prefill(message.prefill) if message.prefill else sequences.decode(message.decode)
+        return Iterated(call=message.call, tokens=tuple(tokens), run_s=time.perf_counter() - start_s)
 
     def _done(self, message: Run, outputs: Mapping[str, NDArray[Any]], run_s: float) -> Done:
         places = self._segment.write_outputs(outputs, message.output_offset_bytes, message.output_capacity_bytes)

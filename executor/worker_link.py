@@ -24,6 +24,7 @@ from executor.worker_wire import (
     Freed,
     FromWorker,
     Load,
+    Iterate,
     Loaded,
     Ready,
     Run,
@@ -171,14 +172,19 @@ class WorkerLink(asyncio.Protocol):
         ready = self._ready.result()
         return ready.variants if isinstance(ready, Ready) else ()
 
-    async def load(self, variant: str, max_batch: int, shape: tuple[int, int] = (1, 1)) -> Loaded:
+    async def load(
+        self, variant: str, max_batch: int, shape: tuple[int, int] = (1, 1), *, kv_bytes: int = 0
+    ) -> Loaded:
         """Load a variant, in place of an older load of it; ``shape`` is tensor and pipeline parallelism.
 
         Raises:
+        With ``kv_bytes`` a model that can generate gets so much key-value memory.
+
             WorkerRefused: It could not be loaded.
             WorkerGone: The process ended.
         """
-        call = self._call(Load(call=next(self._numbers), variant=variant, max_batch=max_batch, shape=shape))
+        number = next(self._numbers)
+        call = self._call(Load(call=number, variant=variant, max_batch=max_batch, shape=shape, kv_bytes=kv_bytes))
         answer = await self._within(self._settings.load_limit_s, call, f"load of {variant}")
         assert isinstance(answer, Loaded)
         return answer
@@ -218,6 +224,27 @@ class WorkerLink(asyncio.Protocol):
         )
 
     def give_up(self, problem: str) -> None:
+    def iterate(
+        self,
+        variant: str,
+        kv_tokens: int,
+        *,
+        freed: tuple[int, ...],
+        prefill: tuple[tuple[int, tuple[int, ...]], ...] = (),
+        decode: tuple[int, ...] = (),
+    ) -> asyncio.Future[FromWorker]:
+        """Send one iteration at once; the future holds `Iterated`, and fails as that of `run`. See `Iterate`."""
+        return self._call(
+            Iterate(
+                call=next(self._numbers),
+                variant=variant,
+                kv_tokens=kv_tokens,
+                freed=freed,
+                prefill=prefill,
+                decode=decode,
+            )
+        )
+
         """End a worker that hangs by force; what waits for it then fails with `WorkerGone`, which says ``problem``."""
         if self._process is not None and self._process.returncode is None and not self._closed.is_set():
             _log.error("event=worker_hangs worker=%d problem=%r", self.process_id, problem)
@@ -302,7 +329,7 @@ class WorkerLink(asyncio.Protocol):
         finally:
             timer.cancel()
 
-    def _call(self, message: Load | Unload | Run) -> asyncio.Future[FromWorker]:
+    def _call(self, message: Load | Unload | Run | Iterate) -> asyncio.Future[FromWorker]:
         answer: asyncio.Future[FromWorker] = asyncio.get_running_loop().create_future()
         if self._transport is None or self.is_closed:
             answer.set_exception(WorkerGone("the worker is gone"))

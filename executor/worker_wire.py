@@ -14,7 +14,7 @@ from typing import TypeVar
 from google.protobuf.message import DecodeError
 
 from executor.proto import worker_pb2 as pb
-from executor.runtime.protocol import TensorSpec
+from executor.runtime.protocol import GenerationFacts, TensorSpec
 
 __all__ = [
     "Done",
@@ -23,6 +23,8 @@ __all__ = [
     "FrameSplitter",
     "Freed",
     "FromWorker",
+    "Iterate",
+    "Iterated",
     "Load",
     "Loaded",
     "Ready",
@@ -65,13 +67,15 @@ class TensorPlace:
 class Load:
     """Load ``variant`` for batches up to ``max_batch``; a variant that is loaded already is replaced.
 
-    ``shape`` is tensor and pipeline parallelism over the worker's devices.
+    ``shape`` is tensor and pipeline parallelism over the worker's devices. ``kv_bytes`` is key-value memory to set aside
+    where the model generates; 0 when it shall not.
     """
 
     call: int
     variant: str
     max_batch: int
     shape: tuple[int, int] = (1, 1)
+    kv_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,6 +98,27 @@ class Run:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Iterate:
+    """Run one iteration of a model that generates: a prefill, or one token more for each sequence of ``decode``.
+
+    Attributes:
+        call: Number of the call.
+        variant: The model.
+        kv_tokens: Key-value memory that its sequences may take together.
+        freed: Sequences that are over; their memory is free before the iteration.
+        prefill: Sequences that begin, with all tokens so far, in the order of their admission.
+        decode: Sequences that go on, in that order.
+    """
+
+    call: int
+    variant: str
+    kv_tokens: int
+    freed: tuple[int, ...] = ()
+    prefill: tuple[tuple[int, tuple[int, ...]], ...] = ()
+    decode: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Stop:
     """Finish what runs, and end."""
 
@@ -108,7 +133,10 @@ class Ready:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Loaded:
-    """Answer to `Load`; see `executor.runtime.protocol.LoadedModel` for the figures."""
+    """Answer to `Load`; see `executor.runtime.protocol.LoadedModel` for the figures.
+
+    ``generates`` says what the model takes where it was loaded with key-value memory and can generate.
+    """
 
     call: int
     weight_bytes: int
@@ -116,6 +144,16 @@ class Loaded:
     first_inference_s: float
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
+    generates: GenerationFacts | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Iterated:
+    """Answer to `Iterate`: a token for each of its sequences, in their order."""
+
+    call: int
+    tokens: tuple[int, ...]
+    run_s: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -150,8 +188,8 @@ class Failed:
     invalid_input: bool = False
 
 
-ToWorker = Load | Unload | Run | Stop
-FromWorker = Ready | Loaded | Done | Freed | Unloaded | Failed
+ToWorker = Load | Unload | Run | Iterate | Stop
+FromWorker = Ready | Loaded | Done | Iterated | Freed | Unloaded | Failed
 
 
 def encode_to_worker(message: ToWorker) -> bytes:
@@ -165,6 +203,7 @@ def encode_to_worker(message: ToWorker) -> bytes:
                     max_batch=message.max_batch,
                     tensor_parallel=message.shape[0],
                     pipeline_parallel=message.shape[1],
+                    kv_bytes=message.kv_bytes,
                 )
             )
         case Unload():
@@ -177,6 +216,19 @@ def encode_to_worker(message: ToWorker) -> bytes:
                     inputs=[_place_to_proto(place) for place in message.inputs],
                     output_offset=message.output_offset_bytes,
                     output_capacity=message.output_capacity_bytes,
+                )
+            )
+        case Iterate():
+            body = pb.ToWorker(
+                iterate=pb.ToWorker.Iterate(
+                    call=message.call,
+                    variant=message.variant,
+                    kv_tokens=message.kv_tokens,
+                    freed=message.freed,
+                    prefill=[
+                        pb.ToWorker.Context(sequence=number, tokens=tokens) for number, tokens in message.prefill
+                    ],
+                    decode=message.decode,
                 )
             )
         case Stop():
@@ -195,7 +247,9 @@ def decode_to_worker(body: bytes) -> ToWorker:
         case "load":
             load = message.load
             shape = (load.tensor_parallel, load.pipeline_parallel)
-            return Load(call=load.call, variant=load.variant, max_batch=load.max_batch, shape=shape)
+            return Load(
+                call=load.call, variant=load.variant, max_batch=load.max_batch, shape=shape, kv_bytes=load.kv_bytes
+            )
         case "unload":
             return Unload(call=message.unload.call, variant=message.unload.variant)
         case "run":
@@ -206,6 +260,16 @@ def decode_to_worker(body: bytes) -> ToWorker:
                 inputs=tuple(_place_from_proto(place) for place in run.inputs),
                 output_offset_bytes=run.output_offset,
                 output_capacity_bytes=run.output_capacity,
+            )
+        case "iterate":
+            iterate = message.iterate
+            return Iterate(
+                call=iterate.call,
+                variant=iterate.variant,
+                kv_tokens=iterate.kv_tokens,
+                freed=tuple(iterate.freed),
+                prefill=tuple((context.sequence, tuple(context.tokens)) for context in iterate.prefill),
+                decode=tuple(iterate.decode),
             )
         case "stop":
             return Stop()
@@ -227,7 +291,12 @@ def encode_from_worker(message: FromWorker) -> bytes:
                     first_inference_s=message.first_inference_s,
                     inputs=[_spec_to_proto(spec) for spec in message.inputs],
                     outputs=[_spec_to_proto(spec) for spec in message.outputs],
+                    generates=_facts_to_proto(message.generates) if message.generates else None,
                 )
+            )
+        case Iterated():
+            body = pb.FromWorker(
+                iterated=pb.FromWorker.Iterated(call=message.call, tokens=message.tokens, run_s=message.run_s)
             )
         case Done():
             outputs = [_place_to_proto(place) for place in message.outputs]
@@ -264,7 +333,11 @@ def decode_from_worker(body: bytes) -> FromWorker:
                 first_inference_s=loaded.first_inference_s,
                 inputs=tuple(_spec_from_proto(spec) for spec in loaded.inputs),
                 outputs=tuple(_spec_from_proto(spec) for spec in loaded.outputs),
+                generates=_facts_from_proto(loaded.generates) if loaded.HasField("generates") else None,
             )
+        case "iterated":
+            iterated = message.iterated
+            return Iterated(call=iterated.call, tokens=tuple(iterated.tokens), run_s=iterated.run_s)
         case "done":
             done = message.done
             outputs = tuple(_place_from_proto(place) for place in done.outputs)
@@ -336,6 +409,24 @@ def _place_from_proto(message: pb.TensorRef) -> TensorPlace:
         shape=tuple(message.shape),
         offset_bytes=message.offset,
         size_bytes=message.size,
+    )
+
+
+def _facts_to_proto(facts: GenerationFacts) -> pb.FromWorker.Vocabulary:
+    return pb.FromWorker.Vocabulary(
+        tokens=facts.vocabulary,
+        max_context=facts.max_context,
+        kv_bytes_per_token=facts.kv_bytes_per_token,
+        stop_tokens=facts.stop_tokens,
+    )
+
+
+def _facts_from_proto(message: pb.FromWorker.Vocabulary) -> GenerationFacts:
+    return GenerationFacts(
+        vocabulary=message.tokens,
+        max_context=message.max_context,
+        kv_bytes_per_token=message.kv_bytes_per_token,
+        stop_tokens=tuple(message.stop_tokens),
     )
 
 

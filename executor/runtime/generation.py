@@ -1,4 +1,4 @@
-"""Generation with Llama models: key-value memory in pages of one token, prefill and decode steps, and their engine.
+"""Generation with Llama models: key-value memory in pages of one token, prefill and decode steps, and sequences.
 
 A prefill packs its prompts one behind the other, so it costs what their tokens cost together and nothing for padding;
 attention works on all that is packed together, which is why many tokens are packed into several passes.
@@ -7,9 +7,7 @@ A decode reads the context of each sequence from where its tokens lie. Decoding 
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -17,10 +15,10 @@ import torch
 from numpy.typing import NDArray
 from transformers import LlamaForCausalLM
 
-from executor.runtime.iteration import Decode, IterationLimits, IterationScheduler, Prefill
-from plans.errors import Fault, InvalidInput
+from executor.runtime.memory import out_of_memory_named
+from executor.runtime.protocol import GenerationFacts, InvalidTensor
 
-__all__ = ["Finished", "GenerationEngine", "KvMemory", "LlamaSteps", "Step", "can_generate", "kv_bytes_per_token"]
+__all__ = ["KvMemory", "LlamaSequences", "LlamaSteps", "can_generate", "kv_bytes_per_token"]
 
 _PACKED_TOKENS = 4096
 """Tokens that one pass of a prefill takes, unless a single prompt has more."""
@@ -58,6 +56,19 @@ class KvMemory:
     def free_tokens(self) -> int:
         """Tokens that memory could still take."""
         return len(self._free)
+
+    def grow(self, tokens: int) -> None:
+        """Have room for ``tokens`` tokens at least; what is kept stays where it is.
+
+        Raises:
+            torch.OutOfMemoryError: The device cannot hold the old and the new memory together.
+        """
+        if tokens > self.tokens:
+            layers, both, _, heads, head = self.data.shape
+            data = torch.zeros((layers, both, tokens, heads, head), device=self.data.device, dtype=self.data.dtype)
+            data[:, :, : self.tokens] = self.data
+            self._free = [*range(tokens - 1, self.tokens - 1, -1), *self._free]
+            self.tokens, self.data = tokens, data
 
     def take(self, count: int) -> Places:
         """Return ``count`` free places, not free any more; there must be so many."""
@@ -115,11 +126,6 @@ class LlamaSteps:
     def vocabulary(self) -> int:
         """Number of tokens that the model knows."""
         return int(self._module.config.vocab_size)
-
-    @property
-    def max_context(self) -> int:
-        """Tokens of the longest sequence."""
-        return int(self._module.config.max_position_embeddings)
 
     def prefill(self, contexts: Sequence[Sequence[int]], places: Sequence[Places]) -> list[int]:
         """Read ``contexts``, keep their keys and values at ``places``, and return the next token of each."""
@@ -179,180 +185,67 @@ class LlamaSteps:
         return torch.from_numpy(array).to(self._device, non_blocking=True)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Finished:
-    """A sequence that has all its tokens.
-
-    Attributes:
-        number: As `GenerationEngine.add` gave it.
-        tokens: What was generated, a stop token included.
-        ttft_s: Seconds from its entry to its first token.
-        tpot_s: Seconds per token after the first; 0 for a single token.
-    """
-
-    number: int
-    tokens: tuple[int, ...]
-    ttft_s: float
-    tpot_s: float
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Step:
-    """What one iteration brought.
-
-    Attributes:
-        produced: One (number, token) for each sequence that was served.
-        finished: Sequences that ended with it.
-        dropped: Sequences given up because their first token could not come in time.
-        preempted: Sequences that lost their memory; they go on later, by computing it again.
-    """
-
-    produced: tuple[tuple[int, int], ...] = ()
-    finished: tuple[Finished, ...] = ()
-    dropped: tuple[int, ...] = ()
-    preempted: tuple[int, ...] = ()
-
-
-@dataclass(slots=True)
-class _Sequence:
-    prompt: tuple[int, ...]
-    entered_s: float
-    produced: list[int]
-    places: Places
-    first_s: float = 0.0
-
-
-_NO_PLACES: Places = np.empty(0, dtype=np.int64)
-
-
-class GenerationEngine:
-    """Generates for many sequences at once, iteration by iteration, within key-value memory. Not for several threads.
+class LlamaSequences:
+    """Sequences of one Llama on one device; see `executor.runtime.protocol.SequenceRunner`.
 
     Args:
         steps: Runs the model.
-        max_batch: Sequences that run together, at most.
-        max_prefill_tokens: See `IterationLimits`.
-        stop_tokens: Tokens that end a sequence.
-        prefill_s: Seconds that a prefill of so many tokens takes, to drop what would be late; without it nothing is.
-        clock: Monotonic seconds.
-
-    Raises:
-        InvalidInput: A limit is below 1.
+        facts: What it takes.
+        name: Of the model.
     """
 
-    def __init__(
-        self,
-        steps: LlamaSteps,
-        *,
-        max_batch: int,
-        max_prefill_tokens: int = 8192,
-        stop_tokens: Collection[int] = (),
-        prefill_s: Callable[[int], float] | None = None,
-        clock: Callable[[], float] = time.perf_counter,
-    ) -> None:
-        limits = IterationLimits(
-            max_batch=max_batch, kv_tokens=steps.memory.tokens, max_prefill_tokens=max_prefill_tokens
-        )
+    def __init__(self, steps: LlamaSteps, facts: GenerationFacts, name: str) -> None:
+        self.facts = facts
+        self._name = name
         self._steps = steps
-        self._scheduler = IterationScheduler(limits, prefill_s)
-        self._stop_tokens = frozenset(stop_tokens)
-        self._clock = clock
-        self._sequences: dict[int, _Sequence] = {}
-        self._added = 0
+        self._places: dict[int, Places] = {}
+        self._newest: dict[int, int] = {}
 
-    @property
-    def is_idle(self) -> bool:
-        """Whether no sequence waits or runs."""
-        return not self._sequences
+    def hold(self, kv_tokens: int) -> None:
+        """Have memory for ``kv_tokens`` tokens at least."""
+        with out_of_memory_named(self._name, 1):
+            self._steps.memory.grow(kv_tokens)
 
-    def add(self, prompt: Sequence[int], new_tokens: int, *, ttft_s: float | None = None) -> int:
-        """Take a sequence in and return its number.
+    def free(self, numbers: Sequence[int]) -> None:
+        """Forget sequences; unknown ones are none."""
+        for number in numbers:
+            places = self._places.pop(number, None)
+            self._newest.pop(number, None)
+            if places is not None:
+                self._steps.memory.give_back(places)
 
-        Args:
-            prompt: Tokens of the prompt.
-            new_tokens: Tokens to generate, unless a stop token comes before.
-            ttft_s: Seconds from now to the deadline of the first token. Sequences with a deadline go by it, before
-                those without, which go in the order of entry.
+    def prefill(self, contexts: Sequence[tuple[int, Sequence[int]]]) -> list[int]:
+        """Read whole contexts and return the next token of each."""
+        for number, tokens in contexts:
+            if not tokens or not 0 <= min(tokens) <= max(tokens) < self.facts.vocabulary:
+                expected = f"tokens from 0 to {self.facts.vocabulary - 1}, at least one"
+                raise InvalidTensor.of(expected, field=f"context of sequence {number}", found="others")
+        self._need(sum(len(tokens) for _, tokens in contexts))
+        for number, tokens in contexts:
+            self.free((number,))
+            self._places[number] = self._steps.memory.take(len(tokens))
+        numbers = [number for number, _ in contexts]
+        places = [self._places[number] for number in numbers]
+        with out_of_memory_named(self._name, len(numbers)):
+            return self._noted(numbers, self._steps.prefill([tokens for _, tokens in contexts], places))
 
-        Raises:
-            InvalidInput: The prompt is empty or has tokens that the model does not know, or the sequence is longer than
-                the model or key-value memory can hold; all faults.
-        """
-        self._check(prompt, new_tokens)
-        now_s = self._clock()
-        number = self._added
-        self._added += 1
-        due_s = None if ttft_s is None else now_s + ttft_s
-        key = float("inf") if due_s is None else due_s
-        self._scheduler.add(number, len(prompt), new_tokens, key=key, due_s=due_s)
-        self._sequences[number] = _Sequence(tuple(prompt), now_s, [], _NO_PLACES)
-        return number
+    def decode(self, numbers: Sequence[int]) -> list[int]:
+        """Return one token more for each of these sequences."""
+        if unknown := [number for number in numbers if number not in self._places]:
+            raise InvalidTensor.of("sequences that were prefilled", field="decode", found=str(unknown))
+        self._need(len(numbers))
+        for number in numbers:
+            self._places[number] = np.append(self._places[number], self._steps.memory.take(1))
+        newest = [self._newest[number] for number in numbers]
+        places = [self._places[number] for number in numbers]
+        with out_of_memory_named(self._name, len(numbers)):
+            return self._noted(numbers, self._steps.decode(newest, places))
 
-    def step(self) -> Step:
-        """Run one iteration, if there is anything to do."""
-        turn = self._scheduler.turn(self._clock())
-        for number in turn.dropped:
-            del self._sequences[number]
-        for number in turn.preempted:
-            self._free(self._sequences[number])
-        if turn.work is None:
-            return Step(dropped=turn.dropped, preempted=turn.preempted)
-        tokens = self._prefill(turn.work) if isinstance(turn.work, Prefill) else self._decode(turn.work)
-        now_s = self._clock()
-        produced = tuple(zip(turn.work.sequences, tokens, strict=True))
-        for number, token in produced:
-            sequence = self._sequences[number]
-            if not sequence.produced:
-                sequence.first_s = now_s
-            sequence.produced.append(token)
-        stopped = {number for number, token in produced if token in self._stop_tokens}
-        ended = self._scheduler.end(turn.work, stopped)
-        finished = tuple(self._finish(number, now_s) for number in ended)
-        return Step(produced=produced, finished=finished, dropped=turn.dropped, preempted=turn.preempted)
+    def _noted(self, numbers: Sequence[int], tokens: list[int]) -> list[int]:
+        self._newest.update(zip(numbers, tokens, strict=True))
+        return tokens
 
-    def _prefill(self, work: Prefill) -> list[int]:
-        served = [self._sequences[number] for number in work.sequences]
-        for sequence in served:
-            sequence.places = self._steps.memory.take(len(sequence.prompt) + len(sequence.produced))
-        contexts = [(*sequence.prompt, *sequence.produced) for sequence in served]
-        return self._steps.prefill(contexts, [sequence.places for sequence in served])
-
-    def _decode(self, work: Decode) -> list[int]:
-        served = [self._sequences[number] for number in work.sequences]
-        for sequence in served:
-            sequence.places = np.append(sequence.places, self._steps.memory.take(1))
-        return self._steps.decode([each.produced[-1] for each in served], [each.places for each in served])
-
-    def _finish(self, number: int, now_s: float) -> Finished:
-        sequence = self._sequences.pop(number)
-        self._free(sequence)
-        more = len(sequence.produced) - 1
-        return Finished(
-            number=number,
-            tokens=tuple(sequence.produced),
-            ttft_s=sequence.first_s - sequence.entered_s,
-            tpot_s=(now_s - sequence.first_s) / more if more else 0.0,
-        )
-
-    def _free(self, sequence: _Sequence) -> None:
-        self._steps.memory.give_back(sequence.places)
-        sequence.places = _NO_PLACES
-
-    def _check(self, prompt: Sequence[int], new_tokens: int) -> None:
-        steps, faults = self._steps, []
-        if not prompt:
-            faults.append(Fault(field="prompt", found="no token", expected="at least one"))
-        elif not 0 <= min(prompt) <= max(prompt) < steps.vocabulary:
-            found = f"tokens from {min(prompt)} to {max(prompt)}"
-            faults.append(Fault(field="prompt", found=found, expected=f"tokens from 0 to {steps.vocabulary - 1}"))
-        if new_tokens < 1:
-            faults.append(Fault(field="new_tokens", found=str(new_tokens), expected="at least 1"))
-        length = len(prompt) + new_tokens
-        if length > steps.max_context:
-            expected = f"at most {steps.max_context}, the model's longest context"
-            faults.append(Fault(field="prompt and new tokens", found=str(length), expected=expected))
-        if not self._scheduler.can_ever_hold(len(prompt), new_tokens):
-            expected = f"at most {steps.memory.tokens}, what key-value memory holds"
-            faults.append(Fault(field="prompt and new tokens", found=str(length), expected=expected))
-        if faults:
-            raise InvalidInput(faults)
+    def _need(self, tokens: int) -> None:
+        free = self._steps.memory.free_tokens
+        if tokens > free:
+            raise InvalidTensor.of(f"at most {free}, what key-value memory holds", field="tokens", found=tokens)

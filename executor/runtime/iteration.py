@@ -110,6 +110,27 @@ class IterationScheduler:
         """Context of the running sequences together."""
         return _context(self._running)
 
+    @property
+    def head_key(self) -> float | None:
+        """Key of the sequence that waits first; None when none waits."""
+        return self._waiting[0].key if self._waiting else None
+
+    @property
+    def kv_tokens(self) -> int | None:
+        """Tokens of context that key-value memory holds; None without limit."""
+        return self._limits.kv_tokens
+
+    def change(self, limits: IterationLimits, prefill_s: Callable[[int], float] | None) -> None:
+        """Go on by other limits from the next turn on; what runs beyond them goes on."""
+        self._limits, self._prefill_s = limits, prefill_s
+
+    def remove(self, number: int) -> bool:
+        """Forget a sequence that waits or runs; say whether it held memory."""
+        running = len(self._running)
+        self._waiting = [sequence for sequence in self._waiting if sequence.number != number]
+        self._running = [sequence for sequence in self._running if sequence.number != number]
+        return len(self._running) < running
+
     def can_ever_hold(self, prompt_tokens: int, new_tokens: int) -> bool:
         """Return whether memory holds such a sequence when it runs alone."""
         return self._limits.kv_tokens is None or prompt_tokens + new_tokens <= self._limits.kv_tokens

@@ -7,7 +7,7 @@ implementation passes one contract suite (``tests/executor/runtime/contract.py``
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
@@ -20,12 +20,15 @@ from plans.errors import Fault, ForeplanError, InvalidInput
 __all__ = [
     "NUMPY_TYPES",
     "DevicesLost",
+    "GeneratesTokens",
+    "GenerationFacts",
     "GroupRuntime",
     "InvalidTensor",
     "LoadedModel",
     "OutOfDeviceMemory",
     "PipelinedModel",
     "Runtime",
+    "SequenceRunner",
     "TensorSpec",
     "UnknownVariant",
     "batch_of",
@@ -140,6 +143,73 @@ class PipelinedModel(LoadedModel, Protocol):
         Raises:
             InvalidTensor: As `run`.
         """
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerationFacts:
+    """What a model that generates takes.
+
+    Attributes:
+        vocabulary: Tokens are 0 to ``vocabulary`` - 1.
+        max_context: Tokens of the longest sequence, prompt and answer together.
+        kv_bytes_per_token: Key-value memory of one token, over all devices.
+        stop_tokens: Tokens by which it says that an answer is complete.
+    """
+
+    vocabulary: int
+    max_context: int
+    kv_bytes_per_token: int
+    stop_tokens: tuple[int, ...] = ()
+
+
+class SequenceRunner(Protocol):
+    """Runs the iterations of many sequences over key-value memory of a fixed size. Not for several threads."""
+
+    @property
+    def facts(self) -> GenerationFacts:
+        """What the model takes."""
+
+    def hold(self, kv_tokens: int) -> None:
+        """Have memory for ``kv_tokens`` tokens at least; what it holds stays.
+
+        Raises:
+            OutOfDeviceMemory: The device cannot hold so many.
+        """
+
+    def free(self, numbers: Sequence[int]) -> None:
+        """Forget sequences; unknown ones are none."""
+
+    def prefill(self, contexts: Sequence[tuple[int, Sequence[int]]]) -> list[int]:
+        """Read whole contexts of sequences, by number, that hold no memory; return the next token of each.
+
+        Raises:
+            InvalidTensor: A token is outside the vocabulary, or memory cannot hold them.
+            OutOfDeviceMemory: The device cannot run them together.
+        """
+
+    def decode(self, numbers: Sequence[int]) -> list[int]:
+        """Return one token more for each of these sequences.
+
+        Raises:
+            InvalidTensor: One was not prefilled, or memory cannot hold a token more for each.
+            OutOfDeviceMemory: As for `prefill`.
+        """
+
+
+@runtime_checkable
+class GeneratesTokens(LoadedModel, Protocol):
+    """A model whose answers can be generated token by token."""
+
+    def sequences(self, kv_tokens: int) -> SequenceRunner:
+        """Return what runs sequences, with memory for ``kv_tokens`` tokens, at least 1.
+
+        Raises:
+            OutOfDeviceMemory: The device cannot hold so many.
+        """
+
+    @property
+    def generation(self) -> GenerationFacts:
+        """What it takes."""
 
 
 class Runtime(Protocol):

@@ -17,11 +17,12 @@ import transformers
 from numpy.typing import NDArray
 
 from executor.runtime.acceleration import GraphedModule, acceleration_faults, compiled_module
-from executor.runtime.generation import GenerationEngine, KvMemory, LlamaSteps, can_generate
+from executor.runtime.generation import KvMemory, LlamaSequences, LlamaSteps, can_generate, kv_bytes_per_token
+from executor.runtime.generation_engine import GenerationEngine
 from executor.runtime.generation_group import GenerationGroup
 from executor.runtime.local_models import load_folder, local_names
 from executor.runtime.memory import keep_freed_memory, out_of_memory_named, peak_growth_bytes
-from executor.runtime.protocol import InvalidTensor, TensorSpec, UnknownVariant, batch_of
+from executor.runtime.protocol import GenerationFacts, InvalidTensor, TensorSpec, UnknownVariant, batch_of
 from executor.runtime.registry import REGISTRY
 from executor.runtime.transfer import DeviceTransfer
 from plans.errors import Fault, InvalidInput
@@ -119,6 +120,7 @@ class TorchRuntime:
                 dtype=DTYPES[self._dtype],
                 max_batch=max_batch,
                 load_s=load_s,
+                from_files=self._model_dir is not None and variant in local_names(self._model_dir),
             )
 
     def peak_growth_bytes(self, action: Callable[[], object]) -> int:
@@ -173,8 +175,10 @@ class TorchModel:
         dtype: torch.dtype,
         max_batch: int,
         load_s: float,
+        from_files: bool = False,
     ) -> None:
         self.name = name
+        self.from_files = from_files
         self.inputs = inputs
         self.load_s = load_s
         self.max_batch = max_batch
@@ -225,11 +229,32 @@ class GeneratingModel(TorchModel):
             OutOfDeviceMemory: The device cannot hold so many.
             InvalidInput: ``kv_tokens`` or a chosen limit is below 1.
         """
+        return GenerationEngine(self.sequences(kv_tokens), kv_tokens=kv_tokens, **chosen)
+
+    def sequences(self, kv_tokens: int) -> LlamaSequences:
+        """Return what runs sequences, with key-value memory for ``kv_tokens`` tokens.
+
+        Raises:
+            OutOfDeviceMemory: The device cannot hold so many.
+            InvalidInput: ``kv_tokens`` is below 1.
+        """
         if kv_tokens < 1:
             raise InvalidInput.of("at least 1", where=self.name, field="kv_tokens", found=kv_tokens)
         with out_of_memory_named(self.name, self.max_batch):
             memory = KvMemory(self._module.config, kv_tokens, self._device, self._dtype)
-        return GenerationEngine(LlamaSteps(self._module, memory), **chosen)
+        return LlamaSequences(LlamaSteps(self._module, memory), self.generation, self.name)
+
+    @property
+    def generation(self) -> GenerationFacts:
+        """What it takes; only weights that were read know when an answer is complete."""
+        config: Any = self._module.config
+        ends = config.eos_token_id if self.from_files else None
+        return GenerationFacts(
+            vocabulary=int(config.vocab_size),
+            max_context=int(config.max_position_embeddings),
+            kv_bytes_per_token=kv_bytes_per_token(config, self._dtype),
+            stop_tokens=() if ends is None else tuple(np.atleast_1d(ends).tolist()),
+        )
 
     def as_group(self) -> GenerationGroup:
         """Return the model as `profiles.profiler.profile_group` measures it."""

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from executor import worker_wire as wire
 from executor.proto import worker_pb2
-from executor.runtime.protocol import NUMPY_TYPES, TensorSpec
+from executor.runtime.protocol import NUMPY_TYPES, GenerationFacts, TensorSpec
 
 names = st.text(max_size=8)
 counts = st.integers(0, 2**62)
@@ -18,9 +18,27 @@ places = st.lists(
 ).map(tuple)
 specs = st.lists(st.builds(TensorSpec, names, datatypes, shapes), max_size=3).map(tuple)
 seconds = st.floats(0, 1e6)
+numbers = st.lists(counts, max_size=3).map(tuple)
+tokens = st.lists(st.integers(0, 2**32 - 1), max_size=3).map(tuple)
+facts = st.builds(
+    GenerationFacts,
+    vocabulary=st.integers(1, 2**32 - 1),
+    max_context=st.integers(1, 2**32 - 1),
+    kv_bytes_per_token=counts,
+    stop_tokens=tokens,
+)
 
 to_worker = st.one_of(
-    st.builds(wire.Load, call=counts, variant=names, max_batch=st.integers(1, 4096)),
+    st.builds(wire.Load, call=counts, variant=names, max_batch=st.integers(1, 4096), kv_bytes=counts),
+    st.builds(
+        wire.Iterate,
+        call=counts,
+        variant=names,
+        kv_tokens=counts,
+        freed=numbers,
+        prefill=st.lists(st.tuples(counts, tokens), max_size=2).map(tuple),
+        decode=numbers,
+    ),
     st.builds(wire.Unload, call=counts, variant=names),
     st.builds(
         wire.Run,
@@ -42,7 +60,9 @@ from_worker = st.one_of(
         first_inference_s=seconds,
         inputs=specs,
         outputs=specs,
+        generates=st.none() | facts,
     ),
+    st.builds(wire.Iterated, call=counts, tokens=tokens, run_s=seconds),
     st.builds(wire.Done, call=counts, outputs=places, run_s=seconds),
     st.builds(wire.Unloaded, call=counts),
     st.builds(wire.Failed, call=counts, problem=names, invalid_input=st.booleans()),

@@ -6,8 +6,9 @@ from itertools import count
 import pytest
 import torch
 
-from executor.runtime.generation import GenerationEngine, KvMemory, LlamaSteps, kv_bytes_per_token
-from executor.runtime.protocol import OutOfDeviceMemory
+from executor.runtime.generation import KvMemory, kv_bytes_per_token
+from executor.runtime.generation_engine import GenerationEngine
+from executor.runtime.protocol import InvalidTensor, OutOfDeviceMemory
 from executor.runtime.torch_runtime import GeneratingModel, TorchRuntime
 from plans.errors import InvalidInput
 from profiles.group import Grid, Point, Series
@@ -106,17 +107,49 @@ def test_newcomers_join_between_two_iterations(model, module):
     assert finished[second].tokens == by_transformers(module, prompts(3)[2], 6)
 
 
-def test_times_are_from_entry_to_first_token_and_per_token_after_it(module):
+def test_times_are_from_entry_to_first_token_and_per_token_after_it(model):
     """The clock ticks once a second: entry 0, turn 1, first token 2; turns and tokens 3 to 6 make two more."""
     ticks = count()
-    memory = KvMemory(module.config, 50, CPU, torch.float32)
-    engine = GenerationEngine(LlamaSteps(module, memory), max_batch=1, clock=lambda: float(next(ticks)))
+    engine = GenerationEngine(model.sequences(50), kv_tokens=50, max_batch=1, clock=lambda: float(next(ticks)))
     engine.add([1, 2, 3], 3)
     engine.add([4], 1)
     _, finished = finish(engine)
     assert (finished[0].ttft_s, finished[0].tpot_s) == (3.0, 2.0)
     assert (finished[1].ttft_s, finished[1].tpot_s) == (8.0, 0.0)
-    assert memory.free_tokens == 50
+
+
+def test_memory_of_what_is_over_is_used_again(model):
+    engine = model.engine(kv_tokens=50, max_batch=1)
+    for _ in range(3):
+        engine.add(list(range(40)), 10)
+    _, finished = finish(engine)
+    assert [len(one.tokens) for one in finished.values()] == [10, 10, 10]
+
+
+def test_memory_that_grows_keeps_what_it_holds(model):
+    sequences, larger = model.sequences(12), model.sequences(40)
+    first = [each.prefill([(7, range(10))]) for each in (sequences, larger)]
+    sequences.hold(40)
+    sequences.hold(20)
+    assert [*first[0], *[sequences.decode([7])[0] for _ in range(20)]] == [
+        *first[1],
+        *[larger.decode([7])[0] for _ in range(20)],
+    ]
+
+
+def test_what_memory_does_not_hold_or_nobody_began_is_refused(model):
+    sequences = model.sequences(12)
+    with pytest.raises(InvalidTensor, match="at most 12"):
+        sequences.prefill([(1, range(13))])
+    with pytest.raises(InvalidTensor, match="prefilled"):
+        sequences.decode([1])
+    with pytest.raises(InvalidTensor, match="from 0 to 1023"):
+        sequences.prefill([(1, [1024])])
+    sequences.prefill([(1, range(12))])
+    with pytest.raises(InvalidTensor, match="at most 0"):
+        sequences.decode([1])
+    sequences.free([1, 2])
+    sequences.prefill([(1, range(12))])
 
 
 def test_a_stop_token_ends_a_sequence_early(model, module):
