@@ -18,15 +18,16 @@ import grpc.aio
 from executor.errors import PlacementIsPlanned, RequestRefused, UnknownService, details_of, status_of
 from executor.forwarding import Body
 from executor.group_server import Answer
-from executor.infer_header import GROUP_METADATA, LONGEST_DEADLINE_S, deadline_of, priority_of, split_request, stream_of
+from executor.infer_header import GROUP_METADATA, LONGEST_DEADLINE_S
 from executor.node import Node
 from executor.proto import open_inference_pb2 as pb
 from executor.proto import open_inference_pb2_grpc as pb_grpc
 from executor.replica import Replica
+from executor.request_head import HeadReader, RequestHead
 from executor.runtime.protocol import TensorSpec, batch_of
 from executor.state import Phase
 from executor.statistics import Counters, statistics_to_proto
-from executor.tensors import Buffer, TensorLimits, decode_inputs, described_inputs, encode_response
+from executor.tensors import Buffer, TensorLimits, decode_inputs, decode_raw, encode_response
 from executor.tracing import Spans
 from executor.worker_wire import Loaded
 from plans.errors import ForeplanError, InvalidInput
@@ -39,16 +40,13 @@ MODEL_VERSION = "1"
 Context = grpc.aio.ServicerContext[Any, Any]
 
 
-def deadline_in_s(request: pb.ModelInferRequest, time_remaining_s: float | None, default_s: float) -> float:
+def deadline_in_s(asked_s: float | None, time_remaining_s: float | None, default_s: float) -> float:
     """Return the seconds that a request may take from its arrival.
 
-    The sooner of the gRPC timeout and the parameter ``deadline_ms``, or ``default_s`` when it carries neither; at most
+    The sooner of the gRPC timeout and what its parameter asks for, or ``default_s`` when it carries neither; at most
     `LONGEST_DEADLINE_S`.
-
-    Raises:
-        InvalidInput: ``deadline_ms`` is no number above 0.
     """
-    given_s = [limit for limit in (time_remaining_s, deadline_of(request)) if limit is not None]
+    given_s = [limit for limit in (time_remaining_s, asked_s) if limit is not None]
     return min(LONGEST_DEADLINE_S, min(given_s, default=default_s))
 
 
@@ -56,7 +54,7 @@ def deadline_in_s(request: pb.ModelInferRequest, time_remaining_s: float | None,
 class _Whole:
     """A request, and the raw contents of its tensors."""
 
-    request: pb.ModelInferRequest
+    head: RequestHead
     raw: Sequence[Buffer]
 
 
@@ -84,6 +82,7 @@ class InferenceServicer(pb_grpc.GRPCInferenceServiceServicer):
         self._node = node
         self._version = version
         self._limits = limits or TensorLimits()
+        self._heads = HeadReader(self._limits)
         self._clock = clock
 
     async def ServerLive(self, request: pb.ServerLiveRequest, context: Context) -> pb.ServerLiveResponse:  # noqa: N802
@@ -159,7 +158,8 @@ class InferenceServicer(pb_grpc.GRPCInferenceServiceServicer):
         """Run one request, batched with others where that serves all deadlines."""
         arrived_s = self._clock()
         try:
-            whole = _Whole(request, request.raw_input_contents)
+            raw = request.raw_input_contents
+            whole = _Whole(RequestHead.of(request, raw, self._limits), raw)
             return await self._recorded(whole, arrived_s, context.time_remaining(), _group_in(context))
         except ForeplanError as error:
             return await context.abort(status_of(error), details_of(error))
@@ -172,7 +172,7 @@ class InferenceServicer(pb_grpc.GRPCInferenceServiceServicer):
             InvalidInput: It is no such message, or not one that the model takes.
         """
         arrived_s = self._clock()
-        answer = await self._recorded(_Whole(*split_request(body)), arrived_s, timeout_s, group)
+        answer = await self._recorded(_Whole(*self._heads.read(body)), arrived_s, timeout_s, group)
         return answer.SerializeToString()
 
     def wait_s(self, group: str) -> float:
@@ -210,7 +210,7 @@ class InferenceServicer(pb_grpc.GRPCInferenceServiceServicer):
     ) -> pb.ModelInferResponse:
         if self._spans is None:
             return await self._infer(whole, arrived_s, time_remaining_s, group)
-        with self._spans.span("agent.infer", service=whole.request.model_name, group=group or ""):
+        with self._spans.span("agent.infer", service=whole.head.message.model_name, group=group or ""):
             return await self._infer(whole, arrived_s, time_remaining_s, group)
 
     def _record(self, answer: Answer) -> None:
@@ -224,26 +224,22 @@ class InferenceServicer(pb_grpc.GRPCInferenceServiceServicer):
     async def _infer(
         self, whole: _Whole, arrived_s: float, time_remaining_s: float | None, group: str | None
     ) -> pb.ModelInferResponse:
-        request = whole.request
+        head = whole.head
+        request, wanted = head.message, head.wanted
         replica, loaded = self._chosen(request.model_name, request.model_version, group)
-        if len(request.outputs) > self._limits.tensors:
-            raise InvalidInput.of(f"at most {self._limits.tensors}", field="outputs", found=len(request.outputs))
-        wanted = {output.name for output in request.outputs}
-        if unknown := wanted - {spec.name for spec in loaded.outputs}:
+        if wanted and (unknown := wanted - {spec.name for spec in loaded.outputs}):
             known = ", ".join(spec.name for spec in loaded.outputs)
             raise InvalidInput.of(f"some of {known}", field="outputs", found=", ".join(sorted(unknown)))
         server = self._node.upkeep.groups[replica.key.group]
         items = batch_of(  # from the headers alone: contents that cannot be run are not worth decoding
-            described_inputs(request, self._limits, whole.raw),
+            head.described,
             loaded.inputs,
             max_batch=server.max_batch(replica.key),
             where=request.model_name,
         )
-        inputs = decode_inputs(request, self._limits, whole.raw)
-        deadline_s = arrived_s + deadline_in_s(request, time_remaining_s, replica.settings.deadline_s)
-        pending = server.submit(
-            replica.key, inputs, items, deadline_s, priority=priority_of(request), stream=stream_of(request)
-        )
+        inputs = decode_raw(head.described, whole.raw) if whole.raw else decode_inputs(request, self._limits)
+        deadline_s = arrived_s + deadline_in_s(head.deadline_s, time_remaining_s, replica.settings.deadline_s)
+        pending = server.submit(replica.key, inputs, items, deadline_s, priority=head.priority, stream=head.stream)
         try:
             answer = await pending.answer
         except asyncio.CancelledError:  # the client gave up, or its deadline passed

@@ -24,11 +24,12 @@ __all__ = [
     "InferHeader",
     "deadline_of",
     "group_mark",
+    "parsed_request",
     "priority_of",
     "read_answer_header",
     "read_infer_header",
     "small_fields",
-    "split_request",
+    "split_fields",
     "stream_of",
 ]
 
@@ -174,11 +175,11 @@ def _small_fields(request: bytes) -> bytes:
     )
 
 
-def split_request(request: bytes | memoryview) -> tuple[messages.ModelInferRequest, list[memoryview]]:
-    """Return a serialised request without its raw contents, and these as parts of it, not copied.
+def split_fields(request: bytes | memoryview) -> tuple[bytes, list[memoryview]]:
+    """Return a serialised request without its raw contents, serialised, and these as parts of it, not copied.
 
     Raises:
-        InvalidInput: The bytes are no such message.
+        InvalidInput: The bytes are no protobuf message, or one of too many fields.
     """
     whole = memoryview(request)
     raw: list[memoryview] = []
@@ -189,8 +190,20 @@ def split_request(request: bytes | memoryview) -> tuple[messages.ModelInferReque
                 raw.append(whole[content:end])
             else:
                 rest.append(whole[start:end])
-        return messages.ModelInferRequest.FromString(b"".join(rest)), raw
-    except (DecodeError, IndexError, ValueError) as error:
+    except (IndexError, ValueError) as error:
+        raise InvalidInput.of("a ModelInferRequest", where="request", found=f"other bytes ({error})") from error
+    return b"".join(rest), raw
+
+
+def parsed_request(request: bytes) -> messages.ModelInferRequest:
+    """Parse a serialised request.
+
+    Raises:
+        InvalidInput: The bytes are no such message.
+    """
+    try:
+        return messages.ModelInferRequest.FromString(request)
+    except DecodeError as error:
         raise InvalidInput.of("a ModelInferRequest", where="request", found=f"other bytes ({error})") from error
 
 

@@ -26,6 +26,7 @@ __all__ = [
     "datatype_of",
     "decode_inputs",
     "decode_outputs",
+    "decode_raw",
     "described_inputs",
     "encode_request",
     "encode_response",
@@ -100,6 +101,27 @@ def decode_inputs(
     return _decode(request.inputs, contents, "inputs", limits or TensorLimits())
 
 
+def decode_raw(described: Mapping[str, Array], raw: Sequence[Buffer]) -> dict[str, Array]:
+    """Return input tensors by name, read-only views of their raw contents: ``raw`` in the order of ``described``.
+
+    ``described`` is what `described_inputs` returned for as many contents.
+
+    Raises:
+        InvalidInput: A content has not the size of its tensor; with every fault.
+    """
+    faults: list[Fault] = []
+    arrays: dict[str, Array] = {}
+    for position, (name, like) in enumerate(described.items()):
+        array = _raw_array(like.dtype, like.shape, raw[position], f"inputs[{position}]")
+        if isinstance(array, Fault):
+            faults.append(array)
+        else:
+            arrays[name] = array
+    if faults:
+        raise InvalidInput(faults)
+    return arrays
+
+
 def described_inputs(
     request: pb.ModelInferRequest, limits: TensorLimits | None = None, raw: Sequence[Buffer] | None = None
 ) -> dict[str, Array]:
@@ -136,7 +158,11 @@ def _decode(tensors: Sequence[_Tensor], raw: Sequence[Buffer], field: str, limit
     arrays: dict[str, Array] = {}
     for position, tensor in enumerate(tensors):
         here = f"{field}[{position}]"
-        array = _raw_array(tensor, raw[position], here) if raw else _typed_array(tensor, here)
+        array = (
+            _raw_array(NUMPY_TYPES[tensor.datatype], tuple(tensor.shape), raw[position], here)
+            if raw
+            else _typed_array(tensor, here)
+        )
         if isinstance(array, Fault):
             faults.append(array)
         else:
@@ -189,16 +215,15 @@ def _header_faults(tensor: _Tensor, field: str, limits: TensorLimits) -> Iterato
         yield Fault(field=f"{field}.shape", found=str(list(tensor.shape)), expected="every dimension at least 1")
 
 
-def _raw_array(tensor: _Tensor, content: Buffer, field: str) -> Array | Fault:
-    dtype = NUMPY_TYPES[tensor.datatype]
-    size_bytes = math.prod(tensor.shape) * dtype.itemsize
+def _raw_array(dtype: np.dtype[Any], shape: tuple[int, ...], content: Buffer, field: str) -> Array | Fault:
+    size_bytes = math.prod(shape) * dtype.itemsize
     if len(content) != size_bytes:
-        expected = f"{size_bytes} bytes for shape {list(tensor.shape)} of {tensor.datatype}"
+        expected = f"{size_bytes} bytes for shape {list(shape)} of {_NAMES[dtype]}"
         return Fault(field=field, found=f"{len(content)} bytes", expected=expected)
     if dtype == np.bool_:  # any other byte than 0 and 1 would make an invalid bool
         flags: Array = np.frombuffer(content, dtype=np.uint8) != 0
-        return flags.reshape(tuple(tensor.shape))
-    return np.frombuffer(content, dtype=dtype).reshape(tuple(tensor.shape))
+        return flags.reshape(shape)
+    return np.frombuffer(content, dtype=dtype).reshape(shape)
 
 
 def _typed_array(tensor: _Tensor, field: str) -> Array | Fault:

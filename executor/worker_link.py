@@ -13,6 +13,7 @@ import sys
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 from executor.cores import cores_of
 from executor.errors import WorkerGone, WorkerRefused
@@ -23,8 +24,8 @@ from executor.worker_wire import (
     FrameSplitter,
     Freed,
     FromWorker,
-    Load,
     Iterate,
+    Load,
     Loaded,
     Ready,
     Run,
@@ -143,7 +144,7 @@ class WorkerLink(asyncio.Protocol):
                     pass_fds=(theirs.fileno(), link.segment.descriptor),
                     stdin=asyncio.subprocess.DEVNULL,
                     env=_environment(),
-                    process_group=0,  # Ctrl-C on the terminal is the agent's to answer
+                    start_new_session=True,  # Ctrl-C on the terminal is the agent's to answer
                 )
             ours.setblocking(False)
             await asyncio.get_running_loop().create_unix_connection(lambda: link, sock=ours)
@@ -177,9 +178,9 @@ class WorkerLink(asyncio.Protocol):
     ) -> Loaded:
         """Load a variant, in place of an older load of it; ``shape`` is tensor and pipeline parallelism.
 
-        Raises:
         With ``kv_bytes`` a model that can generate gets so much key-value memory.
 
+        Raises:
             WorkerRefused: It could not be loaded.
             WorkerGone: The process ended.
         """
@@ -223,7 +224,6 @@ class WorkerLink(asyncio.Protocol):
             )
         )
 
-    def give_up(self, problem: str) -> None:
     def iterate(
         self,
         variant: str,
@@ -245,6 +245,7 @@ class WorkerLink(asyncio.Protocol):
             )
         )
 
+    def give_up(self, problem: str) -> None:
         """End a worker that hangs by force; what waits for it then fails with `WorkerGone`, which says ``problem``."""
         if self._process is not None and self._process.returncode is None and not self._closed.is_set():
             _log.error("event=worker_hangs worker=%d problem=%r", self.process_id, problem)
@@ -276,8 +277,7 @@ class WorkerLink(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Note the way to send; called by the event loop."""
-        assert isinstance(transport, asyncio.WriteTransport)
-        self._transport = transport
+        self._transport = cast(asyncio.WriteTransport, transport)  # not every event loop's transports say so
 
     def data_received(self, data: bytes) -> None:
         """Give answers to those who wait for them; called by the event loop."""

@@ -95,6 +95,8 @@ def agent(
     insecure: Insecure = False,
 ) -> None:
     """Run the agent of one node: hosts workers, loads models, serves requests. Stops on SIGTERM."""
+    import uvloop
+
     from executor.agent import AgentConfig, serve_agent
     from executor.logs import configure_logging
     from plans.cluster import Cluster
@@ -133,7 +135,7 @@ def agent(
         insecure=insecure,
     )
     host = address.rpartition(":")[0]
-    asyncio.run(serve_agent(config, on_ready=lambda port: _ready(out, "agent", f"{host}:{port}", node)))
+    uvloop.run(serve_agent(config, on_ready=lambda port: _ready(out, "agent", f"{host}:{port}", node)))
 
 
 def _size_bytes(text: str, option: str) -> int:

@@ -1,0 +1,100 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from executor.proto import open_inference_pb2 as pb
+from executor.request_head import HeadReader, RequestHead
+from executor.tensors import TensorLimits, decode_inputs, decode_raw, encode_request
+from plans.errors import InvalidInput
+
+LIMITS = TensorLimits(tensors=3)
+
+
+def request(value: float, **changed):
+    return encode_request("s", {"x": np.full((1, 4), value, np.float32)}, **changed).SerializeToString()
+
+
+def test_requests_that_differ_in_contents_only_share_their_head():
+    reader = HeadReader(LIMITS)
+    first, raw = reader.read(request(1.0))
+    second, other = reader.read(request(2.0))
+    assert second is first
+    assert decode_raw(first.described, raw)["x"].tolist() == [[1.0] * 4]
+    assert decode_raw(first.described, other)["x"].tolist() == [[2.0] * 4]
+
+
+@pytest.mark.parametrize(
+    "changed", [{"request_id": "7"}, {"parameters": {"priority": 2}}, {"parameters": {"deadline_ms": 5}}]
+)
+def test_whatever_else_differs_makes_another_head(changed):
+    reader = HeadReader(LIMITS)
+    first, _ = reader.read(request(1.0))
+    second, _ = reader.read(request(1.0, **changed))
+    whole = RequestHead.of(pb.ModelInferRequest.FromString(request(1.0, **changed)), [b""], LIMITS)
+    assert (second.message.id, second.priority, second.deadline_s) == (
+        whole.message.id,
+        whole.priority,
+        whole.deadline_s,
+    )
+    assert second is not first
+    assert (first.priority, first.deadline_s, first.message.id) == (5, None, "")
+
+
+def test_typed_contents_are_part_of_the_message_and_not_remembered():
+    reader = HeadReader(LIMITS)
+    message = pb.ModelInferRequest(model_name="s")
+    message.inputs.add(name="x", datatype="FP32", shape=[1, 1]).contents.fp32_contents.append(1.0)
+    first, raw = reader.read(message.SerializeToString())
+    assert not raw
+    assert decode_inputs(first.message)["x"].tolist() == [[1.0]]
+    message.inputs[0].contents.fp32_contents[0] = 2.0
+    second, _ = reader.read(message.SerializeToString())
+    assert decode_inputs(second.message)["x"].tolist() == [[2.0]]
+    assert reader.read(message.SerializeToString())[0] is not second
+
+
+def test_the_number_of_raw_contents_is_judged_for_each_request_by_itself():
+    reader = HeadReader(LIMITS)
+    reader.read(request(1.0))
+    more = pb.ModelInferRequest.FromString(request(1.0))
+    more.raw_input_contents.append(b"")
+    with pytest.raises(InvalidInput, match="one raw content for each"):
+        reader.read(more.SerializeToString())
+
+
+@pytest.mark.parametrize(
+    ("message", "says"),
+    [
+        (pb.ModelInferRequest(outputs=[pb.ModelInferRequest.InferRequestedOutputTensor(name="y")] * 4), "at most 3"),
+        (encode_request("s", {}, parameters={"deadline_ms": -1}), "deadline_ms"),
+        (encode_request("s", {}, parameters={"priority": 99}), "priority"),
+        (encode_request("s", {name: np.zeros((1, 1), np.float32) for name in "abcd"}), "at most 3 tensors"),
+    ],
+)
+def test_a_head_that_is_wrong_is_refused_each_time(message, says):
+    reader = HeadReader(LIMITS)
+    for _ in range(2):
+        with pytest.raises(InvalidInput, match=says):
+            reader.read(message.SerializeToString())
+
+
+def test_a_content_of_another_size_than_its_tensor_is_refused_by_its_field():
+    head, raw = HeadReader(LIMITS).read(request(1.0))
+    with pytest.raises(InvalidInput) as caught:
+        decode_raw(head.described, [raw[0][:-1]])
+    assert [fault.field for fault in caught.value.faults] == ["inputs[0]"]
+    assert "16 bytes for shape [1, 4] of FP32" in str(caught.value)
+
+
+@given(st.binary(max_size=80))
+def test_any_bytes_are_read_or_refused_by_name(data):
+    reader = HeadReader(LIMITS)
+    for _ in range(2):
+        try:
+            head, raw = reader.read(data)
+        except InvalidInput:
+            continue
+        assert len(raw) in (0, len(head.described))
