@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
+from executor.runtime.sizes import split_size
 from executor.state import DesiredGroup, DesiredState
 from plans.errors import Fault
 from plans.units import format_bytes
@@ -50,7 +51,7 @@ def _group_faults(group: DesiredGroup, facts: NodeFacts) -> Iterator[Fault]:
             remedy = "start the agent with more devices, or correct the cluster document"
             yield Fault(field=f"{field}.gpus", found=str(gpu), expected=expected, remedy=remedy)
     for replica in group.replicas:
-        if replica.variant not in facts.variants:
+        if split_size(replica.variant, facts.variants) is None:
             known = ", ".join(sorted(facts.variants))
             where = f"{field}.{replica.service}.variant"
             remedy = "put the model's folder into the agent's model folder, or plan with known variants"

@@ -20,7 +20,8 @@ from transformers import BertConfig, BertModel
 from executor.runtime.local_models import load_folder, local_names
 from executor.runtime.memory import LiveTensors, keep_freed_memory
 from executor.runtime.protocol import TensorSpec, UnknownVariant
-from executor.runtime.registry import REGISTRY
+from executor.runtime.registry import REGISTRY, architecture_of
+from executor.runtime.sizes import split_size
 from executor.runtime.torch_runtime import DTYPES
 from plans.errors import InvalidInput
 from profiles.roofline import DeviceRates, Kind, ModelCost, Operation
@@ -110,15 +111,16 @@ def _count_tokens(module: torch.nn.Module, batch: int, tokens: int, dtype: torch
 
 
 def _meta_module(variant: str, model_dir: Path | None) -> tuple[torch.nn.Module, Sequence[TensorSpec]]:
-    if model_dir is not None and variant in local_names(model_dir):
-        loaded, inputs, _ = load_folder(model_dir, variant)
+    local = split_size(variant, local_names(model_dir)) if model_dir is not None else None
+    if model_dir is not None and local is not None:
+        loaded, inputs, _ = load_folder(model_dir, *local)
         module: torch.nn.Module = loaded
         return module.to("meta"), inputs
-    architecture = REGISTRY.get(variant)
-    if architecture is None:
+    found = architecture_of(variant, REGISTRY)
+    if found is None:
         raise UnknownVariant.of("one of " + ", ".join(REGISTRY), field="variant", found=repr(variant))
     with torch.device("meta"):
-        return architecture.build(), architecture.inputs
+        return found[1].build(), found[1].inputs
 
 
 def count_cost(module: torch.nn.Module, inputs: Sequence[TensorSpec], batch: int, dtype: torch.dtype) -> ModelCost:

@@ -52,16 +52,18 @@ def local_names(model_dir: Path) -> tuple[str, ...]:
     )
 
 
-def load_folder(model_dir: Path, name: str) -> tuple[PreTrainedModel, tuple[TensorSpec, ...], tuple[str, ...]]:
+def load_folder(
+    model_dir: Path, name: str, size: int | None = None
+) -> tuple[PreTrainedModel, tuple[TensorSpec, ...], tuple[str, ...]]:
     """Read the model in ``model_dir / name``: the module, its inputs per item, and the names of its outputs.
 
     ``config.json`` decides the architecture, through transformers' tables: no code from the folder runs. All
     ``*.safetensors`` of the folder together are the weights; nothing else there is looked at, so no index, adapter or
-    link can lead elsewhere.
+    link can lead elsewhere. ``size`` is the side of its images or the number of tokens; None for the model's own.
 
     Raises:
         InvalidInput: The configuration names no architecture known here, the weights are missing, lie outside
-            ``model_dir``, are damaged, or are not those of the architecture.
+            ``model_dir``, are damaged, or are not those of the architecture; or it does not take inputs of that size.
     """
     root = model_dir.resolve()
     folder = root / name
@@ -79,7 +81,8 @@ def load_folder(model_dir: Path, name: str) -> tuple[PreTrainedModel, tuple[Tens
     if head == "ForCausalLM":  # as in the registry: whole requests ask for the first token of an answer
         module.config.use_cache = False
         module.forward = functools.partial(module.forward, logits_to_keep=1)
-    return module, _inputs(config, module.main_input_name, folder), _ANSWERS.get(head, ("logits",))
+    inputs = _inputs(config, module.main_input_name, folder)
+    return module, _of_size(module, inputs, size, folder), _ANSWERS.get(head, ("logits",))
 
 
 def _config(folder: Path) -> Any:
@@ -177,3 +180,21 @@ def _inputs(config: Any, main_input: str, folder: Path) -> tuple[TensorSpec, ...
     raise InvalidInput.of(
         "a model of images (pixel_values) or text (input_ids)", where=folder / "config.json", found=repr(main_input)
     )
+
+
+def _of_size(
+    module: torch.nn.Module, inputs: tuple[TensorSpec, ...], size: int | None, folder: Path
+) -> tuple[TensorSpec, ...]:
+    """Return ``inputs`` at ``size``, after one item of it has gone through: some weights are made for one size."""
+    if size is None or size == inputs[0].shape[-1]:
+        return inputs
+    shape = (size,) if len(inputs[0].shape) == 1 else (inputs[0].shape[0], size, size)
+    one = torch.zeros((1, *shape), dtype=torch.int64 if len(shape) == 1 else torch.float32)
+    try:
+        with torch.inference_mode():
+            module.eval()(**{inputs[0].name: one})
+    except (ValueError, RuntimeError, IndexError) as error:
+        raise InvalidInput.of(
+            "a size that the model takes", where=folder, field="input size", found=f"{size}: {_first_line(error)}"
+        ) from error
+    return (TensorSpec(inputs[0].name, inputs[0].datatype, shape),)

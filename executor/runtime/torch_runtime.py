@@ -23,7 +23,8 @@ from executor.runtime.generation_group import GenerationGroup
 from executor.runtime.local_models import load_folder, local_names
 from executor.runtime.memory import keep_freed_memory, out_of_memory_named, peak_growth_bytes
 from executor.runtime.protocol import GenerationFacts, InvalidTensor, TensorSpec, UnknownVariant, batch_of
-from executor.runtime.registry import REGISTRY
+from executor.runtime.registry import REGISTRY, architecture_of
+from executor.runtime.sizes import split_size
 from executor.runtime.transfer import DeviceTransfer
 from plans.errors import Fault, InvalidInput
 
@@ -40,7 +41,7 @@ class TorchRuntime:
 
     Weights of a registry model are drawn from ``seed`` and the model's name, and torch's global generator is left as it
     was. A folder ``model_dir/<name>`` with a ``config.json`` and ``*.safetensors`` goes before a registry model of the
-    same name.
+    same name. ``<name>-<size>`` is either at another input size, with the same weights where these do not depend on it.
 
     Args:
         device: ``cpu``, ``cuda`` or ``cuda:<index>``.
@@ -120,7 +121,7 @@ class TorchRuntime:
                 dtype=DTYPES[self._dtype],
                 max_batch=max_batch,
                 load_s=load_s,
-                from_files=self._model_dir is not None and variant in local_names(self._model_dir),
+                from_files=self._local(variant) is not None,
             )
 
     def peak_growth_bytes(self, action: Callable[[], object]) -> int:
@@ -139,17 +140,23 @@ class TorchRuntime:
             UnknownVariant: Neither the registry nor the folder has the model.
             InvalidInput: The model's folder is damaged.
         """
-        if self._model_dir is not None and variant in local_names(self._model_dir):
-            return load_folder(self._model_dir, variant)
-        architecture = REGISTRY.get(variant)
-        if architecture is None:
+        local = self._local(variant)
+        if self._model_dir is not None and local is not None:
+            return load_folder(self._model_dir, *local)
+        found = architecture_of(variant)
+        if found is None:
             close = difflib.get_close_matches(variant, self.names(), n=3)
             remedy = f"did you mean {' or '.join(close)}?" if close else ""
-            expected = "one of " + ", ".join(self.names())
+            expected = "one of " + ", ".join(self.names()) + "; at another input size, <name>-<size>"
             raise UnknownVariant.of(expected, field="variant", found=repr(variant), remedy=remedy)
+        model, architecture = found
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self._seed + zlib.crc32(variant.encode()))
+            torch.manual_seed(self._seed + zlib.crc32(model.encode()))
             return architecture.build(), architecture.inputs, architecture.outputs
+
+    def _local(self, variant: str) -> tuple[str, int | None] | None:
+        """Return the local model and the input size that ``variant`` names."""
+        return split_size(variant, local_names(self._model_dir)) if self._model_dir is not None else None
 
     def _accelerated(self, module: torch.nn.Module, variant: str) -> Callable[..., Any]:
         run = compiled_module(module, variant) if self._compiled else module

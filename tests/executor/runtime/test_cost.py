@@ -73,7 +73,8 @@ def test_an_unknown_model_number_or_batch_is_refused(tmp_path: Path) -> None:
 def test_measured_rates_are_those_of_a_real_processor() -> None:
     rates = measure_rates("cpu", repeat=2)
     assert rates.gpu_type == "cpu"
-    assert rates.flops_per_s["depthwise"] < rates.flops_per_s["matmul"]
+    assert all(1e7 < rate < 1e15 for rate in rates.flops_per_s.values())
+    assert rates.load_bytes_per_s == rates.bytes_per_s > 1e7
     assert rates.bytes_per_s <= rates.cache_bytes_per_s
     assert 0 < rates.operation_s < 0.1
 
