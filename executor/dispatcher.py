@@ -268,6 +268,13 @@ class Dispatcher:
                 requests = tuple(part for request in taken for part in request.parts)
                 return Decision(drops=tuple(drops), batch=Batch(key=key, requests=requests, items=items))
 
+    def next_deadline_s(self) -> float:
+        """Return the earliest deadline of what waits; inf when nothing does, -inf when it has priority."""
+        heads = [queue.heap[0] for queue in self._queues.values() if queue.heap]
+        if any(head[0] < DEFAULT_PRIORITY for head in heads):
+            return -math.inf
+        return min((head[1] for head in heads), default=math.inf)
+
     def queued(self, key: ReplicaKey) -> int:
         """Return how many requests wait for ``key``, each frame of a bundle by itself."""
         queue = self._queues.get(key)

@@ -15,6 +15,7 @@ import asyncio
 import functools
 import itertools
 import logging
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
@@ -32,13 +33,14 @@ from executor.errors import (
     WorkerRefused,
 )
 from executor.group_worker import GroupWorker
+from executor.lane import Generating, Iteration, Lane, Lanes, TokenRequest
 from executor.reconcile import WorkerPhase
 from executor.segment import aligned, place_all
-from executor.state import DesiredReplica, ReplicaKey
+from executor.state import DesiredReplica, GenerationRules, ReplicaKey
 from executor.statistics import Counters
 from executor.tensors import Array
 from executor.worker_link import WorkerLink, WorkerSettings
-from executor.worker_wire import Done, FromWorker, Loaded
+from executor.worker_wire import Done, FromWorker, Iterated, Loaded
 from plans.errors import ForeplanError, InvalidInput
 
 __all__ = ["Answer", "GroupServer", "Pending"]
@@ -102,6 +104,7 @@ class _Rules:
     latency_s: tuple[float, ...]
     frames: int
     stages: int
+    generation: GenerationRules | None
 
 
 class GroupServer:
@@ -133,7 +136,9 @@ class GroupServer:
         self.counters: dict[ReplicaKey, Counters] = {}
         self._on_lost = on_lost
         self._clock = clock
-        self._dispatcher = Dispatcher(limits)
+        self._limits = limits or QueueLimits()
+        self._dispatcher = Dispatcher(self._limits)
+        self._lanes = Lanes(self._limits.requests)
         self._bundles = Bundles()
         self._flush: asyncio.TimerHandle | None = None
         self._rules: dict[ReplicaKey, _Rules] = {}
@@ -158,17 +163,19 @@ class GroupServer:
             self._dispatcher.queued(key)
             + self._bundles.count(key)
             + sum(pending.waiting.key == key for pending in self._alone)
+            + (lane.waiting if (lane := self._lanes.of(key)) else 0)
         )
 
     def running(self, key: ReplicaKey) -> int:
         """Return how many requests of a replica run."""
         under_way = [*self._further, *([self._running] if self._running else [])]
-        return sum(len(batch.pending) for batch in under_way if batch.key == key)
+        lane = self._lanes.of(key)
+        return (lane.running if lane else 0) + sum(len(batch.pending) for batch in under_way if batch.key == key)
 
     def expected_wait_s(self) -> float:
         """Return the seconds until a request that arrives now would start: what runs, then what waits."""
         residual_s = max(0.0, self._running.expected_free_s - self._clock()) if self._running else 0.0
-        return residual_s + self._dispatcher.work_s()
+        return residual_s + self._dispatcher.work_s() + self._lanes.work_s()
 
     # The worker.
 
@@ -208,7 +215,9 @@ class GroupServer:
             latency_s=latency_s,
             frames=min(settings.multi_frame, max_batch),
             stages=settings.shape[1],
+            generation=settings.generation,
         )
+        self._configure_lane(key)
         too_large = list(self._dispatcher.configure(key, max_batch, latency_s))
         for waiting in too_large:
             expected = f"a batch of at most {max_batch}"
@@ -219,6 +228,7 @@ class GroupServer:
         """Close the queue of a replica; what waits in it fails with ``reason``."""
         for waiting in (*self._dispatcher.close(key), *self._bundles.close(key)):
             self._refuse(waiting, ReplicaUnavailable(f"{key}: {reason}"))
+        self._lanes.close(key, ReplicaUnavailable(f"{key}: {reason}"), self._clock())
         self._rules.pop(key, None)
         self.counters.pop(key, None)
 
@@ -330,6 +340,10 @@ class GroupServer:
     def _dispatch(self) -> None:
         """Start the next batch, if the worker is free and something waits."""
         while self._running is None and self.worker.phase is WorkerPhase.READY:
+            lane = self._lanes.next(-math.inf if self._alone else self._dispatcher.next_deadline_s())
+            if lane is not None:
+                self._iterate(lane)
+                continue
             pending = self._next()
             if not pending:
                 return
@@ -484,6 +498,104 @@ class GroupServer:
         alone, self._alone = self._alone, deque()
         for pending in alone:
             self._settle([pending], ReplicaUnavailable(f"{pending.waiting.key}: {reason}"))
+        self._lanes.worker_lost(reason, self._clock())
+
+    # Sequences.
+
+    def generates(self, key: ReplicaKey) -> bool:
+        """Say whether a replica generates token by token: the plan says how, and its model can."""
+        loaded = self.worker.loaded(key.variant)
+        return loaded is not None and loaded.generates is not None and self._rules[key].generation is not None
+
+    def generate(
+        self, key: ReplicaKey, request: TokenRequest, on_token: Callable[[int], None] = lambda _: None
+    ) -> Generating:
+        """Let a replica that `generates` answer a request; ``on_token`` is told each token.
+
+        Raises:
+            QueueFull: Too much waits already.
+            ReplicaUnavailable: The replica is not here.
+            InvalidInput: The request is not what the model takes.
+        """
+        loaded = self.worker.loaded(key.variant)
+        if key not in self._rules or loaded is None or loaded.generates is None:
+            raise ReplicaUnavailable(f"{key} is not here")
+        lane = self._lanes.of(key)
+        if lane is None:
+            lane = self._lanes.open(key, loaded.generates, self.counters[key])
+            self._configure_lane(key)
+        sequence = Generating(
+            key=key,
+            number=next(self._numbers),
+            arrived_s=self._clock(),
+            answer=asyncio.get_running_loop().create_future(),
+            on_token=on_token,
+        )
+        lane.add(sequence, request)
+        self._dispatch()
+        return sequence
+
+    def cancel_generation(self, sequence: Generating) -> None:
+        """Forget a sequence whose client went away; its memory is free with the next iteration."""
+        lane = self._lanes.of(sequence.key)
+        if lane is not None:
+            lane.cancel(sequence, self._clock())
+
+    def _configure_lane(self, key: ReplicaKey) -> None:
+        lane, rules = self._lanes.of(key), self._rules[key]
+        if lane is not None and rules.generation is not None:
+            lane.configure(rules.generation, rules.max_batch, rules.latency_s[-1])
+
+    def _iterate(self, lane: Lane) -> None:
+        """Send the next iteration of ``lane``, if it has any."""
+        key, now_s = lane.key, self._clock()
+        iteration = lane.turn(now_s)
+        if iteration is None:
+            return
+        link = self.worker.link
+        if link is None or self.worker.loaded(key.variant) is None:
+            lane.fail(iteration, ReplicaUnavailable(f"{key}: its model is not loaded"), now_s)
+            return
+        sequences = iteration.work.sequences
+        future = link.iterate(
+            key.variant,
+            self._lanes.kv_tokens(key.variant),
+            freed=(*iteration.freed, *self._lanes.take_left_over(key.variant)),
+            prefill=iteration.contexts,
+            decode=() if iteration.contexts else sequences,
+        )
+        limit_s = max(self._run_limit_s, _PATIENCE * self._rules[key].latency_s[-1])
+        watch = asyncio.get_running_loop().call_later(limit_s, link.give_up, f"an iteration took over {limit_s:g} s")
+        self._running = _Running(
+            key=key,
+            pending=[],
+            items=len(sequences),
+            started_s=now_s,
+            expected_free_s=now_s + iteration.expected_s,
+        )
+        future.add_done_callback(functools.partial(self._iterated, lane, iteration, watch))
+
+    def _iterated(
+        self, lane: Lane, iteration: Iteration, watch: asyncio.TimerHandle, future: asyncio.Future[FromWorker]
+    ) -> None:
+        """Start what comes next, then hand out the tokens."""
+        assert self._running is not None
+        started_s, self._running = self._running.started_s, None
+        watch.cancel()
+        now_s = self._clock()
+        error = future.exception()
+        if error is not None:
+            lane.fail(iteration, _request_error(lane.key, error), now_s)
+            self._dispatch()
+            return
+        answer = future.result()
+        assert isinstance(answer, Iterated)
+        if lane.key in self.counters:
+            run_s, ended_ms = now_s - started_s, time.time_ns() // 1_000_000
+            self.counters[lane.key].ran(len(iteration.work.sequences), run_s, ended_ms)
+        hand_out = lane.end(iteration, answer.tokens, answer.run_s, now_s)
+        self._dispatch()
+        hand_out()
 
 
 def _request_error(key: ReplicaKey, error: BaseException) -> ForeplanError:
