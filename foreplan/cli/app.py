@@ -7,12 +7,16 @@ from typing import Annotated
 import typer
 
 from foreplan.cli import (
+    apply_commands,
     certs_commands,
+    cluster_commands,
     compare_commands,
+    demo_commands,
     evaluate_commands,
-    execute_commands,
+    load_commands,
     plan_commands,
     profile_commands,
+    server_commands,
     trace_commands,
 )
 
@@ -49,7 +53,11 @@ for _module in (
     plan_commands,
     evaluate_commands,
     compare_commands,
-    execute_commands,
+    server_commands,
+    apply_commands,
+    cluster_commands,
+    load_commands,
+    demo_commands,
     certs_commands,
 ):
     _module.register(app)

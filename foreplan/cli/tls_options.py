@@ -9,6 +9,7 @@ import typer
 
 if TYPE_CHECKING:
     from executor.tls import Dialer, TlsFiles
+    from plans.cluster import Cluster
 
 __all__ = [
     "ClientCert",
@@ -18,6 +19,7 @@ __all__ = [
     "ServerCert",
     "ServerKey",
     "client_dialer",
+    "cluster_dialer",
     "server_files",
 ]
 
@@ -62,6 +64,24 @@ def client_dialer(
     for address in addresses:
         check_transport(address, credentials, insecure=insecure, where="address")
     return Dialer(credentials)
+
+
+def cluster_dialer(
+    cluster: Cluster,
+    gateways: list[str],
+    certificate: Path | None,
+    key: Path | None,
+    authorities: Path | None,
+    *,
+    insecure: bool,
+) -> Dialer:
+    """Return what opens channels to the nodes of ``cluster`` and to ``gateways``.
+
+    Raises:
+        InvalidInput: As for `client_dialer`.
+    """
+    addresses = [*(node.address for node in cluster.nodes if node.address), *gateways]
+    return client_dialer(addresses, certificate, key, authorities, insecure=insecure)
 
 
 def _files(role: str, certificate: Path | None, key: Path | None, authorities: Path | None) -> TlsFiles | None:

@@ -1,0 +1,250 @@
+"""``apply`` and ``rollback``: plans brought to a cluster."""
+
+from __future__ import annotations
+
+import asyncio
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from foreplan.cli.command import command
+from foreplan.cli.options import ClusterFile, Gateways, PlanFile
+from foreplan.cli.output import Output, Step
+from foreplan.cli.tls_options import ClientCert, ClientKey, Insecure, RootCert, cluster_dialer
+
+if TYPE_CHECKING:
+    from executor.controller import ApplyResult, ApplyTimeouts, ProgressEvent
+    from executor.tls import Dialer
+    from plans.cluster import Cluster
+    from plans.plan import Plan, Prior
+    from plans.store import PlanStore
+
+__all__ = ["register"]
+
+StoreDir = Annotated[
+    Path | None, typer.Option("--store", metavar="DIR", help="Plan store: keeps every plan that was applied.")
+]
+Timeouts = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--timeout",
+        metavar="STEP=SECONDS",
+        help="Limit of a step: state, validate, stage, commit, routes, finish, abort or converge; repeat for each.",
+    ),
+]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything, change nothing, say what would happen.")]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands to ``app``."""
+    command(app, "apply")(apply)
+    command(app, "rollback")(rollback)
+
+
+def apply(
+    out: Output,
+    plan: PlanFile,
+    cluster: ClusterFile,
+    gateway: Gateways,
+    store: StoreDir = None,
+    dry_run: DryRun = False,
+    target: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NODE", help="Change these nodes only; the others run on as they are. Needs --store."),
+    ] = None,
+    timeout: Timeouts = None,
+    client_cert: ClientCert = None,
+    client_key: ClientKey = None,
+    root_cert: RootCert = None,
+    insecure: Insecure = False,
+) -> None:
+    """Bring all nodes and gateways to a plan, all or nothing."""
+    from plans.cluster import Cluster
+    from plans.codec import read_plan
+    from plans.documents import read_document
+
+    inventory = read_document(cluster, Cluster)
+    dialer = cluster_dialer(inventory, gateway, client_cert, client_key, root_cert, insecure=insecure)
+    wanted = read_plan(plan)
+    if target:
+        wanted = _targeted(wanted, inventory, gateway, store, target, dialer)
+    limits = _timeouts(timeout or [])
+    _apply(out, wanted, inventory, gateway, store, dry_run=dry_run, timeouts=limits, dialer=dialer)
+
+
+def _targeted(
+    plan: Plan, cluster: Cluster, gateways: list[str], store: Path | None, nodes: list[str], dialer: Dialer
+) -> Plan:
+    """Return the live plan, which the store must hold, with the part of ``nodes`` taken from ``plan``."""
+    from executor.cluster_status import status as observe
+    from executor.targeting import targeted
+    from plans.errors import Fault, InvalidInput
+    from plans.store import PlanStore
+
+    known = {node.name for node in cluster.nodes}
+    if unknown := [node for node in nodes if node not in known]:
+        expected = f"one of {', '.join(sorted(known))}"
+        raise InvalidInput([Fault(where="--target", found=repr(node), expected=expected) for node in unknown])
+    live = asyncio.run(observe(cluster, gateways, dialer=dialer)).live
+    if live is None:
+        return targeted(plan, None, nodes, None)
+    if store is None:
+        raise InvalidInput.of("the store that holds the live plan", where="--store", found="nothing")
+    plans = PlanStore(store)
+    for stored in reversed(plans.generations()):
+        found = plans.get(stored.name)
+        if found.placement_digest == live.digest:
+            return targeted(plan, found, nodes, live)
+    raise InvalidInput.of(f"the live plan, of generation {live.generation}", where=store, found="no such plan")
+
+
+def _timeouts(given: list[str]) -> ApplyTimeouts:
+    """Return the limits that ``STEP=SECONDS`` texts change.
+
+    Raises:
+        InvalidInput: A step is unknown, or its time no number above 0; with every fault.
+    """
+    import dataclasses
+
+    from executor.controller import ApplyTimeouts
+    from plans.errors import Fault, InvalidInput
+
+    steps = [field.name.removesuffix("_s") for field in dataclasses.fields(ApplyTimeouts)]
+    faults = []
+    chosen: dict[str, float] = {}
+    for text in given:
+        step, _, seconds = text.partition("=")
+        try:
+            chosen[f"{step}_s"] = float(seconds)
+        except ValueError:
+            chosen[f"{step}_s"] = -1.0
+        if step not in steps or not 0 < chosen[f"{step}_s"] < 1e6:
+            expected = f"STEP=SECONDS, with a step of {', '.join(steps)} and seconds above 0"
+            faults.append(Fault(where="--timeout", found=repr(text), expected=expected))
+    if faults:
+        raise InvalidInput(faults)
+    return ApplyTimeouts(**chosen)
+
+
+def rollback(
+    out: Output,
+    cluster: ClusterFile,
+    gateway: Gateways,
+    store: Annotated[Path, typer.Option("--store", metavar="DIR", help="The plan store.")],
+    generation: Annotated[
+        int | None, typer.Argument(metavar="[GENERATION]", help="Which; the newest that is not live when left out.")
+    ] = None,
+    dry_run: DryRun = False,
+    timeout: Timeouts = None,
+    client_cert: ClientCert = None,
+    client_key: ClientKey = None,
+    root_cert: RootCert = None,
+    insecure: Insecure = False,
+) -> None:
+    """Apply a plan of the store again, whatever is live."""
+    from executor.cluster_status import status as observe
+    from plans.cluster import Cluster
+    from plans.documents import read_document
+    from plans.store import PlanStore
+
+    plans = PlanStore(store)
+    inventory = read_document(cluster, Cluster)
+    dialer = cluster_dialer(inventory, gateway, client_cert, client_key, root_cert, insecure=insecure)
+    live = asyncio.run(observe(inventory, gateway, dialer=dialer)).live
+    if generation is None:
+        generation = _generation_before(plans, live)
+    plan = plans.get(plans.generation(generation).name)
+    out.say(f"rolling back to the plan of generation {generation}")
+    limits = _timeouts(timeout or [])
+    _apply(out, plan, inventory, gateway, store, dry_run=dry_run, prior=live, timeouts=limits, dialer=dialer)
+
+
+def _generation_before(plans: PlanStore, live: Prior | None) -> int:
+    """Return the newest generation of the store whose placement is not the live one."""
+    from plans.errors import InvalidInput
+
+    for stored in reversed(plans.generations()):
+        if live is None or plans.get(stored.name).placement_digest != live.digest:
+            return stored.generation
+    raise InvalidInput.of("a stored plan other than the live one", where=plans.root, found="none")
+
+
+def _apply(
+    out: Output,
+    plan: Plan,
+    cluster: Cluster,
+    gateways: list[str],
+    store: Path | None,
+    *,
+    dry_run: bool,
+    timeouts: ApplyTimeouts,
+    dialer: Dialer,
+    prior: Prior | None = None,
+) -> None:
+    from executor.controller import WouldApply
+    from executor.controller import apply as bring
+    from plans.store import PlanStore
+
+    with out.progress("applying the plan") as step:
+        result = asyncio.run(
+            bring(
+                plan,
+                cluster,
+                gateways,
+                prior=prior,
+                dry_run=dry_run,
+                timeouts=timeouts,
+                progress=lambda event: _event(out, step, event),
+                dialer=dialer,
+            )
+        )
+    if store is not None and not isinstance(result, WouldApply):
+        plans = PlanStore(store)
+        # Also when nothing changed: an apply that was cut short and run again is live, and must be found again.
+        if all(stored.generation != result.generation for stored in plans.generations()):
+            plans.record(result.generation, plan, applied_at=datetime.now(UTC).isoformat(timespec="seconds"))
+    _print_applied(out, result)
+
+
+def _event(out: Output, step: Step, event: ProgressEvent) -> None:
+    text = f"{event.step} {event.peer}: {event.outcome} {event.detail}".rstrip()
+    step.update(0, text=text)
+    if event.outcome != "begun":
+        out.note(text)
+
+
+def _print_applied(out: Output, result: ApplyResult) -> None:
+    from executor.controller import Applied, NoChanges
+
+    changes = () if isinstance(result, NoChanges) else result.changes
+    deferred = () if isinstance(result, NoChanges) else result.deferred
+    outcome = "no changes" if isinstance(result, NoChanges) else "applied" if isinstance(result, Applied) else "dry run"
+    out.result(
+        {
+            "outcome": outcome,
+            "generation": result.generation,
+            "placement_digest": result.placement_digest,
+            "changes": [{"node": c.node, "action": c.action} | _key_json(c.key) for c in changes],
+            "deferred": [_key_json(key) for key in deferred],
+        }
+    )
+    signs = {"load": "+", "unload": "-", "keep": " "}
+    for change in changes:
+        out.say(f"{signs[change.action]} {change.key.group} {change.key.service} ({change.key.variant})")
+    for key in deferred:
+        waits = "had to wait" if isinstance(result, Applied) else "would have to wait"
+        out.warn(f"{key.group} {key.service} {waits} until the memory of what it replaces is free")
+    if isinstance(result, NoChanges):
+        for line in result.converged:
+            out.say(f"put right: {line}")
+        out.say(f"no changes: the plan is live as generation {result.generation}")
+    elif isinstance(result, Applied):
+        out.say(f"applied as generation {result.generation} in {result.wall_s:.1f} s")
+    else:
+        out.say(f"dry run: nothing was changed; this would become generation {result.generation}")
+
+
+def _key_json(key: Any) -> dict[str, str]:
+    return {"group": key.group, "service": key.service, "variant": key.variant}

@@ -1,0 +1,77 @@
+"""``load``: a trace replayed against a live gateway."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from foreplan.cli.command import command
+from foreplan.cli.evaluate_commands import RequestsFile, print_summary
+from foreplan.cli.options import Seed, ServicesFile, read_requests
+from foreplan.cli.output import Output, Step
+from foreplan.cli.tls_options import ClientCert, ClientKey, Insecure, RootCert, client_dialer
+
+if TYPE_CHECKING:
+    from executor.load import LoadProgress
+
+__all__ = ["register"]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands to ``app``."""
+    command(app, "load")(load)
+
+
+def load(
+    out: Output,
+    trace: Annotated[Path, typer.Option("--trace", metavar="FILE", help="Request trace to replay.")],
+    services: ServicesFile,
+    gateway: Annotated[str, typer.Option("--gateway", metavar="HOST:PORT", help="The gateway.")],
+    speed: Annotated[float, typer.Option(help="Trace seconds per second.", min=0.001)] = 1.0,
+    processes: Annotated[int, typer.Option(help="Processes that send.", min=1)] = 1,
+    connections: Annotated[int, typer.Option(help="Connections of each process to the gateway.", min=1)] = 1,
+    gpus: Annotated[int, typer.Option(help="GPUs that the plan uses, for GPU-hours.", min=0)] = 0,
+    requests: RequestsFile = None,
+    seed: Seed = 0,
+    client_cert: ClientCert = None,
+    client_key: ClientKey = None,
+    root_cert: RootCert = None,
+    insecure: Insecure = False,
+) -> None:
+    """Replay a trace against a live gateway, open loop, and count what became of every request."""
+    from executor.load import LoadOptions, replay
+    from foreplan.runs import write_requests
+    from plans.documents import read_document
+    from plans.service import Services
+
+    dialer = client_dialer([gateway], client_cert, client_key, root_cert, insecure=insecure)
+    arrivals = read_requests(trace, out)
+    with out.progress(f"replaying {len(arrivals)} requests", total=len(arrivals)) as step:
+        how = LoadOptions(
+            speed=speed,
+            processes=processes,
+            connections=connections,
+            seed=seed,
+            gpus=gpus,
+            on_progress=lambda progress: _show(step, progress),
+            tls=dialer.credentials.files if dialer.credentials else None,
+        )
+        result = asyncio.run(replay(arrivals, gateway, read_document(services, Services), how))
+    for warning in result.warnings:
+        out.warn(warning)
+    if requests is not None:
+        write_requests(requests, [result.requests])
+    out.result(result.summary.to_json())
+    print_summary(out, result.summary)
+
+
+def _show(step: Step, progress: LoadProgress) -> None:
+    """Show how far a run is, with what its latencies are so far."""
+    text = f"{progress.good} of {progress.done} in time"
+    p50_s, p99_s = progress.latency.quantile_s(0.5), progress.latency.quantile_s(0.99)
+    if p50_s is not None and p99_s is not None:
+        text += f", p50 {p50_s * 1000:.1f} ms, p99 {p99_s * 1000:.1f} ms"
+    step.update(progress.done, total=progress.total, text=text)
