@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from planner.deadlines import Target, targets
+from planner.generation import TokenModel, token_model, with_margin
 from planner.problem import Problem, service_demands
 from planner.tail import utilisation_limit
 from plans.demand import ServiceDemand
@@ -39,10 +40,11 @@ class Option:
         accuracy: Accuracy of the variant, in [0, 1].
         memory_bytes: Peak bytes per GPU of each stage, weights included, shape (pp,).
         latency_s: 99th percentile of a full batch's latency, with the margin of an estimate that was not measured, and
-            with the wait for the frames of a multi-frame batch.
-        hold_s: Mean time that a full batch holds the bottleneck stage.
+            with the wait for the frames of a multi-frame batch; of a whole answer for a model profiled by phases.
+        hold_s: Mean time that a full batch holds the bottleneck stage; that of its passes for a generating model.
         block_s: Longest time that it keeps others from that stage: ``hold_s``, or one pass of a generating model.
-        slack_s: Deadline less ``latency_s``: what is left for waiting; at least 0.
+        slack_s: Deadline less ``latency_s``: what is left for waiting; at least 0. The least of what the limits on
+            first, further and all tokens leave for a model profiled by phases.
         variability: Sum of the squared coefficients of variation of arrivals and of service.
         utilisation: Utilisation up to which the share of late requests stays within the SLO, in (0, 1].
         at_floor: Whether the tail bound asked for less than the least utilisation that is planned for.
@@ -158,6 +160,47 @@ def _largest_nodes(problem: Problem) -> dict[str, int]:
     return dict(sorted(largest.items()))
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Candidate:
+    """One service with one variant at one parallelism, whose batches are judged one by one.
+
+    Attributes:
+        model: Whole requests.
+        phases: First and further tokens, where the variant generates and was profiled by phases.
+    """
+
+    problem: Problem
+    service: Service
+    variant: Variant
+    demand: ServiceDemand | None
+    goal: Target
+    gpu_type: str
+    parallelism: tuple[int, int]
+    model: LatencyModel
+    phases: TokenModel | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Figures:
+    """What one batch takes: the fields of `Option` of the same names.
+
+    Attributes:
+        limits: (reason, needed, available) of everything that must hold.
+        allowed: Utilisation that the tail bound allows; below 0 for none.
+    """
+
+    multi_frame: int
+    memory_bytes: tuple[int, ...]
+    latency_s: float
+    hold_s: float
+    block_s: float
+    slack_s: float
+    variability: float
+    confidence: Confidence
+    limits: tuple[tuple[Literal["memory", "latency", "accuracy"], float, float], ...]
+    allowed: float
+
+
 def _of_variant(
     problem: Problem,
     service: Service,
@@ -167,15 +210,31 @@ def _of_variant(
     running: Mapping[tuple[str, str, str, int, int], frozenset[int]],
     largest: Mapping[str, int],
 ) -> Iterator[Option | Rejection]:
+    """Yield what each GPU type, parallelism and batch leads to.
+
+    Batches outside the grid are left out: nobody measured them, and below it the latency model grants no gain.
+    """
     tokens = (None, None) if demand is None else (demand.input_tokens, demand.output_tokens)
     for gpu_type, most_gpus in largest.items():
-        for tp, pp in _parallelisms(problem, variant.model, gpu_type, most_gpus):
+        for pair in _parallelisms(problem, variant.model, gpu_type, most_gpus):
             model = problem.profiles.latency(
-                variant.model, gpu_type, tp, pp, input_tokens=tokens[0], output_tokens=tokens[1]
+                variant.model, gpu_type, *pair, input_tokens=tokens[0], output_tokens=tokens[1]
             )
-            if model is not None:
-                batches = running.get((service.name, variant.model, gpu_type, tp, pp), frozenset())
-                yield from _of_model(problem, service, variant, demand, goal, gpu_type, (tp, pp), model, batches)
+            if model is None:
+                continue
+            candidate = _Candidate(
+                problem=problem,
+                service=service,
+                variant=variant,
+                demand=demand,
+                goal=goal,
+                gpu_type=gpu_type,
+                parallelism=pair,
+                model=model,
+                phases=token_model(problem, service, variant.model, demand, gpu_type, pair),
+            )
+            in_use = running.get((service.name, variant.model, gpu_type, *pair), frozenset())
+            yield from (_judge(candidate, batch) for batch in _batches(model.batches, in_use))
 
 
 def _parallelisms(problem: Problem, model: str, gpu_type: str, most_gpus: int) -> tuple[tuple[int, int], ...]:
@@ -184,108 +243,121 @@ def _parallelisms(problem: Problem, model: str, gpu_type: str, most_gpus: int) -
     return tuple(pair for pair in offered if (wanted is None or pair in wanted) and pair[0] * pair[1] <= most_gpus)
 
 
-def _of_model(
-    problem: Problem,
-    service: Service,
-    variant: Variant,
-    demand: ServiceDemand | None,
-    goal: Target,
-    gpu_type: str,
-    parallelism: tuple[int, int],
-    model: LatencyModel,
-    running: frozenset[int],
-) -> Iterator[Option | Rejection]:
-    """Yield what each batch leads to.
-
-    Batches outside the grid are left out: nobody measured them, and below it the latency model grants no gain.
-    """
-    for batch in _batches(model.batches, running):
-        yield _judge(problem, service, variant, demand, goal, gpu_type, parallelism, model, batch)
-
-
 def _batches(grid: tuple[int, ...], running: Iterable[int]) -> list[int]:
     """Return the grid, the powers of two inside it, and the batches in use that lie inside it."""
     powers = [2**exponent for exponent in range(grid[-1].bit_length())]
     return sorted({batch for batch in (*powers, *running) if grid[0] <= batch <= grid[-1]} | set(grid))
 
 
-def _judge(
-    problem: Problem,
-    service: Service,
-    variant: Variant,
-    demand: ServiceDemand | None,
-    goal: Target,
-    gpu_type: str,
-    parallelism: tuple[int, int],
-    model: LatencyModel,
-    batch: int,
-) -> Option | Rejection:
-    settings = problem.settings
-    estimate = model.at(batch)
-    memory = model.peak_bytes(batch)
-    frames = _frames_of_one_stream(service, demand, batch)
-    frames_s = (frames - 1) / service.slo.fps if isinstance(service, FrequencyService) else 0.0
-    latency_s = frames_s + _with_margin(estimate)
-    hold_s = max(estimate.stage_s)
-    tokens = _token_times(problem, service, variant, demand, gpu_type, parallelism, batch)
-    block_s = hold_s if tokens is None else tokens.pass_s
-    # A lone request of the smallest batch waits for nothing; larger batches must leave time for the one before them.
-    waiting_s = settings.blocking_factor * block_s if batch > 1 else 0.0
-    available = problem.cluster.gpu_types[gpu_type].memory_bytes * (1.0 - settings.headroom_ratio)
-    checks = [
-        ("accuracy", service.min_accuracy, variant.accuracy),
-        ("memory", max(memory), available),
-        ("latency", latency_s + waiting_s, goal.deadline_s),
-    ]
-    if tokens is not None and isinstance(service, GenerationService):
-        checks.append(("latency", tokens.first_s + waiting_s, service.slo.ttft_s))
-        checks.append(("latency", tokens.next_s, service.slo.tpot_s))
-    tp, pp = parallelism
-    for reason, needed, limit in checks:
-        if needed > limit:
+def _judge(candidate: _Candidate, batch: int) -> Option | Rejection:
+    """Return the option of ``batch``, or the first limit that it breaks: accuracy, memory, the latency guards."""
+    settings, variant = candidate.problem.settings, candidate.variant
+    figures = _of_batch(candidate, batch) if candidate.phases is None else _of_answers(candidate, batch)
+    usable = candidate.problem.cluster.gpu_types[candidate.gpu_type].memory_bytes * (1.0 - settings.headroom_ratio)
+    tp, pp = candidate.parallelism
+    for reason, needed, available in (
+        ("accuracy", candidate.service.min_accuracy, variant.accuracy),
+        ("memory", max(figures.memory_bytes), usable),
+        *figures.limits,
+    ):
+        if needed > available:
             return Rejection(
-                service=service.name,
+                service=candidate.service.name,
                 variant=variant.model,
-                gpu_type=gpu_type,
+                gpu_type=candidate.gpu_type,
                 tp=tp,
                 pp=pp,
                 batch=batch,
                 reason=reason,  # type: ignore[arg-type]
                 needed=needed,
-                available=limit,
+                available=available,
             )
-    variability = variability_of(estimate, demand)
-    slack_s = goal.deadline_s - latency_s
-    allowed = utilisation_limit(
-        slack_s - settings.blocking_factor * block_s, hold_s / batch, variability, 1.0 - goal.attainment
-    )
     return Option(
-        service=service.name,
+        service=candidate.service.name,
         variant=variant.model,
-        gpu_type=gpu_type,
+        gpu_type=candidate.gpu_type,
         tp=tp,
         pp=pp,
         batch=batch,
-        multi_frame=frames,
+        multi_frame=figures.multi_frame,
         accuracy=variant.accuracy,
-        memory_bytes=tuple(memory),
-        latency_s=latency_s,
-        hold_s=hold_s,
-        block_s=block_s,
-        slack_s=slack_s,
-        variability=variability,
-        utilisation=min(max(allowed, settings.min_utilisation), settings.max_utilisation),
-        at_floor=allowed < settings.min_utilisation,
-        weight_bytes=tp * sum(model.weight_bytes),
-        load_s=model.load_s,
-        deadline_s=goal.deadline_s,
-        confidence=estimate.confidence,
+        memory_bytes=figures.memory_bytes,
+        latency_s=figures.latency_s,
+        hold_s=figures.hold_s,
+        block_s=figures.block_s,
+        slack_s=figures.slack_s,
+        variability=figures.variability,
+        utilisation=min(max(figures.allowed, settings.min_utilisation), settings.max_utilisation),
+        at_floor=figures.allowed < settings.min_utilisation,
+        weight_bytes=tp * sum(candidate.model.weight_bytes),
+        load_s=candidate.model.load_s,
+        deadline_s=candidate.goal.deadline_s,
+        confidence=figures.confidence,
     )
 
 
-def _with_margin(estimate: Estimate) -> float:
-    """Return the 99th percentile, times 1 + error where it was not measured."""
-    return estimate.p99_s * (1.0 if estimate.confidence == "measured" else 1.0 + estimate.error_ratio)
+def _of_batch(candidate: _Candidate, batch: int) -> _Figures:
+    """Return what a batch of whole requests takes: (3.1), (3.2) and (3.6)."""
+    service, goal = candidate.service, candidate.goal
+    estimate = candidate.model.at(batch)
+    frames = _frames_of_one_stream(service, candidate.demand, batch)
+    frames_s = (frames - 1) / service.slo.fps if isinstance(service, FrequencyService) else 0.0
+    latency_s, hold_s = frames_s + with_margin(estimate), max(estimate.stage_s)
+    charged_s = candidate.problem.settings.blocking_factor * hold_s
+    variability = variability_of(estimate, candidate.demand)
+    slack_s = goal.deadline_s - latency_s
+    return _Figures(
+        multi_frame=frames,
+        memory_bytes=tuple(candidate.model.peak_bytes(batch)),
+        latency_s=latency_s,
+        hold_s=hold_s,
+        block_s=hold_s,
+        slack_s=slack_s,
+        variability=variability,
+        confidence=estimate.confidence,
+        limits=(("latency", latency_s + _charged_alone(batch, charged_s), goal.deadline_s),),
+        allowed=utilisation_limit(slack_s - charged_s, hold_s / batch, variability, 1.0 - goal.attainment),
+    )
+
+
+def _of_answers(candidate: _Candidate, batch: int) -> _Figures:
+    """Return what ``batch`` sequences in flight take: (3.7) to (3.10).
+
+    A first token may wait up to the TTFT, further ones for a neighbour's pass up to the TPOT; the whole answer counts
+    where a workflow leaves it less time than both. Without its phases a plan is served by the table of whole batches,
+    whose answers start and end together: that mean must hold too.
+    """
+    service, goal, phases = candidate.service, candidate.goal, candidate.phases
+    assert isinstance(service, GenerationService), "only these have phases"
+    assert phases is not None, "the caller has looked"
+    answers, whole = phases.at(batch, goal.attainment), candidate.model.at(batch)
+    charged_s = candidate.problem.settings.blocking_factor * answers.pass_s
+    alone_s = _charged_alone(batch, charged_s)
+    variability = variability_of(phases.prefill.at(1), candidate.demand)
+    patience_s = min(service.slo.ttft_s - answers.first_s, goal.deadline_s - answers.answer_s)
+    next_s = answers.next_s if answers.steps else 0.0
+    return _Figures(
+        multi_frame=1,
+        memory_bytes=phases.memory_bytes(batch, candidate.model.peak_bytes(batch)),
+        latency_s=answers.answer_s,
+        hold_s=answers.hold_s,
+        block_s=answers.pass_s,
+        slack_s=min(patience_s, service.slo.tpot_s - next_s),
+        variability=variability,
+        confidence=answers.confidence,
+        limits=(
+            ("latency", answers.first_s + alone_s, service.slo.ttft_s),
+            ("latency", next_s, service.slo.tpot_s),
+            ("latency", answers.answer_s + alone_s, goal.deadline_s),
+            ("latency", whole.mean_s, goal.deadline_s),
+        ),
+        allowed=answers.utilisation(patience_s - charged_s, variability, 1.0 - goal.attainment),
+    )
+
+
+def _charged_alone(batch: int, charged_s: float) -> float:
+    """Return what a request is charged on an idle group: larger batches must leave time for the one before them."""
+    return charged_s if batch > 1 else 0.0
 
 
 def _frames_of_one_stream(service: Service, demand: ServiceDemand | None, batch: int) -> int:
@@ -296,48 +368,6 @@ def _frames_of_one_stream(service: Service, demand: ServiceDemand | None, batch:
     if not isinstance(service, FrequencyService) or demand is None or not demand.streams:
         return 1
     return math.ceil(batch / demand.streams)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _TokenTimes:
-    """Time to the first token and per further one, and the longest single pass over the model, seconds."""
-
-    first_s: float
-    next_s: float
-    pass_s: float
-
-
-def _token_times(
-    problem: Problem,
-    service: Service,
-    variant: Variant,
-    demand: ServiceDemand | None,
-    gpu_type: str,
-    parallelism: tuple[int, int],
-    batch: int,
-) -> _TokenTimes | None:
-    """Return what tokens take with ``batch`` sequences in flight, or None where the profile has no phases: (3.7).
-
-    The first token takes one prefill of its prompt. In a steady state every sequence that ends makes room for the
-    prefill of another, so a further token takes one decode step and its part of ``batch`` - 1 such prefills per answer.
-    """
-    if not isinstance(service, GenerationService):
-        return None
-    prompt = None if demand is None else demand.input_tokens
-    answer = 128.0 if demand is None or demand.output_tokens is None else demand.output_tokens
-    steps = max(1.0, answer - 1.0)
-    tp, pp = parallelism
-    context = None if prompt is None else prompt + steps / 2
-    prefill = problem.profiles.latency(variant.model, gpu_type, tp, pp, input_tokens=prompt, phase="prefill")
-    decode = problem.profiles.latency(variant.model, gpu_type, tp, pp, input_tokens=context, phase="decode")
-    if prefill is None or decode is None:
-        return None
-    first, step = prefill.at(1), decode.at(batch)
-    return _TokenTimes(
-        first_s=_with_margin(first),
-        next_s=_with_margin(step) + first.mean_s * (batch - 1) / steps,
-        pass_s=max(first.mean_s, step.mean_s),
-    )
 
 
 def _running(problem: Problem) -> dict[tuple[str, str, str, int, int], frozenset[int]]:

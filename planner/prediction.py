@@ -5,11 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from itertools import groupby
 
+from planner.generation import TokenModel, token_model
 from planner.linear import Floats
 from planner.option import Option
 from planner.space import Placed, Placement, PlanningSpace
 from planner.waiting import WaitingTime, waiting_time
 from plans.plan import Confidence, LatencyPercentiles, Prediction
+from plans.service import GenerationService
 from profiles.latency import Estimate, LatencyModel, worst
 
 __all__ = ["latency_model", "predict"]
@@ -64,18 +66,39 @@ def _of_group(space: PlanningSpace, serving: list[Placed]) -> list[_Share]:
     """Return what each of the replicas that share one group is expected to do."""
     options = [space.options[placed.option] for placed in serving]
     rates = [placed.share * option.sustained_rps for placed, option in zip(serving, options, strict=True)]
-    models = [latency_model(space, option) for option in options]
-    batches = _typical_batches(models, [option.batch for option in options], rates)
-    typical = [model.at(batch) for model, batch in zip(models, batches, strict=True)]
-    holds_s = [max(estimate.stage_s) for estimate in typical]
-    busy = [rate * hold_s / batch for rate, hold_s, batch in zip(rates, holds_s, batches, strict=True)]
+    phases = [_phases(space, option) for option in options]
+    whole = [index for index, each in enumerate(phases) if each is None]
+    models = [latency_model(space, options[index]) for index in whole]
+    batches = _typical_batches(models, [options[index].batch for index in whole], [rates[index] for index in whole])
+    typical = {
+        index: (model.at(1), model.at(batch), batch) for index, model, batch in zip(whole, models, batches, strict=True)
+    }
+    holds_s = [
+        max(typical[index][1].stage_s) if index in typical else option.block_s for index, option in enumerate(options)
+    ]
+    # Sequences of a generating model fill its passes to the concurrency that it is planned for.
+    request_s = [
+        holds_s[index] / typical[index][2] if index in typical else option.request_s
+        for index, option in enumerate(options)
+    ]
+    busy = [rate * each for rate, each in zip(rates, request_s, strict=True)]
     wait = waiting_time(holds_s, busy)
     # Burstiness of what the group gets in all: an even stream waits behind a bursty neighbour.
     stretch = sum(b * option.variability for b, option in zip(busy, options, strict=True)) / max(sum(busy), 1e-300)
-    return [
-        _of_replica(option, rate, model.at(1), estimate, wait, stretch)
-        for option, rate, model, estimate in zip(options, rates, models, typical, strict=True)
-    ]
+    shares = []
+    for index, (option, rate, answers) in enumerate(zip(options, rates, phases, strict=True)):
+        if answers is None:
+            alone, estimate, _ = typical[index]
+            shares.append(_of_replica(option, rate, alone, estimate, wait, stretch))
+        else:
+            shares.append(_of_answers(space, option, rate, answers, sum(busy) - busy[index]))
+    return shares
+
+
+def _phases(space: PlanningSpace, option: Option) -> TokenModel | None:
+    problem = space.problem
+    service, demand = problem.services.service(option.service), problem.demand.of(option.service)
+    return token_model(problem, service, option.variant, demand, option.gpu_type, (option.tp, option.pp))
 
 
 def _of_replica(
@@ -90,6 +113,30 @@ def _of_replica(
         p99_s=max(p50_s, typical.p99_s, typical.mean_s + wait.quantile_s(0.99, stretch=stretch)),
         accuracy=option.accuracy,
         confidence=worst(option.confidence, typical.confidence),
+    )
+
+
+def _of_answers(space: PlanningSpace, option: Option, rate_rps: float, phases: TokenModel, elsewhere: float) -> _Share:
+    """Return what a generating replica is expected to do beside neighbours that use the group ``elsewhere``: (7.2).
+
+    First tokens are late by (3.9) and (3.10), further ones by the tail of the prefills that fall among them.
+    """
+    service = space.problem.services.service(option.service)
+    assert isinstance(service, GenerationService), "only these have phases"
+    answers = phases.at(option.batch, service.slo.attainment)
+    token_s = phases.token_s(rate_rps, option.batch, elsewhere)
+    charged_s = space.problem.settings.blocking_factor * option.block_s
+    patience_s = service.slo.ttft_s - answers.first_s - charged_s
+    first = answers.late(patience_s, option.variability, rate_rps, elsewhere)
+    further = phases.late_tokens(rate_rps, option.batch, elsewhere, service.slo.tpot_s)
+    answer_s = answers.prefill_s + phases.steps * min(token_s, answers.next_s)
+    return _Share(
+        rate_rps=rate_rps,
+        miss=min(1.0, first + further),
+        p50_s=answer_s,
+        p99_s=max(answer_s, answers.answer_s) + charged_s,
+        accuracy=option.accuracy,
+        confidence=option.confidence,
     )
 
 
