@@ -1,7 +1,8 @@
 """The worker process of one GPU group: ``python -m executor.worker``. It owns its device, and runs what its agent says.
 
-Three threads: this one reads messages, one loads models, one runs batches; so a load holds up no batch longer than the
-two share the processor. When the agent is gone, the pipe ends and the process exits at once.
+This thread reads messages and runs batches: handing a batch to another thread would cost more than reading it. A second
+one loads models, so a load holds up no batch longer than the two share the processor; it is taken up between batches. A
+third waits for the end of the pipe: when the agent is gone, the process exits at once.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import importlib
 import logging
 import os
 import queue
+import select
 import signal
 import socket
 import sys
@@ -20,7 +22,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from numpy.typing import NDArray
 
@@ -49,7 +51,6 @@ from executor.worker_wire import (
     Ready,
     Run,
     Stop,
-    ToWorker,
     Unload,
     Unloaded,
     decode_to_worker,
@@ -71,9 +72,16 @@ class Worker:
         connection: The socket to the agent.
         segment: The memory shared with it.
         runtime: Loads the models.
+        on_gone: Called, from a thread of its own, when the agent is gone, whatever runs then.
     """
 
-    def __init__(self, connection: socket.socket, segment: SharedSegment, runtime: GroupRuntime) -> None:
+    def __init__(
+        self,
+        connection: socket.socket,
+        segment: SharedSegment,
+        runtime: GroupRuntime,
+        on_gone: Callable[[], None] = lambda: None,
+    ) -> None:
         self._connection = connection
         self._segment = segment
         self._runtime = runtime
@@ -81,18 +89,21 @@ class Worker:
         self._sequences: dict[str, SequenceRunner] = {}
         self._sending = threading.Lock()
         self._loads: queue.SimpleQueue[Load] = queue.SimpleQueue()
-        self._runs: queue.SimpleQueue[Run | Iterate | Unload | Stop] = queue.SimpleQueue()
+        self._on_gone = on_gone
 
     def serve(self) -> bool:
         """Answer until the agent says stop (True: what ran before is finished) or is gone (False)."""
         threading.Thread(target=self._load_all, name="load", daemon=True).start()
-        runner = threading.Thread(target=self._run_all, name="run", daemon=True)
-        runner.start()
+        threading.Thread(target=self._await_end, name="end", daemon=True).start()
         self._send(Ready(process=os.getpid(), variants=tuple(self._runtime.names())))
-        stopped = self._read()
-        if stopped:
-            runner.join()
-        return stopped
+        return self._read()
+
+    def _await_end(self) -> None:
+        """Wait until the agent hangs up; the reading thread may be in the middle of a long batch then."""
+        pipe = select.poll()
+        pipe.register(self._connection, select.POLLRDHUP)
+        pipe.poll()
+        self._on_gone()
 
     def _read(self) -> bool:
         frames = FrameSplitter()
@@ -103,33 +114,30 @@ class Worker:
                 return False
             if not data:
                 return False
-            for body in frames.feed(data):
-                message = decode_to_worker(body)
-                self._accept(message)
+            messages = [decode_to_worker(body) for body in frames.feed(data)]
+            for load in messages:
+                if isinstance(load, Load):
+                    self._loads.put(load)
+            for message in messages:
                 if isinstance(message, Stop):
                     return True
-
-    def _accept(self, message: ToWorker) -> None:
-        if isinstance(message, Load):
-            self._loads.put(message)
-        else:
-            self._runs.put(message)
+                if not isinstance(message, Load):
+                    self._act(message)
 
     def _load_all(self) -> None:
         while True:
             message = self._loads.get()
             self._answer(message.call, functools.partial(self._load, message))
 
-    def _run_all(self) -> None:
-        while not isinstance(message := self._runs.get(), Stop):
-            if isinstance(message, Run):
-                model = self._models.get(message.variant)
-                act = self._submit if isinstance(model, PipelinedModel) else self._run
-                self._answer(message.call, functools.partial(act, message))
-            elif isinstance(message, Iterate):
-                self._answer(message.call, functools.partial(self._iterate, message))
-            else:
-                self._answer(message.call, functools.partial(self._unload, message))
+    def _act(self, message: Run | Iterate | Unload) -> None:
+        if isinstance(message, Run):
+            model = self._models.get(message.variant)
+            act = self._submit if isinstance(model, PipelinedModel) else self._run
+            self._answer(message.call, functools.partial(act, message))
+        elif isinstance(message, Iterate):
+            self._answer(message.call, functools.partial(self._iterate, message))
+        else:
+            self._answer(message.call, functools.partial(self._unload, message))
 
     def _submit(self, message: Run) -> None:
         """Start a batch in a pipeline; its `Done` follows when it is out."""
@@ -294,10 +302,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except ForeplanError as error:
             connection.sendall(encode_from_worker(Failed(call=0, problem=str(error), invalid_input=True)))
             return 1
-        if Worker(connection, SharedSegment(options.segment), runtime).serve():
-            return 0
+        if not Worker(connection, SharedSegment(options.segment), runtime, on_gone=_exit).serve():
+            _exit()
+    return 0
+
+
+def _exit() -> NoReturn:
+    """End at once: a batch or a load may run for long yet, and nobody waits for its result."""
     _log.warning("event=agent_gone action=exit")
-    # A batch or a load may run for long yet, and nobody waits for its result.
     logging.shutdown()
     os._exit(1)
 

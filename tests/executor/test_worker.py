@@ -54,14 +54,14 @@ class Agent:
 
 
 @contextlib.contextmanager
-def worker(folder):
+def worker(folder, on_gone=lambda: None):
     ours, theirs = socket.socketpair()
     ours.settimeout(WAIT_S)
     segment = SharedSegment.create()
     segment.grow(1 << 16)
     theirs_segment = SharedSegment(os.dup(segment.descriptor))
     ended = []
-    served = Worker(theirs, theirs_segment, ScriptedRuntime(model_dir=folder))
+    served = Worker(theirs, theirs_segment, ScriptedRuntime(model_dir=folder), on_gone)
     thread = threading.Thread(target=lambda: ended.append(served.serve()))
     thread.start()
     agent = Agent(ours, segment)
@@ -139,6 +139,32 @@ def test_the_end_of_the_pipe_ends_the_worker(tmp_path):
         agent.connection.shutdown(socket.SHUT_RDWR)
         thread.join(WAIT_S)
         assert ended == [False]
+
+
+def test_the_end_of_the_pipe_is_noticed_in_the_middle_of_a_batch(tmp_path):
+    gone = threading.Event()
+    with worker(tmp_path, gone.set) as (agent, ended, thread):
+        agent.ask(Load(call=1, variant="gated-run", max_batch=1))
+        agent.say(run(2, "gated-run", [[1, 2, 3, 4]], agent.segment))
+        assert not gone.is_set()
+        agent.connection.shutdown(socket.SHUT_RDWR)
+        assert gone.wait(WAIT_S)
+        assert not ended
+        (tmp_path / "run").touch()
+        thread.join(WAIT_S)
+        assert ended == [False]
+
+
+def test_a_load_that_comes_with_a_batch_begins_before_the_batch(tmp_path):
+    with worker(tmp_path) as (agent, _, _):
+        agent.ask(Load(call=1, variant="gated-run", max_batch=1))
+        batch = encode_to_worker(run(2, "gated-run", [[1, 2, 3, 4]], agent.segment))
+        agent.connection.sendall(batch + encode_to_worker(Load(call=3, variant="twice", max_batch=1)))
+        loaded = agent.hear()
+        assert isinstance(loaded, Loaded)
+        assert loaded.call == 3
+        (tmp_path / "run").touch()
+        assert isinstance(agent.hear(), Done)
 
 
 @pytest.mark.parametrize("path", ["", "os", "os:", ":path", "os:nothing", "no.module:x", "os:name"])
