@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from datetime import UTC, datetime
 from pathlib import Path
@@ -15,7 +15,7 @@ from planner import Infeasible, NoPlanFound, Problem, Settings, Solved, solve
 from plans.checker import check_plan
 from plans.cluster import Cluster
 from plans.codec import read_plan
-from plans.demand import Demand
+from plans.demand import Demand, ServiceDemand
 from plans.documents import read_document
 from plans.errors import Fault, InvalidInput
 from plans.plan import LatencyPercentiles, Plan, Prediction
@@ -116,27 +116,53 @@ def _predicted_by_simulation(plan: Plan, inputs: Inputs, seed: int) -> Plan:
     """Return ``plan`` with attainment and latency from the simulator, on arrivals sampled from the demand.
 
     The planner's own prediction is a bound from queueing theory that does not know how batches grow under load. The
-    arrivals are a renewal process at the planned rates with the demand's burstiness; generation services, whose
-    requests differ in tokens, keep the planner's prediction.
+    arrivals are a renewal process at the planned rates with the demand's burstiness, every prompt and answer of the
+    demand's tokens. Generation services whose demand states no tokens keep the planner's prediction.
     """
-    names = {
-        service.name
-        for service in inputs.services.services
-        if service.request_class != "generation" and plan.routes.get(service.name)
+    demands = {one.service: one for one in inputs.demand.services}
+    offered = {
+        one.service: one.offered_rps
+        for one in plan.predicted
+        if one.offered_rps > 0 and plan.routes.get(one.service) and _has_tokens(inputs, demands.get(one.service), one)
     }
-    offered = {one.service: one.offered_rps for one in plan.predicted if one.service in names and one.offered_rps > 0}
     if not offered:
         return plan
-    burstiness = {one.service: one.burstiness_cv for one in inputs.demand.services}
     duration_s = min(_SAMPLED_REQUESTS / sum(offered.values()), _MOST_SAMPLED_S)
-    loads = {name: Gamma(rate_rps=rate, cv=burstiness.get(name, 1.0)) for name, rate in offered.items()}
-    trace = synthesise(loads, duration_s=duration_s, seed=seed)
+    loads = {
+        name: Gamma(rate_rps=rate, cv=demands[name].burstiness_cv if name in demands else 1.0)
+        for name, rate in offered.items()
+    }
+    trace = _with_tokens(synthesise(loads, duration_s=duration_s, seed=seed), demands)
     if not len(trace):
         return plan
-    summary = evaluate(plan, inputs.services, trace).summary
+    generates = any(service.request_class == "generation" for service in inputs.services.services)
+    cluster, profiles = (inputs.cluster, inputs.profiles) if generates else (None, None)
+    summary = evaluate(plan, inputs.services, trace, cluster=cluster, profiles=profiles).summary
     return plan.model_copy(
-        update={"predicted": tuple(_with_outcome(one, summary.service(one.service)) for one in plan.predicted)}
+        update={
+            "predicted": tuple(
+                _with_outcome(one, summary.service(one.service)) if one.service in offered else one
+                for one in plan.predicted
+            )
+        }
     )
+
+
+def _has_tokens(inputs: Inputs, demand: ServiceDemand | None, prediction: Prediction) -> bool:
+    """Say whether the requests of a service are known well enough to be sampled."""
+    generates = inputs.services.service(prediction.service).request_class == "generation"
+    return not generates or (demand is not None and None not in (demand.input_tokens, demand.output_tokens))
+
+
+def _with_tokens(trace: RequestTrace, demands: Mapping[str, ServiceDemand]) -> RequestTrace:
+    """Return ``trace`` with the tokens that the demand states, on average, for each service."""
+    frame = trace.frame
+    for column in ("input_tokens", "output_tokens"):
+        stated = {name: getattr(one, column) for name, one in demands.items()}
+        rounded = {name: round(value) for name, value in stated.items() if value is not None}
+        if rounded:
+            frame[column] = frame["service"].map(rounded).astype("Int64")
+    return RequestTrace(frame, duration_s=trace.duration_s)
 
 
 def _with_outcome(prediction: Prediction, found: ServiceSummary) -> Prediction:
