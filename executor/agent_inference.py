@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterable, AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,7 @@ from executor.errors import PlacementIsPlanned, RequestRefused, UnknownService, 
 from executor.forwarding import Body
 from executor.group_server import Answer
 from executor.infer_header import GROUP_METADATA, LONGEST_DEADLINE_S
+from executor.lane import Generated
 from executor.node import Node
 from executor.proto import open_inference_pb2 as pb
 from executor.proto import open_inference_pb2_grpc as pb_grpc
@@ -27,7 +28,9 @@ from executor.request_head import HeadReader, RequestHead
 from executor.runtime.protocol import TensorSpec, batch_of
 from executor.state import Phase
 from executor.statistics import Counters, statistics_to_proto
+from executor.stream_inference import FINAL, error_response, interleaved
 from executor.tensors import Buffer, TensorLimits, decode_inputs, decode_raw, encode_response
+from executor.token_inference import INPUT, OUTPUT, generated_answer, streamed_tokens, token_request
 from executor.tracing import Spans
 from executor.worker_wire import Loaded
 from plans.errors import ForeplanError, InvalidInput
@@ -98,7 +101,9 @@ class InferenceServicer(pb_grpc.GRPCInferenceServiceServicer):
     ) -> pb.ServerMetadataResponse:
         """Name and version of this server."""
         return pb.ServerMetadataResponse(
-            name="foreplan-agent", version=self._version, extensions=["model_repository", "parameters", "statistics"]
+            name="foreplan-agent",
+            version=self._version,
+            extensions=["model_repository", "parameters", "statistics", "stream_infer"],
         )
 
     async def ModelReady(self, request: pb.ModelReadyRequest, context: Context) -> pb.ModelReadyResponse:  # noqa: N802
@@ -114,15 +119,15 @@ class InferenceServicer(pb_grpc.GRPCInferenceServiceServicer):
     ) -> pb.ModelMetadataResponse:
         """Inputs and outputs of the service; the first dimension, of any size, is the batch."""
         try:
-            _, loaded = self._chosen(request.name, request.version, _group_in(context))
+            replica, loaded = self._chosen(request.name, request.version, _group_in(context))
         except ForeplanError as error:
             return await context.abort(status_of(error), details_of(error))
+        inputs = [_metadata(spec) for spec in loaded.inputs]
+        outputs = [_metadata(spec) for spec in loaded.outputs]
+        if self._generates(replica):
+            inputs, outputs = ([_tokens_metadata(name)] for name in (INPUT, OUTPUT))
         return pb.ModelMetadataResponse(
-            name=request.name,
-            versions=[MODEL_VERSION],
-            platform="foreplan",
-            inputs=[_metadata(spec) for spec in loaded.inputs],
-            outputs=[_metadata(spec) for spec in loaded.outputs],
+            name=request.name, versions=[MODEL_VERSION], platform="foreplan", inputs=inputs, outputs=outputs
         )
 
     async def RepositoryIndex(  # noqa: N802
@@ -163,6 +168,41 @@ class InferenceServicer(pb_grpc.GRPCInferenceServiceServicer):
             return await self._recorded(whole, arrived_s, context.time_remaining(), _group_in(context))
         except ForeplanError as error:
             return await context.abort(status_of(error), details_of(error))
+
+    async def ModelStreamInfer(  # noqa: N802
+        self, request_iterator: AsyncIterable[pb.ModelInferRequest], context: Context
+    ) -> AsyncIterator[pb.ModelStreamInferResponse]:
+        """Answer requests side by side: of a service that generates token by token, of others at once."""
+        group = _group_in(context)
+
+        async def answers(request: pb.ModelInferRequest) -> AsyncIterator[pb.ModelStreamInferResponse]:
+            try:
+                async for answer in self._streamed(request, group):
+                    yield answer
+            except ForeplanError as error:
+                yield error_response(request.id, request.model_name, status_of(error), details_of(error))
+
+        async for answer in interleaved(request_iterator, answers):
+            yield answer
+
+    async def _streamed(
+        self, request: pb.ModelInferRequest, group: str | None
+    ) -> AsyncIterator[pb.ModelStreamInferResponse]:
+        arrived_s, raw = self._clock(), request.raw_input_contents
+        whole = _Whole(RequestHead.of(request, raw, self._limits), raw)
+        replica, loaded = self._chosen(request.model_name, request.model_version, group)
+        if loaded.generates is None or not self._generates(replica):
+            answer = await self._recorded(whole, arrived_s, None, group)
+            answer.parameters[FINAL].bool_param = True
+            yield pb.ModelStreamInferResponse(infer_response=answer)
+            return
+        asked = token_request(whole.head, raw, loaded.generates, self._limits)
+        server = self._node.upkeep.groups[replica.key.group]
+        async for part in streamed_tokens(server, replica.key, asked, request, whole.head.deadline_s):
+            yield part
+
+    def _generates(self, replica: Replica) -> bool:
+        return self._node.upkeep.groups[replica.key.group].generates(replica.key)
 
     async def forwarded(self, body: Body, group: str, timeout_s: float) -> bytes:
         """Run a serialised ``ModelInferRequest`` on ``group``, and return the serialised answer.
@@ -213,7 +253,7 @@ class InferenceServicer(pb_grpc.GRPCInferenceServiceServicer):
         with self._spans.span("agent.infer", service=whole.head.message.model_name, group=group or ""):
             return await self._infer(whole, arrived_s, time_remaining_s, group)
 
-    def _record(self, answer: Answer) -> None:
+    def _record(self, answer: Answer | Generated) -> None:
         """Record where the time of a request went, by what its answer says."""
         if self._spans is not None:
             now_s = time.time()
@@ -227,6 +267,12 @@ class InferenceServicer(pb_grpc.GRPCInferenceServiceServicer):
         head = whole.head
         request, wanted = head.message, head.wanted
         replica, loaded = self._chosen(request.model_name, request.model_version, group)
+        if loaded.generates is not None and self._generates(replica):
+            asked = token_request(head, whole.raw, loaded.generates, self._limits)
+            server = self._node.upkeep.groups[replica.key.group]
+            generated, response = await generated_answer(server, replica.key, asked, request, head.deadline_s)
+            self._record(generated)
+            return response
         if wanted and (unknown := wanted - {spec.name for spec in loaded.outputs}):
             known = ", ".join(spec.name for spec in loaded.outputs)
             raise InvalidInput.of(f"some of {known}", field="outputs", found=", ".join(sorted(unknown)))
@@ -284,6 +330,10 @@ def _group_in(context: Context) -> str | None:
         if key == GROUP_METADATA:
             return value if isinstance(value, str) else value.decode(errors="replace")
     return None
+
+
+def _tokens_metadata(name: str) -> pb.ModelMetadataResponse.TensorMetadata:
+    return pb.ModelMetadataResponse.TensorMetadata(name=name, datatype="INT64", shape=[1, -1])
 
 
 def _metadata(spec: TensorSpec) -> pb.ModelMetadataResponse.TensorMetadata:

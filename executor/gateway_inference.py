@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable
 from importlib.metadata import version
 from typing import Any
 
@@ -15,10 +15,11 @@ from executor.forwarding import CallFailed
 from executor.gateway_metrics import GatewayMetrics
 from executor.gateway_peer import INFERENCE, Peer
 from executor.gateway_switchboard import Switchboard
-from executor.infer_header import LONGEST_DEADLINE_S, InferHeader, read_infer_header, small_fields
+from executor.infer_header import LONGEST_DEADLINE_S, InferHeader, group_message, read_infer_header, small_fields
 from executor.proto import open_inference_pb2 as messages
 from executor.state import ServiceRoutes, Target
 from executor.statistics import add_statistics
+from executor.stream_inference import STATUS_PARAMETER, error_response, interleaved
 from executor.tracing import NoSpans
 from plans.errors import InvalidInput
 
@@ -27,6 +28,7 @@ __all__ = ["InferenceFrontDoor"]
 _Context = grpc.aio.ServicerContext
 _Send = Callable[[Peer, bytes, str, float], Awaitable[bytes]]
 _Code = grpc.StatusCode
+_CODES = {code.name: code for code in _Code}
 
 
 class InferenceFrontDoor:
@@ -46,6 +48,7 @@ class InferenceFrontDoor:
         methods: dict[str, grpc.RpcMethodHandler[Any, Any]] = {
             "ModelInfer": grpc.unary_unary_rpc_method_handler(self.infer),
             "ModelMetadata": grpc.unary_unary_rpc_method_handler(self.metadata),
+            "ModelStreamInfer": grpc.stream_stream_rpc_method_handler(self.stream),
         }
         for name, behaviour in (
             ("ServerLive", self.server_live),
@@ -66,6 +69,21 @@ class InferenceFrontDoor:
             return await self.answer(request, context.time_remaining())
         except CallFailed as failed:
             await context.abort(failed.code, failed.details)
+
+    async def stream(self, requests: AsyncIterable[bytes], context: _Context[bytes, bytes]) -> AsyncIterator[bytes]:
+        """Forward the requests of one stream side by side, each to the replica whose turn it is; see `answers`."""
+
+        async def answers(request: bytes) -> AsyncIterator[bytes]:
+            try:
+                async for answer in self.answers(request, context.time_remaining()):
+                    yield answer
+            except CallFailed as failed:
+                asked = _parsed(request)
+                failure = error_response(asked.id, asked.model_name, failed.code, failed.details)
+                yield failure.SerializeToString()
+
+        async for answer in interleaved(requests, answers):
+            yield answer
 
     async def metadata(self, request: bytes, context: _Context[bytes, bytes]) -> bytes:
         """Forward a question for a service's tensors to a replica of it."""
@@ -93,25 +111,12 @@ class InferenceFrontDoor:
             CallFailed: With the status and message for the client.
         """
         arrival_s = self._clock()
-        try:
-            header = self._header(request)
-        except InvalidInput as error:
-            raise CallFailed(_Code.INVALID_ARGUMENT, str(error)) from error
+        header, timeout_s = self._admitted(request, time_remaining_s)
         service = header.service
-        routes = self._routes(service)
-        timeout_s = _timeout_s(time_remaining_s, header.deadline_s, routes.deadline_s)
-        if self.metrics.in_flight >= self._max_in_flight:
-            problem = f"{self.metrics.in_flight} requests are in flight here, the limit"
-            raise CallFailed(_Code.RESOURCE_EXHAUSTED, problem)
         self.metrics.begin()
         code = _Code.CANCELLED
         try:
-            wait_s = self._router.least_wait_s(service)
-            if wait_s > timeout_s:
-                problem = (
-                    f"{service!r}: {wait_s:.3f} s of work wait at every replica, the deadline is in {timeout_s:.3f} s"
-                )
-                raise CallFailed(_Code.RESOURCE_EXHAUSTED, problem)
+            self._check_hope(service, timeout_s)
             answered = await self._forward(service, request, Peer.infer, arrival_s + timeout_s, header.stream)
             code = _Code.OK
             return answered
@@ -120,6 +125,85 @@ class InferenceFrontDoor:
             raise
         finally:
             self.metrics.end(service, code, self._clock() - arrival_s)
+
+    async def answers(self, request: bytes, time_remaining_s: float | None) -> AsyncIterator[bytes]:
+        """Yield the serialised ``ModelStreamInferResponse`` to a serialised ``ModelInferRequest``; as for `answer`.
+
+        Another replica is tried only while there is no answer yet.
+
+        Raises:
+            CallFailed: With the status and message for the client.
+        """
+        arrival_s = self._clock()
+        header, timeout_s = self._admitted(request, time_remaining_s)
+        service, without = header.service, ""
+        self.metrics.begin()
+        code = _Code.CANCELLED
+        try:
+            self._check_hope(service, timeout_s)
+            for is_last_try in (False, True):
+                target = self._router.choose(service, without=without, stream=header.stream)
+                peer = self._switchboard.peer(target.node) if target else None
+                remaining_s = arrival_s + timeout_s - self._clock()
+                if target is None or peer is None or remaining_s <= 0:
+                    break
+                if without:
+                    self.metrics.retried(service)
+                without = target.group
+                mark = messages.ModelStreamInferResponse(infer_response=group_message(target.group)).SerializeToString()
+                is_first = True
+                try:
+                    async for answer in peer.stream(request, target.group, remaining_s):
+                        code = _status(answer)
+                        if is_first and not is_last_try and code is _Code.UNAVAILABLE:
+                            self._switchboard.suspect(service, target.group, "it answered UNAVAILABLE")
+                            break
+                        is_first = False
+                        yield answer + mark
+                    else:
+                        return
+                except CallFailed as failed:
+                    code = failed.code
+                    if not is_first or is_last_try or failed.code is not _Code.UNAVAILABLE:
+                        raise
+                    self._switchboard.suspect(service, target.group, f"it answered UNAVAILABLE: {failed.details}")
+            raise self._no_replica(service, arrival_s + timeout_s)
+        except CallFailed as failed:
+            code = failed.code
+            raise
+        finally:
+            self.metrics.end(service, code, self._clock() - arrival_s)
+
+    def _admitted(self, request: bytes, time_remaining_s: float | None) -> tuple[InferHeader, float]:
+        """Return the header of a request and the seconds that it has.
+
+        Raises:
+            CallFailed: It is malformed, asks for a service that is not here, or too much is under way.
+        """
+        try:
+            header = self._header(request)
+        except InvalidInput as error:
+            raise CallFailed(_Code.INVALID_ARGUMENT, str(error)) from error
+        routes = self._routes(header.service)
+        default_s = routes.deadline_s if routes.first_token_s is None else LONGEST_DEADLINE_S
+        timeout_s = _timeout_s(time_remaining_s, header.deadline_s, default_s)
+        if self.metrics.in_flight >= self._max_in_flight:
+            problem = f"{self.metrics.in_flight} requests are in flight here, the limit"
+            raise CallFailed(_Code.RESOURCE_EXHAUSTED, problem)
+        return header, timeout_s
+
+    def _check_hope(self, service: str, timeout_s: float) -> None:
+        """Refuse a request that would wait past its deadline, or that of its first token, at every replica.
+
+        Raises:
+            CallFailed: It would.
+        """
+        first_token_s = self._routes(service).first_token_s
+        limit_s = timeout_s if first_token_s is None else min(timeout_s, first_token_s)
+        wait_s = self._router.least_wait_s(service)
+        if wait_s > limit_s:
+            problem = f"{service!r}: {wait_s:.3f} s of work wait at every replica, the deadline is in {limit_s:.3f} s"
+            raise CallFailed(_Code.RESOURCE_EXHAUSTED, problem)
 
     async def describe(self, request: bytes, time_remaining_s: float | None) -> bytes:
         """Return the answer to a serialised ``ModelMetadataRequest``.
@@ -199,12 +283,14 @@ class InferenceFrontDoor:
                     break
                 self._switchboard.suspect(service, target.group, f"it answered UNAVAILABLE: {error.details}")
                 without = target.group
-        if failed is not None:
-            raise failed
+        raise failed or self._no_replica(service, deadline_s)
+
+    def _no_replica(self, service: str, deadline_s: float) -> CallFailed:
+        """Return why a request was sent to no replica."""
         if self._clock() >= deadline_s:
-            raise CallFailed(_Code.DEADLINE_EXCEEDED, f"no time left for {service!r} when it arrived")
+            return CallFailed(_Code.DEADLINE_EXCEEDED, f"no time left for {service!r} when it arrived")
         problem = self._router.problem(service)
-        raise CallFailed(_Code.UNAVAILABLE, f"no replica of {service!r} can take requests: {problem}")
+        return CallFailed(_Code.UNAVAILABLE, f"no replica of {service!r} can take requests: {problem}")
 
     async def server_live(self, _: messages.ServerLiveRequest, __: _Context[Any, Any]) -> messages.ServerLiveResponse:
         """Say that the process answers."""
@@ -223,7 +309,7 @@ class InferenceFrontDoor:
         return messages.ServerMetadataResponse(
             name="foreplan-gateway",
             version=version("foreplan"),
-            extensions=["binary_tensor_data", "model_repository", "statistics"],
+            extensions=["binary_tensor_data", "model_repository", "statistics", "stream_infer"],
         )
 
     async def model_ready(
@@ -306,6 +392,22 @@ def _timeout_s(time_remaining_s: float | None, asked_s: float | None, default_s:
     if time_remaining_s is None:
         return min(LONGEST_DEADLINE_S, default_s if asked_s is None else asked_s)
     return min(LONGEST_DEADLINE_S, time_remaining_s if asked_s is None else min(asked_s, time_remaining_s))
+
+
+def _parsed(request: bytes) -> messages.ModelInferRequest:
+    """Return what can be read of a request: nothing of bytes that are none."""
+    try:
+        return messages.ModelInferRequest.FromString(request)
+    except DecodeError:
+        return messages.ModelInferRequest()
+
+
+def _status(answer: bytes) -> grpc.StatusCode:
+    """Return the status that a ``ModelStreamInferResponse`` tells of."""
+    read = messages.ModelStreamInferResponse.FromString(answer)
+    if not read.error_message:
+        return _Code.OK
+    return _CODES.get(read.infer_response.parameters[STATUS_PARAMETER].string_param, _Code.UNKNOWN)
 
 
 def _typed(name: str, behaviour: Callable[..., Awaitable[Any]]) -> grpc.RpcMethodHandler[Any, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 
 import grpc
@@ -50,6 +50,7 @@ class _Line:
             name: channel.unary_unary(f"/{INFERENCE}/{name}", None, None)
             for name in ("ModelInfer", "ModelMetadata", "ModelStatistics")
         }
+        self.stream = channel.stream_stream(f"/{INFERENCE}/ModelStreamInfer", None, None)
 
     async def close(self, grace_s: float) -> None:
         """Close the channel; calls in flight get ``grace_s`` seconds to end."""
@@ -136,6 +137,25 @@ class Peer:
         if mark is None:
             mark = self._marks[group] = group_mark(group)
         return answer + mark
+
+    async def stream(self, request: bytes, group: str, timeout_s: float) -> AsyncIterator[bytes]:
+        """Send a serialised ``ModelInferRequest`` to ``group``; yield each ``ModelStreamInferResponse`` to it.
+
+        Raises:
+            CallFailed: The call ended with a status other than OK.
+        """
+        call = self._line.stream(None, timeout=timeout_s, metadata=((GROUP_METADATA, group),))
+        try:
+            await call.write(request)
+            await call.done_writing()
+            async for answer in call:
+                yield answer
+        except (grpc.aio.AioRpcError, asyncio.InvalidStateError) as error:
+            if isinstance(error, grpc.aio.AioRpcError):
+                raise CallFailed(error.code(), error.details() or "") from error
+            raise CallFailed(await call.code(), await call.details() or "") from error
+        finally:
+            call.cancel()
 
     async def metadata(self, request: bytes, group: str, timeout_s: float) -> bytes:
         """Send a serialised ``ModelMetadataRequest``, as `infer` does."""

@@ -24,6 +24,7 @@ __all__ = [
     "InferHeader",
     "deadline_of",
     "group_mark",
+    "group_message",
     "parsed_request",
     "priority_of",
     "read_answer_header",
@@ -108,9 +109,14 @@ def group_mark(group: str) -> bytes:
 
     A protobuf message may be continued by appending fields, so nothing of the answer has to be parsed.
     """
+    return group_message(group).SerializeToString()
+
+
+def group_message(group: str) -> messages.ModelInferResponse:
+    """Return an answer of which nothing but the parameter ``group`` is known."""
     mark = messages.ModelInferResponse()
     mark.parameters["group"].string_param = group
-    return mark.SerializeToString()
+    return mark
 
 
 def deadline_of(request: messages.ModelInferRequest) -> float | None:

@@ -2,13 +2,14 @@
 
 Variants: ``fake-double`` returns y = 2x for x of four FP32; ``fake-slow-<ms>`` does the same but takes that many
 milliseconds for a run, whatever the batch; ``fake-broken`` loads and then fails on every run after the warm-up.
+``fake-count`` generates: the tokens after its last one, counting, out of 100, and it stops at 99 unless told otherwise.
 """
 
 from __future__ import annotations
 
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from executor.runtime.protocol import TensorSpec, UnknownVariant, batch_of
+from executor.runtime.protocol import GenerationFacts, InvalidTensor, TensorSpec, UnknownVariant, batch_of
 from plans.errors import InvalidInput
 
+_COUNTING = GenerationFacts(vocabulary=100, max_context=64, kv_bytes_per_token=10, stop_tokens=(99,))
 _SLOW = re.compile(r"fake-slow-([0-9]+)")
 
 
@@ -49,6 +51,52 @@ class FakeModel:
         return {"x": generator.standard_normal((batch, 4), dtype=np.float32)}
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FakeGenerator(FakeModel):
+    """Counts on."""
+
+    generation: GenerationFacts = _COUNTING
+
+    def sequences(self, kv_tokens: int) -> FakeSequences:
+        return FakeSequences(self.generation, kv_tokens)
+
+
+class FakeSequences:
+    """Keeps the newest token and the length of each sequence, and minds the memory that they would take."""
+
+    def __init__(self, facts: GenerationFacts, kv_tokens: int) -> None:
+        self.facts = facts
+        self.kv_tokens = kv_tokens
+        self.held: dict[int, tuple[int, int]] = {}
+
+    def hold(self, kv_tokens: int) -> None:
+        self.kv_tokens = max(self.kv_tokens, kv_tokens)
+
+    def free(self, numbers: Sequence[int]) -> None:
+        for number in numbers:
+            self.held.pop(number, None)
+
+    def prefill(self, contexts: Sequence[tuple[int, Sequence[int]]]) -> list[int]:
+        for number, tokens in contexts:
+            if number in self.held:
+                raise InvalidTensor.of("a sequence that holds no memory", field="prefill", found=number)
+            self.held[number] = tokens[-1], len(tokens)
+        return self._next([number for number, _ in contexts], 0)
+
+    def decode(self, numbers: Sequence[int]) -> list[int]:
+        if unknown := set(numbers) - self.held.keys():
+            raise InvalidTensor.of("sequences that were prefilled", field="decode", found=str(unknown))
+        return self._next(numbers, 1)
+
+    def _next(self, numbers: Sequence[int], more: int) -> list[int]:
+        for number in numbers:
+            newest, length = self.held[number]
+            self.held[number] = (newest + 1) % self.facts.vocabulary, length + more
+        if sum(length for _, length in self.held.values()) > self.kv_tokens:
+            raise InvalidTensor.of(f"at most {self.kv_tokens} tokens", field="memory", found="more")
+        return [self.held[number][0] for number in numbers]
+
+
 class FakeRuntime:
     """Takes the keywords of the torch runtimes, of one device and of groups, and needs none of them."""
 
@@ -69,7 +117,7 @@ class FakeRuntime:
         self.seed = seed
 
     def names(self) -> tuple[str, ...]:
-        return ("fake-broken", "fake-double", "fake-slow-20")
+        return ("fake-broken", "fake-count", "fake-double", "fake-slow-20")
 
     def load(self, variant: str, max_batch: int, shape: tuple[int, int] = (1, 1)) -> FakeModel:
         if max_batch < 1:
@@ -79,6 +127,8 @@ class FakeRuntime:
         slow = _SLOW.fullmatch(variant)
         if slow:
             return FakeModel(name=variant, max_batch=max_batch, run_s=int(slow[1]) / 1000)
+        if variant == "fake-count":
+            return FakeGenerator(name=variant, max_batch=max_batch)
         if variant in self.names():
             return FakeModel(name=variant, max_batch=max_batch, broken=variant == "fake-broken")
         raise UnknownVariant.of("one of " + ", ".join(self.names()), field="variant", found=repr(variant))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping
 
-from plans.plan import Group, LoadoutEntry, Plan, Prior, Route, SolverReport
+from plans.plan import Group, LoadoutEntry, Plan, Prior, Route, SolverReport, TokenRules
 
 
 def placement(
@@ -15,6 +15,7 @@ def placement(
     max_batch: int = 4,
     deadline_s: float = 5.0,
     memory_bytes: int = 1024,
+    tokens: TokenRules | None = None,
 ) -> Plan:
     """Return a plan that runs ``groups`` (group id to service to variant) and routes each service in equal shares.
 
@@ -42,6 +43,7 @@ def placement(
                         memory_bytes=(memory_bytes,) * len(gpus[group]),
                         deadline_s=deadline_s,
                         stage_latency_s=((0.001,),) * max_batch,
+                        tokens=tokens,
                     )
                     for service, variant in services.items()
                 ),

@@ -1,0 +1,69 @@
+"""Streams of requests and answers: ``ModelStreamInfer``, Triton's extension of the Open Inference Protocol.
+
+The requests of one stream are answered side by side. An answer tells its request by its id; a request may get several,
+and the last has the parameter ``triton_final_response``. An error is an answer of its own, and the stream goes on.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterable, AsyncIterator, Callable
+from typing import TypeVar
+
+import grpc
+
+from executor.proto import open_inference_pb2 as pb
+
+__all__ = ["FINAL", "STATUS_PARAMETER", "error_response", "interleaved"]
+
+FINAL = "triton_final_response"
+STATUS_PARAMETER = "status"
+"""Parameter of an error's answer: the name of the gRPC status that a call of its own would have ended with."""
+
+_SIDE_BY_SIDE = 64
+"""Requests of one stream that are answered at a time; further ones are not read before."""
+
+_Request = TypeVar("_Request")
+_Answer = TypeVar("_Answer")
+
+
+async def interleaved(
+    requests: AsyncIterable[_Request], answers: Callable[[_Request], AsyncIterator[_Answer]]
+) -> AsyncIterator[_Answer]:
+    """Yield the answers to all requests, in the order in which they come.
+
+    ``answers`` raises nothing. When the caller stops, what is under way is cancelled.
+    """
+    found: asyncio.Queue[_Answer | None] = asyncio.Queue()  # bounded by what models generate for so many
+    room = asyncio.Semaphore(_SIDE_BY_SIDE)
+
+    async def one(request: _Request) -> None:
+        try:
+            async for answer in answers(request):
+                found.put_nowait(answer)
+        finally:
+            room.release()
+
+    async def read() -> None:
+        async with asyncio.TaskGroup() as group:
+            async for request in requests:
+                await room.acquire()
+                group.create_task(one(request))
+
+    reader = asyncio.get_running_loop().create_task(read())
+    reader.add_done_callback(lambda _: found.put_nowait(None))
+    try:
+        while (answer := await found.get()) is not None:
+            yield answer
+        await reader
+    finally:
+        reader.cancel()
+        await asyncio.gather(reader, return_exceptions=True)
+
+
+def error_response(request_id: str, service: str, code: grpc.StatusCode, details: str) -> pb.ModelStreamInferResponse:
+    """Return the last answer to a request that failed."""
+    answer = pb.ModelInferResponse(model_name=service, id=request_id)
+    answer.parameters[STATUS_PARAMETER].string_param = code.name
+    answer.parameters[FINAL].bool_param = True
+    return pb.ModelStreamInferResponse(error_message=f"{code.name}: {details}", infer_response=answer)
