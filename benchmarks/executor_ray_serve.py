@@ -17,7 +17,7 @@ import numpy as np
 from executor_site import about, running_site
 
 from executor.runtime.torch_runtime import TorchRuntime
-from foreplan.demo.stage import free_ports
+from foreplan.ports import free_ports
 from plans import Group, LoadoutEntry, Plan, Route, SolverReport
 
 MODEL, BATCH = "bert-small-16", 8

@@ -17,8 +17,9 @@ from timed_runtime import latency_table_s
 
 from executor.controller import apply
 from foreplan.demo.processes import ChildProcesses
-from foreplan.demo.stage import cluster_yaml, free_ports
+from foreplan.demo.stage import cluster_yaml
 from foreplan.measure import processor_name
+from foreplan.ports import free_ports
 from plans import Cluster, Group, LoadoutEntry, Plan, Route, Services, SolverReport, write_text
 from plans.plan import Prior
 

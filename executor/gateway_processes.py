@@ -10,7 +10,9 @@ import asyncio
 import contextlib
 import dataclasses
 import logging
+import math
 import multiprocessing
+import signal
 import socket
 import tempfile
 from collections.abc import Callable, Iterator
@@ -30,6 +32,7 @@ __all__ = ["run_gateway", "serve_gateways"]
 _log = logging.getLogger("executor.gateway")
 
 _START_S = 60.0
+_END_S = 5.0
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.1, 5.0
 _STEADY_S = 10.0
 
@@ -96,7 +99,7 @@ async def serve_gateways(
                 task.cancel()
             await asyncio.gather(*keeping, return_exceptions=True)
         finally:
-            await asyncio.gather(*(keeper.stop(config.grace_s + 5.0) for keeper in keepers))
+            await asyncio.gather(*(keeper.stop(config.grace_s + _END_S) for keeper in keepers))
 
 
 class _Keeper:
@@ -189,8 +192,14 @@ def _child(config: GatewayConfig, member: Member, log_level: str, ready: Connect
 async def _serve_below_parent(config: GatewayConfig, member: Member, ready: Connection) -> None:
     parent = multiprocessing.parent_process()
     assert parent is not None
-    stop = asyncio.Event()
-    asyncio.get_running_loop().add_reader(parent.sentinel, stop.set)
+    loop, stop = asyncio.get_running_loop(), asyncio.Event()
+
+    def orphaned() -> None:
+        loop.remove_reader(parent.sentinel)
+        signal.alarm(math.ceil(config.grace_s + _END_S))  # nobody is left to end it by force; it must not keep the port
+        stop.set()
+
+    loop.add_reader(parent.sentinel, orphaned)
 
     def listening(_: str) -> None:
         ready.send_bytes(b"")

@@ -65,7 +65,10 @@ class SpareWorker:
         if self._starting is not task:  # another group was quicker
             return None
         self._starting = None
-        return None if link.is_closed else link
+        if link.is_closed:
+            await link.kill()  # its end may not have been seen yet, and nobody else will look
+            return None
+        return link
 
     async def close(self) -> None:
         """End the worker, if nobody took it."""

@@ -1,11 +1,9 @@
-"""A port that was free a moment ago, for servers that cannot tell which one they took."""
+"""A port that is free, for servers that cannot tell which one they took, or come back on the one they had."""
 
 from __future__ import annotations
 
-import socket
+from foreplan.ports import free_ports
 
 
 def free_port() -> int:
-    with socket.socket() as held:
-        held.bind(("127.0.0.1", 0))
-        return int(held.getsockname()[1])
+    return free_ports(1)[0]

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from foreplan.demo.stage import free_ports
+from foreplan.ports import free_ports
 
 ROOT = Path(__file__).resolve().parent.parent
 BLOCKS = [

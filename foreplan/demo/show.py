@@ -26,7 +26,6 @@ from foreplan.demo.stage import (
     Machine,
     cluster_yaml,
     cut_load,
-    free_ports,
     make_cluster,
     make_services,
     read_history,
@@ -34,6 +33,7 @@ from foreplan.demo.stage import (
 )
 from foreplan.measure import Device, measure, processor_name
 from foreplan.planning import Inputs, make_plan
+from foreplan.ports import free_ports
 from foreplan.report import Content, Run, render
 from foreplan.runs import write_requests
 from planner import Settings, Solved

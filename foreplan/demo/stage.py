@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-import socket
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import yaml
 
+from foreplan.ports import free_ports
 from plans.cluster import Cluster
 from plans.errors import InvalidInput
 from plans.service import Services
@@ -88,18 +88,6 @@ def make_cluster(machine: Machine) -> Cluster:
     ]
     cpu = {"memory": _DEVICE_MEMORY_BYTES, "cost_per_hour": 0.05}
     return Cluster.model_validate({"gpu_types": {"cpu": cpu}, "nodes": nodes})
-
-
-def free_ports(count: int) -> list[int]:
-    """Return ports of the loopback interface that nothing listens on."""
-    sockets = [socket.socket() for _ in range(count)]
-    try:
-        for one in sockets:
-            one.bind(("127.0.0.1", 0))
-        return [int(one.getsockname()[1]) for one in sockets]
-    finally:
-        for one in sockets:
-            one.close()
 
 
 def make_services(profiles: ProfileLibrary) -> Services:

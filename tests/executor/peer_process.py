@@ -18,10 +18,11 @@ from pathlib import Path
 import psutil
 
 from plans.cluster import Cluster
+from tests.free_port import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 FAKE_RUNTIME = "tests.executor.fake_runtime:FakeRuntime"
-_END_S = 20.0
+_END_S = 60.0
 
 
 class PeerProcess:
@@ -33,7 +34,7 @@ class PeerProcess:
         self.http = http
         self.node = node
         self.folder = folder
-        self.address = "127.0.0.1:0"
+        self.address = f"127.0.0.1:{free_port()}"  # comes back on it: no outgoing connection may take it meanwhile
         self._process: subprocess.Popen[str] | None = None
 
     def start(self) -> PeerProcess:

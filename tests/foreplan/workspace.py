@@ -8,7 +8,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from foreplan.demo.stage import free_ports
+from foreplan.ports import free_ports
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 
