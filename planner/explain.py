@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -25,10 +26,17 @@ __all__ = ["Alternative", "Explanation", "Replica", "explain"]
 _MOST_LINES = 6
 """Alternatives of one kind that are listed, so that the answer fits a screen."""
 
+_SCREEN_LINES, _SCREEN_COLUMNS = 40, 120
+"""What a screen holds."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Replica:
-    """Where the service runs, and how: utilisation is that of the whole group."""
+    """Where the service runs, and how: ``utilisation`` is that of the whole group.
+
+    A batch of ``max_batch`` holds the group for ``hold_s``, so at most ``utilisation_limit * max_batch / hold_s``
+    requests per second, ``most_rps``, are served.
+    """
 
     group: str
     variant: str
@@ -37,6 +45,7 @@ class Replica:
     most_rps: float
     utilisation: float
     utilisation_limit: float
+    hold_s: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,34 +93,48 @@ class Explanation:
         return asdict(self)
 
     def lines(self) -> Iterator[str]:
-        """Yield the explanation as lines of text, at most about forty."""
+        """Yield the explanation as lines of text that fit a screen: at most 40 of at most 120 characters."""
+        for shown in range(_MOST_LINES, 0, -1):
+            found = [line for text in self._texts(shown) for line in _wrapped(text)]
+            if len(found) <= _SCREEN_LINES:
+                break
+        yield from found[:_SCREEN_LINES]
+
+    def _texts(self, shown: int) -> Iterator[str]:
+        """Yield the explanation with at most ``shown`` entries of each kind, one text each."""
         yield f"{self.service}: {self.served_rps:.4g} of {self.offered_rps:.4g} rps are served"
         yield f"what binds: {self.binding}"
-        for replica in self.replicas[:_MOST_LINES]:
+        for replica in self.replicas[:shown]:
             yield (
-                f"  on {replica.group}: {replica.variant} at batch {replica.max_batch}, {replica.rate_rps:.4g} rps of "
-                f"at most {replica.most_rps:.4g}; the group is used to {replica.utilisation:.0%}, "
-                f"the service bears {replica.utilisation_limit:.0%}"
+                f"  on {replica.group}: {replica.variant}, {replica.rate_rps:.4g} of {replica.most_rps:.4g} rps "
+                f"({replica.utilisation_limit:.1%} of batch {replica.max_batch} in {format_seconds(replica.hold_s)}); "
+                f"the group is used to {replica.utilisation:.1%}"
             )
-        if len(self.replicas) > _MOST_LINES:
-            yield f"  and on {len(self.replicas) - _MOST_LINES} more groups"
+        if len(self.replicas) > shown:
+            yield f"  and on {len(self.replicas) - shown} more groups"
         for title, alternatives in (
             ("why not another variant", self.variants),
             ("why not another parallelism or GPU type", self.parallelisms),
             ("why not another node", self.places),
+            ("if it had to (solved again)", self.solved_again),
         ):
             if alternatives:
                 yield f"{title}:"
-                yield from (f"  {each.what}: {each.why_not}" for each in alternatives)
-        if self.solved_again:
-            yield "if it had to (solved again):"
-            yield from (f"  {each.what}: {each.why_not}" for each in self.solved_again)
+                yield from (f"  {each.what}: {each.why_not}" for each in alternatives[:shown])
         if self.budget_price is not None:
             yield f"one more GPU of max_gpus is worth {self.budget_price:.4g} weighted rps"
-        for gpu_type, price in sorted(self.shadow_prices.items()):
-            yield f"one more {gpu_type} is worth {price:.4g} weighted rps"
+        if self.shadow_prices:
+            prices = ", ".join(f"{gpu_type} {price:.4g}" for gpu_type, price in sorted(self.shadow_prices.items()))
+            yield f"one more GPU is worth, in weighted rps: {prices}"
         if self.confidence is not None:
             yield f"this rests on profiles that are {self.confidence}"
+
+
+def _wrapped(text: str) -> list[str]:
+    """Return ``text`` in lines of a screen's width."""
+    return textwrap.wrap(
+        text, _SCREEN_COLUMNS, initial_indent=" " * (len(text) - len(text.lstrip())), subsequent_indent="      "
+    )
 
 
 def explain(
@@ -237,6 +260,7 @@ def _replica(space: PlanningSpace, placement: Placement, placed: Placed) -> Repl
         most_rps=option.sustained_rps,
         utilisation=sum(each.share * space.options[each.option].utilisation for each in together),
         utilisation_limit=option.utilisation,
+        hold_s=option.hold_s,
     )
 
 

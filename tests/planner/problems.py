@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 
 import numpy as np
 
+from planner import Solved, solve
 from planner.problem import Problem
 from planner.settings import Settings
 from plans.cluster import Cluster, GpuType, Node, NodeGpus
@@ -229,6 +231,117 @@ def featured(wanted: Problem, feature: str) -> Problem:
         services=Services(services=tuple(services), workflows=workflows),
         settings=settings,
         demand=rates,
+    )
+
+
+KINDS = ("plain", "parallel", "types", "frequency", "generation", "limits", "bursts", "running")
+"""What `generated_of` can make of a problem."""
+
+
+def generated_of(kind: str, seed: int) -> Problem:
+    """Return a seeded random problem of three or four services on two or three nodes, of one of `KINDS`.
+
+    ``running`` has a plan that runs already, made for half of the load.
+    """
+    shape = {"services": 3 + seed % 2, "nodes": 2 + seed // 2 % 2, "load": (1.0, 1.8, 4.0)[seed % 3]}
+    if kind == "parallel":
+        shape |= {"nodes": 2, "gpus": 2, "parallelisms": ((1, 1), (2, 1), (1, 2))}
+    wanted = generated(500 + seed, batches=(2, 8), types=2 if kind == "types" else 1, **shape)  # type: ignore[arg-type]
+    last = wanted.services.services[-1]
+    if kind == "frequency":
+        (asked,) = (each for each in wanted.demand.services if each.service == last.name)
+        fps = 2.0 / last.deadline_s()
+        streams = max(1, round(asked.rate_rps[0].mean / fps))
+        slo = FrequencySlo(fps=fps, jitter_s=last.deadline_s() / 2)
+        video = FrequencyService(name=last.name, slo=slo, variants=last.variants, weight=last.weight)
+        rate = (Rate(mean=streams * fps),)
+        return _replaced(wanted, video, asked.model_copy(update={"streams": streams, "rate_rps": rate}))
+    if kind == "generation":
+        kinds = {node.gpus.type for node in wanted.cluster.nodes}
+        library = [
+            *wanted.profiles,
+            *(phased("talk", gpu_type, weights_gib=2.0, batches=(1, 4, 16)) for gpu_type in sorted(kinds)),
+        ]
+        talk = GenerationService(
+            name=last.name,
+            slo=GenerationSlo(ttft_s=0.3, tpot_s=0.04),
+            variants=(Variant(model="talk"),),
+            weight=10.0 * last.weight,
+        )
+        asked = ServiceDemand(
+            service=last.name, input_tokens=128, output_tokens=50, rate_rps=(Rate(mean=1.0 + 4.0 * (seed % 5)),)
+        )
+        return _replaced(replace(wanted, profiles=ProfileLibrary(library)), talk, asked)
+    if kind == "limits":
+        first, second = wanted.services.services[:2]
+        node = wanted.cluster.nodes[seed % 2].name
+        pinned = first.model_copy(update={"pin": (node,), "max_gpus": None})
+        barred = second.model_copy(update={"forbid": (node,), "min_replicas": 1, "max_gpus": 2})
+        strict = last.model_copy(update={"min_accuracy": 0.81})
+        return _replaced(_replaced(_replaced(wanted, pinned), barred), strict)
+    if kind == "bursts":
+        demands = tuple(each.model_copy(update={"burstiness_cv": 2.5}) for each in wanted.demand.services)
+        return replace(wanted, demand=wanted.demand.model_copy(update={"services": demands}))
+    if kind == "running":
+        demands = tuple(
+            each.model_copy(update={"rate_rps": tuple(Rate(mean=rate.mean / 2) for rate in each.rate_rps)})
+            for each in wanted.demand.services
+        )
+        before = solve(replace(wanted, demand=wanted.demand.model_copy(update={"services": demands})))
+        return replace(wanted, current=before.plan if isinstance(before, Solved) else None)
+    return wanted
+
+
+def _replaced(wanted: Problem, service: Service, demand: ServiceDemand | None = None) -> Problem:
+    """Return ``wanted`` with another service, and another demand for it, of the same name."""
+    services = tuple(service if each.name == service.name else each for each in wanted.services.services)
+    demands = tuple(
+        demand if demand is not None and each.service == service.name else each for each in wanted.demand.services
+    )
+    return replace(
+        wanted,
+        services=wanted.services.model_copy(update={"services": services}),
+        demand=wanted.demand.model_copy(update={"services": demands}),
+    )
+
+
+def phased(
+    model: str,
+    gpu_type: str = "gpu",
+    *,
+    pp: int = 1,
+    weights_gib: float = 1.0,
+    batches: tuple[int, ...] = (1, 2, 4, 8, 16, 32),
+    kv_bytes: int | None = None,
+) -> Profile:
+    """Return a generating model: a prefill of 20 ms per 128 tokens, steps of 12 ms that grow with batch and context."""
+    weights = int(weights_gib * GIB) // pp
+    rows = []
+    for batch, tokens in itertools.product(batches, (64, 128, 256, 512)):
+        for phase, mean in (
+            ("prefill", 0.02 * batch * tokens / 128),
+            ("decode", 0.012 + 3e-4 * batch + 2e-7 * batch * tokens),
+        ):
+            rows.append(
+                Row(
+                    pp=pp,
+                    batch=batch,
+                    phase=phase,  # type: ignore[arg-type]
+                    input_tokens=tokens,
+                    latency_s=LatencyStatistics(mean=mean, p99=mean),
+                    stage_latency_s=(mean / pp,) * pp,
+                    weight_bytes=(weights,) * pp,
+                    peak_bytes=(weights + batch * 16 * MIB // pp,) * pp,
+                    samples=100,
+                )
+            )
+    return Profile(
+        model=model,
+        gpu_type=gpu_type,
+        source="measured",
+        meta=ProfileMeta(),
+        rows=tuple(rows),
+        kv_bytes_per_token=kv_bytes,
     )
 
 

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 from dataclasses import replace
 
 import pytest
@@ -12,8 +14,8 @@ from planner.space import build_space
 from planner.whynot import Price, price_of
 from plans.errors import InvalidInput
 from plans.plan import Plan, Unserved
-from plans.service import Service
-from tests.planner.problems import cluster, demand, latency_service, problem, profile, town
+from plans.service import FrequencyService, GenerationService, Service
+from tests.planner.problems import QUIET, cluster, demand, latency_service, problem, profile, town
 
 
 def outcome(wanted: Problem) -> tuple[Unserved, ...]:
@@ -106,6 +108,7 @@ def test_an_explanation_fits_a_screen_and_is_plain_data(service: str) -> None:
     found = explain(wanted, result.plan, service)
     lines = list(found.lines())
     assert 3 <= len(lines) <= 40
+    assert max(len(line) for line in lines) <= 120
     assert json.loads(json.dumps(found.to_json()))["service"] == service
     assert found.served_rps == pytest.approx(found.offered_rps, rel=1e-5)
     assert found.binding == "served in full"
@@ -234,3 +237,76 @@ def test_a_plan_from_other_documents_is_an_error() -> None:
     other = replace(wanted, services=crowd(latency_service("s", ("tiny", 1.0)), s=1.0).services)
     with pytest.raises(InvalidInput, match="a plan made from these documents"):
         explain(other, result.plan, "s")
+
+
+def test_an_explanation_of_a_large_cluster_fits_a_screen() -> None:
+    """Many long names: lines are wrapped, and each kind is cut before anything is left out at the end."""
+    long = "a-name-as-long-as-generated-names-of-nodes-in-clouds-tend-to-be"
+    types = [f"{long}-type-{index}" for index in range(8)]
+    models = [f"{long}-model-{index}" for index in range(8)]
+    wanted = problem(
+        cluster(*((f"{long}-{index}", types[index % 8], 2) for index in range(24))),
+        [latency_service(long, *((model, 0.9 - 0.01 * rank) for rank, model in enumerate(models)), max_gpus=12)],
+        [profile(model, kind, parallelisms=((1, 1), (2, 1), (1, 2))) for model in models for kind in types],
+        demand(**{long: 9000.0}),
+        settings=replace(QUIET, time_limit_s=5.0, gap=0.1),
+    )
+    result = solve(wanted)
+    assert isinstance(result, Solved)
+    lines = list(explain(wanted, result.plan, long, node=f"{long}-23", time_limit_s=1.0).lines())
+    assert len(lines) <= 40
+    assert max(len(line) for line in lines) <= 120
+    assert "this rests on profiles" in lines[-1]
+
+
+def bears(
+    wanted: Problem, service: str, model: str, gpu_type: str, tp: int, pp: int, batch: int
+) -> tuple[float, float]:
+    """Return hold and rate of a batch, from the documents alone: (3.2) with the settings' clips, f = 1 / 2."""
+    document = wanted.services.service(service)
+    demand = next(each for each in wanted.demand.services if each.service == service)
+    found = wanted.profiles.profile(model, gpu_type)
+    assert found is not None
+    (row,) = (row for row in found.rows if (row.tp, row.pp, row.batch) == (tp, pp, batch))
+    hold_s = max(row.stage_latency_s)
+    assert row.latency_s.p99 is not None
+    # A stage of n frames of one stream waits for the last of them: (3.6).
+    frames = math.ceil(batch / demand.streams) if demand.streams else 1
+    waits_s = (frames - 1) / document.slo.fps if isinstance(document, FrequencyService) else 0.0
+    margin = 1.02 if isinstance(document, GenerationService) else 1.0
+    patience_s = document.deadline_s(demand.output_tokens) - row.latency_s.p99 * margin - waits_s - hold_s / 2
+    share = 1 - math.log(1 / (1 - document.slo.attainment)) * hold_s / batch * demand.burstiness_cv**2 / (
+        2 * patience_s
+    )
+    return hold_s, min(0.9, max(0.25, share)) * batch / hold_s
+
+
+@pytest.mark.parametrize("service", ["detect", "street", "read"])
+def test_every_number_of_an_explanation_follows_from_the_documents(service: str) -> None:
+    wanted = town()
+    result = solve(wanted)
+    assert isinstance(result, Solved)
+    found = explain(wanted, result.plan, service)
+    kinds = {node.name: node.gpus.type for node in wanted.cluster.nodes}
+    groups = {group.id: group for group in result.plan.groups}
+    per_gpu = 0.0
+    for replica in found.replicas:
+        group = groups[replica.group]
+        (entry,) = (each for each in group.loadout if each.service == service)
+        shape = (kinds[group.node], group.tp, group.pp)
+        hold_s, most_rps = bears(wanted, service, replica.variant, *shape, replica.max_batch)
+        assert (replica.rate_rps, replica.hold_s) == pytest.approx((entry.rate_rps, hold_s))
+        assert replica.most_rps == pytest.approx(most_rps)
+        assert replica.most_rps == pytest.approx(replica.utilisation_limit * replica.max_batch / hold_s)
+        busy = sum(each.rate_rps * max(each.stage_latency_s[-1]) / each.max_batch for each in group.loadout)
+        assert replica.utilisation == pytest.approx(busy)
+        per_gpu = max(per_gpu, most_rps / len(group.gpus))
+    rated = r"([0-9.e+]+) rps per GPU \((.+), batch ([0-9]+)\) against ([0-9.e+]+) as placed"
+    for other in found.parallelisms:
+        match = re.match(rated, other.why_not)
+        where = re.match(r"tp ([0-9]+), pp ([0-9]+) on (.+)", other.what)
+        if match is not None and where is not None:
+            tp, pp = int(where[1]), int(where[2])
+            _, most_rps = bears(wanted, service, match[2], where[3], tp, pp, int(match[3]))
+            assert (float(match[1]), float(match[4])) == pytest.approx((most_rps / (tp * pp), per_gpu), rel=1e-3)
+    assert found.shadow_prices == result.plan.shadow_prices

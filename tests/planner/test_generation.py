@@ -18,50 +18,16 @@ from planner.option import Option, build_catalogue
 from plans.demand import Demand, Rate, ServiceDemand
 from plans.plan import Plan
 from plans.service import GenerationService, GenerationSlo, Services, Variant
-from profiles.document import LatencyStatistics, Profile, ProfileMeta, Row
-from tests.planner.problems import GIB, QUIET, cluster, demand, latency_service, problem, profile
+from tests.planner.problems import GIB, QUIET, cluster, demand, latency_service, phased, problem, profile
 from traces.synthesis import Gamma, synthesise
 from traces.table import RequestTrace
 
 PROMPT = 128
-PREFILL_S = 0.02
-
-
-def phased(*, pp: int = 1, kv_bytes: int | None = None) -> Profile:
-    """Return a model with a prefill of 20 ms per 128 tokens and steps of 12 ms that grow with batch and context."""
-    rows = []
-    for batch in (1, 2, 4, 8, 16, 32):
-        for tokens in (64, 128, 256, 512):
-            for phase, mean in (
-                ("prefill", PREFILL_S * batch * tokens / PROMPT),
-                ("decode", 0.012 + 3e-4 * batch + 2e-7 * batch * tokens),
-            ):
-                rows.append(
-                    Row(
-                        pp=pp,
-                        batch=batch,
-                        phase=phase,  # type: ignore[arg-type]
-                        input_tokens=tokens,
-                        latency_s=LatencyStatistics(mean=mean, p99=mean),
-                        stage_latency_s=(mean / pp,) * pp,
-                        weight_bytes=(GIB // pp,) * pp,
-                        peak_bytes=((GIB + batch * 2**24) // pp,) * pp,
-                        samples=100,
-                    )
-                )
-    return Profile(
-        model="m",
-        gpu_type="gpu",
-        source="measured",
-        meta=ProfileMeta(),
-        rows=tuple(rows),
-        kv_bytes_per_token=kv_bytes,
-    )
 
 
 def chat(answer: int, ttft_s: float, tpot_s: float, rate_rps: float = 1000.0, **fields: object) -> Problem:
     """Return a chat service that asks for more than the cluster's GPU can give."""
-    model = phased(**{name: fields.pop(name) for name in ("pp", "kv_bytes") if name in fields})  # type: ignore[arg-type]
+    model = phased("m", **{name: fields.pop(name) for name in ("pp", "kv_bytes") if name in fields})  # type: ignore[arg-type]
     service = GenerationService(
         name="chat", slo=GenerationSlo(ttft_s=ttft_s, tpot_s=tpot_s), variants=(Variant(model="m"),)
     )
