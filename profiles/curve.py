@@ -102,6 +102,13 @@ class Curve:
             return self._fit_error(right)
         return self._error_between(right, batch) + max(self._fit_error(right - 1), self._fit_error(right))
 
+    def gap_error_ratio(self, batch: float) -> float:
+        """Return the part of `error_ratio` that a measurement there would end; 0 on the grid and outside of it."""
+        if not self.batches[0] < batch < self.batches[-1]:
+            return 0.0
+        right = bisect_left(self.batches, batch)
+        return 0.0 if self.batches[right] == batch else self._error_between(right, batch)
+
     def _point(self, index: int) -> tuple[float, float]:
         return self.batches[index], self.values[index]
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, Protocol, TypeVar
 
 from plans.errors import Fault, InvalidInput
+from profiles.curve import Curve
 from profiles.document import Phase
 from profiles.memory import resident_growth_bytes
 
@@ -49,6 +51,9 @@ class Grid:
         max_batch: Doubling goes no further.
         flat_gain_ratio: Throughput is flat when a batch gains less than this over a quarter of it.
         max_batch_s: Doubling stops after a batch that takes longer, seconds.
+        refine_error_ratio: After doubling, the batch halfway between two others is measured too where a straight line
+            between these may be further off than this share of it.
+        most_refined: At most so many batches of a series are measured for that; 0 for none.
     """
 
     batches: tuple[int, ...] | None = None
@@ -56,6 +61,8 @@ class Grid:
     max_batch: int = 256
     flat_gain_ratio: float = 0.05
     max_batch_s: float = 4.0
+    refine_error_ratio: float = 0.05
+    most_refined: int = 4
 
     def __post_init__(self) -> None:
         faults = []
@@ -70,6 +77,10 @@ class Grid:
             faults.append(Fault(field="flat_gain_ratio", found=str(self.flat_gain_ratio), expected="at least 0"))
         if not self.max_batch_s > 0:
             faults.append(Fault(field="max_batch_s", found=str(self.max_batch_s), expected="above 0"))
+        if not self.refine_error_ratio > 0:
+            faults.append(Fault(field="refine_error_ratio", found=str(self.refine_error_ratio), expected="above 0"))
+        if self.most_refined < 0:
+            faults.append(Fault(field="most_refined", found=str(self.most_refined), expected="at least 0"))
         if faults:
             raise InvalidInput(faults)
 
@@ -79,6 +90,25 @@ class Grid:
         if self.batches is not None:
             return tuple(sorted(set(self.batches)))
         return tuple(2**exponent for exponent in range(self.max_batch.bit_length()))
+
+    @property
+    def most_points(self) -> int:
+        """The most batches of a series that may be measured."""
+        return len(self.candidates) + (self.most_refined if self.batches is None else 0)
+
+    def refined(self, latencies_s: Mapping[int, float]) -> int | None:
+        """Return the batch to measure next, once doubling is over; None where lines between batches are good enough.
+
+        It halves the gap in which the latency model's own bounds leave most open (`Curve.error_ratio`): a straight line
+        needs nothing more, and a kink is closed in on. The same latencies give the same batch, in any order.
+        """
+        if self.batches is not None:
+            return None
+        known = sorted(latencies_s)
+        curve = Curve.fit(known, [latencies_s[batch] for batch in known], [1.0] * len(known))
+        gaps = [(curve.gap_error_ratio((low + high) // 2), (low + high) // 2) for low, high in pairwise(curve.batches)]
+        error_ratio, batch = max(gaps, default=(0.0, 0))
+        return batch if error_ratio > self.refine_error_ratio else None
 
     def is_enough(self, latencies_s: dict[int, float]) -> bool:
         """Return whether the batches measured so far, by batch in rising order, tell all that doubling can tell."""

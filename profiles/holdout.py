@@ -11,7 +11,7 @@ from profiles.document import Profile, Row
 from profiles.latency import LatencyModel
 from profiles.sampling import nearest_rank
 
-__all__ = ["ErrorSummary", "HeldOut", "Scheme", "hold_out", "summarise_errors"]
+__all__ = ["ErrorSummary", "HeldOut", "Scheme", "hold_out", "predict", "summarise_errors"]
 
 Scheme = Literal["every-second", "each"]
 """``every-second``: every second batch of a series is held out at once. ``each``: one at a time, ends excluded."""
@@ -74,7 +74,8 @@ def hold_out(profile: Profile, scheme: Scheme = "every-second") -> tuple[HeldOut
     for rows in series.values():
         rows.sort(key=lambda row: row.batch)
         for left_out in _left_out(len(rows), scheme):
-            held.extend(_predicted(profile, rows, left_out))
+            seen = [row for position, row in enumerate(rows) if position not in left_out]
+            held.extend(predict(profile, seen, [rows[position] for position in sorted(left_out)]))
     return tuple(held)
 
 
@@ -86,9 +87,9 @@ def _left_out(points: int, scheme: Scheme) -> Iterable[set[int]]:
     return [{position} for position in range(1, points - 1)]
 
 
-def _predicted(profile: Profile, rows: Sequence[Row], left_out: set[int]) -> Iterable[HeldOut]:
-    seen = [row for position, row in enumerate(rows) if position not in left_out]
-    first = rows[0]
+def predict(profile: Profile, seen: Sequence[Row], held: Sequence[Row]) -> tuple[HeldOut, ...]:
+    """Predict ``held`` from ``seen``: rows of one series of ``profile``, in any order, at least one of each."""
+    first = seen[0]
     model = LatencyModel(
         profile.model_copy(update={"rows": tuple(seen), "origins": ()}),
         first.tp,
@@ -97,17 +98,19 @@ def _predicted(profile: Profile, rows: Sequence[Row], left_out: set[int]) -> Ite
         first.output_tokens,
         first.phase,
     )
-    for position in sorted(left_out):
-        row = rows[position]
-        estimate = model.at(row.batch)
-        yield HeldOut(
+    batches = [row.batch for row in seen]
+    estimates = [(row, model.at(row.batch)) for row in held]
+    return tuple(
+        HeldOut(
             model=profile.model,
             gpu_type=profile.gpu_type,
             row=row,
             predicted_s=estimate.mean_s,
             stated_error_ratio=estimate.error_ratio,
-            inside=seen[0].batch < row.batch < seen[-1].batch,
+            inside=min(batches) < row.batch < max(batches),
         )
+        for row, estimate in estimates
+    )
 
 
 def summarise_errors(held: Sequence[HeldOut]) -> ErrorSummary:

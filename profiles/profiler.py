@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from bisect import insort
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -174,6 +174,8 @@ def profile_group(
 ) -> Profile:
     """Measure a loaded model at every point of ``grid``, smallest batch first.
 
+    A grid that doubles goes back where its points are not on a line (`Grid.refined`).
+
     A batch that the device cannot hold (`MemoryError`) ends its series there, if anything was measured before.
 
     Args:
@@ -285,33 +287,42 @@ class _Bench:
 
     @property
     def points(self) -> int:
-        return len(self.grid.series) * len(self.grid.candidates)
+        return len(self.grid.series) * self.grid.most_points
 
     def measure_series(self, series: Series, position: int, *, may_fail: bool) -> list[Row]:
-        rows: list[Row] = []
-        for index, batch in enumerate(self.grid.candidates):
-            point = position * len(self.grid.candidates) + index
-            at_least = rows[-1].peak_bytes if rows else self.group.weight_bytes
+        """Measure the batches of one series, doubling first, then where it is not straight."""
+        first_point = position * self.grid.most_points
+        rows: dict[int, Row] = {}
+        for batch in self.grid.candidates:
             try:
-                rows.append(self._row(Point(series=series, batch=batch), point, at_least))
+                rows[batch] = self._row(Point(series=series, batch=batch), first_point + len(rows))
             except MemoryError:
                 if not rows and not may_fail:
                     raise
                 break
-            if self.grid.is_enough({row.batch: row.latency_s.mean for row in rows}):
+            if self.grid.is_enough(_means(rows)):
                 break
-        return rows
+        doubled = len(rows)
+        while rows and len(rows) < doubled + self.grid.most_refined:
+            halfway = self.grid.refined(_means(rows))
+            if halfway is None:
+                break
+            try:
+                rows[halfway] = self._row(Point(series=series, batch=halfway), first_point + len(rows))
+            except MemoryError:
+                break
+        return _with_rising_peaks([rows[batch] for batch in sorted(rows)])
 
-    def _row(self, at: Point, point: int, at_least_bytes: Sequence[int]) -> Row:
+    def _row(self, at: Point, point: int) -> Row:
         earlier = self.known.get(_key(self.group, at))
         if earlier is not None:
             return earlier
-        row = self._measure(at, point, at_least_bytes)
+        row = self._measure(at, point)
         if self.on_row is not None:
             self.on_row(row)
         return row
 
-    def _measure(self, at: Point, point: int, at_least_bytes: Sequence[int]) -> Row:
+    def _measure(self, at: Point, point: int) -> Row:
         run = self.group.prepare(at)
         # Memory first: what the allocator keeps from this run would hide from a later look at the process.
         used = self.group.activation_bytes(run)
@@ -334,10 +345,7 @@ class _Bench:
             latency_s=latency_s,
             stage_latency_s=_stages(self.group, run) or (latency_s.mean,),
             weight_bytes=self.group.weight_bytes,
-            peak_bytes=tuple(
-                max(weight + more, least)
-                for weight, more, least in zip(self.group.weight_bytes, used, at_least_bytes, strict=True)
-            ),
+            peak_bytes=tuple(weight + more for weight, more in zip(self.group.weight_bytes, used, strict=True)),
             load_s=self.group.load_s,
             first_inference_s=self.group.first_inference_s,
             samples=len(samples),
@@ -360,6 +368,20 @@ class _Bench:
                 left_s=taken_s * (1 - done_ratio) / done_ratio if done_ratio > 0 else None,
             )
         )
+
+
+def _means(rows: Mapping[int, Row]) -> dict[int, float]:
+    return {batch: row.latency_s.mean for batch, row in rows.items()}
+
+
+def _with_rising_peaks(rows: Sequence[Row]) -> list[Row]:
+    """Return ``rows``, batch rising, with peaks that never fall from one to the next."""
+    risen: list[Row] = []
+    for row in rows:
+        before = risen[-1].peak_bytes if risen else row.peak_bytes
+        peaks = tuple(max(pair) for pair in zip(row.peak_bytes, before, strict=True))
+        risen.append(row if peaks == row.peak_bytes else row.model_copy(update={"peak_bytes": peaks}))
+    return risen
 
 
 def _stages(group: LoadedGroup, run: Pass) -> tuple[float, ...]:

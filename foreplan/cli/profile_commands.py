@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -28,6 +29,15 @@ GpuTypeName = Annotated[str, typer.Option(help="Name of this device's type in cl
 DeviceName = Annotated[str, typer.Option(help="torch device: cpu, cuda:0, ...")]
 Dtype = Annotated[str, typer.Option(help="fp32, bf16 or fp16.")]
 Threads = Annotated[int, typer.Option(help="CPU threads of one worker.", min=1)]
+InputSize = Annotated[
+    str,
+    typer.Option(
+        "--input-size",
+        "--sequence-tokens",
+        metavar="N,...",
+        help="Sizes of the input, as variants MODEL-N: side of the image in pixels, or tokens of the text.",
+    ),
+]
 ModelDir = Annotated[Path | None, typer.Option(metavar="DIR", help="Folder of local models (safetensors).")]
 
 
@@ -57,6 +67,14 @@ def run(
         typer.Option(help="Batches, comma-separated. By default doubled until throughput is flat or memory ends."),
     ] = None,
     max_batch: Annotated[int, typer.Option(help="Doubling goes no further.", min=1, max=4096)] = 64,
+    refine: Annotated[
+        float,
+        typer.Option(
+            metavar="PERCENT",
+            help="After doubling, measure between batches where a line may be further off than this; 0 for nowhere.",
+            min=0,
+        ),
+    ] = 5.0,
     concurrency: Annotated[
         str, typer.Option(help="Also measure this many copies at once on the device, comma-separated.")
     ] = "",
@@ -65,6 +83,7 @@ def run(
         str, typer.Option(help="Also measure prefill at these prompt lengths, for models that generate.")
     ] = "",
     context_tokens: Annotated[str, typer.Option(help="Also measure decode steps at these lengths of context.")] = "",
+    input_size: InputSize = "",
     model_dir: ModelDir = None,
     compiled: Annotated[bool, typer.Option("--compile", help="Run batches by torch.compile.")] = False,
     cuda_graphs: Annotated[bool, typer.Option("--cuda-graphs", help="Replay CUDA graphs.")] = False,
@@ -79,6 +98,7 @@ def run(
     from profiles.group import Grid
     from profiles.profiler import StopRule
 
+    models = _at_sizes(models, input_size, model_dir)
     where = Device(
         gpu_type=gpu_type,
         device=device,
@@ -96,6 +116,7 @@ def run(
         max_batch=max_batch,
         series=_series(prompt_tokens, context_tokens),
     )
+    grid = replace(grid, refine_error_ratio=refine / 100) if refine else replace(grid, most_refined=0)
     copies: tuple[int, ...] = _numbers(concurrency, "--concurrency", least=2) if concurrency else ()
     stop = StopRule(point_s=point_seconds)
     output.mkdir(parents=True, exist_ok=True)
@@ -137,6 +158,21 @@ def _series(prompt_tokens: str, context_tokens: str) -> tuple[Series, ...]:
     prefill = [Series(phase="prefill", input_tokens=count) for count in prompts]
     decode = [Series(phase="decode", input_tokens=count) for count in contexts]
     return (*prefill, *decode) or (Series(),)
+
+
+def _at_sizes(models: list[str], sizes: str, model_dir: Path | None) -> list[str]:
+    """Return ``models``, or each of them at each of ``sizes``; a registered model's own size is the model itself."""
+    from executor.runtime.registry import REGISTRY
+    from executor.runtime.sizes import sized_name
+
+    if not sizes:
+        return models
+    registered = {model for model in models if model in REGISTRY and not (model_dir and (model_dir / model).is_dir())}
+    return [
+        model if model in registered and REGISTRY[model].size == size else sized_name(model, size)
+        for model in models
+        for size in _numbers(sizes, "--input-size")
+    ]
 
 
 def _merged(output: Path, profile: Profile) -> Profile:
@@ -238,12 +274,14 @@ def estimate(
     dtype: Annotated[str | None, typer.Option(help="fp32, bf16 or fp16; fp32 on a CPU and fp16 else.")] = None,
     threads: Threads = 1,
     batches: Annotated[str, typer.Option(help="Batches, comma-separated.")] = "1,2,4,8,16,32",
+    input_size: InputSize = "",
     model_dir: ModelDir = None,
 ) -> None:
     """Write profiles of models that nobody measured, from their operations and bytes and the device's rates."""
     from executor.runtime.cost import count_costs
     from profiles.roofline import modelled_profile
 
+    models = _at_sizes(models, input_size, model_dir)
     number = dtype or ("fp32" if gpu_type == "cpu" else "fp16")
     known = _rates(out, gpu_type, rates, number, threads)
     grid = _numbers(batches, "--batches")

@@ -50,6 +50,23 @@ def test_a_model_that_generates_is_measured_by_phase(tmp_path: Path) -> None:
     assert profile.kv_bytes_per_token == 2048
 
 
+def test_input_sizes_are_variants_that_the_registry_and_estimates_know(tmp_path: Path) -> None:
+    quick = ("--batches", "1", "--point-seconds", "0.05", "--json")
+    found = foreplan(tmp_path, "run", "bert-tiny-16", "-o", "p", "--sequence-tokens", "8,16", *quick)
+    assert [Path(path).name for path in json.loads(found.stdout)["profiles"]] == [
+        "bert-tiny-16-8.cpu.json",
+        "bert-tiny-16.cpu.json",  # its own size
+    ]
+    assert read_document(tmp_path / "p" / "bert-tiny-16-8.cpu.json", Profile).meta.input == "INT64 8"
+    sizes = ("--input-size", "96,160", "--gpu-type", "l4-24gb", "--batches", "1,8")
+    foreplan(tmp_path, "estimate", "mobilenet-v2-0.5", "vit-tiny", *sizes, "-o", "p")
+    small, large = (read_document(tmp_path / "p" / f"vit-tiny-{size}.l4-24gb.json", Profile) for size in (96, 160))
+    assert small.rows[1].latency_s.mean < large.rows[1].latency_s.mean
+    assert small.rows[1].peak_bytes < large.rows[1].peak_bytes
+    found = foreplan(tmp_path, "estimate", "vit-tiny", *sizes[2:], "--input-size", "100", "-o", "p", code=1)
+    assert "vit-tiny-100: input size: found 100, expected 16 to 2048 in steps of 16" in found.stderr
+
+
 def test_acceleration_that_the_device_lacks_is_refused(tmp_path: Path) -> None:
     found = foreplan(tmp_path, "run", "bert-tiny-16", "-o", "p", "--cuda-graphs", code=1)
     assert "cuda_graphs: found device cpu, expected a CUDA device" in found.stderr

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from plans.errors import InvalidInput
-from profiles.holdout import hold_out, summarise_errors
+from profiles.holdout import hold_out, predict, summarise_errors
 from tests.profiles.documents import curve, profile, row
 
 
@@ -32,6 +32,14 @@ def test_a_last_point_held_out_lies_beyond_the_grid() -> None:
 def test_series_of_other_tokens_and_parallelism_are_held_out_apart() -> None:
     rows = [row(batch, 0.1 * batch * tp, tp=tp) for tp in (1, 2) for batch in (1, 2, 4)]
     assert [(each.row.tp, each.row.batch) for each in hold_out(profile(*rows))] == [(1, 2), (2, 2)]
+
+
+def test_chosen_rows_predict_the_others_in_any_order() -> None:
+    known = curve({1: 0.1, 2: 0.2, 4: 0.4, 8: 0.9})
+    first, second, third, fourth = known.rows
+    held = predict(known, (third, first), (fourth, second))
+    assert [(each.row.batch, each.inside) for each in held] == [(8, False), (2, True)]
+    assert held[1].predicted_s == pytest.approx(0.2)
 
 
 def test_two_batches_leave_nothing_to_hold_out() -> None:
