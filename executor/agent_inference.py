@@ -28,9 +28,9 @@ from executor.request_head import HeadReader, RequestHead
 from executor.runtime.protocol import TensorSpec, batch_of
 from executor.state import Phase
 from executor.statistics import Counters, statistics_to_proto
-from executor.stream_inference import FINAL, error_response, interleaved
+from executor.stream_inference import FINAL, INPUT, OUTPUT, error_response, interleaved
 from executor.tensors import Buffer, TensorLimits, decode_inputs, decode_raw, encode_response
-from executor.token_inference import INPUT, OUTPUT, generated_answer, streamed_tokens, token_request
+from executor.token_inference import generated_answer, streamed_tokens, token_request
 from executor.tracing import Spans
 from executor.worker_wire import Loaded
 from plans.errors import ForeplanError, InvalidInput

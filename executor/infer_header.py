@@ -22,6 +22,7 @@ __all__ = [
     "LONGEST_DEADLINE_S",
     "AnswerHeader",
     "InferHeader",
+    "answer_header",
     "deadline_of",
     "group_mark",
     "group_message",
@@ -92,6 +93,11 @@ def read_answer_header(answer: bytes) -> AnswerHeader:
         header = messages.ModelInferResponse.FromString(_small_fields(answer))
     except (DecodeError, IndexError, ValueError) as error:
         raise InvalidInput.of("a ModelInferResponse", where="answer", found=f"other bytes ({error})") from error
+    return answer_header(header)
+
+
+def answer_header(header: messages.ModelInferResponse) -> AnswerHeader:
+    """Return what the parameters of an answer say."""
     batch_size = parameter(header.parameters, "batch_size")
     run_s = parameter(header.parameters, "run_s")
     variant = parameter(header.parameters, "variant")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import grpc
@@ -21,9 +21,10 @@ from executor.control_client import channel_options
 from executor.load_processes import LoadTarget, replay_in_processes
 from executor.load_requests import Arrays, build_requests
 from executor.load_run import LoadProgress, LoadRun, Schedule
+from executor.load_tokens import TokenLoad
 from executor.tls import Credentials, Dialer, TlsFiles
 from plans.errors import Fault, InvalidInput
-from plans.service import Services
+from plans.service import GenerationSlo, Services
 from plans.units import format_seconds
 from traces.outcomes import RunSummary, nearest_rank, summarise
 from traces.table import RequestTrace
@@ -31,6 +32,9 @@ from traces.table import RequestTrace
 __all__ = ["LoadOptions", "LoadProgress", "LoadResult", "replay"]
 
 _DROPPED = {grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.RESOURCE_EXHAUSTED}
+_DEFAULT_TOKENS = 128
+"""Tokens of prompts and answers where the trace does not tell; the evaluator takes the same."""
+
 _MAX_LAG_RATIO = 0.05
 """Send lag at the 99th percentile, as a share of the shortest deadline, above which a run warns about itself."""
 
@@ -69,8 +73,8 @@ class LoadResult:
     Attributes:
         requests: One row per request, in the order of the trace: service, scheduled_s and sent_s (from the start of the
             run), latency_s (from ``scheduled_s``; NaN for what was neither good nor late), outcome, status (name of the
-            gRPC status), batch_size, run_s (of the batch), variant, accuracy, group. It is an outcome frame as in
-            `traces.outcomes`.
+            gRPC status), batch_size, run_s (of the batch), variant, accuracy, group, ttft_s (from ``scheduled_s``) and
+            tpot_s (both NaN where no tokens were streamed). It is an outcome frame as in `traces.outcomes`.
         summary: Counts and percentiles.
         send_lag_p99_s: 99th percentile of ``sent_s - scheduled_s``.
         warnings: What makes the figures less than they should be.
@@ -107,30 +111,52 @@ async def replay(
         body=trace.codes.astype(np.int64),
         duration_s=trace.duration_s / how.speed,
     )
-    frame, wall_s = await _replayed(schedule, trace.services, gateway, how)
+    schedule, frame, wall_s = await _replayed(trace, services, schedule, gateway, how)
     return _result(trace, schedule, frame, wall_s, services, how)
 
 
 async def _replayed(
-    schedule: Schedule, names: tuple[str, ...], gateway: str, how: LoadOptions
-) -> tuple[pd.DataFrame, float]:
-    """Send everything; return what `LoadRun.frame` says, and the length of the run in seconds."""
+    trace: RequestTrace, services: Services, schedule: Schedule, gateway: str, how: LoadOptions
+) -> tuple[Schedule, pd.DataFrame, float]:
+    """Send everything; return what was asked for, what `LoadRun.frame` says, and the length of the run in seconds."""
+    names = trace.services
     dialer = Dialer(Credentials(how.tls) if how.tls else None)
     options = channel_options(how.max_message_bytes)
     channels = [dialer.open(gateway, options) for _ in range(how.connections)]
     try:
-        requests = await build_requests(channels[0], gateway, names, payloads=how.payloads, seed=how.seed)
-        bodies = [requests[name] for name in names]
+        built = await build_requests(channels[0], gateway, names, payloads=how.payloads, seed=how.seed)
+        bodies = [built.requests[name] for name in names]
+        schedule = replace(schedule, tokens=_token_load(trace, services, built.generating))
         if how.processes == 1:
             run = LoadRun(schedule, bodies, channels, how.on_progress)
             wall_s = await run.replay()
-            return run.frame(), wall_s
+            return schedule, run.frame(), wall_s
     finally:
         await asyncio.gather(*(channel.close(None) for channel in channels))
     target = LoadTarget(
         gateway=gateway, connections=how.connections, max_message_bytes=how.max_message_bytes, tls=how.tls
     )
-    return await asyncio.to_thread(replay_in_processes, schedule, bodies, target, how.processes, how.on_progress)
+    frame, wall_s = await asyncio.to_thread(
+        replay_in_processes, schedule, bodies, target, how.processes, how.on_progress
+    )
+    return schedule, frame, wall_s
+
+
+def _token_load(trace: RequestTrace, services: Services, generating: frozenset[str]) -> TokenLoad | None:
+    """Return what the requests of services that generate ask for; None without such services."""
+    slos = [services.service(name).slo if name in generating else None for name in trace.services]
+    limits = [(slo.ttft_s, slo.tpot_s) if isinstance(slo, GenerationSlo) else (math.nan, math.nan) for slo in slos]
+    if all(math.isnan(ttft_s) for ttft_s, _ in limits):
+        return None
+    ttft_s, tpot_s = np.array(limits, dtype=np.float64)[trace.codes].T
+
+    def count(column: str) -> NDArray[np.int64]:
+        stated = np.nan_to_num(trace.numbers(column), nan=_DEFAULT_TOKENS)
+        return np.where(np.isnan(ttft_s), 0, np.maximum(1, stated)).astype(np.int64)
+
+    return TokenLoad(
+        input_tokens=count("input_tokens"), output_tokens=count("output_tokens"), ttft_s=ttft_s, tpot_s=tpot_s
+    )
 
 
 def _check(trace: RequestTrace, services: Services, how: LoadOptions) -> None:
@@ -195,6 +221,11 @@ def _frame(trace: RequestTrace, schedule: Schedule, notes: pd.DataFrame, service
     status = notes["status"].to_numpy()
     answered = status == "OK"
     latency_s = notes["ended_s"].to_numpy() - schedule.due_s
+    ttft_s, tpot_s, tokens = notes["ttft_s"].to_numpy(), notes["tpot_s"].to_numpy(), schedule.tokens
+    in_time = latency_s <= schedule.deadline_s
+    if tokens is not None:
+        streamed = tokens.output_tokens > 0
+        in_time = np.where(streamed, (ttft_s <= tokens.ttft_s) & (tpot_s <= tokens.tpot_s), in_time)
     dropped = np.isin(status, [code.name for code in _DROPPED])
     names = [trace.services[code] for code in trace.codes]
     accuracy: dict[tuple[str, str | None], float] = {
@@ -206,14 +237,14 @@ def _frame(trace: RequestTrace, schedule: Schedule, notes: pd.DataFrame, service
         "scheduled_s": schedule.due_s,
         "sent_s": notes["sent_s"].to_numpy(),
         "latency_s": np.where(answered, latency_s, math.nan),
-        "outcome": np.select(
-            [answered & (latency_s <= schedule.deadline_s), answered, dropped], ["good", "late", "dropped"], "failed"
-        ),
+        "outcome": np.select([answered & in_time, answered, dropped], ["good", "late", "dropped"], "failed"),
         "status": list(status),
         "batch_size": notes["batch_size"].to_numpy(),
         "run_s": notes["run_s"].to_numpy(),
         "variant": variants,
         "accuracy": [accuracy.get(pair, math.nan) for pair in zip(names, variants, strict=True)],
         "group": [None if pd.isna(group) else str(group) for group in notes["group"]],
+        "ttft_s": ttft_s,
+        "tpot_s": tpot_s,
     }
     return pd.DataFrame(columns)

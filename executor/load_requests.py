@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import grpc
@@ -14,19 +15,28 @@ from executor.control_client import remote_failure
 from executor.gateway_peer import INFERENCE
 from executor.proto import open_inference_pb2 as messages
 from executor.runtime.protocol import NUMPY_TYPES
+from executor.stream_inference import INPUT
 from executor.tensors import encode_request
 from plans.errors import InvalidInput, RemoteFailure
 
-__all__ = ["Arrays", "build_requests", "example_inputs"]
+__all__ = ["Arrays", "Bodies", "build_requests", "example_inputs"]
 
 Arrays = Mapping[str, NDArray[Any]]
 
 _ASK_S = 10.0
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Bodies:
+    """Serialised requests by service, and which of the services generate: those of these name the service only."""
+
+    requests: Mapping[str, bytes]
+    generating: frozenset[str]
+
+
 async def build_requests(
     channel: grpc.aio.Channel, gateway: str, services: tuple[str, ...], *, payloads: Mapping[str, Arrays], seed: int
-) -> dict[str, bytes]:
+) -> Bodies:
     """Return a serialised ``ModelInferRequest`` for each service.
 
     A service that the gateway does not know gets a request without inputs: it is offered all the same, and refused.
@@ -54,13 +64,22 @@ async def build_requests(
         problem = f"the gateway cannot be reached ({failure.problem}); start `foreplan gateway` or correct the address"
         raise RemoteFailure(gateway, problem, retryable=True) from error
     requests = {}
+    generating = set()
     for position, service in enumerate(services):
         inputs = payloads.get(service)
         if inputs is None:
             metadata = await _metadata(channel, gateway, service)
+            if metadata is not None and _takes_tokens(metadata):
+                generating.add(service)
+                metadata = None
             inputs = example_inputs(metadata, seed=seed + position) if metadata else {}
         requests[service] = encode_request(service, inputs).SerializeToString()
-    return requests
+    return Bodies(requests=requests, generating=frozenset(generating))
+
+
+def _takes_tokens(metadata: messages.ModelMetadataResponse) -> bool:
+    """Say whether a service takes prompts of any length."""
+    return [(tensor.name, list(tensor.shape)) for tensor in metadata.inputs] == [(INPUT, [1, -1])]
 
 
 async def _metadata(channel: grpc.aio.Channel, gateway: str, service: str) -> messages.ModelMetadataResponse | None:

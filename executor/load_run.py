@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from executor.gateway_peer import INFERENCE
 from executor.infer_header import AnswerHeader, read_answer_header
 from executor.latency_histogram import LatencyHistogram
+from executor.load_tokens import TokenLoad, stream_answer, token_fields
 from plans.errors import InvalidInput
 
 __all__ = ["LoadProgress", "LoadRun", "Schedule"]
@@ -35,12 +36,14 @@ class Schedule:
         deadline_s: Shape (request,): the time that each has from then.
         body: Shape (request,): which of the bodies each sends.
         duration_s: Length of the run, at least.
+        tokens: What requests ask of services that generate; None without any.
     """
 
     due_s: NDArray[np.float64]
     deadline_s: NDArray[np.float64]
     body: NDArray[np.int64]
     duration_s: float
+    tokens: TokenLoad | None = None
 
     def __len__(self) -> int:
         """Return the number of requests."""
@@ -53,6 +56,7 @@ class Schedule:
             deadline_s=self.deadline_s[index::count],
             body=self.body[index::count],
             duration_s=self.duration_s,
+            tokens=self.tokens.part(index, count) if self.tokens else None,
         )
 
 
@@ -71,7 +75,7 @@ class LoadRun:
 
     Args:
         schedule: What to send when.
-        bodies: Serialised requests.
+        bodies: Serialised requests; those for tokens without any.
         channels: To the gateway, taken in turn.
         on_progress: Told now and then how far it is.
     """
@@ -87,7 +91,10 @@ class LoadRun:
         self._schedule = schedule
         self._bodies = bodies
         self._send = [channel.unary_unary(f"/{INFERENCE}/ModelInfer", None, None) for channel in channels]
+        self._stream = [channel.stream_stream(f"/{INFERENCE}/ModelStreamInfer", None, None) for channel in channels]
         self._on_progress = on_progress
+        self._ttft_s = np.full(count, math.nan)
+        self._tpot_s = np.full(count, math.nan)
         self._sent_s = np.full(count, math.nan)
         self._ended_s = np.full(count, math.nan)
         self._status: list[str] = [""] * count
@@ -123,7 +130,8 @@ class LoadRun:
         """Return what became of each request, in their order.
 
         Columns: sent_s and ended_s (seconds from the start), status (name of the gRPC status), batch_size, run_s,
-        variant and group (of the answer, missing without one).
+        variant and group (of the answer, missing without one), ttft_s (from when it was due) and tpot_s (NaN where no
+        tokens were streamed).
         """
         return pd.DataFrame(
             {
@@ -134,6 +142,8 @@ class LoadRun:
                 "run_s": np.array([header.run_s for header in self._headers], dtype=np.float64),
                 "variant": pd.Series([header.variant for header in self._headers], dtype="str"),
                 "group": pd.Series([header.group for header in self._headers], dtype="str"),
+                "ttft_s": self._ttft_s,
+                "tpot_s": self._tpot_s,
             }
         )
 
@@ -142,10 +152,24 @@ class LoadRun:
         due_s, deadline_s = schedule.due_s[position], schedule.deadline_s[position]
         sent_s = time.monotonic() - self._start_s
         self._sent_s[position] = sent_s
-        send = self._send[position % len(self._send)]
+        tokens = schedule.tokens
+        streams = tokens is not None and tokens.output_tokens[position] > 0
+        if streams:
+            await self._generate(position)
+        else:
+            await self._infer(position, max(0.0, due_s + deadline_s - sent_s))
+        ended_s = time.monotonic() - self._start_s
+        self._ended_s[position] = ended_s
+        self._done += 1
+        if self._status[position] == "OK":
+            self._latency.add(ended_s - due_s)
+            self._good += self._tokens_in_time(position) if streams else ended_s - due_s <= deadline_s
+
+    async def _infer(self, position: int, timeout_s: float) -> None:
+        """Send one request and note its answer."""
         try:
-            body = self._bodies[schedule.body[position]]
-            answer = await send(body, timeout=max(0.0, due_s + deadline_s - sent_s))
+            send = self._send[position % len(self._send)]
+            answer = await send(self._bodies[self._schedule.body[position]], timeout=timeout_s)
         except grpc.aio.AioRpcError as error:
             self._status[position] = error.code().name
         else:
@@ -154,12 +178,26 @@ class LoadRun:
                 self._status[position] = "OK"
             except InvalidInput:
                 self._status[position] = grpc.StatusCode.INTERNAL.name  # what a client makes of a broken answer
-        ended_s = time.monotonic() - self._start_s
-        self._ended_s[position] = ended_s
-        self._done += 1
-        if self._status[position] == "OK":
-            self._latency.add(ended_s - due_s)
-            self._good += ended_s - due_s <= deadline_s
+
+    async def _generate(self, position: int) -> None:
+        """Send one request for tokens and note when they came."""
+        schedule, tokens = self._schedule, self._schedule.tokens
+        assert tokens is not None
+        fields = token_fields(int(tokens.input_tokens[position]), int(tokens.output_tokens[position]), position)
+        send = self._stream[position % len(self._stream)]
+        body = self._bodies[schedule.body[position]] + fields
+        answer = await stream_answer(send, body, float(schedule.deadline_s[position]))
+        self._status[position] = answer.status
+        self._headers[position] = answer.header or _NOTHING
+        if answer.header is not None:
+            self._ttft_s[position] = answer.first_s - self._start_s - schedule.due_s[position]
+            self._tpot_s[position] = answer.tpot_s
+
+    def _tokens_in_time(self, position: int) -> bool:
+        tokens = self._schedule.tokens
+        assert tokens is not None
+        first = self._ttft_s[position] <= tokens.ttft_s[position]
+        return bool(first and self._tpot_s[position] <= tokens.tpot_s[position])
 
     def _progress(self) -> LoadProgress:
         return LoadProgress(done=self._done, total=len(self._schedule), good=self._good, latency=self._latency)

@@ -14,9 +14,11 @@ import grpc
 
 from executor.proto import open_inference_pb2 as pb
 
-__all__ = ["FINAL", "STATUS_PARAMETER", "error_response", "interleaved"]
+__all__ = ["FINAL", "INPUT", "OUTPUT", "STATUS_PARAMETER", "error_response", "interleaved"]
 
 FINAL = "triton_final_response"
+INPUT, OUTPUT = "input_ids", "output_ids"
+"""Tensors of services that generate."""
 STATUS_PARAMETER = "status"
 """Parameter of an error's answer: the name of the gRPC status that a call of its own would have ended with."""
 

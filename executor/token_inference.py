@@ -20,13 +20,12 @@ from executor.proto import open_inference_pb2 as pb
 from executor.request_head import RequestHead
 from executor.runtime.protocol import GenerationFacts
 from executor.state import ReplicaKey
-from executor.stream_inference import FINAL
+from executor.stream_inference import FINAL, INPUT, OUTPUT
 from executor.tensors import Buffer, TensorLimits, decode_inputs, encode_response, parameter
 from plans.errors import InvalidInput
 
-__all__ = ["INPUT", "OUTPUT", "generated_answer", "streamed_tokens", "token_request"]
+__all__ = ["generated_answer", "streamed_tokens", "token_request"]
 
-INPUT, OUTPUT = "input_ids", "output_ids"
 _DEFAULT_TOKENS = 128
 """Tokens generated where a request does not say how many; the evaluator takes the same."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 from collections.abc import Callable
 from pathlib import Path
@@ -10,11 +11,19 @@ from typing import Any
 
 import grpc
 import numpy as np
+import pandas as pd
 import pytest
 
+from executor.control_client import GatewayClient
+from executor.errors import ReplicaUnavailable
+from executor.gateway import GatewayConfig, running_gateway
+from executor.load import LoadOptions, replay
 from executor.proto import open_inference_pb2 as pb
-from executor.state import GenerationRules, Phase
+from executor.proto import open_inference_pb2_grpc
+from executor.state import Backend, GenerationRules, Phase, RoutingTable, ServiceRoutes, Target
 from executor.tensors import decode_outputs, encode_request, parameter
+from executor.token_inference import streamed_tokens
+from plans.service import GenerationSlo, Services
 from tests.executor.running_agent import (
     WAIT_S,
     AgentClient,
@@ -24,6 +33,7 @@ from tests.executor.running_agent import (
     running_agent,
     worker_processes,
 )
+from traces.table import RequestTrace
 
 
 def run(test: Callable[..., Any]) -> Callable[..., None]:
@@ -214,3 +224,129 @@ async def test_new_limits_hold_for_what_waits_and_runs(tmp_path: Path) -> None:
         assert [tokens_of(one) for one in await asyncio.gather(*going)] == [
             list(range(s + 1, s + 16)) for s in range(10)
         ]
+
+
+SERVICES = Services.model_validate(
+    {
+        "services": [
+            {
+                "name": "chat",
+                "class": "generation",
+                "slo": {"ttft": "20s", "tpot": "5s"},
+                "variants": [{"model": "fake-count"}],
+            },
+            {"name": "double", "slo": {"deadline": "20s"}, "variants": [{"model": "fake-double"}]},
+        ]
+    }
+)
+
+
+@contextlib.asynccontextmanager
+async def through_a_gateway(folder: Path, agent: AgentClient, groups: tuple[str, ...] = ("node-a/0",)) -> Any:
+    """Yield the address of a gateway that routes both services to these groups of the agent."""
+    async with running_gateway(GatewayConfig(listen="127.0.0.1:0", state_dir=folder, grace_s=0.0)) as address:
+        targets = tuple(
+            Target(group=group, node="node-a", weight=1 / len(groups), variant="fake-count") for group in groups
+        )
+        double = Target(group="node-a/0", node="node-a", weight=1.0, variant="fake-double")
+        table = RoutingTable(
+            generation=1,
+            placement_digest="d",
+            backends=(Backend(node="node-a", address=f"127.0.0.1:{agent.port}"),),
+            services=(
+                ServiceRoutes(service="chat", deadline_s=0.001, targets=targets, first_token_s=20.0),
+                ServiceRoutes(service="double", deadline_s=20.0, targets=(double,)),
+            ),
+        )
+        async with grpc.aio.insecure_channel(address) as channel:
+            await GatewayClient(channel, address).set_routes(table, timeout_s=5)
+            stub = open_inference_pb2_grpc.GRPCInferenceServiceStub(channel)
+
+            async def is_ready() -> bool:
+                return bool((await stub.ModelReady(pb.ModelReadyRequest(name="chat"))).ready)
+
+            await eventually(is_ready)
+            yield address, stub
+
+
+@run
+async def test_a_replay_asks_for_the_tokens_of_its_trace_and_judges_by_ttft_and_tpot(tmp_path: Path) -> None:
+    """The deadline of the whole answer, here 1 ms, cuts no answer short and judges none."""
+    rows = pd.DataFrame(
+        {
+            "arrival_s": np.arange(12) * 0.005,
+            "service": ["chat", "chat", "double"] * 4,
+            "input_tokens": [10, 45, np.nan] * 4,
+            "output_tokens": [30, 40, np.nan] * 4,
+        }
+    )
+    async with running_agent(tmp_path / "a") as agent:
+        await agent.apply(desired(1, g0=[chat(), replica("double")]))
+        async with through_a_gateway(tmp_path / "g", agent) as (address, _):
+            for processes in (1, 2):
+                result = await replay(RequestTrace(rows), address, SERVICES, LoadOptions(processes=processes))
+                frame = result.requests
+                assert list(frame["outcome"]) == ["good", "failed", "good"] * 4  # 85 tokens never fit
+                assert list(frame["status"]) == ["OK", "INVALID_ARGUMENT", "OK"] * 4
+                served = frame[frame["outcome"] == "good"]
+                assert (served["ttft_s"].notna() == (served["service"] == "chat")).all()
+                chats = served[served["service"] == "chat"]
+                assert (chats["ttft_s"] + 29 * chats["tpot_s"] <= chats["latency_s"] + 0.001).all()
+                assert set(chats["group"]) == {"node-a/0"}
+    strict = SERVICES.model_copy(
+        update={
+            "services": (
+                SERVICES.services[0].model_copy(update={"slo": GenerationSlo(ttft_s=20.0, tpot_s=1e-9)}),
+                SERVICES.services[1],
+            )
+        }
+    )
+    async with running_agent(tmp_path / "b") as agent:
+        await agent.apply(desired(1, g0=[chat(), replica("double")]))
+        async with through_a_gateway(tmp_path / "h", agent) as (address, _):
+            result = await replay(RequestTrace(rows), address, strict)
+            assert list(result.requests["outcome"]) == ["late", "failed", "good"] * 4
+
+
+@run
+async def test_a_stream_without_an_answer_yet_goes_to_a_second_replica(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried = []
+
+    async def unavailable_once(server: Any, key: Any, *rest: Any) -> Any:
+        tried.append(key.group)
+        if len(tried) == 1:
+            raise ReplicaUnavailable("for this once")
+        async for answer in streamed_tokens(server, key, *rest):
+            yield answer
+
+    monkeypatch.setattr("executor.agent_inference.streamed_tokens", unavailable_once)
+    groups = ("node-a/0", "node-a/1")
+    async with running_agent(tmp_path / "a") as agent:
+        await agent.apply(desired(1, g0=[chat()], g1=[chat()]))
+        async with through_a_gateway(tmp_path / "g", agent, groups) as (_, stub):
+            call = stub.ModelStreamInfer(timeout=WAIT_S)
+            await call.write(asked([1], max_tokens=3))
+            await call.done_writing()
+            answers = [answer.infer_response async for answer in call]
+    assert [tokens_of(answer) for answer in answers] == [[2], [3], [4]]
+    assert sorted(tried) == list(groups)
+    assert {parameter(answer.parameters, "group") for answer in answers} == {tried[1]}
+
+
+@run
+async def test_a_stream_tells_of_services_that_are_not_here_and_goes_on(tmp_path: Path) -> None:
+    async with running_agent(tmp_path / "a") as agent:
+        await agent.apply(desired(1, g0=[chat()]))
+        async with through_a_gateway(tmp_path / "g", agent) as (_, stub):
+            call = stub.ModelStreamInfer(timeout=WAIT_S)
+            await call.write(encode_request("nobody", {}, request_id="n"))
+            first = await call.read()
+            await call.write(asked([1], "c", max_tokens=1))
+            second = await call.read()
+            await call.done_writing()
+            assert await call.read() is grpc.aio.EOF
+    assert "NOT_FOUND" in first.error_message
+    assert (first.infer_response.id, second.infer_response.id) == ("n", "c")
+    assert tokens_of(second.infer_response) == [2]
