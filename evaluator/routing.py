@@ -31,6 +31,7 @@ from evaluator.queues import enqueue, free_slot, take_slot
 from evaluator.recording import record
 from evaluator.state import (
     ADMISSION,
+    CORRECTED,
     CREDITS,
     EARLIEST_FREE,
     LEAST_FINISH,
@@ -88,9 +89,22 @@ def _route_otherwise(w: Any, service: int, draw_index: int, now: float) -> int:
             weights, floats(w.route_credit + 8 * first, last - first), floats(w.route_balance + 8 * first, last - first)
         )
     values = floats(w.scratch, last - first)
+    if policy == CORRECTED:
+        deadline_s = service_at(w, service).allowed_s
+        for local in range(last - first):
+            wait_s = _start_s(w, replicas[local], now) - now
+            values[local] = rules.corrected_weight(weights[local], wait_s, deadline_s)
+        return rules.next_replica(values, floats(w.route_balance + 8 * first, last - first))
     for local in range(last - first):
         values[local] = _value(w, replicas[local], now)
     return rules.least(weights, values)
+
+
+@compiled
+def _start_s(w: Any, r: int, now: float) -> float:
+    """Return when a request that enters the queue of ``r`` now is expected to start, behind all that waits there."""
+    g = replica_at(w, r).group
+    return max(now, first_free_s(w, g, now)) + group_at(w, g).work_s
 
 
 @compiled
@@ -105,7 +119,7 @@ def _value(w: Any, r: int, now: float) -> float:
         return free_of(w, replica.group)[group.stages - 1]
     if policy == LEAST_FINISH and w.admission:
         return predicted_end_s(w, r, now)
-    return max(now, first_free_s(w, replica.group, now)) + group.work_s + latencies_of(w, r)[0]
+    return _start_s(w, r, now) + latencies_of(w, r)[0]
 
 
 @compiled

@@ -17,6 +17,7 @@ __all__ = [
     "DRAW_LATENCY",
     "DRAW_ROUTING",
     "DRAW_SWITCHES",
+    "corrected_weight",
     "credit_after",
     "draw",
     "earliest",
@@ -37,6 +38,7 @@ DRAW_LATENCY = 1
 DRAW_SWITCHES = 2
 DRAW_EDGES = 3
 
+corrected_weight = inlined(dispatch.corrected_weight)
 credit_after = inlined(dispatch.credit_after)
 earliest = inlined(dispatch.earliest)
 least = inlined(dispatch.least)

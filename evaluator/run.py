@@ -13,6 +13,7 @@ from evaluator.scenario import Arrivals, Deadlines, Replicas
 from evaluator.settings import Settings
 from evaluator.state import (
     CELLS,
+    CORRECTED,
     COUNTED,
     CREDITS,
     EARLIEST_FREE,
@@ -44,6 +45,7 @@ _ROUTING = {
     "least-finish": LEAST_FINISH,
     "earliest-free": EARLIEST_FREE,
     "credits": CREDITS,
+    "corrected": CORRECTED,
 }
 _LATENCY = {"mean": MEAN, "profile": PROFILE, "exponential": EXPONENTIAL}
 _FIRST_SLOTS = 4096

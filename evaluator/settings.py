@@ -11,7 +11,14 @@ from plans.errors import Fault, InvalidInput
 __all__ = ["Admission", "Latency", "Order", "Routing", "Settings"]
 
 Routing = Literal[
-    "weighted", "weighted-random", "round-robin", "shortest-queue", "least-finish", "earliest-free", "credits"
+    "weighted",
+    "weighted-random",
+    "round-robin",
+    "shortest-queue",
+    "least-finish",
+    "earliest-free",
+    "credits",
+    "corrected",
 ]
 """How a request finds its replica (docs/evaluator.md, section 4)."""
 
@@ -131,6 +138,6 @@ class Settings:
             for name, value in wanted.items()
             if getattr(self, name) != value
         ]
-        if self.routing == "credits":
+        if self.routing in ("credits", "corrected"):
             faults.append(fault("routing", "another policy with admission 'arrival': nothing waits in queues then"))
         return faults

@@ -20,6 +20,7 @@ from evaluator.extras import EXTRA_FIELDS
 __all__ = [
     "ADMISSION",
     "CELLS",
+    "CORRECTED",
     "COUNTED",
     "CREDITS",
     "DISPLACED",
@@ -88,6 +89,7 @@ SHORTEST_QUEUE: Final = 3
 LEAST_FINISH: Final = 4
 EARLIEST_FREE: Final = 5
 CREDITS: Final = 6
+CORRECTED: Final = 7
 
 MEAN: Final = 0
 PROFILE: Final = 1

@@ -24,7 +24,9 @@ __all__ = [
     "DISPLACED",
     "HIGHEST_CREDIT",
     "HOPELESS",
+    "LEAST_PART",
     "LOWEST_CREDIT",
+    "corrected_weight",
     "credit_after",
     "earliest",
     "least",
@@ -45,6 +47,9 @@ DISPLACED = -1
 LOWEST_CREDIT = 0.05
 HIGHEST_CREDIT = 20.0
 """`credit_after`: however bad or good a replica, it is still tried, and never takes all."""
+
+LEAST_PART = 0.05
+"""`corrected_weight`: however long its queue, a replica keeps this part of its weight."""
 
 
 def next_batch(
@@ -145,6 +150,20 @@ def next_replica(weights: Any, credit: Any) -> int:
     if best >= 0:
         credit[best] -= total
     return best
+
+
+def corrected_weight(weight: float, wait_s: float, deadline_s: float) -> float:
+    """Return the weight of a replica now: that of the plan, less the part of the deadline that would be spent waiting.
+
+    A replica whose queue takes the whole deadline keeps `LEAST_PART`, so that its recovery is noticed by what it
+    serves. Requests are then spread by `next_replica` over the corrected weights.
+
+    Args:
+        weight: Of the plan, not negative.
+        wait_s: Until a request that arrives now would start, seconds.
+        deadline_s: Of the service, seconds from arrival, above 0.
+    """
+    return weight * max(LEAST_PART, 1.0 - wait_s / deadline_s)
 
 
 def next_by_credit(weights: Any, credit: Any, balance: Any) -> int:

@@ -45,7 +45,14 @@ _KEPT_REQUESTS = 20_000_000
 """Longer traces are only counted unless their requests are asked for: percentiles to 0.4 %, streams not told apart."""
 
 Routing = Literal[
-    "weighted", "weighted-random", "round-robin", "shortest-queue", "least-finish", "earliest-free", "credits"
+    "weighted",
+    "weighted-random",
+    "round-robin",
+    "shortest-queue",
+    "least-finish",
+    "earliest-free",
+    "credits",
+    "corrected",
 ]
 Order = Literal["edf", "fifo"]
 Admission = Literal["dispatch", "arrival"]

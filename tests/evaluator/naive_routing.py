@@ -39,6 +39,8 @@ class Routing(State):
             return in_smooth_turns(replicas, [r.weight for r in replicas])
         if policy == "credits":
             return in_smooth_turns(replicas, [r.credit for r in replicas])
+        if policy == "corrected":
+            return in_smooth_turns(replicas, [self.corrected_weight(r) for r in replicas])
         if policy == "weighted-random":
             return self.at_random(request, replicas)
         if policy == "round-robin":
@@ -68,8 +70,15 @@ class Routing(State):
     def expected_finish_s(self, replica: Replica) -> float:
         if self.told.admission == "arrival":
             return self.predicted(replica)[-1] + self.told.response_s
+        return self.expected_start_s(replica) + replica.latency_s(1)
+
+    def expected_start_s(self, replica: Replica) -> float:
         free_s = replica.group.first_stage_free_s(self.told.concurrency, self.now)
-        return max(self.now, free_s) + replica.group.work_s + replica.latency_s(1)
+        return max(self.now, free_s) + replica.group.work_s
+
+    def corrected_weight(self, replica: Replica) -> float:
+        part = (self.expected_start_s(replica) - self.now) / self.services[replica.entry.service].deadline_s(1)
+        return replica.weight * max(1.0 - part, 0.05)
 
     # Section 7: admission --------------------------------------------------------------------------------------------
 

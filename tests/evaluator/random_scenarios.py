@@ -256,7 +256,7 @@ class _Drawer:
             "response_s": self.time_s(0, 2) if rng.random() < 0.3 else 0.0,
             "seed": rng.randrange(2**31),
         }
-        policies = ["weighted-random", "round-robin", "shortest-queue", "least-finish", "credits"]
+        policies = ["weighted-random", "round-robin", "shortest-queue", "least-finish", "corrected", "credits"]
         told["routing"] = rng.choice(policies) if self.has("routing", "streams", "workflows") else "weighted"
         if told["routing"] == "credits":
             told |= {
@@ -269,7 +269,7 @@ class _Drawer:
         if self.has("draws"):
             told["latency"] = rng.choice(["profile", "exponential"])
         if self.feature == "admission":
-            policies = [*policies[:-1], "weighted", "earliest-free", "least-finish"]
+            policies = [*policies[:-2], "weighted", "earliest-free", "least-finish"]
             margin_s = self.time_s(0, 4) if rng.random() < 0.3 else 0.0
             told |= {"order": "fifo", "admission": "arrival", "admission_margin_s": margin_s}
             told |= {"routing": rng.choice(policies)}

@@ -259,7 +259,9 @@ def test_names_of_services_mean_nothing():
         pd.testing.assert_frame_equal(outcomes(log_of(case)), outcomes(after), check_exact=True)
 
 
-@pytest.mark.parametrize("routing", ["weighted", "round-robin", "shortest-queue", "least-finish", "credits"])
+@pytest.mark.parametrize(
+    "routing", ["weighted", "round-robin", "shortest-queue", "least-finish", "corrected", "credits"]
+)
 def test_what_shares_nothing_does_not_matter(routing):
     """Law: services on groups of their own end the same whether the others are there or not."""
     for seed in range(8):

@@ -50,6 +50,7 @@ CHOICES = [
     Settings(routing="shortest-queue", batch_delay_s=0.005),
     Settings(routing="least-finish", order="fifo", early_drop=False),
     Settings(routing="credits", latency="exponential"),
+    Settings(routing="corrected", overhead_s=0.002),
     Settings(routing="round-robin", concurrency=3),
     Settings(routing="earliest-free", admission="arrival", order="fifo"),
 ]
