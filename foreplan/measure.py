@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -21,7 +22,7 @@ from plans.documents import parse_document
 from plans.errors import InvalidInput, RemoteFailure
 from profiles.document import Profile, ProfileMeta, Row
 from profiles.group import Grid, LoadedGroup, SingleDevice
-from profiles.power import nvml_energy_j
+from profiles.power import nvml_driver, nvml_energy_j
 from profiles.profiler import Progress, StopRule, profile_group
 
 __all__ = ["Device", "measure", "processor_name"]
@@ -151,6 +152,11 @@ def _group(runtime: Any, loaded: Any, device: Device) -> LoadedGroup:
     if hasattr(loaded, "as_group"):
         group: LoadedGroup = loaded.as_group()
         return group
+    if device.cuda_graphs:
+        loaded.forget_graphs()  # those of the largest batch, which would count for every other
+        return SingleDevice(
+            loaded=loaded, memory=lambda action: max(0, runtime.held_bytes(action) - loaded.weight_bytes)
+        )
     if len(device.devices) == 1:
         return SingleDevice(loaded=loaded, memory=runtime.peak_growth_bytes)
     memory = runtime.torch_runtime.peak_growth_bytes
@@ -162,7 +168,7 @@ def _energy_j(device: Device) -> Callable[[], float | None]:
     index = device.index
     if index is None:
         return lambda: None
-    meters = [nvml_energy_j(index + n) for n in range(len(device.devices))]
+    meters = [nvml_energy_j(str(_gpu(index + n).uuid)) for n in range(len(device.devices))]
 
     def read() -> float | None:
         counted = [meter() for meter in meters]
@@ -170,6 +176,13 @@ def _energy_j(device: Device) -> Callable[[], float | None]:
         return sum(known) if len(known) == len(counted) else None
 
     return read
+
+
+def _gpu(index: int) -> Any:
+    """Return what torch says of the GPU that it counts as ``index``: NVML counts those that are hidden too."""
+    import torch
+
+    return torch.cuda.get_device_properties(index)
 
 
 def _load(runtime: Any, model: str, device: Device, grid: Grid) -> tuple[Any, dict[str, float | None]]:
@@ -192,6 +205,7 @@ def _load(runtime: Any, model: str, device: Device, grid: Grid) -> tuple[Any, di
         if hasattr(loaded, "close"):
             loaded.close()
         del loaded  # two copies may not fit
+        gc.collect()  # some modules hold themselves
         loaded = runtime.load(model, largest, *shape)
         loads["load_warm_s"] = loaded.load_s
     return loaded, loads
@@ -221,7 +235,8 @@ def _drop_from_page_cache(folder: Path) -> bool:
 
 def _meta(device: Device, loaded: Any) -> ProfileMeta:
     return ProfileMeta(
-        device_name=processor_name() if device.device == "cpu" else device.device,
+        device_name=processor_name() if device.index is None else _gpu(device.index).name,
+        driver="" if device.index is None else nvml_driver(),
         torch=version("torch"),
         dtype=device.dtype,
         input=", ".join(f"{spec.datatype} {'x'.join(map(str, spec.shape))}" for spec in loaded.inputs),

@@ -63,20 +63,28 @@ class GraphedModule:
     """Runs a module by replaying CUDA graphs, one for each shape of inputs, recorded when the shape first comes.
 
     The kernels of a batch are launched at once, without Python between them. What `__call__` returns is overwritten by
-    the next call with the same shape.
+    the next call: all graphs work in the same memory, which is as large as the largest needs.
 
     Args:
         run: The module, or what runs it.
         device: Its CUDA device.
+        where: Name of the model, for errors.
     """
 
-    def __init__(self, run: Any, device: torch.device) -> None:
+    def __init__(self, run: Any, device: torch.device, where: str) -> None:
         self._run = run
         self._device = device
+        self._where = where
         self._graphs: dict[object, tuple[torch.cuda.CUDAGraph, dict[str, torch.Tensor], Any]] = {}
+        self._pool: Any = None
 
     def __call__(self, **inputs: torch.Tensor) -> Any:
-        """Return what the module returns."""
+        """Return what the module returns.
+
+        Raises:
+            InvalidInput: The module does what cannot be recorded, such as looking at values.
+            torch.OutOfMemoryError: The device is full.
+        """
         shape = tuple((name, tuple(tensor.shape), tensor.dtype) for name, tensor in sorted(inputs.items()))
         if shape not in self._graphs:
             self._graphs[shape] = self._record(inputs)
@@ -86,8 +94,14 @@ class GraphedModule:
         graph.replay()
         return answer
 
+    def forget(self) -> None:
+        """Drop what was recorded, and its memory; it is recorded again when it is needed."""
+        self._graphs.clear()
+        self._pool = None
+
     def _record(self, inputs: Mapping[str, torch.Tensor]) -> tuple[torch.cuda.CUDAGraph, dict[str, torch.Tensor], Any]:
         fixed = {name: tensor.clone() for name, tensor in inputs.items()}
+        self._pool = self._pool or torch.cuda.graph_pool_handle()
         with torch.cuda.device(self._device):
             beside: Any = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
             beside.wait_stream(torch.cuda.current_stream(self._device))
@@ -96,7 +110,18 @@ class GraphedModule:
                     self._run(**fixed)
             torch.cuda.current_stream(self._device).wait_stream(beside)
             graph = torch.cuda.CUDAGraph()
-            # Another thread may load a model meanwhile: only this thread's unsafe calls may end the recording.
-            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-                answer = self._run(**fixed)
+            try:
+                # Another thread may load a model meanwhile: only this thread's unsafe calls may end the recording.
+                with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+                    answer = self._run(**fixed)
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError as error:
+                raise InvalidInput.of(
+                    "a model whose kernels can be recorded",
+                    where=self._where,
+                    field="cuda_graphs",
+                    found=str(error).splitlines()[0],
+                    remedy="leave CUDA graphs off",
+                ) from error
         return graph, fixed, answer

@@ -15,7 +15,14 @@ from torch.utils._pytree import tree_iter
 from executor.runtime.protocol import OutOfDeviceMemory
 from profiles.memory import resident_growth_bytes
 
-__all__ = ["LiveTensors", "keep_freed_memory", "out_of_memory_named", "peak_growth_bytes", "peak_tensor_bytes"]
+__all__ = [
+    "LiveTensors",
+    "held_bytes",
+    "keep_freed_memory",
+    "out_of_memory_named",
+    "peak_growth_bytes",
+    "peak_tensor_bytes",
+]
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of mallopt(3)
 _KEPT_BYTES = 2**30
@@ -52,6 +59,17 @@ def peak_growth_bytes(action: Callable[[], object], device: torch.device) -> int
     tensor_bytes: list[int] = []
     resident_bytes = resident_growth_bytes(lambda: tensor_bytes.append(peak_tensor_bytes(action)))
     return max(resident_bytes, *tensor_bytes)
+
+
+def held_bytes(action: Callable[[], object], device: torch.device) -> int:
+    """Run ``action`` once and return all bytes that the process then holds on a CUDA device.
+
+    What CUDA graphs work in stays reserved for them and is none of the tensors that `peak_growth_bytes` counts.
+    """
+    action()
+    torch.cuda.synchronize(device)
+    torch.cuda.empty_cache()
+    return torch.cuda.memory_reserved(device)
 
 
 def peak_tensor_bytes(action: Callable[[], object]) -> int:

@@ -21,7 +21,7 @@ from executor.runtime.generation import KvMemory, LlamaSequences, LlamaSteps, ca
 from executor.runtime.generation_engine import GenerationEngine
 from executor.runtime.generation_group import GenerationGroup
 from executor.runtime.local_models import load_folder, local_names
-from executor.runtime.memory import keep_freed_memory, out_of_memory_named, peak_growth_bytes
+from executor.runtime.memory import held_bytes, keep_freed_memory, out_of_memory_named, peak_growth_bytes
 from executor.runtime.protocol import GenerationFacts, InvalidTensor, TensorSpec, UnknownVariant, batch_of
 from executor.runtime.registry import REGISTRY, architecture_of
 from executor.runtime.sizes import split_size
@@ -128,6 +128,10 @@ class TorchRuntime:
         """Run ``action`` once and return the bytes that it took on top of what was held before, at the peak."""
         return peak_growth_bytes(action, self._device)
 
+    def held_bytes(self, action: Callable[[], object]) -> int:
+        """Run ``action`` once and return all bytes that the process then holds on the CUDA device, CUDA graphs too."""
+        return held_bytes(action, self._device)
+
     @property
     def dtype(self) -> torch.dtype:
         """Type of weights and activations."""
@@ -160,7 +164,7 @@ class TorchRuntime:
 
     def _accelerated(self, module: torch.nn.Module, variant: str) -> Callable[..., Any]:
         run = compiled_module(module, variant) if self._compiled else module
-        return GraphedModule(run, self._device) if self._cuda_graphs else run
+        return GraphedModule(run, self._device, variant) if self._cuda_graphs else run
 
     def _synchronize(self) -> None:
         if self._device.type == "cuda":
@@ -220,6 +224,11 @@ class TorchModel:
                 return self._transfer.to_host({name: answer[name] for name in self._wanted})
             answer = self._run(**{name: to_tensor(array, self._device, self._dtype) for name, array in inputs.items()})
             return {name: answer[name].float().numpy() for name in self._wanted}
+
+    def forget_graphs(self) -> None:
+        """Drop the CUDA graphs that were recorded, with their memory; they are recorded again when needed."""
+        if isinstance(self._run, GraphedModule):
+            self._run.forget()
 
     def example(self, batch: int, seed: int = 0) -> dict[str, NDArray[Any]]:
         """Return valid random inputs for ``batch`` items; the same seed gives the same values."""

@@ -42,6 +42,15 @@ def test_an_accelerated_model_answers_as_the_plain_one(options):
         np.testing.assert_allclose(quick.run(quick.example(batch, seed))["logits"], expected, rtol=1e-2, atol=1e-3)
 
 
+def test_what_graphs_work_in_counts_as_held_and_is_free_once_they_are_forgotten():
+    runtime = TorchRuntime("cuda", cuda_graphs=True)
+    model = runtime.load("resnet-18", 32)
+    large = runtime.held_bytes(lambda: model.run(model.example(32)))
+    model.forget_graphs()
+    small = runtime.held_bytes(lambda: model.run(model.example(1)))
+    assert model.weight_bytes < small < large
+
+
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_copies_keep_every_value_and_batches_in_a_row_do_not_mix(dtype):
     device = torch.device("cuda")
