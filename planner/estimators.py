@@ -30,7 +30,7 @@ def estimate_latency_s(
 
 
 def upper_bound_s(rate_rps: float, request_s: float, replicas: int) -> float:
-    """Return rate * time / replicas: as if a second's requests all came at once and were the last to be served."""
+    """Return rate * time / replicas, as if a second's requests all came at once and were served last: (10.5)."""
     return rate_rps * request_s / replicas if replicas > 0 else math.inf
 
 
@@ -51,7 +51,7 @@ def mdc_latency_s(rate_rps: float, request_s: float, replicas: int, percentile: 
     """Return a percentile of the latency in M/D/c, its wait taken as half that of M/M/c; infinite from saturation on.
 
     With C the probability of waiting and E[W] the mean wait in M/M/c, the q-th percentile of the wait is
-    W_q = max(0, (E[W] / C) ln(100 C / (100 - q))), and the latency is time + W_q / 2.
+    W_q = max(0, (E[W] / C) ln(100 C / (100 - q))), and the latency is time + W_q / 2: (10.6).
 
     Args:
         rate_rps: Arrivals, requests per second.
@@ -71,7 +71,7 @@ def mdc_latency_s(rate_rps: float, request_s: float, replicas: int, percentile: 
 
 
 def relaxed_mdc_latency_s(rate_rps: float, request_s: float, replicas: int, percentile: float) -> float:
-    """Return `mdc_latency_s` up to a utilisation of 0.95, and beyond it that value times rate / (rate at 0.95).
+    """Return `mdc_latency_s` up to a utilisation of 0.95, beyond it that value times rate over the rate there: (10.7).
 
     So a job that is overloaded still has a slope: one replica more always helps.
     """

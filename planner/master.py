@@ -133,7 +133,7 @@ def _scales(linking: Linking, cap: Floats) -> tuple[Floats, float]:
 
 
 class Master:
-    """The master of one objective, over what is not decided yet.
+    """The master of one objective, over what is not decided yet: (9.1) and (9.2) of docs/formulation.md.
 
     Attributes:
         space: The planning space.

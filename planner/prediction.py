@@ -63,7 +63,7 @@ def latency_model(space: PlanningSpace, option: Option) -> LatencyModel:
 
 
 def _of_group(space: PlanningSpace, serving: list[Placed]) -> list[_Share]:
-    """Return what each of the replicas that share one group is expected to do."""
+    """Return what each of the replicas that share one group is expected to do: (7.1)."""
     options = [space.options[placed.option] for placed in serving]
     rates = [placed.share * option.sustained_rps for placed, option in zip(serving, options, strict=True)]
     phases = [_phases(space, option) for option in options]

@@ -3,13 +3,13 @@
 A loadout is a set of options of different services that fit a group's memory on every stage and do not block each
 other; the group's compute goes to them by value per share, each up to its cap, so at most one is filled in part. Value
 is linear: so much per share of compute, and a fixed amount (negative: a price) for running at all. That is a knapsack
-with two resources and a choice per service (docs/formulation.md, section 9). It is solved by depth-first branch and
+with two resources and a choice per service: (9.3) of docs/formulation.md. It is solved by depth-first branch and
 bound over the options in order of value per share, in which filling compute greedily is optimal. The bound of a node is
 the least over a fixed set of multipliers (mu, lambda) of
 
     value so far + mu (memory left) + lambda (compute left) + sum over services of their best gain at (mu, lambda),
 
-which is Lagrangian duality and holds for any multipliers of at least 0.
+(9.4), which is Lagrangian duality and holds for any multipliers of at least 0.
 """
 
 from __future__ import annotations
