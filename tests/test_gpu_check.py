@@ -89,6 +89,76 @@ def test_a_run_without_results_is_reported_with_its_failures(tmp_path):
     assert "8.0 points at most" in told
 
 
+class Recording(gpu_check.Log):  # type: ignore[misc, name-defined]
+    """Runs nothing: it writes down what it would, and the document that a profile run leaves."""
+
+    def run(self, *arguments, limit_s=0.0):
+        words = [str(word) for word in arguments]
+        self.commands.append((" ".join(words), 0.0, 0))
+        if words[:3] == ["foreplan", "profile", "run"]:
+            folder, model, kind = words[words.index("-o") + 1], words[3], words[words.index("--gpu-type") + 1]
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            (Path(folder) / f"{model}.{kind}.json").touch()
+        return ""
+
+
+def full_options(tmp_path, *more):
+    options = gpu_check.parsed(["--profiles", str(tmp_path / "p"), "--gpu-type", "h100", *more])
+    options.output = tmp_path
+    return options
+
+
+def profiled(log):
+    words = [command.split() for command, _, _ in log.commands if "profile run" in command]
+    return [(each[3], each[each.index("--dtype") + 1], "--concurrency" in each) for each in words]
+
+
+def test_what_serves_is_profiled_first_with_copies_then_llama_then_all_the_rest_once(tmp_path, monkeypatch):
+    log, options = Recording(), full_options(tmp_path)
+    monkeypatch.setattr(gpu_check, "whole_path", lambda *_: log.commands.append(("PATH", 0.0, 0)) or {"plan": {}})
+    assert gpu_check.path_results(log, gpu_check.FULL, options, 10**11) == {"plan": {}}
+    gpu_check.profile_the_rest(log, gpu_check.FULL, options, 10**11)
+    serving = list(gpu_check.FULL_SERVICES.values())
+    assert [command for command, _, _ in log.commands].index("PATH") == len(serving)
+    done = profiled(log)
+    assert done[: len(serving)] == [(model, "fp16", True) for model in serving]
+    assert done[len(serving) :][:2] == [("llama-1b", "bf16", False), ("llama-8b", "bf16", False)]
+    assert len(done) == len(set(done)) == 2 * len(gpu_check.FULL_MODELS) + 2
+    assert {model for model, dtype, _ in done if dtype == "fp16"} == set(gpu_check.FULL_MODELS)
+
+
+def test_what_an_earlier_run_did_is_kept_if_so_asked(tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr(gpu_check, "whole_path", lambda *_: calls.append(1) or {"plan": {}})
+    for more in ((), ("--keep",), ("--keep",), ()):
+        log, options = Recording(), full_options(tmp_path, *more)
+        gpu_check.run_tests(log, options)
+        assert gpu_check.path_results(log, gpu_check.QUICK, options, 10**11) == {"plan": {}}
+        gpu_check.profile_the_rest(log, gpu_check.QUICK, options, 10**11)
+        assert bool(log.commands) is not options.keep
+    assert len(calls) == 2
+
+
+def test_what_the_time_or_the_memory_does_not_suffice_for_is_named(tmp_path):
+    log, options = Recording(ends_s=0.0), full_options(tmp_path)
+    assert gpu_check.path_results(log, gpu_check.FULL, options, 10**10) is None
+    gpu_check.profile_the_rest(log, gpu_check.FULL, options, 10**10)
+    assert log.commands == []
+    assert "the whole path" in log.left_out
+    assert "profile of llama-8b: it needs 30 GB, the device has less" in log.left_out
+    assert any("NCCL" in each for each in log.left_out)
+    text = gpu_check.report(log, {}, options, None)
+    assert "## Failures\n\nNone.\n\n## Not done\n\n- profile of resnet-50 in fp16" in text
+
+
+def test_a_command_that_takes_too_long_is_ended_and_kept_as_a_failure():
+    log = gpu_check.Log()
+    with pytest.raises(subprocess.TimeoutExpired):
+        log.run("timeit", "-n", "1", "-r", "1", "while True: pass", limit_s=0.5)
+    assert log.commands[0][2] == 124
+    assert "took more than" in log.failures[0]
+
+
 @pytest.mark.slow
 def test_the_whole_path_runs_on_the_processor(tmp_path):
     command = [sys.executable, str(SCRIPT), "--device", "cpu", "--quick", "-o", str(tmp_path / "out")]
@@ -99,4 +169,4 @@ def test_the_whole_path_runs_on_the_processor(tmp_path):
     text = (tmp_path / "out" / "results.md").read_text()
     assert "| llama-tiny | decode | 32 |" in text
     assert all(f"| {service} | " in text for service in gpu_check.QUICK.services)
-    assert "## Failures\n\nNone." in text
+    assert "## Failures\n\nNone.\n\n## Not done\n\nNothing." in text
