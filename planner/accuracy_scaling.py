@@ -5,13 +5,12 @@ within the time that its network leaves, and the frame rates of a GPU's clients 
 the accuracy that frames get, weighted by rate; a client that cannot be served is named and blocks nobody else.
 docs/formulation.md, section 11.
 
-A relaxation that lets clients be cut in pieces, with GPUs counted per (variant, batch), gives the bound; its counts,
-and those of a local search, are filled with whole clients.
+Simulated annealing finds mappings. Two relaxations bound them: one over patterns of whole clients per GPU, whose counts
+may be fractions, and one that counts whole GPUs per (variant, batch) and lets clients be cut in pieces.
 """
 
 from __future__ import annotations
 
-import itertools
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,7 +18,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from planner.backend import Budget, NothingFound, Solution, Solver, solver
-from planner.linear import Floats, Integers, LinearModel, ModelBuilder
+from planner.client_annealing import annealed, compile_walks
+from planner.client_patterns import Kinds, Pattern, PatternMaster, reachable_fps
+from planner.linear import LinearModel, ModelBuilder
 from planner.objective import gap_of
 from plans.errors import InvalidInput
 
@@ -29,16 +30,19 @@ _BELOW_FPS = 1e-5
 """Rates must stay below a throughput by this much, which is more than a solver's tolerance."""
 
 _CLOSED = 1e-3
-"""Gap at which changing single GPUs ends."""
+"""Gap at which the search ends."""
 
-_RESERVE_S = 0.03
-"""Time left at which no further assignment is begun."""
+_RESERVE_S = 0.01
+"""Time left at which no further walk is begun."""
 
-_MOST_MOVES = 1000
-"""Changes of one GPU that are looked at."""
+_FIRST_MOVES = 150_000
+"""Moves of the first walks; later ones grow."""
 
-_RELAXATION_SHARE = 0.5
-"""Share of the time that the relaxation may take."""
+_PATTERNS_SHARE = 0.45
+"""Share of the time by whose end the program over patterns stops."""
+
+_COUNTS_SHARE = 0.75
+"""Share of the time by whose end the relaxation over counts stops."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,12 +107,16 @@ def assign_clients(
 ) -> Mapping:
     """Return the best mapping found within ``time_limit_s``, with its bound.
 
+    It rests on compiled code; loading it, or compiling it once per installation, counts into ``wall_s`` and not into
+    the time limit.
+
     Raises:
         InvalidInput: There is no GPU, or a client's times do not match the variants.
     """
     _check(clients, variants, gpus)
-    search = _Search(clients, variants, gpus, solver("highs"), seed, clock, time_limit_s)
-    return search.run()
+    started_s = clock()
+    compile_walks()
+    return _Search(clients, variants, gpus, solver("highs"), seed, clock).run(started_s, time_limit_s)
 
 
 def _check(clients: Sequence[Client], variants: Sequence[ScaledVariant], gpus: int) -> None:
@@ -121,7 +129,7 @@ def _check(clients: Sequence[Client], variants: Sequence[ScaledVariant], gpus: i
 
 
 class _Search:
-    """One run: the kinds (variant, batch), the relaxation, and the filling of GPUs with clients."""
+    """One run: the kinds (variant, batch), walks for mappings, and two relaxations for the bound."""
 
     def __init__(
         self,
@@ -131,13 +139,9 @@ class _Search:
         linear: Solver,
         seed: int,
         clock: Callable[[], float],
-        time_limit_s: float,
     ) -> None:
         self._clients, self._variants, self._gpus = clients, variants, gpus
         self._solver, self._seed, self._clock = linear, seed, clock
-        self._started_s = clock()
-        self._ends_at_s = self._started_s + time_limit_s
-        self._fps = np.array([client.fps for client in clients])
         kinds = [
             (index, batch, latency_s)
             for index, variant in enumerate(variants)
@@ -146,174 +150,115 @@ class _Search:
         left = np.array([client.left_s for client in clients]).reshape(len(clients), len(variants))
         eligible = [2 * latency_s <= left[:, index] for index, _, latency_s in kinds]
         # A kind that serves nobody, or no more than another of at least its accuracy and throughput, is of no use.
-        self._kinds, self._eligible = _worthwhile(kinds, eligible, variants)
-        self._accuracy = np.array([variants[index].accuracy for index, _, _ in self._kinds])
-        self._throughput = np.array([batch / latency_s - _BELOW_FPS for _, batch, latency_s in self._kinds])
-
-    def run(self) -> Mapping:
-        servable = np.array([any(each[client] for each in self._eligible) for client in range(len(self._clients))])
-        best_accuracy = np.zeros(len(self._clients))
-        for accuracy, mine in zip(self._accuracy, self._eligible, strict=True):
-            best_accuracy = np.maximum(best_accuracy, accuracy * mine)
-        bound = float(self._fps @ best_accuracy)
-        filled, value = self._climb([])
-        if servable.any() and gap_of(value, bound) > 1e-9:
-            counts, relaxed = self._relaxation()
-            bound = min(bound, relaxed)
-            if counts:
-                other, other_value = self._climb(counts)
-                filled, value = (other, other_value) if other_value > value else (filled, value)
-            filled, value = self._exactly(filled, value)
-            filled, value = self._perturbed(filled, value, bound)
-        return self._mapping(filled, value, max(bound, value))
-
-    def _left_s(self) -> float:
-        return self._ends_at_s - self._clock()
-
-    def _relaxation(self) -> tuple[list[int], float]:
-        """Return the kinds of the relaxation's GPUs, and its bound: (11.1) to (11.4)."""
-        builder = ModelBuilder()
-        kinds = range(len(self._kinds))
-        count = builder.add_variables(
-            [f"gpus[{kind}]" for kind in kinds], upper=np.full(len(kinds), float(self._gpus)), integer=True
+        self._labels, useful = _worthwhile(kinds, eligible, variants)
+        self._kinds = Kinds(
+            accuracy=np.array([variants[index].accuracy for index, _, _ in self._labels]),
+            throughput=np.array([batch / latency_s - _BELOW_FPS for _, batch, latency_s in self._labels]),
+            eligible=np.array(useful, dtype=bool).reshape(len(self._labels), len(clients)),
+            fps=np.array([client.fps for client in clients]),
         )
+        self._master = PatternMaster(self._kinds, gpus) if useful else None
+        self._best: list[Pattern] = []
+        self._value = 0.0
+        self._bound = float(
+            self._kinds.fps @ np.max(self._kinds.accuracy[:, None] * self._kinds.eligible, 0, initial=0)
+        )
+        self._worth_using = np.arange(len(self._labels))
+        self._walks = 0
+
+    def run(self, started_s: float, time_limit_s: float) -> Mapping:
+        """Walk, bound, and walk on among what may still be better, until the gap is closed or time is over."""
+        begins_s = self._clock()
+        ends_at_s = begins_s + time_limit_s
+        if self._master is not None:
+            self._walk(_FIRST_MOVES)
+            self._bound_by_patterns(self._master, begins_s + _PATTERNS_SHARE * time_limit_s)
+            self._bound_by_counts(begins_s + _COUNTS_SHARE * time_limit_s)
+            moves = _FIRST_MOVES
+            while not self._closed(_CLOSED) and self._clock() < ends_at_s - _RESERVE_S:
+                per_move_s = self._walk(moves)
+                moves = int(min(1.5 * moves, max(_FIRST_MOVES, (ends_at_s - _RESERVE_S - self._clock()) / per_move_s)))
+        return self._mapping(self._clock() - started_s)
+
+    def _closed(self, gap: float) -> bool:
+        return gap_of(self._value, self._bound) <= gap
+
+    def _walk(self, moves: int, start: list[Pattern] | None = None) -> float:
+        """Take the result of one more walk when it is the best; return the seconds that a move took."""
+        begins_s = self._clock()
+        self._walks += 1
+        found, value = annealed(
+            self._kinds,
+            self._gpus,
+            seed=self._seed * 1_000_003 + self._walks,
+            moves=moves,
+            allowed=self._worth_using,
+            start=start,
+        )
+        if value > self._value:
+            self._best, self._value = found, value
+        return max(1e-9, (self._clock() - begins_s) / moves)
+
+    def _bound_by_patterns(self, master: PatternMaster, ends_at_s: float) -> None:
+        """Bound by (11.5) to (11.7), walk from its patterns, and leave out kinds that no better mapping can use."""
+        if self._closed(_CLOSED):
+            return
+        for pattern in self._best:
+            master.add(pattern)
+        fractions = master.converge(self._clock, ends_at_s, gap=_CLOSED / 2, value=self._value)
+        self._bound = min(self._bound, max(master.bound, self._value))
+        start = master.rounded(fractions)
+        if start and not self._closed(_CLOSED):
+            self._walk(_FIRST_MOVES, start)
+        self._worth_using = master.useful(self._value)
+
+    def _bound_by_counts(self, ends_at_s: float) -> None:
+        """Bound by (11.1) to (11.4) over the kinds that are left: what any mapping that is better reaches at most."""
+        limit_s = ends_at_s - self._clock()
+        if self._closed(_CLOSED) or not len(self._worth_using) or limit_s <= 0:
+            return
+        answer = self._solver.solve(self._counts(), Budget(time_limit_s=limit_s, gap=_CLOSED / 2, seed=self._seed))
+        known = answer.bound if isinstance(answer, Solution | NothingFound) else None
+        if known is not None:
+            self._bound = min(self._bound, max(known, self._value))
+
+    def _counts(self) -> LinearModel:
+        """Return the model in which clients may be cut in pieces and GPUs of one kind are pooled: (11.1) to (11.4)."""
+        builder = ModelBuilder()
+        kinds = self._worth_using
+        most = np.full(len(kinds), float(self._gpus))
+        count = builder.add_variables([f"gpus[{kind}]" for kind in kinds], upper=most, integer=True)
         builder.add_row("gpus", count, np.ones(len(kinds)), upper=float(self._gpus))
         objective = [0.0] * len(kinds)
         rows: dict[int, list[int]] = {client: [] for client in range(len(self._clients))}
-        for kind in kinds:
-            mine = np.flatnonzero(self._eligible[kind])
-            part = builder.add_variables(
-                [f"part[{client},{kind}]" for client in mine], upper=np.ones(len(mine)), integer=False
-            )
-            objective.extend(self._fps[mine] * self._accuracy[kind])
-            values = np.append(self._fps[mine], -self._throughput[kind])
-            builder.add_row(f"rate[{kind}]", np.append(part, count[kind]), values, upper=0.0)
-            for position, column in zip(mine.tolist(), part.tolist(), strict=True):
-                rows[position].append(column)
+        fps = self._kinds.fps
+        reach = reachable_fps(self._kinds)
+        for position, kind in enumerate(kinds):
+            mine = np.flatnonzero(self._kinds.eligible[kind] & (fps <= self._kinds.throughput[kind]))
+            names = [f"part[{client},{kind}]" for client in mine]
+            part = builder.add_variables(names, upper=np.ones(len(mine)), integer=False)
+            objective.extend(fps[mine] * self._kinds.accuracy[kind])
+            values = np.append(fps[mine], -reach[kind])
+            builder.add_row(f"rate[{kind}]", np.append(part, count[position]), values, upper=0.0)
+            for client, column in zip(mine.tolist(), part.tolist(), strict=True):
+                rows[client].append(column)
         for client, columns in rows.items():
             if columns:
                 builder.add_row(f"client[{client}]", columns, np.ones(len(columns)), upper=1.0)
-        model = builder.build().with_objective(np.array(objective), maximise=True)
-        budget = Budget(time_limit_s=max(0.02, _RELAXATION_SHARE * self._left_s()), gap=1e-3, seed=self._seed)
-        answer = self._solver.solve(model, budget)
-        if not isinstance(answer, Solution):
-            known = answer.bound if isinstance(answer, NothingFound) else None
-            return [], np.inf if known is None else known
-        chosen = np.round(answer.values[count]).astype(int)
-        return [kind for kind in kinds for _ in range(chosen[kind])], answer.bound
+        return builder.build().with_objective(np.array(objective), maximise=True)
 
-    def _climb(self, start: list[int]) -> tuple[list[tuple[int, list[int]]], float]:
-        """Change one GPU's kind at a time while that gains and time lasts; from nothing, add the best kind per GPU."""
-        chosen = list(start)
-        filled, value = self._fill(chosen)
-        for _ in range(self._gpus - len(chosen)):
-            options = [(self._fill([*chosen, kind])[1], -kind) for kind in range(len(self._kinds))]
-            if not options or self._left_s() <= 0:
-                break
-            chosen.append(-max(options)[1])
-        filled, value = self._fill(chosen)
-        improved = True
-        while improved and self._left_s() > 0.4 * (self._ends_at_s - self._started_s):
-            improved = False
-            for position, kind in itertools.product(range(len(chosen)), range(len(self._kinds))):
-                if self._left_s() <= 0.4 * (self._ends_at_s - self._started_s):
-                    break
-                trial = [*chosen[:position], kind, *chosen[position + 1 :]]
-                other, other_value = self._fill(trial)
-                if other_value > value + 1e-9:
-                    chosen, filled, value, improved = trial, other, other_value, True
-        return filled, value
-
-    def _fill(self, chosen: list[int]) -> tuple[list[tuple[int, list[int]]], float]:
-        """Give each GPU clients, the most accurate first: those that the fewest kinds could serve, then the largest."""
-        free = np.ones(len(self._clients), dtype=bool)
-        choice = np.sum([self._eligible[kind] for kind in chosen], axis=0) if chosen else np.zeros(len(self._clients))
-        order = np.lexsort((-self._fps, choice))
-        filled = []
-        value = 0.0
-        for kind in sorted(chosen, key=lambda kind: (-self._accuracy[kind], -self._throughput[kind])):
-            room, mine = float(self._throughput[kind]), []
-            for client in order[(free & self._eligible[kind])[order]]:
-                if self._fps[client] <= room:
-                    room -= float(self._fps[client])
-                    mine.append(int(client))
-            free[mine] = False
-            value += float(self._accuracy[kind] * self._fps[mine].sum())
-            filled.append((kind, mine))
-        return filled, value
-
-    def _exactly(self, filled: list[tuple[int, list[int]]], value: float) -> tuple[list[tuple[int, list[int]]], float]:
-        """Assign whole clients to the chosen kinds as well as can be in the time left."""
-        if self._left_s() <= 0.02 or not filled:
-            return filled, value
-        model, pairs = self._assignment([kind for kind, _ in filled])
-        hint = np.array([float(client in filled[gpu][1]) for client, gpu in pairs])
-        answer = self._solver.solve(model, Budget(time_limit_s=self._left_s(), gap=1e-4, seed=self._seed), hint)
-        if not isinstance(answer, Solution) or answer.objective <= value:
-            return filled, value
-        better: list[tuple[int, list[int]]] = [(kind, []) for kind, _ in filled]
-        for (client, gpu), taken in zip(pairs, answer.values, strict=True):
-            if taken > 0.5:
-                better[gpu][1].append(client)
-        return better, answer.objective
-
-    def _perturbed(
-        self, filled: list[tuple[int, list[int]]], value: float, bound: float
-    ) -> tuple[list[tuple[int, list[int]]], float]:
-        """Give one GPU another kind and assign exactly, in random order, while the gap is open and time lasts."""
-        generator = np.random.default_rng(self._seed)
-        chosen = [kind for kind, _ in filled]
-        moves = [(gpu, kind) for gpu in range(len(chosen)) for kind in range(len(self._kinds)) if kind != chosen[gpu]]
-        # Fills are quick and tell which changes are worth an exact assignment.
-        ranked = sorted(
-            (-self._fill([*chosen[:gpu], kind, *chosen[gpu + 1 :]])[1], float(generator.random()), gpu, kind)
-            for gpu, kind in moves[: _MOST_MOVES if self._left_s() > 0 else 0]
-        )
-        for _, _, gpu, kind in ranked:
-            if gap_of(value, bound) <= _CLOSED or self._left_s() <= _RESERVE_S:
-                break
-            trial, _ = self._fill([*chosen[:gpu], kind, *chosen[gpu + 1 :]])
-            other, other_value = self._exactly(trial, value)
-            if other_value > value:
-                filled, value = other, other_value
-        return filled, value
-
-    def _assignment(self, chosen: list[int]) -> tuple[LinearModel, list[tuple[int, int]]]:
-        """Return (11.2) and (11.3) with whole clients and given kinds, and its (client, GPU) pairs."""
-        pairs = [
-            (client, gpu) for gpu, kind in enumerate(chosen) for client in np.flatnonzero(self._eligible[kind]).tolist()
-        ]
-        builder = ModelBuilder()
-        columns: Integers = builder.add_variables(
-            [f"serve[{client},{gpu}]" for client, gpu in pairs], upper=np.ones(len(pairs)), integer=True
-        )
-        clients, where = (np.array([pair[side] for pair in pairs], dtype=np.int64) for side in (0, 1))
-        for gpu, kind in enumerate(chosen):
-            mine = columns[where == gpu]
-            builder.add_row(f"rate[{gpu}]", mine, self._fps[clients[where == gpu]], upper=float(self._throughput[kind]))
-        for client in np.unique(clients):
-            mine = columns[clients == client]
-            builder.add_row(f"client[{client}]", mine, np.ones(len(mine)), upper=1.0)
-        objective: Floats = self._fps[clients] * self._accuracy[np.array(chosen)[where]] if pairs else np.zeros(0)
-        return builder.build().with_objective(objective, maximise=True), pairs
-
-    def _mapping(self, filled: list[tuple[int, list[int]]], value: float, bound: float) -> Mapping:
+    def _mapping(self, wall_s: float) -> Mapping:
         names = [client.name for client in self._clients]
-        served = {client for _, mine in filled for client in mine}
-        idle = self._gpus - len(filled)
+        served = {client for pattern in self._best for client in pattern.clients}
+        idle = self._gpus - len(self._best)
+        labels = [self._labels[pattern.kind] for pattern in self._best]
         return Mapping(
-            gpus=(
-                *(
-                    (self._variants[self._kinds[kind][0]].name, self._kinds[kind][1]) if mine else None
-                    for kind, mine in filled
-                ),
-                *(None,) * idle,
-            ),
-            clients=(*(tuple(names[client] for client in mine) for _, mine in filled), *((),) * idle),
+            gpus=(*((self._variants[index].name, batch) for index, batch, _ in labels), *(None,) * idle),
+            clients=(*(tuple(names[each] for each in pattern.clients) for pattern in self._best), *((),) * idle),
             dropped=tuple(name for index, name in enumerate(names) if index not in served),
-            accuracy=value,
-            bound=bound,
-            wall_s=self._clock() - self._started_s,
+            accuracy=self._value,
+            bound=max(self._bound, self._value),
+            wall_s=wall_s,
         )
 
 

@@ -89,6 +89,8 @@ class LinearProgram:
         self._rows = list(self._model.linear_constraints())
         self._columns = list(self._model.variables())
         self._solver: mathopt.IncrementalSolver | None = None
+        # Nobody reads reduced costs, and taking them over costs as much as a short solve.
+        self._wanted = mathopt.ModelSolveParameters(reduced_costs_filter=mathopt.VariableFilter(filtered_items=()))
 
     def add_column(self, objective: float, rows: Sequence[int], values: Sequence[float]) -> None:
         """Add a column from 0 up."""
@@ -110,7 +112,9 @@ class LinearProgram:
         if self._solver is None:
             self._solver = mathopt.IncrementalSolver(self._model, mathopt.SolverType.GLOP)
         incremental = self._solver
-        found = _optimal(lambda: incremental.solve(params=mathopt.SolveParameters(time_limit=limit)))
+        found = _optimal(
+            lambda: incremental.solve(params=mathopt.SolveParameters(time_limit=limit), model_params=self._wanted)
+        )
         if found is None:
             incremental.close()
             self._solver = None

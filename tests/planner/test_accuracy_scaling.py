@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -89,11 +90,28 @@ def test_brute_force_agrees_on_tiny_cases(seed: int) -> None:
     assert found.accuracy == pytest.approx(enumerated(wanted, models, 2))
 
 
-def test_larger_cases_are_sound_and_nearly_optimal() -> None:
-    models, wanted = variants(8, (1, 2, 4, 8)), behind_networks(24, 8, 5)
-    found = assign_clients(wanted, models, 4, time_limit_s=10.0)
+@pytest.mark.parametrize("make", [clients, behind_networks])
+def test_larger_cases_are_sound_and_within_a_hundredth(make: Callable[[int, int, int], list[Client]]) -> None:
+    models, wanted = variants(8, (1, 2, 4, 8)), make(16, 8, 5)
+    found = assign_clients(wanted, models, 3, time_limit_s=20.0)
     assert_sound(found, wanted, models)
-    assert found.gap <= 0.05
+    assert found.gap <= 0.01
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_no_mapping_beats_the_bound_of_a_short_search(seed: int) -> None:
+    models, wanted = variants(4, (1, 2, 4)), clients(12, 4, seed)
+    short = assign_clients(wanted, models, 3, time_limit_s=0.05)
+    long = assign_clients(wanted, models, 3, time_limit_s=1.0, seed=2)
+    assert short.bound >= long.accuracy - 1e-9
+    assert long.bound >= short.accuracy - 1e-9
+
+
+def test_clients_that_nothing_serves_leave_every_gpu_idle() -> None:
+    found = assign_clients([Client(name="c", fps=5.0, left_s=(0.0, 0.0))], variants(2), 2)
+    assert found.gpus == (None, None)
+    assert found.dropped == ("c",)
+    assert (found.accuracy, found.gap) == (0.0, 0.0)
 
 
 def test_out_of_time_the_mapping_is_still_sound() -> None:
