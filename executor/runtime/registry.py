@@ -136,9 +136,9 @@ def _unet(width: int, side: int = 256) -> Architecture:
 
 def _llama(size: str, tokens: int, *, kv_heads: int, **shape: Any) -> Architecture:
     def build() -> Any:
-        from transformers import LlamaConfig, LlamaForCausalLM
+        from executor.runtime.quick_weights import drawn_llama
 
-        model = LlamaForCausalLM(LlamaConfig(num_key_value_heads=kv_heads, use_cache=False, **shape))
+        model = drawn_llama(num_key_value_heads=kv_heads, use_cache=False, **shape)
         # Of a prompt only the last position's logits matter: they say the first token of the answer.
         model.forward = functools.partial(model.forward, logits_to_keep=1)
         return model

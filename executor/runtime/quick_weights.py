@@ -1,0 +1,49 @@
+"""Random weights of large models, drawn in seconds: transformers takes minutes to draw billions of numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+__all__ = ["drawn_llama"]
+
+_DRAWN = 2**24 + 43
+"""Numbers that are drawn; a larger model has them again and again. No product of a model's lengths divides it."""
+
+
+def drawn_llama(**shape: Any) -> LlamaForCausalLM:
+    """Return a Llama with weights from torch's generator, distributed as transformers would draw them.
+
+    On the meta device, which is the default device when only the shape is wanted, nothing is drawn.
+    """
+    config = LlamaConfig(**shape)
+    if torch.get_default_device().type == "meta":
+        return LlamaForCausalLM(config)
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config)
+    model.to_empty(device=torch.get_default_device())
+    model.model.rotary_emb = LlamaRotaryEmbedding(config)  # what it holds is computed, not drawn
+    model.tie_weights()
+    _fill(model.parameters(), config.initializer_range)
+    return model
+
+
+def _fill(parameters: Iterable[torch.nn.Parameter], deviation: float) -> None:
+    """Set scales of normalisations to 1 and write the drawn numbers over all else, as one endless tape."""
+    weights = list(parameters)
+    tape = torch.randn(min(_DRAWN, sum(weight.numel() for weight in weights))) * deviation
+    at = 0
+    with torch.no_grad():
+        for weight in weights:
+            if weight.dim() == 1:
+                weight.fill_(1.0)
+                continue
+            flat, start = weight.view(-1), 0
+            while start < len(flat):
+                length = min(len(flat) - start, len(tape) - at)
+                flat[start : start + length] = tape[at : at + length]
+                start, at = start + length, (at + length) % len(tape)
