@@ -7,8 +7,9 @@ agent picks its least loaded replica.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
-from collections.abc import AsyncIterable, AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,7 +32,7 @@ from executor.statistics import Counters, statistics_to_proto
 from executor.stream_inference import FINAL, INPUT, OUTPUT, error_response, interleaved
 from executor.tensors import Buffer, TensorLimits, decode_inputs, decode_raw, encode_response
 from executor.token_inference import generated_answer, streamed_tokens, token_request
-from executor.tracing import Spans
+from executor.tracing import Spans, join_trace, traceparent_in
 from executor.worker_wire import Loaded
 from plans.errors import ForeplanError, InvalidInput
 
@@ -162,6 +163,8 @@ class InferenceServicer(pb_grpc.GRPCInferenceServiceServicer):
     async def ModelInfer(self, request: pb.ModelInferRequest, context: Context) -> pb.ModelInferResponse:  # noqa: N802
         """Run one request, batched with others where that serves all deadlines."""
         arrived_s = self._clock()
+        if self._spans is not None:
+            join_trace(traceparent_in(context))
         try:
             raw = request.raw_input_contents
             whole = _Whole(RequestHead.of(request, raw, self._limits), raw)
@@ -175,31 +178,47 @@ class InferenceServicer(pb_grpc.GRPCInferenceServiceServicer):
         """Answer requests side by side: of a service that generates token by token, of others at once."""
         group = _group_in(context)
 
-        async def answers(request: pb.ModelInferRequest) -> AsyncIterator[pb.ModelStreamInferResponse]:
+        async def answers(request: pb.ModelInferRequest) -> AsyncGenerator[pb.ModelStreamInferResponse, None]:
             try:
-                async for answer in self._streamed(request, group):
-                    yield answer
+                async with contextlib.aclosing(self._streamed(request, group)) as found:
+                    async for answer in found:
+                        yield answer
             except ForeplanError as error:
                 yield error_response(request.id, request.model_name, status_of(error), details_of(error))
 
-        async for answer in interleaved(request_iterator, answers):
+        async for answer in interleaved(
+            request_iterator, answers, lambda request: self._traced(request.model_name, group, context)
+        ):
             yield answer
+
+    @contextlib.contextmanager
+    def _traced(self, service: str, group: str | None, context: Context | None = None) -> Iterator[None]:
+        """Record what is done for one request, where spans are recorded, inside the caller's span."""
+        if self._spans is None:
+            yield
+            return
+        if context is not None:
+            join_trace(traceparent_in(context))
+        with self._spans.span("agent.infer", service=service, group=group or ""):
+            yield
 
     async def _streamed(
         self, request: pb.ModelInferRequest, group: str | None
-    ) -> AsyncIterator[pb.ModelStreamInferResponse]:
+    ) -> AsyncGenerator[pb.ModelStreamInferResponse, None]:
         arrived_s, raw = self._clock(), request.raw_input_contents
         whole = _Whole(RequestHead.of(request, raw, self._limits), raw)
         replica, loaded = self._chosen(request.model_name, request.model_version, group)
         if loaded.generates is None or not self._generates(replica):
-            answer = await self._recorded(whole, arrived_s, None, group)
+            answer = await self._infer(whole, arrived_s, None, group)
             answer.parameters[FINAL].bool_param = True
             yield pb.ModelStreamInferResponse(infer_response=answer)
             return
         asked = token_request(whole.head, raw, loaded.generates, self._limits)
         server = self._node.upkeep.groups[replica.key.group]
-        async for part in streamed_tokens(server, replica.key, asked, request, whole.head.deadline_s):
-            yield part
+        parts = streamed_tokens(server, replica.key, asked, request, whole.head.deadline_s)
+        async with contextlib.aclosing(parts):
+            async for part in parts:
+                yield part
 
     def _generates(self, replica: Replica) -> bool:
         return self._node.upkeep.groups[replica.key.group].generates(replica.key)
@@ -250,7 +269,7 @@ class InferenceServicer(pb_grpc.GRPCInferenceServiceServicer):
     ) -> pb.ModelInferResponse:
         if self._spans is None:
             return await self._infer(whole, arrived_s, time_remaining_s, group)
-        with self._spans.span("agent.infer", service=whole.head.message.model_name, group=group or ""):
+        with self._traced(whole.head.message.model_name, group):
             return await self._infer(whole, arrived_s, time_remaining_s, group)
 
     def _record(self, answer: Answer | Generated) -> None:

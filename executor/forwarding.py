@@ -23,6 +23,7 @@ from executor.logs import log_failure
 from executor.proto import forward_pb2 as pb
 from executor.roles import Role
 from executor.tls import Credentials, peer_identity
+from executor.tracing import current_traceparent, join_trace
 from plans.errors import ForeplanError, InvalidInput
 
 __all__ = ["Body", "CallFailed", "ForwardLink", "ForwardServer", "shared_bytes"]
@@ -240,7 +241,9 @@ class ForwardLink:
         number = next(self._numbers)
         answer: asyncio.Future[bytes] = self._loop.create_future()
         self._pending[number] = (answer, group)
-        frames.put(pb.Request(number=number, group=group, timeout_s=timeout_s, body_bytes=len(body)), body)
+        asked = pb.Request(number=number, group=group, timeout_s=timeout_s, body_bytes=len(body))
+        asked.traceparent = current_traceparent()
+        frames.put(asked, body)
         timer = self._loop.call_later(timeout_s, self._late, number)
         try:
             return await answer
@@ -419,6 +422,7 @@ class ForwardServer:
 
     async def answer_to(self, request: pb.Request, body: memoryview) -> tuple[pb.Answer, bytes]:
         """Return the answer to one request and its body, whatever becomes of it."""
+        join_trace(request.traceparent)
         answer = pb.Answer(number=request.number)
         found = b""
         try:

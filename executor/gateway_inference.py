@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable
+import contextlib
+from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Awaitable, Callable, Iterator
 from importlib.metadata import version
 from typing import Any
 
@@ -20,7 +21,7 @@ from executor.proto import open_inference_pb2 as messages
 from executor.state import ServiceRoutes, Target
 from executor.statistics import add_statistics
 from executor.stream_inference import STATUS_PARAMETER, error_response, interleaved
-from executor.tracing import NoSpans
+from executor.tracing import NoSpans, join_trace, traceparent_in
 from plans.errors import InvalidInput
 
 __all__ = ["InferenceFrontDoor"]
@@ -65,6 +66,8 @@ class InferenceFrontDoor:
 
     async def infer(self, request: bytes, context: _Context[bytes, bytes]) -> bytes:
         """Forward one inference request to the replica whose turn it is; see `answer`."""
+        if self._spans is not None:
+            join_trace(traceparent_in(context))
         try:
             return await self.answer(request, context.time_remaining())
         except CallFailed as failed:
@@ -73,7 +76,7 @@ class InferenceFrontDoor:
     async def stream(self, requests: AsyncIterable[bytes], context: _Context[bytes, bytes]) -> AsyncIterator[bytes]:
         """Forward the requests of one stream side by side, each to the replica whose turn it is; see `answers`."""
 
-        async def answers(request: bytes) -> AsyncIterator[bytes]:
+        async def answers(request: bytes) -> AsyncGenerator[bytes, None]:
             try:
                 async for answer in self.answers(request, context.time_remaining()):
                     yield answer
@@ -82,8 +85,18 @@ class InferenceFrontDoor:
                 failure = error_response(asked.id, asked.model_name, failed.code, failed.details)
                 yield failure.SerializeToString()
 
-        async for answer in interleaved(requests, answers):
+        async for answer in interleaved(requests, answers, lambda request: self._traced(request, context)):
             yield answer
+
+    @contextlib.contextmanager
+    def _traced(self, request: bytes, context: _Context[bytes, bytes]) -> Iterator[None]:
+        """Record what is done for one request of a stream, where spans are recorded."""
+        if self._spans is None:
+            yield
+            return
+        join_trace(traceparent_in(context))
+        with self._spans.span("gateway.stream", service=_parsed(request).model_name, request_bytes=len(request)):
+            yield
 
     async def metadata(self, request: bytes, context: _Context[bytes, bytes]) -> bytes:
         """Forward a question for a service's tensors to a replica of it."""
@@ -153,15 +166,16 @@ class InferenceFrontDoor:
                 mark = messages.ModelStreamInferResponse(infer_response=group_message(target.group)).SerializeToString()
                 is_first = True
                 try:
-                    async for answer in peer.stream(request, target.group, remaining_s):
-                        code = _status(answer)
-                        if is_first and not is_last_try and code is _Code.UNAVAILABLE:
-                            self._switchboard.suspect(service, target.group, "it answered UNAVAILABLE")
-                            break
-                        is_first = False
-                        yield answer + mark
-                    else:
-                        return
+                    async with contextlib.aclosing(peer.stream(request, target.group, remaining_s)) as found:
+                        async for answer in found:
+                            code = _status(answer)
+                            if is_first and not is_last_try and code is _Code.UNAVAILABLE:
+                                self._switchboard.suspect(service, target.group, "it answered UNAVAILABLE")
+                                break
+                            is_first = False
+                            yield answer + mark
+                        else:
+                            return
                 except CallFailed as failed:
                     code = failed.code
                     if not is_first or is_last_try or failed.code is not _Code.UNAVAILABLE:

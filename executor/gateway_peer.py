@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass
 
 import grpc
@@ -17,6 +17,7 @@ from executor.logs import log_failure
 from executor.routing import NodeView, view_of
 from executor.state import Backend
 from executor.tls import Dialer
+from executor.tracing import current_traceparent
 from plans.errors import RemoteFailure
 
 __all__ = ["INFERENCE", "Peer", "PeerTiming"]
@@ -138,13 +139,13 @@ class Peer:
             mark = self._marks[group] = group_mark(group)
         return answer + mark
 
-    async def stream(self, request: bytes, group: str, timeout_s: float) -> AsyncIterator[bytes]:
+    async def stream(self, request: bytes, group: str, timeout_s: float) -> AsyncGenerator[bytes, None]:
         """Send a serialised ``ModelInferRequest`` to ``group``; yield each ``ModelStreamInferResponse`` to it.
 
         Raises:
             CallFailed: The call ended with a status other than OK.
         """
-        call = self._line.stream(None, timeout=timeout_s, metadata=((GROUP_METADATA, group),))
+        call = self._line.stream(None, timeout=timeout_s, metadata=_metadata(group))
         try:
             await call.write(request)
             await call.done_writing()
@@ -168,9 +169,7 @@ class Peer:
             CallFailed: It ended with a status other than OK.
         """
         try:
-            answer: bytes = await self._line.calls[method](
-                request, timeout=timeout_s, metadata=((GROUP_METADATA, group),)
-            )
+            answer: bytes = await self._line.calls[method](request, timeout=timeout_s, metadata=_metadata(group))
         except grpc.aio.AioRpcError as error:
             raise CallFailed(error.code(), error.details() or "") from error
         return answer
@@ -224,6 +223,12 @@ class Peer:
                 self._on_view(self.backend, NodeView(problem=f"the connection to {self.backend.address} broke"))
             if state is _UP and not was_up:
                 self._wake.set()
+
+
+def _metadata(group: str) -> tuple[tuple[str, str], ...]:
+    """Return what goes with a call: the group that shall serve it, and the span that it is made from, if any."""
+    traceparent = current_traceparent()
+    return ((GROUP_METADATA, group), ("traceparent", traceparent)) if traceparent else ((GROUP_METADATA, group),)
 
 
 _LOOK_S = 5.0

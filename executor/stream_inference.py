@@ -7,7 +7,8 @@ and the last has the parameter ``triton_final_response``. An error is an answer 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterable, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Callable
+from contextlib import AbstractContextManager, aclosing, nullcontext
 from typing import TypeVar
 
 import grpc
@@ -30,19 +31,24 @@ _Answer = TypeVar("_Answer")
 
 
 async def interleaved(
-    requests: AsyncIterable[_Request], answers: Callable[[_Request], AsyncIterator[_Answer]]
+    requests: AsyncIterable[_Request],
+    answers: Callable[[_Request], AsyncGenerator[_Answer, None]],
+    around: Callable[[_Request], AbstractContextManager[None]] = lambda _: nullcontext(),
 ) -> AsyncIterator[_Answer]:
     """Yield the answers to all requests, in the order in which they come.
 
-    ``answers`` raises nothing. When the caller stops, what is under way is cancelled.
+    ``answers`` raises nothing; all that is done for one request is done in one task, inside of ``around``. When the
+    caller stops, what is under way is cancelled.
     """
     found: asyncio.Queue[_Answer | None] = asyncio.Queue()  # bounded by what models generate for so many
     room = asyncio.Semaphore(_SIDE_BY_SIDE)
 
     async def one(request: _Request) -> None:
         try:
-            async for answer in answers(request):
-                found.put_nowait(answer)
+            with around(request):
+                async with aclosing(answers(request)) as mine:
+                    async for answer in mine:
+                        found.put_nowait(answer)
         finally:
             room.release()
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -89,7 +89,7 @@ async def generated_answer(
 
 async def streamed_tokens(
     server: GroupServer, key: ReplicaKey, asked: TokenRequest, message: pb.ModelInferRequest, limit_s: float | None
-) -> AsyncIterator[pb.ModelStreamInferResponse]:
+) -> AsyncGenerator[pb.ModelStreamInferResponse, None]:
     """Yield each token as soon as it is there; the last with what `generated_answer` says of the times.
 
     Raises:

@@ -2,6 +2,9 @@
 
 The standard variables choose the exporter, as the OpenTelemetry conventions say: ``OTEL_TRACES_EXPORTER=otlp`` turns it
 on, ``OTEL_EXPORTER_OTLP_ENDPOINT`` says where to, ``OTEL_SERVICE_NAME`` under which name. Needs the extra ``tracing``.
+
+One request is one trace: who calls says which span it calls from (W3C Trace Context, ``traceparent``), a client or a
+gateway in the metadata of its call, a gateway in the frames that it forwards too.
 """
 
 from __future__ import annotations
@@ -9,11 +12,34 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator
+from contextvars import ContextVar
 from typing import Any
 
 from plans.errors import InvalidInput
 
-__all__ = ["NoSpans", "Spans", "start_tracing"]
+__all__ = ["NoSpans", "Spans", "current_traceparent", "join_trace", "start_tracing", "traceparent_in"]
+
+_HEADER = "traceparent"
+_traceparent: ContextVar[str] = ContextVar(_HEADER, default="")
+
+
+def join_trace(traceparent: str) -> None:
+    """Let spans of this task be inside the span that ``traceparent`` names; a malformed or empty one names none."""
+    if traceparent:
+        _traceparent.set(traceparent)
+
+
+def current_traceparent() -> str:
+    """Return the name of the span that this task is in, here or at its caller; empty for none."""
+    return _traceparent.get()
+
+
+def traceparent_in(context: Any) -> str:
+    """Return what the caller of a gRPC method says of its span; empty when it says nothing."""
+    for key, value in context.invocation_metadata() or ():
+        if key == _HEADER:
+            return str(value)
+    return ""
 
 
 class NoSpans:
@@ -36,14 +62,30 @@ class Spans(NoSpans):
     """
 
     def __init__(self, provider: Any) -> None:
+        from opentelemetry import trace
+        from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+
         self._provider = provider
         self._tracer = provider.get_tracer("foreplan")
+        self._trace = trace
+        self._propagator = TraceContextTextMapPropagator()
 
     @contextlib.contextmanager
     def span(self, name: str, **attributes: str | int | float) -> Iterator[None]:
         """Record the block as the span ``name``; an exception that leaves it is recorded with it."""
-        with self._tracer.start_as_current_span(name, attributes=attributes):
-            yield
+        parent = None if self._trace.get_current_span().get_span_context().is_valid else self._remote()
+        with self._tracer.start_as_current_span(name, context=parent, attributes=attributes) as span:
+            where = span.get_span_context()
+            here = f"00-{where.trace_id:032x}-{where.span_id:016x}-{int(where.trace_flags):02x}"
+            token = _traceparent.set(here)
+            try:
+                yield
+            finally:
+                _traceparent.reset(token)
+
+    def _remote(self) -> Any:
+        """Return the span that this task was called from, as a context."""
+        return self._propagator.extract({_HEADER: _traceparent.get()}) if _traceparent.get() else None
 
     def record(self, name: str, start_s: float, end_s: float, **attributes: str | int | float) -> None:
         """Record a span that is over, inside the current one; its times in seconds since 1970."""

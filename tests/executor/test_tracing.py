@@ -1,19 +1,29 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
+import grpc
+import grpc.aio
+import numpy as np
 import pytest
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
-from executor import agent
-from executor.tracing import NoSpans, Spans, start_tracing
+from executor import agent, gateway
+from executor.control_client import GatewayClient
+from executor.proto import open_inference_pb2 as pb
+from executor.proto import open_inference_pb2_grpc
+from executor.state import Backend, RoutingTable, ServiceRoutes, Target
+from executor.tensors import encode_request
+from executor.tracing import NoSpans, Spans, current_traceparent, join_trace, start_tracing
 from plans.errors import InvalidInput
-from tests.executor.running_agent import desired, replica, running_agent
+from tests.executor.running_agent import WAIT_S, desired, eventually, replica, running_agent
 
 
 def test_spans_nest_and_carry_what_went_wrong() -> None:
@@ -71,3 +81,75 @@ def test_an_exporter_that_is_not_known_is_refused(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv("OTEL_TRACES_EXPORTER", "smoke-signals")
     with pytest.raises(InvalidInput, match="OTEL_TRACES_EXPORTER"):
         start_tracing("x")
+
+
+def test_a_request_is_one_trace_from_client_to_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forwarded as a frame, as a call of its own (above 1 MiB), and as a stream."""
+    exporter = InMemorySpanExporter()
+    provider = TracerProvider()
+    provider.add_span_processor(SimpleSpanProcessor(exporter))
+    monkeypatch.setattr(agent, "start_tracing", lambda _: Spans(provider))
+    monkeypatch.setattr(gateway, "start_tracing", lambda _: Spans(provider))
+    from_client = (("traceparent", f"00-{7:032x}-{9:016x}-01"),)
+
+    async def scenario() -> None:
+        async with running_agent(tmp_path / "a") as client:
+            await client.apply(desired(1, g0=[replica("s")]))
+            target = Target(group="node-a/0", node="node-a", weight=1.0, variant="fake-double")
+            table = RoutingTable(
+                generation=1,
+                placement_digest="d",
+                backends=(Backend(node="node-a", address=f"127.0.0.1:{client.port}"),),
+                services=(ServiceRoutes(service="s", deadline_s=20.0, targets=(target,)),),
+            )
+            config = gateway.GatewayConfig(listen="127.0.0.1:0", state_dir=tmp_path / "g", grace_s=0.0)
+            async with gateway.running_gateway(config) as address, grpc.aio.insecure_channel(address) as channel:
+                await GatewayClient(channel, address).set_routes(table, timeout_s=5)
+                stub: Any = open_inference_pb2_grpc.GRPCInferenceServiceStub(channel)
+
+                async def is_ready() -> bool:
+                    return bool((await stub.ModelReady(pb.ModelReadyRequest(name="s"))).ready)
+
+                await eventually(is_ready)
+                request = encode_request("s", {"x": np.ones((1, 4), np.float32)})
+                await stub.ModelInfer(request, metadata=from_client, timeout=WAIT_S)
+                call = stub.ModelStreamInfer(metadata=from_client, timeout=WAIT_S)
+                await call.write(request)
+                await call.done_writing()
+                assert [answer.error_message async for answer in call] == [""]
+                request.parameters["padding"].string_param = "x" * (2 << 20)
+                await stub.ModelInfer(request, metadata=from_client, timeout=WAIT_S)
+
+    asyncio.run(scenario())
+    spans = exporter.get_finished_spans()
+    assert {span.context.trace_id for span in spans} == {7}
+    by_id = {span.context.span_id: span for span in spans}
+    paths = []
+    for span in spans:
+        path, at = [span.name], span
+        while at.parent is not None and at.parent.span_id in by_id:
+            at = by_id[at.parent.span_id]
+            path.append(at.name)
+        assert at.parent is not None
+        assert at.parent.span_id == 9
+        if span.name == "agent.batch":
+            paths.append(path)
+    whole = ["agent.batch", "agent.infer", "gateway.forward"]
+    assert paths == [whole, ["agent.batch", "agent.infer", "gateway.stream"], whole]
+
+
+@pytest.mark.parametrize("traceparent", ["", "nonsense", "00-0-0-01"])
+def test_a_span_without_a_caller_to_join_begins_a_trace(traceparent: str) -> None:
+    exporter = InMemorySpanExporter()
+    provider = TracerProvider()
+    provider.add_span_processor(SimpleSpanProcessor(exporter))
+
+    def inside() -> None:
+        join_trace(traceparent)
+        with Spans(provider).span("alone"):
+            assert current_traceparent().startswith("00-")
+        assert current_traceparent() == traceparent
+
+    contextvars.copy_context().run(inside)
+    (span,) = exporter.get_finished_spans()
+    assert span.parent is None
