@@ -22,7 +22,14 @@ if TYPE_CHECKING:
 __all__ = ["SideRows"]
 
 
-_NODE_LEVELS: tuple[tuple[int, int | None], ...] = ((2, 2), (3, 3), (4, 4), (5, 6), (7, 10), (11, None))
+_NODE_LEVELS: tuple[tuple[int, int | None], ...] = (
+    *((nodes, nodes) for nodes in range(2, 11)),
+    (11, 12),
+    (13, 15),
+    (16, 20),
+    (21, 30),
+    (31, None),
+)
 """Ranges of the number of nodes that a service is on, which (4.21) tells apart."""
 
 
@@ -237,7 +244,7 @@ class SideRows:
         """
         model, space = self.formulation, self.formulation.space
         nodes = len({group.node for group in space.groups})
-        if nodes < 2 or not model.has_loadouts:
+        if nodes < 2:
             return
         self._block(Block(name="emergency", offered_rps=space.offered_rps), times=2.0)
         emergency = self.blocks.pop()

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
 
 import pytest
 
 from planner import requirements
 from planner.backend import Budget, Solution, solver
+from planner.columns import ColumnSearch
 from planner.formulation import Formulation
-from planner.lexicographic import Search
+from planner.lexicographic import Outcome, Search
+from planner.linking import Linking
+from planner.master import Master, Network, converge
 from planner.objective import GOODPUT, with_kept
+from planner.recourse import served_in
 from planner.redundancy import Redundant, placed_apart, redundant_starts
 from planner.space import PlanningSpace, build_space
 from tests.planner.problems import cluster, demand, generated, latency_service, problem, profile
@@ -66,3 +71,52 @@ def test_replicas_of_one_service_are_placed_on_different_nodes() -> None:
     placement = placed_apart(space, [Redundant(option=option, replicas=9, share=0.2)])
     nodes = [space.groups[placed.group].node for placed in placement if placed.option == option]
     assert len(nodes) == len(set(nodes)) == 3
+
+
+@pytest.mark.parametrize("seed", [1, 2, 3])
+@pytest.mark.parametrize("keep", [0.5, 1.0])
+def test_the_bound_of_column_generation_counts_the_losses(seed: int, keep: float) -> None:
+    """Law: the master with (4.21) bounds every placement that keeps (4.20), and by less than one that knows no loss."""
+    space = surviving(seed, load=3.0, keep=keep)
+    answer = solver("highs").solve(
+        with_kept(Formulation(space, space.singles), GOODPUT, ()), Budget(time_limit_s=20.0, gap=1e-4)
+    )
+    assert isinstance(answer, Solution)
+    bound = converged_bound(space)
+    assert bound >= answer.objective * (1 - 1e-6)
+    assert bound <= converged_bound(surviving(seed, load=3.0, keep=0.0)) * (1 + 1e-6)
+
+
+def converged_bound(space: PlanningSpace) -> float:
+    formulation = Formulation(space, space.classes, loadouts=False)
+    linking = Linking.of(formulation, with_kept(formulation, GOODPUT, ()))
+    master = Master(space, linking, Network.of(space, linking), space.share_cap[linking.pair_option])
+    master.foresee(5.0)
+    converge(master, lambda: 0.0, 5.0, gap=1e-6, rounds=30)
+    return master.bound
+
+
+def test_on_two_nodes_the_master_halves_what_fills_both() -> None:
+    wanted = problem(
+        cluster(("a", "gpu", 1), ("b", "gpu", 1)),
+        [latency_service("s", ("m", 1.0))],
+        [profile("m")],
+        demand(s=1e6),
+    )
+    alone = converged_bound(build_space(wanted))
+    kept = converged_bound(build_space(replace(wanted, settings=replace(wanted.settings, keep_after_loss=1.0))))
+    assert kept == pytest.approx(alone / 2, rel=1e-3)
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_column_generation_keeps_the_rates_after_any_loss(seed: int) -> None:
+    space = surviving(seed, nodes=4, load=2.0)
+    ends_at_s = time.monotonic() + 4.0
+    outcome = ColumnSearch(space, time.monotonic, ends_at_s, finish=False).run()
+    assert isinstance(outcome, Outcome)
+    served = space.served_rps(outcome.placement)
+    assert served.sum() > 0
+    for block in space.requirements.losses:
+        left = served_in(space, outcome.placement, block, solver("highs"), Budget(time_limit_s=10.0))
+        assert (left >= served * (1 - 1e-6) - 1e-6).all()
+    assert outcome.tiers[0].bound >= outcome.tiers[0].value
