@@ -7,6 +7,7 @@ nothing is gained; they differ in where the next replica goes and in how request
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,6 +17,7 @@ from evaluator.policy import Decision, Situation, Undecided
 from evaluator.settings import Settings
 from evaluator.simulation import evaluate
 from plans.plan import Plan
+from plans.service import Workflow
 from traces.table import RequestTrace
 
 __all__ = ["LeastLoaded", "RandomPlacement", "RoundRobin", "SelectiveReplication"]
@@ -97,11 +99,12 @@ class LeastLoaded:
 class SelectiveReplication:
     """One replica at a time, wherever the simulated gain on the history is largest; stops when none gains.
 
+    A workflow begins with one replica of every stage at once, each on the tile with the fewest services.
     Without model parallelism beyond what memory asks for: the selective replication that AlpaServe (OSDI 2023,
     section 6) compares with.
 
     Attributes:
-        services: Services tried in each round, those with the most weighted misses first.
+        services: Services and workflows tried in each round, those with the most weighted misses first.
         requests: Requests of the history that are simulated, taken from its end.
     """
 
@@ -112,7 +115,9 @@ class SelectiveReplication:
     def decide(self, situation: Situation) -> Decision:
         """Return what should run in ``situation``; see `Policy`."""
         sample = _latest(situation.history, self.requests)
-        weights = {service.name: service.weight for service in situation.services.services}
+        stages: dict[str, tuple[str, ...]] = {each.name: (each.name,) for each in situation.services.services}
+        stages |= {flow.name: _stages(flow) for flow in situation.services.workflows}
+        weights = dict.fromkeys(stages, 1.0) | {each.name: each.weight for each in situation.services.services}
         offered = defaultdict(int, zip(*np.unique(sample.frame["service"], return_counts=True), strict=True))
         draft = Draft(situation)
         good: dict[str, int] = dict.fromkeys(weights, 0)
@@ -121,9 +126,7 @@ class SelectiveReplication:
             missed = sorted(weights, key=lambda name: (weights[name] * (good[name] - offered[name]), name))
             best: tuple[float, Draft, dict[str, int]] | None = None
             for name in [name for name in missed if offered[name] > good[name]][: self.services]:
-                for tile in _distinct(draft, name):
-                    trial = draft.copy()
-                    trial.place(name, tile)
+                for trial in _extensions(draft, stages[name]):
                     found = _goods(trial, situation, sample, self.name)
                     gained = sum(weights[each] * found[each] for each in weights)
                     if gained > (score if best is None else best[0]):
@@ -132,6 +135,32 @@ class SelectiveReplication:
                 break
             score, draft, good = best
         return Decision(plan=_filled(draft, self.name), routing="least-finish")
+
+
+def _stages(flow: Workflow) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(name for edge in flow.edges for name in (edge.source, edge.target)))
+
+
+def _extensions(draft: Draft, stages: Sequence[str]) -> Iterator[Draft]:
+    """Yield ``draft`` with one replica more of one of ``stages``, or first with one of each stage that has none.
+
+    A single replica gains nothing for a workflow of which another stage runs nowhere.
+    """
+    missing = [stage for stage in stages if not draft.replicas(stage)]
+    if len(missing) > 1:
+        trial = draft.copy()
+        for stage in missing:
+            tiles = _distinct(trial, stage)
+            if not tiles:
+                return
+            trial.place(stage, min(tiles, key=lambda tile: len(trial.contents(tile)[1])))
+        yield trial
+        return
+    for stage in missing or stages:
+        for tile in _distinct(draft, stage):
+            trial = draft.copy()
+            trial.place(stage, tile)
+            yield trial
 
 
 def _filled(draft: Draft, name: str) -> Plan:
@@ -172,5 +201,13 @@ def _latest(trace: RequestTrace, requests: int) -> RequestTrace:
 
 def _goods(draft: Draft, situation: Situation, sample: RequestTrace, name: str) -> dict[str, int]:
     settings = Settings(routing="least-finish", seed=situation.seed)
-    summary = evaluate(draft.plan(name), situation.services, sample, settings=settings, keep_requests=False).summary
-    return {service.service: service.good for service in summary.services}
+    result = evaluate(
+        draft.plan(name),
+        situation.services,
+        sample,
+        settings=settings,
+        cluster=situation.cluster,
+        profiles=situation.profiles,
+        keep_requests=False,
+    )
+    return {service.service: service.good for service in result.summary.services}

@@ -259,7 +259,7 @@ class Course:
         world.array("route_weight")[world.array("replicas")["route"]] = weights
 
     def _operate(self, operation: int, item: int, now: float, found: int = 0, count: int = 0) -> int:
-        return operations.operate(self._run.world.record, operation, item, now, found, count)
+        return operations.operate(self._run.world.record, operation, item, float(now), found, count)
 
     # The controller ------------------------------------------------------------------------------------------------
 

@@ -153,8 +153,8 @@ class FeaturedRun(Run):
         """Process every event up to ``until_s``, at that very time only those of a priority below ``before``."""
         world = self.world
         world["in_order"] = in_order = bool(self._fails or world["workflows"] or world["overlaps"])
-        step = operations.advance_in_order if in_order else kernel.advance
-        while step(world.record, until_s, before) == kernel.POOL_FULL:
+        step = operations.advance_in_order if in_order else kernel.advance_featured
+        while step(world.record, float(until_s), before) == kernel.POOL_FULL:
             old = len(world.array("pool"))
             world.grow(old)
             self._forget_leads(old)
@@ -193,7 +193,7 @@ class FeaturedRun(Run):
         self._carry_generators(before, generates, moved, features)
         if new_limits:
             self._count_work()
-        operations.operate(world.record, operations.REFRESH, 0, now_s, 0, 0)
+        operations.operate(world.record, operations.REFRESH, 0, float(now_s), 0, 0)
 
     # What is set once ----------------------------------------------------------------------------------------------
 

@@ -11,12 +11,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-import numba
 import numpy as np
 from numba import types
 from numba.extending import intrinsic, overload
 from numba.np.arrayobj import make_array, populate_array
 from numba.np.numpy_support import from_dtype
+
+from evaluator.linking import Part
 
 __all__ = ["compiled", "featured", "inlined", "int64", "record_at", "view_of"]
 
@@ -27,10 +28,6 @@ _make_array: Any = make_array
 _populate_array: Any = populate_array
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
-
-_njit: Any = numba.njit  # its types know only some of its options
-_OPTIONS = _njit(error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True)
-_INLINE_OPTIONS = _njit(error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True, forceinline=True)
 
 
 def record_at(dtype: np.dtype[Any]) -> Any:
@@ -76,12 +73,12 @@ def view_of(dtype: Any) -> Any:
 
 def compiled(function: _Function) -> _Function:
     """Compile a function that only compiled functions call (later, with what it is called with)."""
-    return _OPTIONS(function)  # type: ignore[no-any-return]  # it is called as what it was
+    return Part(function)  # type: ignore[return-value]  # it is called as what it was
 
 
 def inlined(function: _Function) -> _Function:
     """The same, copied into its callers: for the few lines that a call would cost more than they do."""
-    return _INLINE_OPTIONS(function)  # type: ignore[no-any-return]  # it is called as what it was
+    return Part(function, forceinline=True)  # type: ignore[return-value]  # it is called as what it was
 
 
 def featured(marker: str, nothing: Any) -> Callable[[_Function], _Function]:

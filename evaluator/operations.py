@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, Final
-
-import numba
 
 from evaluator.access import group_at, replica_at
 from evaluator.batching import wake
 from evaluator.failures import clear_group, restart_group, retry, stop_group
-from evaluator.kernel import DONE, POOL_FULL, source_digest
+from evaluator.kernel import DONE, POOL_FULL
+from evaluator.linking import entry_point
 from evaluator.memory import compiled
 from evaluator.ordered import run_ordered
 
@@ -36,35 +34,36 @@ def _refresh(w: Any, now: float) -> None:
                 wake(w, g, r, now)
 
 
-def _entry_points(digest: int) -> tuple[Callable[..., int], Callable[..., int]]:
-    @numba.njit(cache=True, nogil=True)
-    def advance_in_order(world: Any, until_s: float, priority: int) -> int:
-        digest  # noqa: B018 - a variable of the closure is part of the key of the cache
-        return DONE if run_ordered(world[0], until_s, priority) else POOL_FULL
-
-    @numba.njit(cache=True, nogil=True)
-    def operate(world: Any, operation: int, item: int, now: float, found: int, count: int) -> int:
-        digest  # noqa: B018 - see above
-        w = world[0]
-        if operation == STOP:
-            stop_group(w, item, now)
-        elif operation == CLEAR:
-            return clear_group(w, item, found, count)
-        elif operation == RETRY:
-            retry(w, item, count, now)
-        elif operation == RESTART:
-            restart_group(w, item, now)
-        else:
-            _refresh(w, now)
-        return count
-
-    return advance_in_order, operate
+@entry_point()
+def advance_in_order(world: Any, until_s: float, priority: int) -> int:
+    """Do what `evaluator.kernel.advance` does, for runs in which groups depend on each other."""
+    return DONE if run_ordered(world[0], until_s, priority) else POOL_FULL
 
 
-advance_in_order, operate = _entry_points(source_digest())
-"""`advance_in_order` is `evaluator.kernel.advance` for runs in which groups depend on each other.
+@entry_point()
+def operate(world: Any, operation: int, item: int, now: float, found: int, count: int) -> int:
+    """Do one of the operations above.
 
-``operate(world, operation, item, now, found, count)`` does one of the operations above to group or slot ``item``.
-``found`` is the address of an array of int32 with room for every slot, ``count`` how much of it is used (for `RETRY`:
-how often a request may be retried); the new length is returned.
-"""
+    Args:
+        world: The world.
+        operation: Which.
+        item: The group or the slot that it is done to.
+        now: The time.
+        found: Address of an array of int32 with room for every slot.
+        count: How much of it is used; for `RETRY`: how often a request may be retried.
+
+    Returns:
+        How much of ``found`` is used then.
+    """
+    w = world[0]
+    if operation == STOP:
+        stop_group(w, item, now)
+    elif operation == CLEAR:
+        return clear_group(w, item, found, count)
+    elif operation == RETRY:
+        retry(w, item, count, now)
+    elif operation == RESTART:
+        restart_group(w, item, now)
+    else:
+        _refresh(w, now)
+    return count

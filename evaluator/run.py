@@ -98,7 +98,7 @@ class Run:
 
     def advance(self, until_s: float, *, before: int = _AFTER_ALL) -> None:
         """Process every event up to ``until_s``, at that very time only those of a priority below ``before``."""
-        while kernel.advance(self.world.record, until_s, before) == kernel.POOL_FULL:
+        while kernel.advance(self.world.record, float(until_s), before) == kernel.POOL_FULL:
             self.world.grow(len(self.world.array("pool")))
 
     def finish(self) -> None:

@@ -1,7 +1,7 @@
 """The compiled loops of the single pass; `evaluator.single_pass` says what they are for.
 
 They are compiled once per number of pipeline stages and routing policy, so that the walk through the stages is unrolled
-and no policy is asked for inside the loop. Only whole numbers are closed over: that is what numba's cache tells apart.
+and no policy is asked for inside the loop.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import numba
 import numpy as np
 from numpy.typing import NDArray
 
+from evaluator.linking import entry_point
 from plans import dispatch
 
 __all__ = ["EARLIEST_FREE", "LEAST_FINISH", "ROUND_ROBIN", "WEIGHTED", "racing_kernel", "recording_kernel"]
@@ -24,15 +25,15 @@ Floats = NDArray[np.float64]
 Integers = NDArray[np.int64]
 Indices = NDArray[np.int32]
 
-_next_replica = numba.njit(cache=True)(dispatch.next_replica)
+_next_replica = numba.njit(dispatch.next_replica)
 
 
-@numba.njit(cache=True, inline="always")
+@numba.njit(inline="always")
 def _later(one_s: float, other_s: float) -> float:
     return one_s if one_s > other_s else other_s  # noqa: FURB136 - numba's max also looks for NaN
 
 
-@numba.njit(cache=True, inline="always")
+@numba.njit(inline="always")
 def _walk(stages: int, entry_s: float, free_s: Floats, stage_s: Floats) -> float:
     """Return when a request leaves the last stage: each begins when the one before is done and it is free."""
     end_s = entry_s
@@ -41,7 +42,7 @@ def _walk(stages: int, entry_s: float, free_s: Floats, stage_s: Floats) -> float
     return end_s
 
 
-@numba.njit(cache=True, inline="always")
+@numba.njit(inline="always")
 def _choose(
     policy: int,
     stages: int,
@@ -91,7 +92,7 @@ def racing_kernel(stages: int, policy: int, plain: bool) -> Callable[..., int]:
         plain: Whether overhead, response and margin are 0, and need not be added to every request.
     """
 
-    @numba.njit(cache=True, nogil=True)
+    @entry_point(stages, policy, plain)
     def race_blocks(
         arrival_s: Floats,
         service: Indices,
@@ -166,7 +167,7 @@ def racing_kernel(stages: int, policy: int, plain: bool) -> Callable[..., int]:
 def recording_kernel(stages: int, policy: int) -> Callable[..., None]:
     """Return the kernel behind `run_single_pass`; arguments as for `racing_kernel`."""
 
-    @numba.njit(cache=True, nogil=True)
+    @entry_point(stages, policy)
     def record(
         arrival_s: Floats,
         service: Indices,

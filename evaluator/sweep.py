@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import importlib.util
 import json
 import multiprocessing
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 from plans.documents import write_text
 from plans.errors import InvalidInput
 
-__all__ = ["Engine", "Job", "key_of", "run_jobs"]
+__all__ = ["SIMULATOR", "Engine", "Job", "code_digest", "key_of", "run_jobs"]
+
+SIMULATOR: Final = ("evaluator", "plans", "profiles", "traces")
+"""The packages that the result of a simulation depends on."""
 
 Engine = Literal["processes", "ray"]
 """Where jobs run: in processes here, or on the Ray cluster that the environment names (a local one without any)."""
@@ -28,7 +33,8 @@ class Job:
     """One unit of work.
 
     Attributes:
-        key: What identifies it: the same key means the same result. Used as a file name.
+        key: What identifies it: the same key means the same result, so the code is part of it (`code_digest`). Used as
+            a file name.
         work: A function that other processes can import, called with ``arguments``.
         arguments: Its arguments.
     """
@@ -41,6 +47,25 @@ class Job:
 def key_of(*parts: object) -> str:
     """Return a key for a job that depends on ``parts``, each by its text."""
     return hashlib.sha256("\n".join(map(str, parts)).encode()).hexdigest()[:24]
+
+
+@functools.cache
+def code_digest(*packages: str) -> str:
+    """Return what changes with any source or table of ``packages``: results of other code are not taken for theirs.
+
+    Args:
+        packages: Names of packages that are installed; those of `SIMULATOR` always count.
+    """
+    found = hashlib.sha256()
+    for name in sorted({*SIMULATOR, *packages}):
+        spec = importlib.util.find_spec(name)
+        if spec is None or spec.origin is None:
+            raise ValueError(f"no package {name}")
+        folder = Path(spec.origin).parent
+        for path in sorted(path for kind in ("*.py", "*.yaml") for path in folder.rglob(kind)):
+            found.update(f"{name}/{path.relative_to(folder).as_posix()}\n".encode())
+            found.update(path.read_bytes())
+    return found.hexdigest()
 
 
 def run_jobs(

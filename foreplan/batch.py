@@ -9,7 +9,7 @@ from typing import Any
 
 from evaluator import Settings, evaluate
 from evaluator.simulation import Mode
-from evaluator.sweep import Engine, Job, key_of, run_jobs
+from evaluator.sweep import Engine, Job, code_digest, key_of, run_jobs
 from plans.cluster import Cluster
 from plans.documents import canonical_digest
 from plans.plan import Plan
@@ -66,7 +66,7 @@ def run_batch(
     """
     documents = [context.services, *([context.cluster] if context.cluster else [])]
     profiles = context.profiles.digest if context.profiles else ""
-    common = (canonical_digest(documents), asdict(context.settings), profiles, context.mode)
+    common = (code_digest(), canonical_digest(documents), asdict(context.settings), profiles, context.mode)
     jobs = [
         Job(
             key=key_of(*common, name, plan.placement_digest, label, trace.digest, seed),

@@ -8,7 +8,16 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from foreplan.cli.command import command
-from foreplan.cli.options import ClusterFile, EngineName, ProfilesDir, Seed, ServicesFile, Workers, read_requests
+from foreplan.cli.options import (
+    ClusterFile,
+    EngineName,
+    ProfilesDir,
+    Seed,
+    ServicesFile,
+    Workers,
+    compilation_told,
+    read_requests,
+)
 from foreplan.cli.output import Output
 
 if TYPE_CHECKING:
@@ -107,7 +116,11 @@ def compare(
     names = [name.strip() for name in policies.split(",") if name.strip()]
     points = _points(load, slo_scale, burstiness)
     finished: list[str] = []
-    with out.progress(f"{len(names)} policies at {len(points)} points", total=len(names) * len(points)) as progress:
+    total = len(names) * len(points)
+    with (
+        out.progress(f"{len(names)} policies at {len(points)} points", total=total) as progress,
+        compilation_told(out),
+    ):
 
         def done(key: str) -> None:
             finished.append(key)

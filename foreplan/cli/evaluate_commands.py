@@ -10,7 +10,16 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from foreplan.cli.command import command
-from foreplan.cli.options import ClusterFile, EngineName, PlanFile, Seed, ServicesFile, Workers, read_requests
+from foreplan.cli.options import (
+    ClusterFile,
+    EngineName,
+    PlanFile,
+    Seed,
+    ServicesFile,
+    Workers,
+    compilation_told,
+    read_requests,
+)
 from foreplan.cli.output import Output
 
 if TYPE_CHECKING:
@@ -188,7 +197,7 @@ def _evaluate_one(
     from evaluator import evaluate as simulate
     from foreplan.runs import write_requests, write_timeline
 
-    with out.progress(f"simulating {len(arrivals)} requests"):
+    with out.progress(f"simulating {len(arrivals)} requests"), compilation_told(out):
         result = simulate(
             plan,
             context.services,
@@ -234,7 +243,7 @@ def _evaluate_batch(
 
     total = len(plans) * len(traces) * seeds
     finished: list[str] = []
-    with out.progress(f"{total} runs", total=total) as progress:
+    with out.progress(f"{total} runs", total=total) as progress, compilation_told(out):
 
         def done(key: str) -> None:
             finished.append(key)

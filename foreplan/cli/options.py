@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -25,6 +27,7 @@ __all__ = [
     "ServicesFile",
     "TraceFile",
     "Workers",
+    "compilation_told",
     "read_demand",
     "read_requests",
     "report_read",
@@ -81,6 +84,15 @@ def read_requests(path: Path, out: Output) -> RequestTrace:
     read = read_request_trace(path)
     report_read(read, out)
     return read.value
+
+
+@contextmanager
+def compilation_told(out: Output) -> Iterator[None]:
+    """Say so on stderr when the simulator has to be compiled first."""
+    from evaluator.linking import on_compilation
+
+    with on_compilation(lambda: out.note("compiling the simulator; this takes some seconds, once on a machine")):
+        yield
 
 
 def report_read(read: Read[Any], out: Output) -> None:

@@ -14,7 +14,7 @@ import pandas as pd
 from evaluator import Settings as SimulationSettings
 from evaluator import evaluate
 from evaluator.policy import Situation
-from evaluator.sweep import Engine, Job, key_of, run_jobs
+from evaluator.sweep import Engine, Job, code_digest, key_of, run_jobs
 from foreplan.batch import BLOCKS
 from foreplan.compare.policies import policy
 from foreplan.compare.replanning import Replanner
@@ -173,7 +173,13 @@ def compare(
     for name in policies:
         policy(name, study.planning, study.polish_s)
     documents = canonical_digest([study.cluster, study.services])
-    common = (documents, study.profiles.digest, study.history.digest, study.served.digest)
+    common = (
+        code_digest("planner", "foreplan"),
+        documents,
+        study.profiles.digest,
+        study.history.digest,
+        study.served.digest,
+    )
     numbers = (seeds, study.polish_s, study.replan_s)
     settings = (asdict(study.planning), asdict(study.simulation))
     jobs = {

@@ -1,5 +1,7 @@
 """The simple policies keep every limit that the planner keeps, and do what their names say."""
 
+import dataclasses
+
 import pytest
 
 from evaluator.baselines import LeastLoaded, RandomPlacement, RoundRobin, SelectiveReplication
@@ -79,6 +81,19 @@ def test_selective_replication_does_not_replicate_what_gains_nothing():
     calm = [service(name, (f"model-{name}", 0.9), deadline_s=2.0) for name in NAMES]
     plan = SelectiveReplication(requests=300).decide(situation(services=calm)).plan
     assert sum(len(group.loadout) for group in plan.groups) <= 6
+
+
+@pytest.mark.parametrize("policy", POLICIES, ids=lambda policy: policy.name)
+def test_a_trace_of_workflows_alone_gets_a_replica_of_every_stage(policy):
+    there = situation()
+    edges = [{"from": "a", "to": "b"}, {"from": "b", "to": "c"}]
+    flow = {"name": "flow", "slo": {"deadline": 0.6}, "edges": edges}
+    flowing = dataclasses.replace(
+        there,
+        services=Services.model_validate({**there.services.model_dump(by_alias=True), "workflows": [flow]}),
+        history=synthesise({"flow": Gamma(rate_rps=20, cv=1)}, duration_s=20, seed=1),
+    )
+    assert policy.decide(flowing).plan.routes.keys() == set(NAMES)
 
 
 def test_a_model_larger_than_a_gpu_takes_the_smallest_parallelism_that_holds_it():

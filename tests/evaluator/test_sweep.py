@@ -5,7 +5,7 @@ import os
 
 import pytest
 
-from evaluator.sweep import Job, run_jobs
+from evaluator.sweep import Job, code_digest, run_jobs
 from plans.errors import InvalidInput
 
 
@@ -54,6 +54,31 @@ def test_a_damaged_result_is_named(tmp_path, text):
     (tmp_path / "job-1.json").write_text(text)
     with pytest.raises(InvalidInput, match=r"job-1\.json"):
         run_jobs(jobs([1]), kept=tmp_path)
+
+
+def test_another_source_or_table_of_a_package_is_another_digest(tmp_path, monkeypatch):
+    package = tmp_path / "simulated"
+    package.mkdir()
+    for name in ("__init__.py", "rules.py", "types.yaml", "notes.txt"):
+        (package / name).write_text("1")
+    monkeypatch.syspath_prepend(str(tmp_path))
+
+    def digest():
+        code_digest.cache_clear()
+        return code_digest("simulated")
+
+    seen = [digest()]
+    assert digest() == seen[0]
+    assert code_digest() != seen[0]
+    for name, changes in (("rules.py", True), ("types.yaml", True), ("notes.txt", False)):
+        (package / name).write_text("2")
+        seen.append(digest())
+        assert (seen[-1] != seen[-2]) == changes
+
+
+def test_the_digest_of_no_package_is_a_mistake():
+    with pytest.raises(ValueError, match="no package nowhere_at_all"):
+        code_digest("nowhere_at_all")
 
 
 @pytest.mark.slow
