@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Collection, Mapping
 
@@ -105,16 +106,22 @@ def _service_routes(plan: Plan, service: str, without: Collection[ReplicaKey]) -
         if entry.tokens is not None:
             first_tokens.append(entry.tokens.ttft_s)
         if ReplicaKey(group=group.id, service=service, variant=entry.variant) not in without:
-            targets.append(Target(group=group.id, node=group.node, weight=route.weight, variant=entry.variant))
+            targets.append(
+                Target(
+                    group=group.id,
+                    node=group.node,
+                    weight=route.weight,
+                    variant=entry.variant,
+                    share_s=max(entry.stage_latency_s[-1]) / entry.max_batch,
+                    alone_s=entry.batch_latency_s(1),
+                )
+            )
     total = math.fsum(target.weight for target in targets)
     return ServiceRoutes(
         service=service,
         deadline_s=min(deadlines, default=0.0),
         first_token_s=min(first_tokens, default=None),
         targets=tuple(
-            Target(group=target.group, node=target.node, weight=target.weight / total, variant=target.variant)
-            if without
-            else target
-            for target in targets
+            dataclasses.replace(target, weight=target.weight / total) if without else target for target in targets
         ),
     )

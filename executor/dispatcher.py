@@ -30,6 +30,7 @@ __all__ = [
     "Batch",
     "Decision",
     "Dispatcher",
+    "HOPELESS_RATIO",
     "Drop",
     "DropReason",
     "QueueLimits",
@@ -38,6 +39,13 @@ __all__ = [
 
 DEFAULT_PRIORITY = 5
 LAST_PRIORITY = 9
+
+HOPELESS_RATIO = 2.0
+"""A request is refused on arrival when the work before it takes this many times as long as it has.
+
+Under overload part of what waits is dropped when its turn comes, by rules that know more than the order of arrival. So
+a queue that is longer than a deadline is no reason to refuse; one of twice that length can only grow.
+"""
 
 
 class DropReason(enum.Enum):
@@ -291,6 +299,7 @@ class Dispatcher:
         """Return the seconds of work in the queue of ``key``, in full batches."""
         return self._queues[key].work_s()
 
-    def work_s(self) -> float:
-        """Return the seconds of work that wait in all queues, in full batches."""
-        return math.fsum(queue.work_s() for queue in self._queues.values())
+    def items(self, key: ReplicaKey) -> int:
+        """Return how many items wait for ``key``."""
+        queue = self._queues.get(key)
+        return queue.items if queue else 0

@@ -18,6 +18,7 @@ from typing import Any, Protocol
 import grpc
 from google.protobuf.message import DecodeError
 
+from executor.delay import Delay
 from executor.errors import details_of, status_of
 from executor.logs import log_failure
 from executor.proto import forward_pb2 as pb
@@ -37,6 +38,8 @@ _JOINED_BYTES = 1 << 14
 """Bodies up to here are joined: a call to send more costs more than a copy."""
 _ENVELOPE_BYTES = 1 << 16
 _CONNECT_S = 2.0
+_LONGEST_TRANSIT_S, _MOST_OF_TIMEOUT = 0.02, 0.1
+"""What is allowed for the way between a gateway and an agent: seconds, and the part of a request's time, at most."""
 
 Body = bytes | memoryview
 """A serialised message; what is not bytes is a part of a frame."""
@@ -62,6 +65,15 @@ class _Item:
 
     message: Any
     body: Body
+
+
+@dataclass(frozen=True, slots=True)
+class _Sent:
+    """A request under way: the future of its answer, the group, and when it was sent."""
+
+    answer: asyncio.Future[bytes]
+    group: str
+    at_s: float
 
 
 class _Frames(asyncio.BufferedProtocol):
@@ -226,7 +238,8 @@ class ForwardLink:
         self._limit_bytes = max_message_bytes + _ENVELOPE_BYTES
         self._full_bytes = shared_bytes(max_message_bytes)
         self._numbers = itertools.count(1)
-        self._pending: dict[int, tuple[asyncio.Future[bytes], str]] = {}
+        self._pending: dict[int, _Sent] = {}
+        self._transit = Delay()
         self._frames: _Frames | None = None
         self._connecting: asyncio.Task[None] | None = None
         self._loop = asyncio.get_running_loop()
@@ -234,14 +247,18 @@ class ForwardLink:
     async def send(self, body: bytes, group: str, timeout_s: float) -> bytes:
         """Return the answer of ``group`` to a serialised request.
 
+        The agent is told of less time: what requests lately spent on the way to it and back, twice, because the way
+        from the client and back takes time too, as much as far as can be seen from here.
+
         Raises:
             CallFailed: It was refused, the connection broke, or ``timeout_s`` passed.
         """
         frames = self._frames or self._connect()
         number = next(self._numbers)
         answer: asyncio.Future[bytes] = self._loop.create_future()
-        self._pending[number] = (answer, group)
-        asked = pb.Request(number=number, group=group, timeout_s=timeout_s, body_bytes=len(body))
+        self._pending[number] = _Sent(answer, group, self._loop.time())
+        left_s = timeout_s - min(2 * self._transit.expected_s, _MOST_OF_TIMEOUT * timeout_s)
+        asked = pb.Request(number=number, group=group, timeout_s=left_s, body_bytes=len(body))
         asked.traceparent = current_traceparent()
         frames.put(asked, body)
         timer = self._loop.call_later(timeout_s, self._late, number)
@@ -255,7 +272,7 @@ class ForwardLink:
 
     async def close(self, grace_s: float) -> None:
         """End the connection once all is answered, or after ``grace_s`` seconds; what waits then fails."""
-        waiting = [future for future, _ in self._pending.values()]
+        waiting = [sent.answer for sent in self._pending.values()]
         if waiting and grace_s > 0:
             await asyncio.wait(waiting, timeout=grace_s)
         if self._connecting is not None:
@@ -296,10 +313,13 @@ class ForwardLink:
             self._end(frames, f"cannot connect to port {self.port}: {error}")
 
     def _answered(self, answer: pb.Answer, body: memoryview) -> None:
-        future, group = self._pending.pop(answer.number, (None, ""))
-        if future is None:
+        sent = self._pending.pop(answer.number, None)
+        if sent is None:
             return
-        self._on_wait(group, answer.expected_wait_s)
+        future = sent.answer
+        self._on_wait(sent.group, answer.expected_wait_s)
+        if answer.held_s > 0:
+            self._transit.note(self._loop.time() - sent.at_s - answer.held_s, most_s=_LONGEST_TRANSIT_S)
         if future.done():
             return
         if answer.status:
@@ -309,10 +329,10 @@ class ForwardLink:
             future.set_result(bytes(body))
 
     def _late(self, number: int) -> None:
-        future, _ = self._pending.get(number, (None, ""))
+        sent = self._pending.get(number)
         self._forget(number)
-        if future is not None and not future.done():
-            future.set_exception(CallFailed(grpc.StatusCode.DEADLINE_EXCEEDED, "no answer within the deadline"))
+        if sent is not None and not sent.answer.done():
+            sent.answer.set_exception(CallFailed(grpc.StatusCode.DEADLINE_EXCEEDED, "no answer within the deadline"))
 
     def _forget(self, number: int) -> None:
         if self._pending.pop(number, None) is not None and self._frames is not None:
@@ -323,9 +343,9 @@ class ForwardLink:
             return
         self._frames = None
         pending, self._pending = self._pending, {}
-        for future, _ in pending.values():
-            if not future.done():
-                future.set_exception(CallFailed(grpc.StatusCode.UNAVAILABLE, reason))
+        for sent in pending.values():
+            if not sent.answer.done():
+                sent.answer.set_exception(CallFailed(grpc.StatusCode.UNAVAILABLE, reason))
 
 
 class Answering(Protocol):
@@ -480,11 +500,14 @@ class _Connection:
             code = grpc.StatusCode.UNAVAILABLE.value[0]
             self.frames.put(pb.Answer(number=number, status=code, details="the agent is stopping"))
         elif number not in self._running:
-            self._running[number] = task = asyncio.create_task(self._one(request, body))
+            taken_s = asyncio.get_running_loop().time()
+            self._running[number] = task = asyncio.create_task(self._one(request, body, taken_s))
             task.add_done_callback(lambda _: self._running.pop(number, None))
 
-    async def _one(self, request: pb.Request, body: memoryview) -> None:
-        self.frames.put(*await self._server.answer_to(request, body))
+    async def _one(self, request: pb.Request, body: memoryview, taken_s: float) -> None:
+        answer, found = await self._server.answer_to(request, body)
+        answer.held_s = asyncio.get_running_loop().time() - taken_s
+        self.frames.put(answer, found)
 
     def _ended(self, _: str) -> None:
         self._server.taking(self, False)

@@ -30,6 +30,7 @@ from executor.logs import log_failure
 from executor.metrics import exposition
 from executor.proto import control_pb2_grpc
 from executor.roles import Guard, Role
+from executor.routing import Routing
 from executor.state import GatewayState
 from executor.state_folder import locked_folder, made_folder
 from executor.tls import Credentials, Dialer, TlsFiles, check_transport
@@ -56,6 +57,7 @@ class GatewayConfig:
         metrics: ``host:port`` where Prometheus is answered; empty for none. Of several processes the first one listens
             there, and the others on the ports that follow.
         max_message_bytes: Largest request and answer.
+        routing: How a request finds its replica (`executor.routing`).
         max_in_flight: Requests that one process holds at once; more are refused with RESOURCE_EXHAUSTED.
         poll_interval_s: Seconds between two questions for an agent's state.
         poll_timeout_s: Seconds without an answer after which an agent counts as lost. Together with the interval this
@@ -70,6 +72,7 @@ class GatewayConfig:
     http: str = ""
     metrics: str = ""
     max_message_bytes: int = 64 * 2**20
+    routing: Routing = "corrected"
     max_in_flight: int = 8192
     poll_interval_s: float = 0.25
     poll_timeout_s: float = 0.7
@@ -145,6 +148,7 @@ class _Process:
             max_message_bytes=config.max_message_bytes,
             dialer=Dialer(credentials),
             on_change=self._changed.set,
+            routing=config.routing,
         )
         self._spans = start_tracing("foreplan-gateway")
         recorded = self._spans if isinstance(self._spans, Spans) else None  # a span around nothing costs too

@@ -12,6 +12,7 @@ import grpc
 import grpc.aio
 from google.protobuf.message import DecodeError
 
+from executor.dispatcher import HOPELESS_RATIO
 from executor.forwarding import CallFailed
 from executor.gateway_metrics import GatewayMetrics
 from executor.gateway_peer import INFERENCE, Peer
@@ -207,15 +208,17 @@ class InferenceFrontDoor:
         return header, timeout_s
 
     def _check_hope(self, service: str, timeout_s: float) -> None:
-        """Refuse a request that would wait past its deadline, or that of its first token, at every replica.
+        """Refuse a request before which work waits at every replica for `HOPELESS_RATIO` times as long as it has.
+
+        Where answers are generated, what it has is the time to the first token.
 
         Raises:
-            CallFailed: It would.
+            CallFailed: It is so.
         """
         first_token_s = self._routes(service).first_token_s
         limit_s = timeout_s if first_token_s is None else min(timeout_s, first_token_s)
         wait_s = self._router.least_wait_s(service)
-        if wait_s > limit_s:
+        if wait_s > HOPELESS_RATIO * limit_s:
             problem = f"{service!r}: {wait_s:.3f} s of work wait at every replica, the deadline is in {limit_s:.3f} s"
             raise CallFailed(_Code.RESOURCE_EXHAUSTED, problem)
 

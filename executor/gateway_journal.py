@@ -26,11 +26,14 @@ class _Target(Document):
     node: str
     weight: float
     variant: str
+    share_s: float = 0.0
+    alone_s: float = 0.0
 
 
 class _Routes(Document):
     service: str
     deadline_s: float
+    first_token_s: float | None = None
     targets: tuple[_Target, ...]
 
 
@@ -95,6 +98,7 @@ def _inner(table: _Table) -> RoutingTable:
             ServiceRoutes(
                 service=routes.service,
                 deadline_s=routes.deadline_s,
+                first_token_s=routes.first_token_s,
                 targets=tuple(Target(**target.model_dump()) for target in routes.targets),
             )
             for routes in table.services
@@ -111,8 +115,16 @@ def _outer(table: RoutingTable) -> _Table:
             _Routes(
                 service=routes.service,
                 deadline_s=routes.deadline_s,
+                first_token_s=routes.first_token_s,
                 targets=tuple(
-                    _Target(group=target.group, node=target.node, weight=target.weight, variant=target.variant)
+                    _Target(
+                        group=target.group,
+                        node=target.node,
+                        weight=target.weight,
+                        variant=target.variant,
+                        share_s=target.share_s,
+                        alone_s=target.alone_s,
+                    )
                     for target in routes.targets
                 ),
             )

@@ -76,7 +76,7 @@ def _targets(router: Router) -> Iterator[Metric]:
     sent = CounterMetricFamily("executor_gateway_target_sent", "Requests sent to a target.", labels=labels)
     failed = CounterMetricFamily("executor_gateway_target_failed", "Times a target was unavailable.", labels=labels)
     wait = GaugeMetricFamily(
-        "executor_gateway_target_expected_wait_seconds", "Queue that a target reported last.", labels=labels
+        "executor_gateway_target_expected_wait_seconds", "Of a request sent to a target now.", labels=labels
     )
     for state in router.health():
         key = [state.service, state.group]

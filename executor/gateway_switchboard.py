@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 from executor.gateway_journal import RoutingJournal
 from executor.gateway_peer import Peer, PeerTiming
-from executor.routing import NodeView, Router
+from executor.routing import NodeView, Router, Routing
 from executor.state import Backend, RoutingTable
 from executor.tls import Dialer
 
@@ -26,6 +26,7 @@ class Switchboard:
         max_message_bytes: Largest message to and from an agent.
         dialer: Opens the channels to agents.
         on_change: Called after anything that may have changed which services are served.
+        routing: How requests are routed.
     """
 
     def __init__(
@@ -36,8 +37,9 @@ class Switchboard:
         max_message_bytes: int,
         dialer: Dialer,
         on_change: Callable[[], None],
+        routing: Routing = "corrected",
     ) -> None:
-        self.router = Router()
+        self.router = Router(routing)
         self._journal = journal
         self._timing = timing
         self._max_message_bytes = max_message_bytes

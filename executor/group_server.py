@@ -22,7 +22,8 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from executor.bundles import Bundles
-from executor.dispatcher import DEFAULT_PRIORITY, Dispatcher, DropReason, QueueLimits, Waiting
+from executor.delay import Delay
+from executor.dispatcher import DEFAULT_PRIORITY, HOPELESS_RATIO, Dispatcher, DropReason, QueueLimits, Waiting
 from executor.errors import (
     Displaced,
     Hopeless,
@@ -85,6 +86,9 @@ class _Region:
     size_bytes: int = 0
 
 
+_LARGEST_OVERRUN = 0.25
+"""Batches may be expected to take longer than planned, by this part of the latency of a batch of one at most."""
+
 _PATIENCE = 10.0
 """A batch that takes this many times its planned latency will not end."""
 
@@ -145,6 +149,7 @@ class GroupServer:
         self._numbers = itertools.count()
         self._pending: dict[int, Pending] = {}  # by number; what waits in the dispatcher
         self._alone: deque[Pending] = deque()  # to be run one by one, after a batch with a bad request among them
+        self._overrun = Delay()  # of batches, beyond what the plan says
         self._running: _Running | None = None  # holds the device, or the first stage of a pipeline
         self._further: list[_Running] = []  # in the later stages
         self._regions = self._new_regions()
@@ -175,7 +180,14 @@ class GroupServer:
     def expected_wait_s(self) -> float:
         """Return the seconds until a request that arrives now would start: what runs, then what waits."""
         residual_s = max(0.0, self._running.expected_free_s - self._clock()) if self._running else 0.0
-        return residual_s + self._dispatcher.work_s() + self._lanes.work_s()
+        return residual_s + self._queued_s() + self._lanes.work_s()
+
+    def _queued_s(self) -> float:
+        """Return the seconds for which what waits keeps the slowest stage busy, in full batches."""
+        return math.fsum(
+            self._dispatcher.items(key) * rules.latency_s[-1] / (rules.max_batch * rules.stages)
+            for key, rules in self._rules.items()
+        )
 
     # The worker.
 
@@ -293,15 +305,15 @@ class GroupServer:
         return pending
 
     def _check_hope(self, waiting: Waiting, now_s: float) -> None:
-        """Refuse a request that would wait past its deadline, before it makes the queue longer.
+        """Refuse a request without hope, before it makes the queue longer.
 
         Raises:
-            QueueFull: The work before it takes longer than it has.
+            QueueFull: The work before it takes `HOPELESS_RATIO` times as long as it has.
         """
         left_s = waiting.deadline_s - now_s
-        if self._dispatcher.queue_work_s(waiting.key) > left_s:  # a first look, which costs nothing
+        if self._dispatcher.queue_work_s(waiting.key) > HOPELESS_RATIO * left_s:  # a first look, which costs nothing
             wait_s = self._dispatcher.work_before_s(waiting)
-            if wait_s > left_s:
+            if wait_s > HOPELESS_RATIO * left_s:
                 raise QueueFull(
                     f"{waiting.key}: {wait_s:.3f} s of work wait before it, its deadline is in {left_s:.3f} s"
                 )
@@ -355,10 +367,11 @@ class GroupServer:
             pending = self._alone.popleft()
             if not pending.answer.done():
                 return [pending]
-        decision = self._dispatcher.decide(self._clock())
+        decision = self._dispatcher.decide(self._clock() + self._overrun.expected_s)
         for drop in decision.drops:
             key = drop.request.key
             if drop.reason is DropReason.HOPELESS:
+                self._overrun.doubt()
                 self._refuse(drop.request, Hopeless(f"{key}: the deadline cannot be met any more"))
             else:
                 self._refuse(drop.request, Displaced(f"{key}: gave way to a full batch that waits behind it"))
@@ -425,6 +438,8 @@ class GroupServer:
             self._further.remove(batch)
         watch.cancel()
         error = future.exception()
+        if error is None:
+            self._note_overrun(batch)
         if batch.key in self.counters:
             run_s = self._clock() - batch.started_s
             self.counters[batch.key].ran(batch.items, run_s, time.time_ns() // 1_000_000)
@@ -445,6 +460,14 @@ class GroupServer:
             _log.exception("event=answer_not_read replica=%r", str(batch.key))
         finally:
             self._settle(batch.pending, ReplicaUnavailable(f"{batch.key}: the worker's answer cannot be read"))
+
+    def _note_overrun(self, batch: _Running) -> None:
+        """Learn from a batch that has ended; one in a pipeline may have waited for those before it."""
+        rules = self._rules.get(batch.key)
+        if rules is not None and rules.stages == 1:
+            planned_s = rules.latency_s[min(batch.items, rules.max_batch) - 1]
+            over_s = self._clock() - batch.started_s - planned_s
+            self._overrun.note(over_s, most_s=_LARGEST_OVERRUN * rules.latency_s[0])
 
     def _deliver(self, batch: _Running, done: Done, link: WorkerLink) -> None:
         outputs = {place.name: link.segment.array(place) for place in done.outputs}

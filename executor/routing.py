@@ -1,15 +1,20 @@
 """Where requests go: the routing table, and the rotation over its targets. No input or output here.
 
-The share of a target is its weight in the plan. A target that is not healthy counts as weight 0, so the others take its
-requests in proportion to their weights (`plans.dispatch.next_replica`: smooth weighted round robin). When none is
-healthy, those that are only in doubt, because their agent is slow to answer, are better than none.
+By default the share of a target is its weight in the plan, corrected by the wait that its group reports
+(`plans.dispatch.corrected_weight`, spread by `plans.dispatch.next_replica`: smooth weighted round robin). A target that
+is not healthy counts as weight 0, so the others take its requests. When none is healthy, those that are only in doubt,
+because their agent is slow to answer, are better than none. The rules are those of the evaluator's settings of the same
+names (docs/evaluator.md, section 4).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Literal
 
+from executor.group_waits import GroupWaits
 from executor.state import (
     AgentState,
     Backend,
@@ -21,10 +26,13 @@ from executor.state import (
     Target,
     TargetState,
 )
-from plans.dispatch import next_replica
+from plans.dispatch import corrected_weight, least, next_replica
 from plans.errors import StalePlan
 
-__all__ = ["NodeView", "Router", "corrected_weight", "view_of"]
+__all__ = ["NodeView", "Router", "Routing", "view_of"]
+
+Routing = Literal["corrected", "least-finish", "weighted"]
+"""By weight corrected by the wait, to the least expected finish, or by weight alone."""
 
 _WHY_NOT = {
     Phase.LOADING: "it is being loaded",
@@ -70,17 +78,6 @@ def view_of(node: str, state: AgentState) -> NodeView:
     )
 
 
-def corrected_weight(weight: float, wait_s: float, deadline_s: float) -> float:
-    """Return the weight of a target now: that of the plan, less the part of the deadline that would be spent waiting.
-
-    A target whose queue takes the whole deadline keeps a twentieth, so that its recovery is noticed by what it serves.
-    """
-    if wait_s <= 0 or deadline_s <= 0:
-        return weight
-    return weight * max(_LEAST_PART, 1.0 - wait_s / deadline_s)
-
-
-_LEAST_PART = 0.05
 _MOST_STREAMS = 65_536
 """Streams that are followed; beyond it those without a frame for longest are routed anew."""
 
@@ -113,34 +110,41 @@ class _Rotation:
         self.weights[position] = 0.0 if problem else weight
         self.doubtful[position] = weight if doubtful and was_healthy else 0.0
 
-    def next(self, weights: list[float], waits_s: Mapping[str, float], without: str) -> int:
-        targets = self.routes.targets
+    def next(self, weights: list[float], waits: GroupWaits, without: str, routing: Routing) -> int:
+        targets, deadline_s = self.routes.targets, self.routes.deadline_s
         if len(targets) == 1:
             return 0 if weights[0] > 0 and targets[0].group != without else -1
-        corrected = [
-            0.0
-            if target.group == without
-            else corrected_weight(weight, waits_s.get(target.group, 0.0), self.routes.deadline_s)
-            for target, weight in zip(targets, weights, strict=True)
-        ]
-        return next_replica(corrected, self.credit)
+        usable = [0.0 if target.group == without else weight for target, weight in zip(targets, weights, strict=True)]
+        if routing == "least-finish":
+            return least(usable, [waits.wait_s(target.group) + target.alone_s for target in targets])
+        if routing == "corrected" and deadline_s > 0:
+            usable = [
+                corrected_weight(weight, waits.wait_s(target.group), deadline_s)
+                for target, weight in zip(targets, usable, strict=True)
+            ]
+        return next_replica(usable, self.credit)
 
-    def least_wait_s(self, waits_s: Mapping[str, float]) -> float:
+    def least_wait_s(self, waits: GroupWaits) -> float:
         pairs = zip(self.routes.targets, self.weights, strict=True)
-        return min((waits_s.get(target.group, 0.0) for target, weight in pairs if weight > 0), default=0.0)
+        return min((waits.wait_s(target.group) for target, weight in pairs if weight > 0), default=0.0)
 
 
 class Router:
     """The table in force with the rotation, health and counters of its targets.
 
     A target is out of rotation until a `NodeView` says that it serves. Not safe for use from several threads.
+
+    Args:
+        routing: The rule.
+        clock: The time in seconds.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, routing: Routing = "corrected", *, clock: Callable[[], float] = time.monotonic) -> None:
+        self._routing: Routing = routing
         self._table: RoutingTable | None = None
         self._rotations: dict[str, _Rotation] = {}
         self._views: dict[Backend, NodeView] = {}
-        self._waits_s: dict[str, float] = {}
+        self._waits = GroupWaits(clock)
         self._streams: dict[tuple[str, str], str] = {}
 
     @property
@@ -180,8 +184,7 @@ class Router:
         self._table = table
         self._rotations = {routes.service: _Rotation(routes) for routes in table.services}
         self._views = {backend: view for backend, view in self._views.items() if backend in table.backends}
-        groups = {target.group for routes in table.services for target in routes.targets}
-        self._waits_s = {group: wait_s for group, wait_s in self._waits_s.items() if group in groups}
+        self._waits.keep({target.group for routes in table.services for target in routes.targets})
         for backend, view in self._views.items():
             self._judge(backend.node, view)
 
@@ -191,22 +194,23 @@ class Router:
         A backend that the table in force does not name may be observed ahead of the table that will.
         """
         self._views[backend] = view
-        self._waits_s.update(view.waits_s)
+        for group, wait_s in view.waits_s.items():
+            self._waits.note(group, wait_s)
         if self._table is not None and backend in self._table.backends:
             self._judge(backend.node, view)
 
     def note_wait(self, group: str, wait_s: float) -> None:
         """Take in the seconds that a request which arrives at ``group`` now would wait."""
-        self._waits_s[group] = wait_s
+        self._waits.note(group, wait_s)
 
     def wait_s(self, group: str) -> float:
-        """Return the wait that ``group`` reported last, seconds; 0 when it has not."""
-        return self._waits_s.get(group, 0.0)
+        """Return the seconds that a request sent to ``group`` now is expected to wait; 0 while nothing is known."""
+        return self._waits.wait_s(group)
 
     def least_wait_s(self, service: str) -> float:
-        """Return the shortest wait, in seconds, that a usable target of ``service`` has reported; 0 when none did."""
+        """Return the shortest expected wait, in seconds, of the usable targets of ``service``; 0 without any."""
         rotation = self._rotations.get(service)
-        return rotation.least_wait_s(self._waits_s) if rotation else 0.0
+        return rotation.least_wait_s(self._waits) if rotation else 0.0
 
     def suspect(self, service: str, group: str, problem: str) -> None:
         """Take a target out of the rotation until its node is observed again, and count a failure against it."""
@@ -239,8 +243,7 @@ class Router:
         for position, target in enumerate(rotation.routes.targets):
             if target.group == group != without and rotation.weights[position] > 0:
                 self._streams[place] = group  # the last used go to the end
-                rotation.sent[position] += 1
-                return target
+                return self._sent(rotation, position)
         chosen = self._next(rotation, without)
         if chosen is not None:
             self._streams[place] = chosen.group
@@ -249,13 +252,16 @@ class Router:
         return chosen
 
     def _next(self, rotation: _Rotation, without: str) -> Target | None:
-        position = rotation.next(rotation.weights, self._waits_s, without)
+        position = rotation.next(rotation.weights, self._waits, without, self._routing)
         if position < 0:
-            position = rotation.next(rotation.doubtful, self._waits_s, without)
-        if position < 0:
-            return None
+            position = rotation.next(rotation.doubtful, self._waits, without, self._routing)
+        return self._sent(rotation, position) if position >= 0 else None
+
+    def _sent(self, rotation: _Rotation, position: int) -> Target:
+        target = rotation.routes.targets[position]
         rotation.sent[position] += 1
-        return rotation.routes.targets[position]
+        self._waits.sent(target.group, target.share_s)
+        return target
 
     def problem(self, service: str) -> str:
         """Return why no target of ``service`` can be chosen; empty when one can."""

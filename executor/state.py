@@ -201,12 +201,18 @@ class Backend:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Target:
-    """One replica that requests of a service may go to, and its share of them (weights of a service sum to 1)."""
+    """One replica that requests of a service may go to, and its share of them (weights of a service sum to 1).
+
+    ``share_s``: seconds that one request keeps the slowest stage of the group busy, in full batches; ``alone_s``:
+    seconds that a batch of one takes. Both are the plan's, and 0 where they are not known.
+    """
 
     group: str
     node: str
     weight: float
     variant: str
+    share_s: float = 0.0
+    alone_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -372,7 +372,14 @@ def routing_table_to_proto(table: RoutingTable) -> pb.RoutingTable:
                 service=routes.service,
                 deadline_s=routes.deadline_s,
                 targets=[
-                    pb.Target(group=target.group, node=target.node, weight=target.weight, variant=target.variant)
+                    pb.Target(
+                        group=target.group,
+                        node=target.node,
+                        weight=target.weight,
+                        variant=target.variant,
+                        share_s=target.share_s,
+                        alone_s=target.alone_s,
+                    )
                     for target in routes.targets
                 ],
                 first_token_s=routes.first_token_s,
@@ -400,7 +407,14 @@ def routing_table_from_proto(message: pb.RoutingTable) -> RoutingTable:
                 service=routes.service,
                 deadline_s=routes.deadline_s,
                 targets=tuple(
-                    Target(group=target.group, node=target.node, weight=target.weight, variant=target.variant)
+                    Target(
+                        group=target.group,
+                        node=target.node,
+                        weight=target.weight,
+                        variant=target.variant,
+                        share_s=target.share_s,
+                        alone_s=target.alone_s,
+                    )
                     for target in routes.targets
                 ),
                 first_token_s=routes.first_token_s if routes.HasField("first_token_s") else None,

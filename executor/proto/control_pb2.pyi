@@ -253,16 +253,20 @@ class ServiceRoutes(_message.Message):
     def __init__(self, service: _Optional[str] = ..., deadline_s: _Optional[float] = ..., targets: _Optional[_Iterable[_Union[Target, _Mapping]]] = ..., first_token_s: _Optional[float] = ...) -> None: ...
 
 class Target(_message.Message):
-    __slots__ = ("group", "node", "weight", "variant")
+    __slots__ = ("group", "node", "weight", "variant", "share_s", "alone_s")
     GROUP_FIELD_NUMBER: _ClassVar[int]
     NODE_FIELD_NUMBER: _ClassVar[int]
     WEIGHT_FIELD_NUMBER: _ClassVar[int]
     VARIANT_FIELD_NUMBER: _ClassVar[int]
+    SHARE_S_FIELD_NUMBER: _ClassVar[int]
+    ALONE_S_FIELD_NUMBER: _ClassVar[int]
     group: str
     node: str
     weight: float
     variant: str
-    def __init__(self, group: _Optional[str] = ..., node: _Optional[str] = ..., weight: _Optional[float] = ..., variant: _Optional[str] = ...) -> None: ...
+    share_s: float
+    alone_s: float
+    def __init__(self, group: _Optional[str] = ..., node: _Optional[str] = ..., weight: _Optional[float] = ..., variant: _Optional[str] = ..., share_s: _Optional[float] = ..., alone_s: _Optional[float] = ...) -> None: ...
 
 class RoutingTable(_message.Message):
     __slots__ = ("generation", "placement_digest", "backends", "services")

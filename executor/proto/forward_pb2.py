@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1c\x65xecutor/proto/forward.proto\x12\x10\x66oreplan.data.v1\"d\n\x07Request\x12\x0e\n\x06number\x18\x01 \x01(\x04\x12\r\n\x05group\x18\x02 \x01(\t\x12\x11\n\ttimeout_s\x18\x03 \x01(\x01\x12\x12\n\nbody_bytes\x18\x04 \x01(\x04\x12\x13\n\x0btraceparent\x18\x05 \x01(\t\"7\n\x08Requests\x12+\n\x08requests\x18\x01 \x03(\x0b\x32\x19.foreplan.data.v1.Request\"f\n\x06\x41nswer\x12\x0e\n\x06number\x18\x01 \x01(\x04\x12\x12\n\nbody_bytes\x18\x02 \x01(\x04\x12\x0e\n\x06status\x18\x03 \x01(\r\x12\x0f\n\x07\x64\x65tails\x18\x04 \x01(\t\x12\x17\n\x0f\x65xpected_wait_s\x18\x05 \x01(\x01\"4\n\x07\x41nswers\x12)\n\x07\x61nswers\x18\x01 \x03(\x0b\x32\x18.foreplan.data.v1.Answerb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1c\x65xecutor/proto/forward.proto\x12\x10\x66oreplan.data.v1\"d\n\x07Request\x12\x0e\n\x06number\x18\x01 \x01(\x04\x12\r\n\x05group\x18\x02 \x01(\t\x12\x11\n\ttimeout_s\x18\x03 \x01(\x01\x12\x12\n\nbody_bytes\x18\x04 \x01(\x04\x12\x13\n\x0btraceparent\x18\x05 \x01(\t\"7\n\x08Requests\x12+\n\x08requests\x18\x01 \x03(\x0b\x32\x19.foreplan.data.v1.Request\"v\n\x06\x41nswer\x12\x0e\n\x06number\x18\x01 \x01(\x04\x12\x12\n\nbody_bytes\x18\x02 \x01(\x04\x12\x0e\n\x06status\x18\x03 \x01(\r\x12\x0f\n\x07\x64\x65tails\x18\x04 \x01(\t\x12\x17\n\x0f\x65xpected_wait_s\x18\x05 \x01(\x01\x12\x0e\n\x06held_s\x18\x06 \x01(\x01\"4\n\x07\x41nswers\x12)\n\x07\x61nswers\x18\x01 \x03(\x0b\x32\x18.foreplan.data.v1.Answerb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -36,7 +36,7 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_REQUESTS']._serialized_start=152
   _globals['_REQUESTS']._serialized_end=207
   _globals['_ANSWER']._serialized_start=209
-  _globals['_ANSWER']._serialized_end=311
-  _globals['_ANSWERS']._serialized_start=313
-  _globals['_ANSWERS']._serialized_end=365
+  _globals['_ANSWER']._serialized_end=327
+  _globals['_ANSWERS']._serialized_start=329
+  _globals['_ANSWERS']._serialized_end=381
 # @@protoc_insertion_point(module_scope)

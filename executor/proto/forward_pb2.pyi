@@ -27,18 +27,20 @@ class Requests(_message.Message):
     def __init__(self, requests: _Optional[_Iterable[_Union[Request, _Mapping]]] = ...) -> None: ...
 
 class Answer(_message.Message):
-    __slots__ = ("number", "body_bytes", "status", "details", "expected_wait_s")
+    __slots__ = ("number", "body_bytes", "status", "details", "expected_wait_s", "held_s")
     NUMBER_FIELD_NUMBER: _ClassVar[int]
     BODY_BYTES_FIELD_NUMBER: _ClassVar[int]
     STATUS_FIELD_NUMBER: _ClassVar[int]
     DETAILS_FIELD_NUMBER: _ClassVar[int]
     EXPECTED_WAIT_S_FIELD_NUMBER: _ClassVar[int]
+    HELD_S_FIELD_NUMBER: _ClassVar[int]
     number: int
     body_bytes: int
     status: int
     details: str
     expected_wait_s: float
-    def __init__(self, number: _Optional[int] = ..., body_bytes: _Optional[int] = ..., status: _Optional[int] = ..., details: _Optional[str] = ..., expected_wait_s: _Optional[float] = ...) -> None: ...
+    held_s: float
+    def __init__(self, number: _Optional[int] = ..., body_bytes: _Optional[int] = ..., status: _Optional[int] = ..., details: _Optional[str] = ..., expected_wait_s: _Optional[float] = ..., held_s: _Optional[float] = ...) -> None: ...
 
 class Answers(_message.Message):
     __slots__ = ("answers",)

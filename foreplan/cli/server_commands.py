@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -116,6 +116,10 @@ def gateway(
     processes: Annotated[int, typer.Option(help="Processes that share the port.", min=1)] = 1,
     http: Annotated[str, typer.Option(metavar="HOST:PORT", help="The protocol's HTTP form, under /v2.")] = "",
     metrics: Metrics = "",
+    routing: Annotated[
+        Literal["corrected", "least-finish", "weighted"],
+        typer.Option(help="By plan weight corrected by waits, to the least expected finish, or by weight alone."),
+    ] = "corrected",
     server_cert: ServerCert = None,
     server_key: ServerKey = None,
     root_cert: RootCert = None,
@@ -133,6 +137,7 @@ def gateway(
         state_dir=state_dir,
         http=http,
         metrics=metrics,
+        routing=routing,
         tls=server_files(server_cert, server_key, root_cert),
         insecure=insecure,
     )

@@ -155,7 +155,8 @@ def test_waiting_work_is_counted_in_full_batches():
     made = dispatcher(max_batch=2, latency_s=[1.0, 1.5])
     for number in range(5):
         made.add(waiting(number, 99.0))
-    assert made.work_s() == pytest.approx(1.5 + 1.5 + 1.0)
+    assert made.queue_work_s(A) == pytest.approx(1.5 + 1.5 + 1.0)
+    assert made.items(A) == 5
 
 
 @given(

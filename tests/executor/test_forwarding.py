@@ -83,6 +83,31 @@ def test_law_bodies_of_any_size_come_back_whole(sizes: list[int]) -> None:
     run(scenario())
 
 
+def test_the_agent_is_told_of_the_time_that_is_left_after_the_way_and_of_nine_tenths_at_least() -> None:
+    async def scenario() -> None:
+        told: list[float] = []
+
+        async def note(body: Body, group: str, timeout_s: float) -> bytes:
+            told.append(timeout_s)
+            return b"noted"
+
+        server = ForwardServer(note, lambda group: 0.0, max_message_bytes=LIMIT)
+        await server.listen("127.0.0.1")
+        link = ForwardLink("127.0.0.1", None, lambda group, wait_s: None, max_message_bytes=LIMIT)
+        link.port = server.port
+        for _ in range(5):
+            await link.send(b"x", "g", 5.0)
+        await link.send(b"x", "g", 1.0)
+        assert told[0] == 5.0
+        assert min(told[1:5]) >= 4.5
+        assert max(told[1:5]) < 5.0
+        assert 0.9 <= told[5] < 1.0
+        await link.close(0.0)
+        await server.close()
+
+    run(scenario())
+
+
 def test_a_body_that_reaches_beyond_its_frame_ends_the_connection() -> None:
     async def scenario() -> None:
         async with linked() as (server, link, _):

@@ -7,7 +7,7 @@ import errno
 import numpy as np
 import pytest
 
-from executor.errors import ReplicaUnavailable
+from executor.errors import Hopeless, QueueFull, ReplicaUnavailable
 from executor.group_server import GroupServer
 from executor.segment import SharedSegment
 from executor.state import ReplicaKey
@@ -117,5 +117,40 @@ def test_a_batch_may_take_ten_times_its_planned_latency(tmp_path):
             made.configure(key("fake-slow-20"), slow)
             await ask(made, "fake-slow-20")
             assert lost == []
+
+    asyncio.run(scenario())
+
+
+def test_batches_that_take_longer_than_planned_are_noted_and_allowed_for(tmp_path):
+    async def scenario():
+        async with server(tmp_path, "twice") as (made, _):
+            made.configure(key("twice"), replica("twice", "twice", max_batch=1, batch_latency_s=(1e-5,)))
+            await ask(made, "twice")
+            assert made._overrun.expected_s > 0  # no process answers within 10 us
+            made.configure(key("twice"), replica("twice", "twice", max_batch=1, batch_latency_s=(5.0,)))
+            for _ in range(50):
+                made._overrun.note(1.0, most_s=1.0)
+            expected_s = made._overrun.expected_s
+            pending = made.submit(key("twice"), {"x": np.ones((1, 4), np.float32)}, 1, made._clock() + 5.5)
+            with pytest.raises(Hopeless):
+                await pending.answer
+            assert made._overrun.expected_s < expected_s  # or a group that drops everything would never learn
+
+    asyncio.run(scenario())
+
+
+def test_only_a_request_before_which_twice_its_time_of_work_waits_is_refused_on_arrival(tmp_path):
+    async def scenario():
+        async with server(tmp_path, "gated-run") as (made, _):
+            gated = replica("gated-run", "gated-run", max_batch=1, batch_latency_s=(45.0,))
+            made.configure(key("gated-run"), gated)
+            calls = [asyncio.create_task(ask(made, "gated-run")) for _ in range(4)]  # with 60 s each
+            await asyncio.sleep(0)
+            assert made.queued(key("gated-run")) == 3
+            assert 134.0 < made.expected_wait_s() <= 180.0
+            with pytest.raises(QueueFull, match=r"135\.000 s of work wait before it"):
+                await ask(made, "gated-run")
+            (tmp_path / "run").touch()
+            await asyncio.gather(*calls)
 
     asyncio.run(scenario())

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from executor.routing import NodeView, Router, view_of
+from executor.routing import NodeView, Router, Routing, view_of
 from executor.state import (
     AgentState,
     Backend,
@@ -18,6 +18,7 @@ from executor.state import (
     ServiceRoutes,
     Target,
 )
+from plans import dispatch
 from plans.errors import StalePlan
 
 weights = st.lists(st.floats(0.01, 1.0), min_size=1, max_size=5)
@@ -96,6 +97,83 @@ class TestRotation:
         first, second = router.health()
         assert (first.sent, first.failed, first.healthy, first.reason) == (2, 0, True, "")
         assert (second.sent, second.failed, second.healthy, second.reason) == (2, 1, False, "it broke")
+
+
+def timed_router(
+    routing: Routing, shares: list[float], *, share_s: float = 0.01, alone_s: tuple[float, ...] = ()
+) -> Router:
+    """A router on a clock that stands still, over healthy targets of these weights and costs."""
+    whole = table(*shares)
+    targets = tuple(
+        replace(target, share_s=share_s, alone_s=alone_s[position] if alone_s else 0.02)
+        for position, target in enumerate(whole.services[0].targets)
+    )
+    router = Router(routing, clock=lambda: 0.0)
+    router.install(replace(whole, services=(replace(whole.services[0], targets=targets),)))
+    for node in range(len(shares)):
+        router.observe(Backend(node=f"n{node}", address=f"h:{node}"), serving(node))
+    return router
+
+
+def sent(router: Router, count: int, **options: str) -> Counter[str]:
+    return Counter(target.group for _ in range(count) if (target := router.choose("chat", **options)))
+
+
+class TestRules:
+    def test_by_default_a_target_with_half_a_deadline_of_work_gets_half_its_share(self) -> None:
+        router = timed_router("corrected", [0.5, 0.5], share_s=0.0)
+        router.note_wait("n0/0", 0.5)  # of a deadline of 1 s
+        assert sent(router, 300) == {"n0/0": 100, "n1/0": 200}
+
+    def test_by_default_a_target_whose_work_takes_the_whole_deadline_keeps_a_twentieth(self) -> None:
+        router = timed_router("corrected", [0.5, 0.5], share_s=0.0)
+        router.note_wait("n0/0", 99.0)
+        assert sent(router, 210) == {"n0/0": 10, "n1/0": 200}
+
+    def test_weights_alone_do_not_look_at_waits(self) -> None:
+        router = timed_router("weighted", [0.75, 0.25])
+        router.note_wait("n0/0", 99.0)
+        assert sent(router, 40) == {"n0/0": 30, "n1/0": 10}
+
+    def test_least_finish_fills_the_shortest_queue_first_then_all_alike_whatever_the_weights(self) -> None:
+        router = timed_router("least-finish", [0.9, 0.1], share_s=0.01)
+        router.note_wait("n0/0", 0.1)
+        assert sent(router, 10) == {"n1/0": 10}
+        assert sent(router, 20) == {"n0/0": 10, "n1/0": 10}
+
+    def test_least_finish_counts_what_the_request_itself_takes(self) -> None:
+        router = timed_router("least-finish", [0.5, 0.5], share_s=0.0, alone_s=(0.05, 0.02))
+        assert sent(router, 5) == {"n1/0": 5}
+        router.note_wait("n1/0", 0.04)
+        assert sent(router, 5) == {"n0/0": 5}
+
+    @pytest.mark.parametrize("routing", ["corrected", "least-finish", "weighted"])
+    def test_no_rule_chooses_what_is_passed_over_or_unhealthy(self, routing: Routing) -> None:
+        router = timed_router(routing, [0.4, 0.3, 0.3])
+        router.suspect("chat", "n1/0", "it broke")
+        assert sent(router, 20, without="n0/0") == {"n2/0": 20}
+
+    @given(
+        st.sampled_from(["corrected", "least-finish"]),
+        st.lists(st.floats(0, 2), min_size=2, max_size=4),
+        st.lists(st.floats(0.001, 0.1), min_size=4, max_size=4),
+    )
+    def test_law_the_gateway_chooses_what_the_rule_shared_with_the_evaluator_does(
+        self, routing: Routing, waits_s: list[float], alone_s: list[float]
+    ) -> None:
+        shares = [1 / len(waits_s)] * len(waits_s)
+        router = timed_router(routing, shares, alone_s=tuple(alone_s[: len(waits_s)]))
+        for node, wait_s in enumerate(waits_s):
+            router.note_wait(f"n{node}/0", wait_s)
+        if routing == "least-finish":
+            values = [wait_s + own_s for wait_s, own_s in zip(waits_s, alone_s, strict=False)]
+            expected = dispatch.least(shares, values)
+        else:
+            weights_now = [dispatch.corrected_weight(shares[0], wait_s, 1.0) for wait_s in waits_s]
+            expected = dispatch.next_replica(weights_now, [0.0] * len(waits_s))
+        chosen = router.choose("chat")
+        assert chosen is not None
+        assert chosen.group == f"n{expected}/0"
 
 
 class TestHealth:
