@@ -139,6 +139,7 @@ def running_site(
     processes: int = 1,
     runtime: str = TIMED,
     agent_options: Sequence[str] = (),
+    gateway_options: Sequence[str] = (),
 ) -> Iterator[Site]:
     """Run an agent for each node and a gateway inside the block."""
     ports = free_ports(len(nodes) + 2)
@@ -163,7 +164,10 @@ def running_site(
                 children.start(node, ["agent", *where, "--runtime", runtime, "--log-level", "warning", *agent_options])
         with _noted(site, "gateway"):
             where = ["--listen", gateway, "--http", http, "--state-dir", str(folder / "g")]
-            children.start("gateway", ["gateway", *where, "--processes", str(processes), "--log-level", "warning"])
+            children.start(
+                "gateway",
+                ["gateway", *where, "--processes", str(processes), "--log-level", "warning", *gateway_options],
+            )
         yield site
 
 
