@@ -186,7 +186,9 @@ class Ledger:
             self._rejected.append(Rejected(place=place, reason=reason))
         except ValueError as error:
             self._rejected.append(Rejected(place=place, reason=str(error)))
-        except (KeyError, TypeError, AttributeError, IndexError) as error:
+        except KeyError as error:
+            self._rejected.append(Rejected(place=place, reason=f"{error.args[0]} is missing"))
+        except (TypeError, AttributeError, IndexError) as error:
             self._rejected.append(Rejected(place=place, reason=f"it is malformed ({type(error).__name__}: {error})"))
         else:
             self.taken += 1
