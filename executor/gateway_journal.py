@@ -26,14 +26,15 @@ class _Target(Document):
     node: str
     weight: float
     variant: str
-    share_s: float = 0.0
-    alone_s: float = 0.0
+    # Left out where they are not known, so that the digest of an older table is what it was.
+    share_s: float = Field(default=0.0, exclude_if=lambda seconds: not seconds)
+    alone_s: float = Field(default=0.0, exclude_if=lambda seconds: not seconds)
 
 
 class _Routes(Document):
     service: str
     deadline_s: float
-    first_token_s: float | None = None
+    first_token_s: float | None = Field(default=None, exclude_if=lambda seconds: seconds is None)
     targets: tuple[_Target, ...]
 
 
