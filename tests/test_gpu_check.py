@@ -144,7 +144,7 @@ def test_what_the_time_or_the_memory_does_not_suffice_for_is_named(tmp_path):
     assert gpu_check.path_results(log, gpu_check.FULL, options, 10**10) is None
     gpu_check.profile_the_rest(log, gpu_check.FULL, options, 10**10)
     assert log.commands == []
-    assert "the whole path" in log.left_out
+    assert "the whole path: the time was over" in log.left_out
     assert "profile of llama-8b: it needs 30 GB, the device has less" in log.left_out
     assert any("NCCL" in each for each in log.left_out)
     text = gpu_check.report(log, {}, options, None)
