@@ -173,7 +173,10 @@ async def _live(connection: ClusterConnection, limits: ApplyTimeouts) -> Live:
     if lost:
         failures = list(lost.values())
         problems = "; ".join([failures[0].problem, *(str(failure) for failure in failures[1:])])
-        remedy = "start it (`foreplan agent` on its node, `foreplan gateway`), or take it out of the cluster file"
+        remedy = (
+            "start it (`foreplan agent` on its node, `foreplan gateway`), give the certificates that it asks for "
+            "(--grpc-client-cert), or take it out of the cluster file"
+        )
         raise RemoteFailure(failures[0].peer, f"{problems}; nothing was changed: {remedy}", retryable=True)
     return Live(agents=agents, gateways=gateways)
 

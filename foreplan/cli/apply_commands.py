@@ -183,10 +183,12 @@ def _apply(
     dialer: Dialer,
     prior: Prior | None = None,
 ) -> None:
-    from executor.controller import WouldApply
     from executor.controller import apply as bring
     from plans.store import PlanStore
 
+    plans = PlanStore(store) if store is not None and not dry_run else None
+    if plans is not None:
+        plans.put(plan)  # first: a store that cannot be written is known before anything changes
     with out.progress("applying the plan") as step:
         result = asyncio.run(
             bring(
@@ -200,11 +202,9 @@ def _apply(
                 dialer=dialer,
             )
         )
-    if store is not None and not isinstance(result, WouldApply):
-        plans = PlanStore(store)
+    if plans is not None and all(stored.generation != result.generation for stored in plans.generations()):
         # Also when nothing changed: an apply that was cut short and run again is live, and must be found again.
-        if all(stored.generation != result.generation for stored in plans.generations()):
-            plans.record(result.generation, plan, applied_at=datetime.now(UTC).isoformat(timespec="seconds"))
+        plans.record(result.generation, plan, applied_at=datetime.now(UTC).isoformat(timespec="seconds"))
     _print_applied(out, result)
 
 

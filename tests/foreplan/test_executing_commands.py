@@ -105,6 +105,17 @@ def test_an_unknown_node_is_named(live):
     assert "expected one of node-a, node-b" in result.stderr
 
 
+def test_a_store_that_cannot_be_written_is_told_before_anything_changes(live):
+    (live.folder / "no-store").write_text("")
+    before = live.run("status", *where(live), "--json").stdout
+    refused = live.run("apply", "plan.json", *where(live), "--store", "no-store", "--json", code=1)
+    assert "no-store" in refused.stderr
+    assert "applying" not in refused.stderr
+    assert (
+        json.loads(live.run("status", *where(live), "--json").stdout)["generation"] == json.loads(before)["generation"]
+    )
+
+
 def test_a_plan_for_another_cluster_is_refused(live):
     document = json.loads((live.folder / "plan.json").read_text().replace("node-a", "node-x"))
     (live.folder / "foreign.json").write_text(json.dumps(document))
