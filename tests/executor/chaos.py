@@ -34,7 +34,7 @@ from tests.executor.placements import placement
 ONE = placement({"a/0": {"chat": "fake-double"}, "b/0": {"chat": "fake-double"}})
 OTHER = placement({"a/1": {"chat": "fake-double"}, "b/1": {"chat": "fake-double"}})
 KINDS = ("worker", "agent", "gateway", "controller")
-_RECOVER_S = 60.0
+_RECOVER_S = 120.0
 _TIMING = LeaseTiming(ttl_s=0.5)
 
 
@@ -74,7 +74,7 @@ class _Load(threading.Thread):
             while not self.stopping.is_set():
                 self._chaos.unanswered += 1
                 try:
-                    await stub.ModelInfer(body, timeout=5)
+                    await stub.ModelInfer(body, timeout=30)
                     self._chaos.statuses["OK"] += 1
                 except grpc.aio.AioRpcError as error:
                     self._chaos.statuses[error.code().name] += 1
@@ -108,7 +108,7 @@ def run_chaos(folder: Path, kills: int, seed: int, limit_s: float = 600.0) -> Ch
             _recover(live, cluster, gateway)
             chaos.recovery_s[kind].append(time.monotonic() - start_s)
         load.stopping.set()
-        load.join(10.0)
+        load.join(60.0)
     return chaos
 
 

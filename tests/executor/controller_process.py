@@ -37,7 +37,7 @@ def doomed_apply(
     ]
     how = ["--step", at[0], "--outcome", at[1], "--digest", digest]
     command = [sys.executable, "-m", "tests.executor.controller_process", *where, *how]
-    return subprocess.run(command, cwd=ROOT, check=False, timeout=60, capture_output=True).returncode
+    return subprocess.run(command, cwd=ROOT, check=False, timeout=180, capture_output=True).returncode
 
 
 def main() -> None:

@@ -21,7 +21,7 @@ from executor.state import AgentState, DesiredGroup, DesiredReplica, DesiredStat
 from executor.tensors import encode_request
 
 FAKE = "tests.executor.fake_runtime:FakeRuntime"
-WAIT_S = 30.0
+WAIT_S = 120.0
 """How long anything may take before a test fails."""
 
 

@@ -97,7 +97,7 @@ async def site() -> AsyncIterator[Site]:
 
 def run(scenario: Callable[[Site], Coroutine[Any, Any, None]]) -> None:
     async def limited() -> None:
-        async with asyncio.timeout(30), site() as made:
+        async with asyncio.timeout(120), site() as made:
             await scenario(made)
 
     asyncio.run(limited())

@@ -47,7 +47,7 @@ class Site:
 
     def until_healthy(self) -> None:
         async def asking() -> None:
-            async with asyncio.timeout(30):
+            async with asyncio.timeout(120):
                 while True:
                     found = await status(cluster_of(self.a, self.b), [self.gateway.address])
                     routed = [replica for replica in found.replicas if replica.routed_by]

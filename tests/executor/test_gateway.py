@@ -48,7 +48,7 @@ class Door(NamedTuple):
 
     async def until(self, holds: Callable[[GatewayState], bool]) -> GatewayState:
         """Ask for the state until ``holds`` is true of it."""
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(120):
             while not holds(state := await self.state()):
                 await asyncio.sleep(0.01)
         return state
@@ -115,7 +115,7 @@ def table(
 
 def run(scenario: Coroutine[Any, Any, None]) -> None:
     async def limited() -> None:
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(120):
             await scenario
 
     asyncio.run(limited())
@@ -319,7 +319,7 @@ class TestHealth:
                     raise LookupError("a bug in the watch")
 
                 monkeypatch.setattr("executor.gateway_peer.view_of", broken)
-                async with asyncio.timeout(10):
+                async with asyncio.timeout(120):
                     while "a bug in the watch" not in caplog.text:
                         await asyncio.sleep(0.01)
 

@@ -113,7 +113,7 @@ def test_a_worker_that_hangs_in_a_batch_is_ended_and_counts_as_lost(tmp_path):
 def test_a_batch_may_take_ten_times_its_planned_latency(tmp_path):
     async def scenario():
         async with server(tmp_path, "fake-slow-20", run_limit_s=0.0) as (made, lost):
-            slow = replica("fake-slow-20", "fake-slow-20", max_batch=1, batch_latency_s=(WAIT_S,))
+            slow = replica("fake-slow-20", "fake-slow-20", max_batch=1, batch_latency_s=(30.0,))
             made.configure(key("fake-slow-20"), slow)
             await ask(made, "fake-slow-20")
             assert lost == []

@@ -87,7 +87,7 @@ def run(scenario: Callable[[Site], Coroutine[Any, Any, None]]) -> None:
         site = Site()
         await site.start()
         try:
-            async with asyncio.timeout(30):
+            async with asyncio.timeout(120):
                 await scenario(site)
         finally:
             await site.kill()

@@ -44,7 +44,7 @@ def requests(count: int, service: str = "chat", gap_s: float = 0.002) -> Request
 
 def run(scenario: Coroutine[Any, Any, None]) -> None:
     async def limited() -> None:
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(120):
             await scenario
 
     asyncio.run(limited())

@@ -55,7 +55,7 @@ def test_a_gateway_counts_how_requests_ended(tmp_path: Path) -> None:
             assert found["executor_gateway_requests_in_flight", ()] == 0
             await door.channel.close()
 
-    asyncio.run(asyncio.wait_for(scenario(), 30))
+    asyncio.run(asyncio.wait_for(scenario(), 120))
 
 
 def test_an_agent_counts_by_tritons_names_and_tells_statistics(tmp_path: Path) -> None:
@@ -84,7 +84,7 @@ def test_an_agent_counts_by_tritons_names_and_tells_statistics(tmp_path: Path) -
                 await agent.inference.ModelStatistics(inference.ModelStatisticsRequest(name="nobody"))
             assert caught.value.code() is grpc.StatusCode.NOT_FOUND
 
-    asyncio.run(asyncio.wait_for(scenario(), 60))
+    asyncio.run(asyncio.wait_for(scenario(), 120))
 
 
 @given(st.lists(st.floats(0, 100), max_size=50))
