@@ -15,7 +15,15 @@ from numpy.typing import NDArray
 
 from executor.runtime.protocol import TensorSpec, UnknownVariant, batch_of
 
-NAMES = ("timed-20-0-37500", "timed-20-2-4", "timed-30-2-4", "timed-0-0-4", "timed-5-1-4")
+NAMES = (
+    "timed-20-0-37500",
+    "timed-20-2-4",
+    "timed-30-2-4",
+    "timed-0-0-4",
+    "timed-5-1-4",
+    "timed-40-4-4",
+    "timed-10-2-4",
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
