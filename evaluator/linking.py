@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,7 +25,7 @@ from numba.core.registry import CPUDispatcher
 
 from plans import dispatch
 
-__all__ = ["COMPILED_MODULES", "Part", "entry_point", "on_compilation", "source_digest"]
+__all__ = ["COMPILED_MODULES", "Part", "entry_point", "on_compilation", "source_digest", "working_clock"]
 
 # mypy: disable-error-code="misc,no-untyped-call"
 # numba's classes have hardly any types.
@@ -160,3 +161,11 @@ def on_compilation(tell: Callable[[], None]) -> Iterator[None]:
     """Call ``tell`` when something has to be compiled in the block, before that takes its seconds; once at most."""
     with event.install_listener("numba:compile", _Once(tell)):
         yield
+
+
+@contextmanager
+def working_clock() -> Iterator[Callable[[], float]]:
+    """Yield a clock, in seconds, that stands still while something is compiled, which is done once on a machine."""
+    compiling = event.TimingListener()
+    with event.install_listener("numba:compile", compiling):
+        yield lambda: time.perf_counter() - (compiling.duration if compiling.done else 0.0)

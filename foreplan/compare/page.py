@@ -70,11 +70,11 @@ def render(title: str, outcomes: Sequence[Outcome], regrets: Sequence[Regret], r
         "significant). Dropped and failed requests count as missed."
     )
     parts = [f'<h1>{escape(title)}</h1><p class="lead">{escape(lead)}</p>{notes}']
-    parts.append(f'<div class="card">{table(COLUMNS, rows(outcomes, regrets), text_columns=1)}</div>')
-    axes: tuple[tuple[str, str, Callable[[Point], float | None]], ...] = (
+    parts.append(_card(table(COLUMNS, _unbroken(rows(outcomes, regrets)), text_columns=1)))
+    axes: tuple[tuple[str, str, Callable[[Point], float | str]], ...] = (
         ("Attainment against load", "load, as a multiple of the recorded rate", lambda point: point.load),
         ("Attainment against deadlines", "deadlines, as a multiple of the SLO", lambda point: point.slo_scale),
-        ("Attainment against burstiness", "coefficient of variation of the gaps", lambda point: point.burstiness_cv),
+        ("Attainment against burstiness", "coefficient of variation of the gaps", lambda point: _where(point)[2]),
     )
     for heading, label, place in axes:
         along = [point for point in points if _only_differs(point, base, place)]
@@ -103,30 +103,49 @@ def _regret_section(regrets: Sequence[Regret]) -> str:
         for each in regrets
     ]
     columns = ("load", "SLO scale", "burstiness", "best in hindsight", "its goodput (rps)", "bound (rps)", "regret")
-    drawn = table(columns, lines, text_columns=0)
-    return f'<h2>Regret</h2><p class="lead">{lead}</p><div class="card">{drawn}</div>'
+    return f'<h2>Regret</h2><p class="lead">{lead}</p>{_card(table(columns, lines, text_columns=0))}'
+
+
+def _card(drawn: str) -> str:
+    return f'<div class="card" style="overflow-x:auto">{drawn}</div>'
+
+
+def _unbroken(lines: Sequence[Sequence[str]]) -> list[list[str]]:
+    """Return ``lines`` with numbers that stay on one line."""
+    return [[line[0], *(cell.replace(" ", "\u00a0") for cell in line[1:])] for line in lines]
 
 
 def _along(
-    outcomes: Sequence[Outcome], points: Sequence[Point], place: Callable[[Point], float | None], label: str
+    outcomes: Sequence[Outcome], points: Sequence[Point], place: Callable[[Point], float | str], label: str
 ) -> Any:
     figure = go.Figure()
     for position, name in enumerate(_policies(outcomes)):
         mine = [outcome for outcome in outcomes if outcome.policy == name and outcome.point in points]
-        mine.sort(key=lambda outcome: place(outcome.point) or 0.0)
+        mine.sort(key=lambda outcome: _order(outcome.point))
         found = [mean_interval(outcome.attainments) for outcome in mine]
-        bars = [0.0 if each.high is None else (each.high - each.mean) * 100 for each in found]
+        above = [0.0 if each.high is None else (min(each.high, 1.0) - each.mean) * 100 for each in found]
+        below = [0.0 if each.low is None else (each.mean - max(each.low, 0.0)) * 100 for each in found]
         figure.add_scatter(
             x=[place(outcome.point) for outcome in mine],
             y=[each.mean * 100 for each in found],
-            error_y={"type": "data", "array": bars, "thickness": 1, "visible": any(bars)},
+            error_y={
+                "type": "data",
+                "array": above,
+                "arrayminus": below,
+                "symmetric": False,
+                "thickness": 1,
+                "visible": any(above) or any(below),
+            },
             name=name,
             mode="lines+markers",
             line={"color": _color(position)},
         )
-    figure.update_xaxes(title_text=label)
-    lowest = min(value for line in figure.data for value in line.y)
-    figure.update_yaxes(title_text="attainment (%)", range=[max(0.0, lowest - 3), 100.5])
+    named = any(isinstance(place(point), str) for point in points)
+    figure.update_xaxes(title_text=label, type="category" if named else "linear")
+    lowest = min(
+        value - down for line in figure.data for value, down in zip(line.y, line.error_y.arrayminus, strict=True)
+    )
+    figure.update_yaxes(title_text="attainment (%)", range=[max(0.0, lowest - max(0.5, (100 - lowest) / 10)), 100.5])
     return _styled(figure)
 
 
@@ -188,7 +207,7 @@ def _base(points: Sequence[Point]) -> Point:
     return next((point for point in points if point == Point()), points[0])
 
 
-def _only_differs(point: Point, base: Point, place: Callable[[Point], float | None]) -> bool:
+def _only_differs(point: Point, base: Point, place: Callable[[Point], float | str]) -> bool:
     """Whether ``point`` lies on the axis ``place`` through ``base``."""
     fields = [(point.load, base.load), (point.slo_scale, base.slo_scale), (point.burstiness_cv, base.burstiness_cv)]
     return sum(mine != other for mine, other in fields) == (place(point) != place(base))

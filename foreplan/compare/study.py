@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -13,6 +12,7 @@ import pandas as pd
 
 from evaluator import Settings as SimulationSettings
 from evaluator import evaluate
+from evaluator.linking import working_clock
 from evaluator.policy import Situation
 from evaluator.sweep import Engine, Job, code_digest, key_of, run_jobs
 from foreplan.batch import BLOCKS
@@ -122,7 +122,7 @@ class Outcome:
         policy: Its name.
         point: Where.
         gpus: GPUs that its plan uses.
-        decide_s: Seconds that its decision took.
+        decide_s: Seconds that its decision took, those of compiling the simulator left out.
         mode: Mode of the simulation.
         samples: One per seed, in order.
     """
@@ -197,6 +197,11 @@ def compare(
 
 def _run(study: Study, name: str, point: Point, seeds: int) -> dict[str, Any]:
     """Plan at ``point`` and serve every seed; the work of one job."""
+    with working_clock() as clock:
+        return _served(study, name, point, seeds, clock)
+
+
+def _served(study: Study, name: str, point: Point, seeds: int, clock: Callable[[], float]) -> dict[str, Any]:
     chosen = policy(name, study.planning, study.polish_s)
     planned = study.at(point, 0)
     demand = with_stages(
@@ -211,9 +216,9 @@ def _run(study: Study, name: str, point: Point, seeds: int) -> dict[str, Any]:
         history=planned.history,
         seed=study.planning.seed,
     )
-    started_s = time.perf_counter()
+    started_s = clock()
     decision = chosen.decide(situation)
-    decide_s = time.perf_counter() - started_s
+    decide_s = clock() - started_s
     samples = []
     mode = ""
     for seed in range(seeds):
@@ -226,7 +231,7 @@ def _run(study: Study, name: str, point: Point, seeds: int) -> dict[str, Any]:
             settings=settings,
             cluster=served.cluster,
             profiles=served.profiles,
-            controller=Replanner(chosen, situation) if study.replan_s else None,
+            controller=Replanner(chosen, situation, clock=clock) if study.replan_s else None,
             interval_s=study.replan_s or 60.0,
         )
         mode = found.mode

@@ -1,11 +1,13 @@
 """Compiled functions are compiled once per type of world, and found again under names of their own."""
 
+import time
+
 import numba
 import numpy as np
 import pytest
-from numba.core import types
+from numba.core import event, types
 
-from evaluator.linking import Part, entry_point, on_compilation, source_digest
+from evaluator.linking import Part, entry_point, on_compilation, source_digest, working_clock
 
 FIELDS = np.dtype([("narrow", np.int32), ("wide", np.int64), ("flag", np.int8), ("time_s", np.float64)], align=True)
 
@@ -77,3 +79,20 @@ def test_compilation_is_told_once_and_only_where_there_is_some():
 def test_nothing_is_swallowed_on_the_way():
     with pytest.raises(ZeroDivisionError), on_compilation(lambda: None):
         raise ZeroDivisionError
+
+
+def test_a_working_clock_leaves_compilation_out():
+    """Law: what the clock has moved is at most the time that passed less the time that compilation took."""
+    spent = event.TimingListener()
+
+    @numba.njit
+    def times(x):
+        return x * 3
+
+    with event.install_listener("numba:compile", spent), working_clock() as clock:
+        started_s, before_s = time.perf_counter(), clock()
+        times(2)
+        moved_s = clock() - before_s
+        passed_s = time.perf_counter() - started_s
+    assert spent.duration > 0
+    assert 0 <= moved_s <= passed_s - 0.9 * spent.duration

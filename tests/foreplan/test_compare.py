@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 
 import pytest
 
@@ -120,6 +121,17 @@ def test_the_page_and_the_table_tell_every_outcome(study, outcomes):
     for heading in ("against load", "against deadlines", "against burstiness", "Latency", "over time", "Regret"):
         assert heading in page
     assert "a remark" in page
+
+
+def test_the_axis_of_burstiness_shows_the_recorded_trace_and_bars_end_at_everything(outcomes):
+    page = render("Policies", outcomes, [], [])
+    figures = [
+        json.loads(text) for text in re.findall(r'Plotly\.newPlot\(\s*"[^"]+",\s*(\[.*?\]),\s*\{"', page, re.DOTALL)
+    ]
+    along = next(lines for lines in figures if "cv 3" in lines[0]["x"])
+    assert all(line["x"] == ["as recorded", "cv 3"] for line in along)
+    for line in (line for lines in figures for line in lines if "error_y" in line):
+        assert all(y + up <= 100 + 1e-9 for y, up in zip(line["y"], line["error_y"]["array"], strict=True))
 
 
 def test_a_policy_that_serves_nothing_is_shown_and_a_bound_that_others_exceed_is_not(study):
