@@ -45,7 +45,10 @@ _MOST_CONCURRENCY = 1024
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
-    """How to simulate. The defaults are what the executor does; docs/evaluator.md says exactly what each means.
+    """How to simulate; docs/evaluator.md says exactly what each setting means.
+
+    The defaults are what the executor does, but for what it costs (`overhead_s`, `response_s`) and for the routing:
+    gateways correct the weights of the plan by the waits of replicas (``corrected``), which weights alone leave out.
 
     Attributes:
         seed: Of every draw.
