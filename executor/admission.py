@@ -16,12 +16,16 @@ __all__ = ["NodeFacts", "placement_faults"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NodeFacts:
-    """What a node has: its name, its devices, memory of each in bytes, and the variants that its runtime knows."""
+    """What a node has: its name, its devices, memory of each in bytes, and the variants that its runtime knows.
+
+    With ``swaps`` the models of a group of one device take turns there, but for those that generate.
+    """
 
     node: str
     device_count: int
     memory_bytes: int
     variants: Collection[str]
+    swaps: bool = False
 
 
 def placement_faults(desired: DesiredState, facts: NodeFacts) -> tuple[Fault, ...]:
@@ -61,9 +65,13 @@ def _group_faults(group: DesiredGroup, facts: NodeFacts) -> Iterator[Fault]:
 def _memory_faults(desired: DesiredState, facts: NodeFacts) -> Iterator[Fault]:
     used: dict[int, int] = defaultdict(int)
     for group in desired.groups:
-        for replica in group.replicas:
-            for gpu, size in zip(group.gpus, replica.memory_bytes, strict=True):
-                used[gpu] += size
+        for position, gpu in enumerate(group.gpus):
+            sizes = [(replica.memory_bytes[position], replica.generation is not None) for replica in group.replicas]
+            if facts.swaps and len(group.gpus) == 1:
+                used[gpu] += sum(size for size, stays in sizes if stays)
+                used[gpu] += max((size for size, stays in sizes if not stays), default=0)
+            else:
+                used[gpu] += sum(size for size, _ in sizes)
     for gpu, size in sorted(used.items()):
         if size > facts.memory_bytes:
             found = f"{size} bytes ({format_bytes(size)})"

@@ -67,6 +67,8 @@ class AgentConfig:
         compiled: Whether workers run batches by torch.compile.
         cuda_graphs: Whether workers replay CUDA graphs.
         host_cache_bytes: Weights that each worker of one device keeps in host memory, to load models again quickly.
+        swap_models: Whether models of a one-device group that the device cannot hold together are swapped between
+            batches, from the host cache; without it such a plan is refused.
         pin_cores: Whether each device's worker gets processor cores of its own, as many as ``threads``.
         max_message_bytes: Largest message taken or sent.
         drain_s: How long a replica that left the plan may go on answering what it has taken.
@@ -94,6 +96,7 @@ class AgentConfig:
     compiled: bool = False
     cuda_graphs: bool = False
     host_cache_bytes: int = 0
+    swap_models: bool = False
     pin_cores: bool = False
     max_message_bytes: int = 64 * 2**20
     drain_s: float = 30.0
@@ -114,6 +117,9 @@ class AgentConfig:
             faults.append(Fault(field="node", found="''", expected="the name of the node in the cluster document"))
         if self.host_cache_bytes < 0:
             faults.append(Fault(field="host_cache_bytes", found=str(self.host_cache_bytes), expected="at least 0"))
+        if self.swap_models and (self.host_cache_bytes < 1 or self.compiled or self.cuda_graphs):
+            expected = "a host cache, and neither compiled models nor CUDA graphs"
+            faults.append(Fault(field="swap_models", found="swapping without", expected=expected))
         if self.drain_s < 0:
             faults.append(Fault(field="drain_s", found=str(self.drain_s), expected="at least 0 seconds"))
         if faults:
@@ -229,6 +235,7 @@ def _node_settings(config: AgentConfig) -> NodeSettings:
             compiled=config.compiled,
             cuda_graphs=config.cuda_graphs,
             host_cache_bytes=config.host_cache_bytes,
+            swap_bytes=config.memory_bytes if config.swap_models else 0,
             cores=own_cores(config.device_count, config.threads) if config.pin_cores else (),
             log_level=config.log_level,
         ),

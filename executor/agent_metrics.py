@@ -47,6 +47,8 @@ def _inference(counters: dict[str, list[Counters]]) -> Iterator[Metric]:
         ("nv_inference_queue_duration_us", "Of it, until the batch started.", []),
         ("nv_inference_compute_infer_duration_us", "Time that batches ran.", []),
         ("executor_requests_dropped", "Requests refused because they could not be met, or given up.", []),
+        ("executor_model_swaps", "Batches that waited for their model to be brought to the device.", []),
+        ("executor_model_swap_seconds", "How long they did.", []),
     ]
     for service, mine in counters.items():
         values: list[float] = [
@@ -58,6 +60,8 @@ def _inference(counters: dict[str, list[Counters]]) -> Iterator[Metric]:
             sum(one.queue_s for one in mine) * 1e6,
             sum(one.run_s for one in mine) * 1e6,
             sum(one.dropped for one in mine),
+            sum(one.swaps for one in mine),
+            sum(one.swap_s for one in mine),
         ]
         for row, value in zip(rows, values, strict=True):
             row[2].append((service, value))

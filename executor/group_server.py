@@ -454,6 +454,8 @@ class GroupServer:
             return
         done = future.result()
         assert isinstance(done, Done)
+        if done.swap_s and batch.key in self.counters:
+            self.counters[batch.key].swapped(done.swap_s)
         try:
             self._deliver(batch, done, link)
         except (OSError, ValueError):

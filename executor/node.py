@@ -48,6 +48,10 @@ class NodeSettings:
     spare_worker: bool = True
 
 
+_ANY_BYTES = 2**62
+"""Where workers swap models, nothing has to wait for memory that others hold."""
+
+
 class Node:
     """Moves a node from one generation to the next.
 
@@ -77,7 +81,7 @@ class Node:
         self.staged: DesiredState | None = None
         self.upkeep = Upkeep(
             settings.worker,
-            memory_bytes=settings.memory_bytes,
+            memory_bytes=_ANY_BYTES if settings.worker.swap_bytes else settings.memory_bytes,
             drain_s=settings.drain_s,
             on_change=on_change,
             clock=clock,
@@ -145,6 +149,7 @@ class Node:
             node=self.settings.node,
             device_count=self.settings.device_count,
             memory_bytes=self.settings.memory_bytes,
+            swaps=self.settings.worker.swap_bytes > 0,
             variants=variants,
         )
         return placement_faults(desired, facts)

@@ -26,6 +26,8 @@ class Counters:
         run_s: That batches ran.
         failed_s: From submission to the end, of the requests dropped and failed.
         last_ms: When the last batch ended, milliseconds since the epoch.
+        swaps: Batches that waited for their model to be brought to the device.
+        swap_s: How long they did.
         batch_sizes: How many batches there were of each size, in items.
         batch_run_s: The time they ran.
     """
@@ -40,8 +42,15 @@ class Counters:
     run_s: float = 0.0
     failed_s: float = 0.0
     last_ms: int = 0
+    swaps: int = 0
+    swap_s: float = 0.0
     batch_sizes: Counter[int] = field(default_factory=Counter)
     batch_run_s: dict[int, float] = field(default_factory=dict)
+
+    def swapped(self, swap_s: float) -> None:
+        """Count a batch that waited for its model to be brought to the device."""
+        self.swaps += 1
+        self.swap_s += swap_s
 
     def ran(self, items: int, run_s: float, ended_ms: int) -> None:
         """Count a batch of ``items`` items that ended well."""

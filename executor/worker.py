@@ -215,7 +215,8 @@ class Worker:
         inputs = {place.name: self._segment.array(place) for place in message.inputs}
         start_s = time.perf_counter()
         outputs = model.run(inputs)
-        return self._done(message, outputs, time.perf_counter() - start_s)
+        swap_s: float = getattr(model, "last_swap_s", 0.0)
+        return self._done(message, outputs, time.perf_counter() - start_s - swap_s, swap_s)
 
     def _iterate(self, message: Iterate) -> Iterated:
         sequences = self._sequences.get(message.variant)
@@ -227,9 +228,9 @@ class Worker:
         tokens = sequences.prefill(message.prefill) if message.prefill else sequences.decode(message.decode)
         return Iterated(call=message.call, tokens=tuple(tokens), run_s=time.perf_counter() - start_s)
 
-    def _done(self, message: Run, outputs: Mapping[str, NDArray[Any]], run_s: float) -> Done:
+    def _done(self, message: Run, outputs: Mapping[str, NDArray[Any]], run_s: float, swap_s: float = 0.0) -> Done:
         places = self._segment.write_outputs(outputs, message.output_offset_bytes, message.output_capacity_bytes)
-        return Done(call=message.call, outputs=places, run_s=run_s)
+        return Done(call=message.call, outputs=places, run_s=run_s, swap_s=swap_s)
 
     def _send(self, message: FromWorker) -> None:
         try:
@@ -275,6 +276,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--compile", action="store_true", help="run batches by torch.compile")
     parser.add_argument("--cuda-graphs", action="store_true", help="replay CUDA graphs")
     parser.add_argument("--host-cache", type=int, default=0, help="bytes of weights to keep in host memory")
+    parser.add_argument("--device-memory", type=int, default=0, help="bytes of the device, to swap models within")
     parser.add_argument("--cores", default="", help="run on these processor cores only, separated by commas")
     parser.add_argument("--log-level", default="INFO")
     return parser
@@ -298,6 +300,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 **({"compiled": True} if options.compile else {}),
                 **({"cuda_graphs": True} if options.cuda_graphs else {}),
                 **({"host_cache_bytes": options.host_cache} if options.host_cache else {}),
+                **({"device_bytes": options.device_memory} if options.device_memory else {}),
             )
         except ForeplanError as error:
             connection.sendall(encode_from_worker(Failed(call=0, problem=str(error), invalid_input=True)))

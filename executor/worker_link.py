@@ -58,6 +58,8 @@ class WorkerSettings:
         compiled: Run batches by torch.compile.
         cuda_graphs: Replay CUDA graphs.
         host_cache_bytes: Weights that a worker of one device keeps in host memory, to load models again quickly.
+        swap_bytes: Memory of a device: models of a worker that need more together are swapped between batches, from the
+            host cache. 0 for no swapping.
         cores: Processor cores of the node; each device's worker runs on ``threads`` of them. Empty leaves it to the
             operating system.
         log_level: Of the worker's own log.
@@ -74,6 +76,7 @@ class WorkerSettings:
     compiled: bool = False
     cuda_graphs: bool = False
     host_cache_bytes: int = 0
+    swap_bytes: int = 0
     cores: tuple[int, ...] = ()
     log_level: str = "INFO"
     run_limit_s: float = 10.0
@@ -173,9 +176,7 @@ class WorkerLink(asyncio.Protocol):
         ready = self._ready.result()
         return ready.variants if isinstance(ready, Ready) else ()
 
-    async def load(
-        self, variant: str, max_batch: int, shape: tuple[int, int] = (1, 1), *, kv_bytes: int = 0
-    ) -> Loaded:
+    async def load(self, variant: str, max_batch: int, shape: tuple[int, int] = (1, 1), *, kv_bytes: int = 0) -> Loaded:
         """Load a variant, in place of an older load of it; ``shape`` is tensor and pipeline parallelism.
 
         With ``kv_bytes`` a model that can generate gets so much key-value memory.
@@ -365,6 +366,7 @@ def _command(settings: WorkerSettings, gpus: tuple[int, ...], connection: int, s
     command += ["--compile"] if settings.compiled else []
     command += ["--cuda-graphs"] if settings.cuda_graphs else []
     command += [f"--host-cache={settings.host_cache_bytes}"] if settings.host_cache_bytes else []
+    command += [f"--device-memory={settings.swap_bytes}"] if settings.swap_bytes and len(gpus) == 1 else []
     if settings.cores:
         command.append(f"--cores={','.join(map(str, cores_of(gpus, settings.threads, settings.cores)))}")
     return command + ([f"--model-dir={settings.model_dir}"] if settings.model_dir else [])

@@ -67,8 +67,8 @@ class TensorPlace:
 class Load:
     """Load ``variant`` for batches up to ``max_batch``; a variant that is loaded already is replaced.
 
-    ``shape`` is tensor and pipeline parallelism over the worker's devices. ``kv_bytes`` is key-value memory to set aside
-    where the model generates; 0 when it shall not.
+    ``shape`` is tensor and pipeline parallelism over the worker's devices. ``kv_bytes`` is key-value memory to set
+    aside where the model generates; 0 when it shall not.
     """
 
     call: int
@@ -158,11 +158,12 @@ class Iterated:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Done:
-    """Answer to `Run`."""
+    """Answer to `Run`; before it ran, the batch waited ``swap_s`` seconds for its model to be brought to the device."""
 
     call: int
     outputs: tuple[TensorPlace, ...]
     run_s: float
+    swap_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -225,9 +226,7 @@ def encode_to_worker(message: ToWorker) -> bytes:
                     variant=message.variant,
                     kv_tokens=message.kv_tokens,
                     freed=message.freed,
-                    prefill=[
-                        pb.ToWorker.Context(sequence=number, tokens=tokens) for number, tokens in message.prefill
-                    ],
+                    prefill=[pb.ToWorker.Context(sequence=number, tokens=tokens) for number, tokens in message.prefill],
                     decode=message.decode,
                 )
             )
@@ -300,7 +299,9 @@ def encode_from_worker(message: FromWorker) -> bytes:
             )
         case Done():
             outputs = [_place_to_proto(place) for place in message.outputs]
-            body = pb.FromWorker(done=pb.FromWorker.Done(call=message.call, outputs=outputs, run_s=message.run_s))
+            body = pb.FromWorker(
+                done=pb.FromWorker.Done(call=message.call, outputs=outputs, run_s=message.run_s, swap_s=message.swap_s)
+            )
         case Freed():
             body = pb.FromWorker(freed=pb.FromWorker.Freed(call=message.call))
         case Unloaded():
@@ -341,7 +342,7 @@ def decode_from_worker(body: bytes) -> FromWorker:
         case "done":
             done = message.done
             outputs = tuple(_place_from_proto(place) for place in done.outputs)
-            return Done(call=done.call, outputs=outputs, run_s=done.run_s)
+            return Done(call=done.call, outputs=outputs, run_s=done.run_s, swap_s=done.swap_s)
         case "freed":
             return Freed(call=message.freed.call)
         case "unloaded":

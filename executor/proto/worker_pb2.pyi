@@ -150,14 +150,16 @@ class FromWorker(_message.Message):
         shape: _containers.RepeatedScalarFieldContainer[int]
         def __init__(self, name: _Optional[str] = ..., datatype: _Optional[str] = ..., shape: _Optional[_Iterable[int]] = ...) -> None: ...
     class Done(_message.Message):
-        __slots__ = ("call", "outputs", "run_s")
+        __slots__ = ("call", "outputs", "run_s", "swap_s")
         CALL_FIELD_NUMBER: _ClassVar[int]
         OUTPUTS_FIELD_NUMBER: _ClassVar[int]
         RUN_S_FIELD_NUMBER: _ClassVar[int]
+        SWAP_S_FIELD_NUMBER: _ClassVar[int]
         call: int
         outputs: _containers.RepeatedCompositeFieldContainer[TensorRef]
         run_s: float
-        def __init__(self, call: _Optional[int] = ..., outputs: _Optional[_Iterable[_Union[TensorRef, _Mapping]]] = ..., run_s: _Optional[float] = ...) -> None: ...
+        swap_s: float
+        def __init__(self, call: _Optional[int] = ..., outputs: _Optional[_Iterable[_Union[TensorRef, _Mapping]]] = ..., run_s: _Optional[float] = ..., swap_s: _Optional[float] = ...) -> None: ...
     class Freed(_message.Message):
         __slots__ = ("call",)
         CALL_FIELD_NUMBER: _ClassVar[int]

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from executor.runtime.protocol import LoadedModel
 from executor.runtime.torch_runtime import TorchRuntime
 from plans.errors import InvalidInput
+
+if TYPE_CHECKING:
+    from executor.runtime.swapping import SwappingTorchRuntime
 
 __all__ = ["TorchGroupRuntime"]
 
@@ -23,6 +27,8 @@ class TorchGroupRuntime:
         compiled: Run batches by torch.compile; on one device.
         cuda_graphs: Replay CUDA graphs; on one device.
         host_cache_bytes: Weights kept in host memory so that models are loaded again quickly; on one device.
+        device_bytes: What models may take on the device together; above that they are swapped between batches, from
+            host memory. 0 leaves that to the caller.
 
     Raises:
         InvalidInput: An argument is wrong.
@@ -38,9 +44,20 @@ class TorchGroupRuntime:
         compiled: bool = False,
         cuda_graphs: bool = False,
         host_cache_bytes: int = 0,
+        device_bytes: int = 0,
     ) -> None:
-        self._single: TorchRuntime | None = None
-        if len(devices) == 1 and host_cache_bytes:
+        self._single: TorchRuntime | SwappingTorchRuntime | None = None
+        if device_bytes and (len(devices) > 1 or compiled or cuda_graphs or not host_cache_bytes):
+            found = f"{len(devices)} devices" + ", compiled" * compiled + ", CUDA graphs" * cuda_graphs
+            expected = "one device with a host cache, neither compiled nor with CUDA graphs, to swap models"
+            raise InvalidInput.of(expected, field="devices", found=f"{found}, {host_cache_bytes} bytes of host cache")
+        if device_bytes:
+            from executor.runtime.swapping import SwappingTorchRuntime
+
+            self._single = SwappingTorchRuntime(
+                devices[0], dtype, threads, model_dir, budget_bytes=host_cache_bytes, device_bytes=device_bytes
+            )
+        elif len(devices) == 1 and host_cache_bytes:
             from executor.runtime.host_cache import CachingTorchRuntime
 
             self._single = CachingTorchRuntime(

@@ -89,11 +89,23 @@ class CachingTorchRuntime(TorchRuntime):
         super().__init__(device, dtype, threads, model_dir, compiled=compiled, cuda_graphs=cuda_graphs)
         if budget_bytes < 1:
             raise InvalidInput.of("at least 1 byte", field="host_cache_bytes", found=budget_bytes)
-        self._place = torch.device(device)
+        self.place = torch.device(device)
         self.cache = HostCache(budget_bytes)
 
     def build(self, variant: str) -> Recipe:
         """Return what is kept of ``variant``, on the device; else build it, and keep it where the budget allows.
+
+        Raises:
+            UnknownVariant: Neither the registry nor the folder has the model.
+            InvalidInput: The model's folder is damaged.
+        """
+        recipe = self.host_recipe(variant)
+        if self.place.type == "cpu":
+            return recipe
+        return placed_copy(recipe[0], self.place), *recipe[1:]
+
+    def host_recipe(self, variant: str) -> Recipe:
+        """Return what is kept of ``variant``; else build it, and keep it where the budget allows.
 
         Raises:
             UnknownVariant: Neither the registry nor the folder has the model.
@@ -104,11 +116,9 @@ class CachingTorchRuntime(TorchRuntime):
             module, inputs, wanted = super().build(variant)
             recipe = module.to(self.dtype).eval().requires_grad_(False), inputs, wanted
             kept = self.cache.put(variant, recipe)
-            if kept and self._place.type == "cuda":
+            if kept and self.place.type == "cuda":
                 _pin(recipe[0])
-        if self._place.type == "cpu":
-            return recipe
-        return placed_copy(recipe[0], self._place), *recipe[1:]
+        return recipe
 
 
 def size_bytes(module: torch.nn.Module) -> int:

@@ -237,7 +237,9 @@ class GroupRuntime(Protocol):
     def load(self, variant: str, max_batch: int, shape: tuple[int, int] = (1, 1)) -> LoadedModel:
         """Load ``variant`` in ``shape``, tensor and pipeline parallelism, whose product is the number of devices.
 
-        A pipelined model is a `PipelinedModel`. A model with a ``close`` is closed when it is unloaded or replaced.
+        A pipelined model is a `PipelinedModel`. A model with a ``close`` is closed when it is unloaded or replaced. One
+        with a ``last_swap_s`` may be off its device between batches: these are the seconds that its last `run` waited
+        for it to be brought there, 0 when it was there.
 
         Raises:
             UnknownVariant: There is no such model.

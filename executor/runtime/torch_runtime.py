@@ -171,6 +171,10 @@ class TorchRuntime:
             torch.cuda.synchronize(self._device)
 
 
+_PARKED = torch.nn.Module()
+"""In place of a module that is not on the device."""
+
+
 class TorchModel:
     """A module on its device; see `executor.runtime.protocol.LoadedModel`. Made by `TorchRuntime.load`."""
 
@@ -229,6 +233,14 @@ class TorchModel:
         """Drop the CUDA graphs that were recorded, with their memory; they are recorded again when needed."""
         if isinstance(self._run, GraphedModule):
             self._run.forget()
+
+    def park(self) -> None:
+        """Let go of the module; nothing runs until `unpark`."""
+        self._run = self._module = _PARKED
+
+    def unpark(self, module: torch.nn.Module) -> None:
+        """Take ``module``, on the device, in place of the one that was parked."""
+        self._run = self._module = module
 
     def example(self, batch: int, seed: int = 0) -> dict[str, NDArray[Any]]:
         """Return valid random inputs for ``batch`` items; the same seed gives the same values."""

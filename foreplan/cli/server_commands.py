@@ -39,6 +39,9 @@ def agent(
     host_cache: Annotated[
         str, typer.Option(metavar="BYTES", help="Weights kept in host memory for each device, to swap models quickly.")
     ] = "0B",
+    swap: Annotated[
+        bool, typer.Option("--swap", help="Swap models that a device cannot hold together; takes a --host-cache.")
+    ] = False,
     pin_cores: Annotated[
         bool, typer.Option("--pin-cores", help="Give each device's worker --threads cores of its own.")
     ] = False,
@@ -87,6 +90,7 @@ def agent(
         compiled=compiled,
         cuda_graphs=cuda_graphs,
         host_cache_bytes=_size_bytes(host_cache, "--host-cache"),
+        swap_models=swap,
         pin_cores=pin_cores,
         log_level=log_level,
         metrics=metrics,

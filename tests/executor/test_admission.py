@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from executor.admission import NodeFacts, placement_faults
-from executor.state import DesiredGroup
+from executor.state import DesiredGroup, GenerationRules
 from tests.executor.running_agent import desired, replica
 
 FACTS = NodeFacts(node="node-a", device_count=2, memory_bytes=250, variants=("fake-double",))
@@ -25,6 +25,15 @@ def test_memory_is_summed_over_the_replicas_of_a_device():
     assert len(found) == 1
     assert "251 bytes" in found[0]
     assert "device 0" in found[0]
+
+
+def test_models_that_take_turns_need_room_for_the_largest_but_those_that_generate_stay() -> None:
+    facts = dataclasses.replace(FACTS, swaps=True)
+    stays = replica("c", memory_bytes=(100,), generation=GenerationRules(ttft_s=1.0, tpot_s=1.0, kv_bytes=10))
+    turns = [replica("a", memory_bytes=(150,)), replica("b", memory_bytes=(140,))]
+    assert placement_faults(desired(1, g0=[stays, *turns]), facts) == ()
+    (fault,) = placement_faults(desired(1, g0=[stays, *turns, replica("d", memory_bytes=(151,))]), facts)
+    assert "251 bytes" in str(fault)
 
 
 @pytest.mark.parametrize(
