@@ -11,12 +11,15 @@ from planner.prediction import latency_model, predict
 from planner.recourse import routed_in
 from planner.space import Placed, Placement, PlanningSpace
 from planner.unserved import unserved
+from plans.cluster import Cluster
+from plans.demand import Demand
 from plans.documents import canonical_digest
 from plans.plan import Contingency, Group, LoadoutEntry, Plan, Prior, Route, SolverReport, Tier, TokenRules
-from plans.service import GenerationService
+from plans.service import GenerationService, Services
 from profiles.generation import prefill_points
+from profiles.library import ProfileLibrary
 
-__all__ = ["assemble", "solver_report"]
+__all__ = ["assemble", "digests_of", "solver_report"]
 
 
 def assemble(
@@ -44,12 +47,7 @@ def assemble(
     return Plan(
         tool_version=tool_version,
         created_at=created_at,
-        inputs={
-            "cluster": canonical_digest([problem.cluster]),
-            "services": canonical_digest([problem.services]),
-            "profiles": problem.profiles.digest,
-            "demand": canonical_digest([problem.demand]),
-        },
+        inputs=digests_of(problem.cluster, problem.services, problem.profiles, problem.demand),
         prior=_prior(running),
         solver=report,
         groups=_groups(space, placement),
@@ -60,6 +58,16 @@ def assemble(
         unserved=left_out,
         warnings=tuple(notes),
     )
+
+
+def digests_of(cluster: Cluster, services: Services, profiles: ProfileLibrary, demand: Demand) -> dict[str, str]:
+    """Return the digests by which a plan names what it was made from."""
+    return {
+        "cluster": canonical_digest([cluster]),
+        "services": canonical_digest([services]),
+        "profiles": profiles.digest,
+        "demand": canonical_digest([demand]),
+    }
 
 
 def solver_report(

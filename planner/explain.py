@@ -132,9 +132,7 @@ class Explanation:
 
 def _wrapped(text: str) -> list[str]:
     """Return ``text`` in lines of a screen's width."""
-    return textwrap.wrap(
-        text, _SCREEN_COLUMNS, initial_indent=" " * (len(text) - len(text.lstrip())), subsequent_indent="      "
-    )
+    return textwrap.wrap(text, _SCREEN_COLUMNS, subsequent_indent="      ")
 
 
 def explain(

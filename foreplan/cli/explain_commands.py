@@ -11,10 +11,21 @@ import typer
 from foreplan.cli.command import command
 from foreplan.cli.options import ClusterFile, DemandFile, ProfilesDir, ServicesFile, TraceFile, read_demand
 from foreplan.cli.output import Output
-from foreplan.cli.plan_options import Attainment, Headroom, KeepAfterLoss, Quantile, Window
+from foreplan.cli.plan_options import (
+    AddNodes,
+    Attainment,
+    Headroom,
+    KeepAfterLoss,
+    Quantile,
+    RemoveNodes,
+    ScaleDemand,
+    Window,
+)
 
 if TYPE_CHECKING:
+    from foreplan.planning import Inputs
     from planner import Problem
+    from plans.plan import Plan
 
 __all__ = ["register"]
 
@@ -42,14 +53,19 @@ def explain(
     headroom: Headroom = 0.05,
     attainment: Attainment = None,
     keep_after_loss: KeepAfterLoss = 0.0,
+    add: AddNodes = None,
+    remove: RemoveNodes = None,
+    scale_demand: ScaleDemand = 1.0,
     window: Window = 60.0,
 ) -> None:
     """Say why a service is placed as it is: what binds, and why not otherwise; or why there is no plan at all.
 
     A plan is explained with the settings it was made with; --quantile, --headroom, --attainment and --keep-after-loss
-    are for --infeasible, which has no plan to take them from.
+    are for --infeasible, which has no plan to take them from. A plan made with --add, --remove or --scale-demand is
+    explained with the same.
     """
     from foreplan.planning import Inputs, settings_of
+    from foreplan.what_if import changed
     from planner import Problem, Settings
     from planner import explain as explain_service
     from plans.codec import read_plan
@@ -61,6 +77,7 @@ def explain(
     inputs = Inputs.read(
         cluster=cluster, services=services, profiles=profiles, demand=read_demand(demand, trace, window, out)
     )
+    inputs = changed(inputs, add=add or (), remove=remove or (), scale_demand=scale_demand)
     problem = Problem(cluster=inputs.cluster, services=inputs.services, profiles=inputs.profiles, demand=inputs.demand)
     if service is None:
         settings = Settings(
@@ -74,11 +91,37 @@ def explain(
     if service not in names:
         raise InvalidInput.of(f"one of {', '.join(names)}", where="command line", field="SERVICE", found=repr(service))
     read = read_plan(plan)
+    _check_inputs(read, inputs, str(plan))
     problem = replace(problem, settings=settings_of(read))
     explanation = explain_service(problem, read, service, node=node, time_limit_s=time_limit)
     out.result(explanation.to_json())
     for line in explanation.lines():
         out.say(line)
+
+
+def _check_inputs(plan: Plan, inputs: Inputs, where: str) -> None:
+    """Check that ``plan`` was made from ``inputs``, as far as it says what it was made from.
+
+    Raises:
+        InvalidInput: With one fault for each document that is another.
+    """
+    from planner.assemble import digests_of
+    from plans.errors import Fault, InvalidInput
+
+    found = digests_of(inputs.cluster, inputs.services, inputs.profiles, inputs.demand)
+    faults = [
+        Fault(
+            where=where,
+            field=f"inputs.{name}",
+            found=f"{digest[:19]}..., and the {name} given {found[name][:19]}...",
+            expected=f"the {name} that the plan was made from",
+            remedy="pass the same files, and the same --add, --remove, --scale-demand and --window",
+        )
+        for name, digest in plan.inputs.items()
+        if name in found and digest != found[name]
+    ]
+    if faults:
+        raise InvalidInput(faults)
 
 
 def _explain_infeasible(out: Output, problem: Problem, time_limit_s: float) -> None:

@@ -24,6 +24,7 @@ from foreplan.cli.options import (
 )
 from foreplan.cli.output import Output
 from foreplan.cli.plan_options import (
+    AddNodes,
     Attainment,
     Blocking,
     DropPenalty,
@@ -33,6 +34,8 @@ from foreplan.cli.plan_options import (
     Minimize,
     Objective,
     Quantile,
+    RemoveNodes,
+    ScaleDemand,
     Solver,
     Utility,
     Window,
@@ -93,11 +96,9 @@ def make(
     attainment: Attainment = None,
     keep_after_loss: KeepAfterLoss = 0.0,
     scenarios: Annotated[int, typer.Option(help="Demand scenarios to average over; 0: the quantile.", min=0)] = 0,
-    add: Annotated[
-        list[str] | None, typer.Option("--add", "--add-node", metavar="NAME:TYPE*GPUS", help="What if: one node more.")
-    ] = None,
-    remove: Annotated[list[str] | None, typer.Option("--remove", metavar="NODE", help="What if: without it.")] = None,
-    scale_demand: Annotated[float, typer.Option(help="What if: every rate times this.", min=0.0)] = 1.0,
+    add: AddNodes = None,
+    remove: RemoveNodes = None,
+    scale_demand: ScaleDemand = 1.0,
     window: Window = 60.0,
     polish: Annotated[float, typer.Option(help="Seconds of search guided by simulation; 0: none.", min=0)] = 0.0,
     polish_traces: Annotated[

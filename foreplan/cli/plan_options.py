@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 __all__ = [
+    "AddNodes",
     "Attainment",
     "Blocking",
     "DropPenalty",
@@ -17,6 +18,8 @@ __all__ = [
     "Minimize",
     "Objective",
     "Quantile",
+    "RemoveNodes",
+    "ScaleDemand",
     "Solver",
     "Utility",
     "Window",
@@ -93,3 +96,8 @@ KeepAfterLoss = Annotated[
     float, typer.Option(help="Share of every rate that survives the loss of any one node.", min=0.0, max=1.0)
 ]
 Headroom = Annotated[float, typer.Option(help="Share of GPU memory left free.", min=0, max=0.99)]
+AddNodes = Annotated[
+    list[str] | None, typer.Option("--add", "--add-node", metavar="NAME:TYPE*GPUS", help="What if: one node more.")
+]
+RemoveNodes = Annotated[list[str] | None, typer.Option("--remove", metavar="NODE", help="What if: without it.")]
+ScaleDemand = Annotated[float, typer.Option("--scale-demand", help="What if: every rate times this.", min=0.0)]

@@ -116,3 +116,19 @@ def test_the_model_is_exported(planned, kind):
     planned.run("export", kind, *planned.inputs, "--demand", "demand.json", "-o", f"model.{kind}")
     text = (planned.folder / f"model.{kind}").read_text()
     assert "served" in text
+
+
+def test_a_plan_for_changed_inputs_is_explained_with_the_same_changes(planned):
+    """Without them the figures would be those of another demand: that is refused, by the name of the document."""
+    planned.plan("--scale-demand", "2", output="doubled.json")
+    asked = ("explain", "fast", "--plan", "doubled.json", *planned.inputs, "--demand", "demand.json")
+    refused = planned.run(*asked, code=1).stderr
+    assert "inputs.demand" in refused
+    assert "--scale-demand" in refused
+    answer = json.loads(planned.run(*asked, "--scale-demand", "2", "--json").stdout)
+    (base,) = (
+        each
+        for each in json.loads(planned.run("show", "plan.json", "--json").stdout)["predicted"]
+        if each["service"] == "fast"
+    )
+    assert answer["offered_rps"] == pytest.approx(2 * base["offered_rps"])
