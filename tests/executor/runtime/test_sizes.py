@@ -8,11 +8,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import ResNetConfig, ResNetForImageClassification, ViTConfig, ViTForImageClassification
 
+from executor.admission import NodeFacts, placement_faults
 from executor.runtime.cost import count_costs
 from executor.runtime.registry import REGISTRY, architecture_of
 from executor.runtime.sizes import sized_name, split_size
 from executor.runtime.torch_runtime import TorchRuntime
 from plans.errors import InvalidInput
+from tests.executor.running_agent import desired, replica
 
 
 @given(st.sampled_from(sorted(REGISTRY)), st.integers(1, 5000))
@@ -87,3 +89,10 @@ def test_a_local_model_runs_at_another_size_if_its_weights_are_not_made_for_one(
     with pytest.raises(InvalidInput, match="input size: found 64: Input image size"):
         runtime.load("fixed-64", 1)
     assert count_costs("little-64", (1,), model_dir=tmp_path)[0].flops > 0
+
+
+def test_a_node_admits_what_it_has_at_another_size_and_nothing_else() -> None:
+    facts = NodeFacts(node="node-a", device_count=1, memory_bytes=10**9, variants=("resnet-18",))
+    assert placement_faults(desired(1, g0=[replica("a", "resnet-18-96")]), facts) == ()
+    (fault,) = placement_faults(desired(1, g0=[replica("a", "resnet-50-96")]), facts)
+    assert "'resnet-50-96', expected one of resnet-18" in str(fault)
