@@ -1,9 +1,9 @@
 """Do one model with HiGHS, column generation, and one model with CBC agree? On 50 generated problems.
 
-Each problem (4 services, 3 servers, 3 variants each) is solved to a gap of 0 by all three, the independent checker looks
-at every plan, and the largest relative difference of the goodput is printed. The same over every feature of the
-formulation, on 200 generated problems, is a slow test: ``pytest -m slow tests/planner/test_features.py``; agreement with
-brute force on tiny problems is part of every test run.
+Each problem (4 services, 3 servers, 3 variants each) is solved to a gap of 0 by all three, the independent checker
+looks at every plan, and the largest relative difference of the goodput is printed. The same over every feature, on 200
+generated problems, is a slow test (``pytest -m slow tests/planner/test_features.py``); agreement with brute force on
+tiny problems is part of every test run.
 """
 
 from __future__ import annotations

@@ -63,7 +63,7 @@ def test_direct_columns_and_cbc_agree(seed: int) -> None:
     assert_agreement(KINDS[seed % len(KINDS)], FEATURES[seed % len(FEATURES)], seed)
 
 
-@pytest.mark.parametrize(("position", "kind"), enumerate(KINDS))
+@pytest.mark.parametrize(("position", "kind"), list(enumerate(KINDS)))
 def test_direct_columns_and_cbc_agree_on_one_problem_of_each_kind(position: int, kind: str) -> None:
     assert_agreement(kind, FEATURES[(5 * position) % len(FEATURES)], 300 + position)
 
