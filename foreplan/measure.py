@@ -168,7 +168,9 @@ def _energy_j(device: Device) -> Callable[[], float | None]:
     index = device.index
     if index is None:
         return lambda: None
-    meters = [nvml_energy_j(str(_gpu(index + n).uuid)) for n in range(len(device.devices))]
+    from executor.runtime.devices import gpu_identity
+
+    meters = [nvml_energy_j(gpu_identity(index + n).uuid) for n in range(len(device.devices))]
 
     def read() -> float | None:
         counted = [meter() for meter in meters]
@@ -176,13 +178,6 @@ def _energy_j(device: Device) -> Callable[[], float | None]:
         return sum(known) if len(known) == len(counted) else None
 
     return read
-
-
-def _gpu(index: int) -> Any:
-    """Return what torch says of the GPU that it counts as ``index``: NVML counts those that are hidden too."""
-    import torch
-
-    return torch.cuda.get_device_properties(index)
 
 
 def _load(runtime: Any, model: str, device: Device, grid: Grid) -> tuple[Any, dict[str, float | None]]:
@@ -234,8 +229,10 @@ def _drop_from_page_cache(folder: Path) -> bool:
 
 
 def _meta(device: Device, loaded: Any) -> ProfileMeta:
+    from executor.runtime.devices import gpu_identity
+
     return ProfileMeta(
-        device_name=processor_name() if device.index is None else _gpu(device.index).name,
+        device_name=processor_name() if device.index is None else gpu_identity(device.index).name,
         driver="" if device.index is None else nvml_driver(),
         torch=version("torch"),
         dtype=device.dtype,
