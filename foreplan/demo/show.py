@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from evaluator import evaluate
+import evaluator
 from executor.controller import apply
 from executor.load import LoadOptions, replay
 from forecaster import forecast
@@ -131,7 +131,8 @@ def run_demo(
     out.say(f"forecast {windows} windows of {demand.window_s:g} s: {demand.method}")
     plan = _plan(out, folder / "plan.json", cluster, services, profiles, demand, seed)
     measured, overhead_s = _serve(out, folder, cluster, services, plan, load, seed)
-    simulated = evaluate(plan, services, load.arrivals, overhead_s=overhead_s)
+    as_served = evaluator.Settings(routing="corrected", overhead_s=overhead_s)  # gateways route so by default
+    simulated = evaluator.evaluate(plan, services, load.arrivals, settings=as_served)
     runs = {"simulated": Run(summary=simulated.summary, requests=simulated.requests), "measured": measured}
     for label, run in runs.items():
         write_requests(folder / f"{label}.parquet", [run.requests])
