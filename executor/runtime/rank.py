@@ -20,7 +20,8 @@ from typing import Any, NoReturn
 
 import torch
 
-from executor.runtime.parallel import Built, StageModel, World, cut
+from executor.runtime.mesh import World
+from executor.runtime.stage_model import Built, StageModel, cut
 from executor.runtime.torch_runtime import TorchRuntime
 
 __all__ = ["main"]

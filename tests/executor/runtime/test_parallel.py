@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from executor.runtime.parallel import ParallelTorchRuntime, cut
+from executor.runtime.parallel import ParallelTorchRuntime
 from executor.runtime.protocol import DevicesLost, InvalidTensor, UnknownVariant
+from executor.runtime.stage_model import cut
 from executor.runtime.torch_runtime import TorchRuntime
 from plans.errors import InvalidInput
 

@@ -1,0 +1,159 @@
+"""What one rank holds of a model over several devices: where the whole is cut, and its shard of its stage."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from executor.runtime.mesh import Mesh, receive, send
+from executor.runtime.protocol import TensorSpec
+from executor.runtime.sharding import check_shardable, shard
+from executor.runtime.stages import Part, balanced, measured_s, parts_of
+from executor.runtime.torch_runtime import TorchRuntime, random_inputs, to_tensor
+from plans.errors import InvalidInput
+
+__all__ = ["Built", "Cut", "StageModel", "cut"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cut:
+    """A whole model, and where it is cut.
+
+    Attributes:
+        module: The model, on the CPU.
+        parts: Its parts; a single one without pipeline.
+        edges: First part of each stage, and the end; shape (pp + 1,).
+        inputs: What it wants.
+        wanted: Names of its outputs.
+        vocabulary: Tokens that it knows; 0 where it takes none.
+    """
+
+    module: nn.Module
+    parts: tuple[Part, ...]
+    edges: tuple[int, ...]
+    inputs: tuple[TensorSpec, ...]
+    wanted: tuple[str, ...]
+    vocabulary: int
+
+
+Built = tuple[nn.Module, tuple[TensorSpec, ...], tuple[str, ...]]
+"""A model as `TorchRuntime.build` returns it."""
+
+
+def cut(
+    runtime: TorchRuntime,
+    variant: str,
+    tp: int,
+    pp: int,
+    *,
+    built: Built | None = None,
+    edges: Sequence[int] | None = None,
+) -> Cut:
+    """Cut ``variant`` into ``pp`` stages: at ``edges``, or where the measured times balance.
+
+    Args:
+        runtime: Builds the model, unless it is ``built`` already.
+        variant: Name of the model.
+        tp: Shards of a stage.
+        pp: Stages.
+        built: The model.
+        edges: See `Cut`.
+
+    Raises:
+        UnknownVariant: There is no such model.
+        InvalidInput: It cannot be cut this way.
+    """
+    module, inputs, wanted = built or runtime.build(variant)
+    module = module.to(dtype=runtime.dtype).eval().requires_grad_(False)
+    if tp > 1:
+        check_shardable(module, tp, variant)
+    vocabulary = int(getattr(getattr(module, "config", None), "vocab_size", 0) or 0)
+    parts = parts_of(module, variant) if pp > 1 else (Part(module, _by_name(inputs[0].name)),)
+    if pp > len(parts):
+        raise InvalidInput.of(f"at most {len(parts)} stages", where=variant, field="pp", found=pp)
+    if edges is None and pp > 1:
+        example = random_inputs(inputs, vocabulary, 1, 0)[inputs[0].name]
+        with torch.no_grad():
+            edges = balanced(measured_s(parts, to_tensor(example, torch.device("cpu"), runtime.dtype)), pp)
+    return Cut(
+        module=module,
+        parts=parts,
+        edges=tuple(edges or (0, 1)),
+        inputs=inputs,
+        wanted=wanted,
+        vocabulary=vocabulary,
+    )
+
+
+class StageModel:
+    """What one rank holds of a model: its shard of its stage.
+
+    Args:
+        whole: The model; it is sharded in place.
+        mesh: This rank's place.
+
+    Attributes:
+        weight_bytes: Bytes of its weights and buffers.
+        run_s: Seconds that it computed for the last batch.
+    """
+
+    def __init__(self, whole: Cut, mesh: Mesh) -> None:
+        if mesh.tp > 1:
+            shard(whole.module, mesh.shards)
+        own = whole.parts[whole.edges[mesh.stage] : whole.edges[mesh.stage + 1]]
+        self._parts = nn.ModuleList(own).to(mesh.device)
+        self._wanted = whole.wanted
+        self._mesh = mesh
+        held = {id(tensor): tensor for tensor in (*self._parts.parameters(), *self._parts.buffers())}
+        self.weight_bytes = sum(_local(tensor).numel() * tensor.element_size() for tensor in held.values())
+        self.run_s = 0.0
+
+    @property
+    def is_last(self) -> bool:
+        """Whether it is of the last stage."""
+        return self._mesh.stage == self._mesh.pp - 1
+
+    def step(self, inputs: torch.Tensor | None) -> Any:
+        """Run this rank's part of one batch: what it gets, it computes on and hands over.
+
+        ``inputs`` are those of rank 0, and None elsewhere. Returns the outputs by name in the last stage, whose shard 0
+        sends them to rank 0.
+        """
+        mesh = self._mesh
+        if mesh.stage == 0:
+            hidden: Any = mesh.to_shards(inputs) if mesh.tp > 1 else inputs
+        else:
+            hidden = receive(mesh.device, mesh.rank - mesh.tp)
+        start = time.perf_counter()
+        with torch.no_grad():
+            for part in self._parts:
+                hidden = part(hidden)
+        if mesh.device.type == "cuda":
+            torch.cuda.synchronize(mesh.device)
+        self.run_s = time.perf_counter() - start
+        if not self.is_last:
+            send(hidden, mesh.rank + mesh.tp)
+            return None
+        outputs = {name: hidden[name].float() for name in self._wanted}
+        if mesh.stage and mesh.shard == 0:
+            for tensor in outputs.values():
+                send(tensor, 0)
+        return outputs
+
+    def gather_times(self) -> tuple[float, ...]:
+        """Return the seconds that each stage computed for its last batch, shape (pp,); every rank calls it at once."""
+        return self._mesh.gathered(self.run_s)
+
+
+def _local(tensor: torch.Tensor) -> torch.Tensor:
+    to_local = getattr(tensor, "to_local", None)
+    return tensor if to_local is None else to_local()
+
+
+def _by_name(name: str) -> Callable[[Any, torch.Tensor], Any]:
+    return lambda module, tensor: module(**{name: tensor})
