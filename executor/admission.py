@@ -54,6 +54,13 @@ def _group_faults(group: DesiredGroup, facts: NodeFacts) -> Iterator[Fault]:
             expected = f"a device from 0 to {facts.device_count - 1}"
             remedy = "start the agent with more devices, or correct the cluster document"
             yield Fault(field=f"{field}.gpus", found=str(gpu), expected=expected, remedy=remedy)
+    for variant in sorted({one.variant for one in group.replicas if one.generation is not None}):
+        whole = [one.service for one in group.replicas if one.variant == variant and one.generation is None]
+        if whole:
+            expected = "one model of a group to generate for all of its services there, or for none"
+            remedy = "pin one of the services to another group"
+            found = f"{', '.join(whole)} not"
+            yield Fault(field=f"{field}.{variant}", found=found, expected=expected, remedy=remedy)
     for replica in group.replicas:
         if split_size(replica.variant, facts.variants) is None:
             known = ", ".join(sorted(facts.variants))

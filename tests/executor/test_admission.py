@@ -27,9 +27,18 @@ def test_memory_is_summed_over_the_replicas_of_a_device():
     assert "device 0" in found[0]
 
 
+def test_a_model_generates_for_all_services_of_a_group_or_for_none() -> None:
+    tokens = replica("a", generation=GenerationRules(ttft_s=1.0, tpot_s=1.0, kv_bytes=10))
+    assert faults(desired(1, g0=[tokens], g1=[replica("b")])) == []
+    (found,) = faults(desired(1, g0=[tokens, replica("b")]))
+    assert "b not" in found
+    assert "groups[node-a/0].fake-double" in found
+
+
 def test_models_that_take_turns_need_room_for_the_largest_but_those_that_generate_stay() -> None:
-    facts = dataclasses.replace(FACTS, swaps=True)
-    stays = replica("c", memory_bytes=(100,), generation=GenerationRules(ttft_s=1.0, tpot_s=1.0, kv_bytes=10))
+    facts = dataclasses.replace(FACTS, swaps=True, variants=("fake-count", "fake-double"))
+    rules = GenerationRules(ttft_s=1.0, tpot_s=1.0, kv_bytes=10)
+    stays = replica("c", "fake-count", memory_bytes=(100,), generation=rules)
     turns = [replica("a", memory_bytes=(150,)), replica("b", memory_bytes=(140,))]
     assert placement_faults(desired(1, g0=[stays, *turns]), facts) == ()
     (fault,) = placement_faults(desired(1, g0=[stays, *turns, replica("d", memory_bytes=(151,))]), facts)

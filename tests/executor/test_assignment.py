@@ -1,8 +1,8 @@
 from __future__ import annotations
 
 from executor.assignment import desired_state, routing_table
-from executor.state import ReplicaKey
-from plans.plan import Group, LoadoutEntry, Plan, Route, SolverReport
+from executor.state import GenerationRules, ReplicaKey
+from plans.plan import Group, LoadoutEntry, Plan, Route, SolverReport, TokenRules
 
 
 def entry(service, variant="resnet-18", deadline_s=0.2):
@@ -29,6 +29,19 @@ PLAN = Plan(
     },
 )
 ADDRESSES = {"node-a": "127.0.0.1:1", "node-b": "127.0.0.1:2"}
+
+
+def test_a_service_that_generates_has_the_memory_beyond_its_weights_and_a_deadline_for_the_first_token():
+    rules = TokenRules(ttft_s=0.5, tpot_s=0.05, prefill_tokens=(8.0, 16.0), prefill_s=(0.1, 0.2))
+    chat = entry("detect").model_copy(update={"tokens": rules, "memory_bytes": (100,), "weight_bytes": 30})
+    group = PLAN.groups[1].model_copy(update={"loadout": (chat,)})
+    plan = PLAN.model_copy(update={"groups": (PLAN.groups[0], group)})
+    (replica,) = desired_state(plan, "node-b", 1).groups[0].replicas
+    assert replica.generation == GenerationRules(
+        ttft_s=0.5, tpot_s=0.05, kv_bytes=70, prefill_tokens=(8.0, 16.0), prefill_s=(0.1, 0.2)
+    )
+    detect, read = routing_table(plan, ADDRESSES, 1).services
+    assert (detect.first_token_s, read.first_token_s) == (0.5, None)
 
 
 def test_a_node_gets_its_own_groups_of_the_plan():

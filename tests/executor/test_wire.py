@@ -5,6 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from executor import wire
+from executor.proto import control_pb2
 from executor.proto import control_pb2 as pb
 from executor.state import (
     AgentState,
@@ -13,6 +14,7 @@ from executor.state import (
     DesiredReplica,
     DesiredState,
     GatewayState,
+    GenerationRules,
     Phase,
     ReplicaKey,
     ReplicaState,
@@ -31,6 +33,19 @@ keys = st.builds(ReplicaKey, group=names, service=names, variant=names)
 
 
 @st.composite
+def generations(draw):
+    points = sorted(draw(st.sets(st.floats(1, 1e6), max_size=3)))
+    return GenerationRules(
+        ttft_s=draw(seconds),
+        tpot_s=draw(seconds),
+        kv_bytes=draw(st.integers(0, 2**40)),
+        max_prefill_tokens=draw(st.integers(1, 2**20)),
+        prefill_tokens=tuple(points),
+        prefill_s=tuple(draw(st.lists(seconds, min_size=len(points), max_size=len(points)))),
+    )
+
+
+@st.composite
 def desired_groups(draw, identifier):
     gpus = draw(st.lists(st.integers(0, 9), min_size=1, max_size=4, unique=True))
     replicas = []
@@ -46,6 +61,7 @@ def desired_groups(draw, identifier):
                 batch_latency_s=tuple(draw(st.lists(seconds, min_size=max_batch, max_size=max_batch))),
                 memory_bytes=tuple(draw(st.integers(0, 2**40)) for _ in gpus),
                 shape=(len(gpus), 1),
+                generation=draw(st.none() | generations()),
             )
         )
     return DesiredGroup(
@@ -123,7 +139,12 @@ def routing_tables(draw):
         placement_digest=draw(texts),
         backends=tuple(Backend(node=node, address=draw(names)) for node in nodes),
         services=tuple(
-            ServiceRoutes(service=service, deadline_s=draw(seconds), targets=tuple(draw(st.lists(targets, max_size=3))))
+            ServiceRoutes(
+                service=service,
+                deadline_s=draw(seconds),
+                targets=tuple(draw(st.lists(targets, max_size=3))),
+                first_token_s=draw(st.none() | seconds),
+            )
             for service in services
         ),
     )
@@ -183,6 +204,11 @@ def test_an_unknown_phase_is_refused():
         wire.replica_state_from_proto(message)
 
 
+def _generating(message, **damage):
+    settings = {"ttft_s": 1.0, "tpot_s": 1.0, "max_prefill_tokens": 1} | damage
+    message.groups[0].replicas[0].generation.CopyFrom(control_pb2.Generation(**settings))
+
+
 def desired_message():
     replica = DesiredReplica(
         service="detect",
@@ -202,6 +228,13 @@ def desired_message():
     [
         (lambda m: setattr(m, "generation", 0), "generation"),
         (lambda m: setattr(m, "node", ""), "node"),
+        (lambda m: m.groups[0].replicas[0].generation.SetInParent(), "groups[0].replicas[0].generation.ttft_s"),
+        (lambda m: _generating(m, prefill_s=[1.0]), "groups[0].replicas[0].generation.prefill_tokens"),
+        (
+            lambda m: _generating(m, prefill_tokens=[2.0, 2.0], prefill_s=[1.0, 1.0]),
+            "groups[0].replicas[0].generation.prefill_tokens",
+        ),
+        (lambda m: _generating(m, max_prefill_tokens=0), "groups[0].replicas[0].generation.max_prefill_tokens"),
         (lambda m: m.groups.add().CopyFrom(m.groups[0]), "groups[1].id"),
         (lambda m: m.groups[0].gpus.pop(), "groups[0].gpus"),
         (lambda m: setattr(m.groups[0], "tensor_parallel", 2), "groups[0].gpus"),
