@@ -217,7 +217,10 @@ def _check(trace: RequestTrace, settings: Settings, timeline_s: float | None, *,
     if trace.arrival_s[-1] < settings.warmup_s or (settings.until_s or math.inf) < trace.arrival_s[0]:
         raise InvalidInput.of("a request between warm-up and end of the run", where="trace", found="none")
     if settings.latency == "profile" and not profiled:
-        raise InvalidInput.of("cluster and profiles with latency 'profile'", where="evaluate", found="none")
+        remedy = "name both (--cluster and --profiles)"
+        raise InvalidInput.of(
+            "cluster and profiles with latency 'profile'", where="evaluate", found="none", remedy=remedy
+        )
     if timeline_s is not None and not (math.isfinite(timeline_s) and timeline_s > trace.duration_s / _MOST_BINS):
         expected = f"a width above 0 seconds with at most {_MOST_BINS} bins over the trace"
         raise InvalidInput.of(expected, where="evaluate", field="timeline_s", found=timeline_s)

@@ -73,7 +73,11 @@ def check_names(found: Sequence[str], columns: Sequence[Column], *, where: str =
     shown = ", ".join(map(repr, found[:12])) + (", …" if len(found) > 12 else "")
     faults = [
         Fault(
-            where=where, field=column.name, found=f"columns {shown}" if found else "no columns", expected="this column"
+            where=where,
+            field=column.name,
+            found=f"columns {shown}" if found else "no columns",
+            expected="this column",
+            remedy="`foreplan trace import` reads the formats of others",
         )
         for column in columns
         if column.required and column.name not in found
