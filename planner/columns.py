@@ -59,10 +59,16 @@ class ColumnSearch(Search):
     """The lexicographic search by column generation."""
 
     def __init__(
-        self, space: PlanningSpace, clock: Callable[[], float], ends_at_s: float, *, finish: bool = True
+        self,
+        space: PlanningSpace,
+        clock: Callable[[], float],
+        ends_at_s: float,
+        *,
+        known: Placement | None = None,
+        finish: bool = True,
     ) -> None:
         """Prepare; with ``finish`` a gap that is left on a small problem goes on to the exact model."""
-        super().__init__(space, clock, ends_at_s)
+        super().__init__(space, clock, ends_at_s, known=known)
         self._finish = finish
         self._joined = Formulation(space, space.classes, loadouts=False)
         self._network: Network | None = None

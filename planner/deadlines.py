@@ -11,7 +11,7 @@ from plans.cluster import Network
 from plans.demand import ServiceDemand
 from plans.service import Edge, Workflow
 
-__all__ = ["Target", "targets", "transfer_s"]
+__all__ = ["Target", "longest_through", "parts_of", "stages", "targets", "time_for_stages_s", "transfer_s"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,9 +25,9 @@ class Target:
 def targets(problem: Problem, demands: Mapping[str, ServiceDemand]) -> dict[str, Target]:
     """Return what every service has to keep: (3.4) and (3.5) of docs/formulation.md.
 
-    A workflow's deadline, less the transfers on the path where they take longest, is split in proportion to the least
-    latencies of its services, for each along the longest path through it: so the parts of any path sum to at most the
-    whole. Its miss rate is split evenly over the longest chain (union bound).
+    A workflow's deadline, less the transfers on the path where they take longest, is split over its services: as the
+    problem says, or else in proportion to their least latencies, for each along the longest path through it. So the
+    parts of any path sum to at most the whole. Its miss rate is split evenly over the longest chain (union bound).
     """
     found = {}
     for service in problem.services.services:
@@ -35,8 +35,7 @@ def targets(problem: Problem, demands: Mapping[str, ServiceDemand]) -> dict[str,
         deadline_s = service.deadline_s(None if demand is None else demand.output_tokens)
         found[service.name] = Target(deadline_s=deadline_s, attainment=service.slo.attainment)
     for workflow in problem.services.workflows:
-        least_s = {name: _least_latency_s(problem, name, demands.get(name)) for name in _stages(workflow)}
-        for name, part in _parts(workflow, least_s, problem.cluster.network).items():
+        for name, part in parts_of(problem, workflow, demands).items():
             found[name] = Target(
                 deadline_s=min(found[name].deadline_s, part.deadline_s),
                 attainment=max(found[name].attainment, part.attainment),
@@ -49,23 +48,33 @@ def transfer_s(network: Network, edge: Edge) -> float:
     return network.latency_s + edge.payload_bytes / network.bandwidth
 
 
-def _stages(workflow: Workflow) -> tuple[str, ...]:
+def stages(workflow: Workflow) -> tuple[str, ...]:
+    """Return the services of ``workflow`` in the order in which its edges name them."""
     return tuple(dict.fromkeys(name for edge in workflow.edges for name in (edge.source, edge.target)))
 
 
-def _parts(workflow: Workflow, least_s: Mapping[str, float], network: Network) -> dict[str, Target]:
-    transfers_s = {(edge.source, edge.target): transfer_s(network, edge) for edge in workflow.edges}
-    left_s = workflow.slo.deadline_s - max(_longest(workflow, dict.fromkeys(least_s, 0.0), transfers_s).values())
-    through_s = _longest(workflow, least_s, {})
-    chain = max(_longest(workflow, dict.fromkeys(least_s, 1.0), {}).values())
+def time_for_stages_s(problem: Problem, workflow: Workflow) -> float:
+    """Return the end-to-end deadline less the transfers on the path where they take longest; at least 0."""
+    transfers_s = {(edge.source, edge.target): transfer_s(problem.cluster.network, edge) for edge in workflow.edges}
+    nothing = dict.fromkeys(stages(workflow), 0.0)
+    return max(0.0, workflow.slo.deadline_s - max(longest_through(workflow, nothing, transfers_s).values()))
+
+
+def parts_of(problem: Problem, workflow: Workflow, demands: Mapping[str, ServiceDemand]) -> dict[str, Target]:
+    """Return the part of every stage of ``workflow``: (3.4) and (3.5)."""
+    names = stages(workflow)
+    shares = problem.deadline_shares.get(workflow.name)
+    if shares is None:
+        least_s = {name: _least_latency_s(problem, name, demands.get(name)) for name in names}
+        through_s = longest_through(workflow, least_s, {})
+        shares = {name: least_s[name] / through_s[name] for name in names}
+    left_s = time_for_stages_s(problem, workflow)
+    chain = max(longest_through(workflow, dict.fromkeys(names, 1.0), {}).values())
     attainment = 1.0 - (1.0 - workflow.slo.attainment) / chain
-    return {
-        name: Target(deadline_s=max(0.0, left_s) * least_s[name] / through_s[name], attainment=attainment)
-        for name in least_s
-    }
+    return {name: Target(deadline_s=left_s * shares[name], attainment=attainment) for name in names}
 
 
-def _longest(
+def longest_through(
     workflow: Workflow, stage: Mapping[str, float], edge_cost: Mapping[tuple[str, str], float]
 ) -> dict[str, float]:
     """Return, per stage, the cost of the dearest path of the workflow that leads through it."""

@@ -114,8 +114,12 @@ class Exhausted:
 class Search:
     """The lexicographic search over one planning space."""
 
-    def __init__(self, space: PlanningSpace, clock: Callable[[], float], ends_at_s: float) -> None:
+    def __init__(
+        self, space: PlanningSpace, clock: Callable[[], float], ends_at_s: float, *, known: Placement | None = None
+    ) -> None:
+        """Prepare; ``known`` is a placement to start from beside the running plan and the greedy ones."""
         self._space = space
+        self._known = known
         self._settings = space.problem.settings
         self._clock = clock
         self._ends_at_s = ends_at_s
@@ -205,7 +209,7 @@ class Search:
     def _start(self) -> Placement | None:
         """Return the best of the running plan and of greedy ones, with optimal rates."""
         best: Placement | None = None
-        starts = [running(self._space), greedy(self._space)]
+        starts = [running(self._space), self._known, greedy(self._space)]
         if self._space.requirements.losses:
             starts += redundant_starts(self._space)
         for placement in starts:

@@ -11,13 +11,14 @@ from planner.assemble import assemble, solver_report
 from planner.backend import Budget, solver
 from planner.balance import balance
 from planner.conflict import Conflict, find_conflicts
+from planner.deadline_split import Split, best_split, tight_workflows
 from planner.formulation import Formulation
-from planner.lexicographic import LARGEST_EXACT_MODEL, Exhausted, Search, Unsatisfiable
+from planner.lexicographic import LARGEST_EXACT_MODEL, Exhausted, Outcome, Search, Unsatisfiable
 from planner.linear import LinearModel
 from planner.objective import tiers, with_kept
 from planner.problem import Problem, check
 from planner.shadow import shadow_prices, shadow_prices_of_loadouts
-from planner.space import PlanningSpace, build_space
+from planner.space import Placement, PlanningSpace, build_space
 from planner.stretch import stretch_batches
 from plans.plan import Plan
 
@@ -25,6 +26,9 @@ __all__ = ["Infeasible", "NoPlanFound", "Report", "Solved", "exact_model", "solv
 
 _SEARCH_SHARE = 0.9
 """Share of the time limit that the search may take; the rest is for rates, prices and the document."""
+
+_SPLIT_SHARE = 0.6
+"""Share of the search that may go into how the end-to-end deadlines of workflows are split."""
 
 _AFTERWARDS_S = 0.003
 """Seconds per group that rates, predictions and the document take on top; at most half the time limit in all."""
@@ -107,10 +111,23 @@ def solve(
     settings = problem.settings
     space = build_space(problem)
     method = method_for(space)
+    tight = tight_workflows(problem)
+    splits = bool(tight) and _pairs(space) <= LARGEST_EXACT_MODEL
+    if not splits:
+        warnings += tuple(
+            f"{each.name}: its deadline is split over its stages in proportion to their least latencies; at this "
+            "size no other split is tried"
+            for each in tight
+        )
     counts_from_s = started_s + (_compiled_in_s(clock) if method == "columns" else 0.0)
     ends_at_s = counts_from_s + settings.time_limit_s
     search_ends_at_s = counts_from_s + _SEARCH_SHARE * settings.time_limit_s - _AFTERWARDS_S * len(space.groups)
-    outcome = _search(space, method, clock, max(search_ends_at_s, counts_from_s + 0.5 * settings.time_limit_s)).run()
+    search_ends_at_s = max(search_ends_at_s, counts_from_s + 0.5 * settings.time_limit_s)
+    split: Split | None = None
+    if splits:
+        split = best_split(problem, clock, counts_from_s + _SPLIT_SHARE * (search_ends_at_s - counts_from_s))
+        space = split.space
+    outcome = _search(space, method, clock, search_ends_at_s, None if split is None else split.placement).run()
     if isinstance(outcome, Unsatisfiable):
         # Finding out why is worth as much time again.
         return Infeasible(conflicts=find_conflicts(space, clock, clock() + settings.time_limit_s))
@@ -119,6 +136,8 @@ def solve(
             bound=outcome.bound,
             detail=f"{settings.time_limit_s:g} s did not suffice to find a placement that keeps every hard constraint",
         )
+    if split is not None:
+        outcome = _over_splits(outcome, split)
     linear = solver(settings.backend)
     budget = Budget(time_limit_s=max(0.5, ends_at_s - clock()), seed=settings.seed)
     placement = balance(space, stretch_batches(space, outcome.placement), linear, budget)
@@ -153,15 +172,31 @@ def method_for(space: PlanningSpace) -> Literal["direct", "columns"]:
     wanted = space.problem.settings.method
     if wanted != "auto":
         return wanted
-    return "columns" if sum(len(group.options) for group in space.groups) > LARGEST_EXACT_MODEL else "direct"
+    return "columns" if _pairs(space) > LARGEST_EXACT_MODEL else "direct"
 
 
-def _search(space: PlanningSpace, method: str, clock: Callable[[], float], ends_at_s: float) -> Search:
+def _pairs(space: PlanningSpace) -> int:
+    """Return the pairs of group and option, by which the size of a problem goes."""
+    return sum(len(group.options) for group in space.groups)
+
+
+def _over_splits(outcome: Outcome, split: Split) -> Outcome:
+    """Return ``outcome`` with the bound of its first objective over every split, not only over the one chosen."""
+    first = outcome.tiers[0]
+    if split.bound is None:
+        return outcome
+    loosest = max if first.objective.maximise else min
+    return replace(outcome, tiers=(replace(first, bound=loosest(first.bound, split.bound)), *outcome.tiers[1:]))
+
+
+def _search(
+    space: PlanningSpace, method: str, clock: Callable[[], float], ends_at_s: float, known: Placement | None
+) -> Search:
     if method == "direct":
-        return Search(space, clock, ends_at_s)
+        return Search(space, clock, ends_at_s, known=known)
     from planner.columns import ColumnSearch  # compiled code that small problems do without
 
-    return ColumnSearch(space, clock, ends_at_s)
+    return ColumnSearch(space, clock, ends_at_s, known=known)
 
 
 def exact_model(problem: Problem) -> LinearModel:

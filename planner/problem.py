@@ -28,6 +28,8 @@ class Problem:
         demand: Forecast arrival rates.
         current: The running plan, or None when nothing runs.
         settings: How to plan.
+        deadline_shares: Per workflow and service the share of the workflow's time that the service is given; of
+            workflows that it does not name the split is proportional (`planner.deadlines`).
     """
 
     cluster: Cluster
@@ -36,6 +38,7 @@ class Problem:
     demand: Demand
     current: Plan | None = None
     settings: Settings = field(default_factory=Settings)
+    deadline_shares: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
 
 def check(problem: Problem) -> tuple[str, ...]:
