@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from executor.runtime.precision import cast
 from executor.runtime.protocol import TensorSpec
 from executor.runtime.torch_runtime import TorchRuntime
 from plans.errors import InvalidInput
@@ -114,7 +115,7 @@ class CachingTorchRuntime(TorchRuntime):
         recipe = self.cache.get(variant)
         if recipe is None:
             module, inputs, wanted = super().build(variant)
-            recipe = module.to(self.dtype).eval().requires_grad_(False), inputs, wanted
+            recipe = cast(module, self.dtype).eval().requires_grad_(False), inputs, wanted
             kept = self.cache.put(variant, recipe)
             if kept and self.place.type == "cuda":
                 _pin(recipe[0])

@@ -22,6 +22,7 @@ from executor.runtime.generation_engine import GenerationEngine
 from executor.runtime.generation_group import GenerationGroup
 from executor.runtime.local_models import load_folder, local_names
 from executor.runtime.memory import held_bytes, keep_freed_memory, out_of_memory_named, peak_growth_bytes
+from executor.runtime.precision import cast
 from executor.runtime.protocol import GenerationFacts, InvalidTensor, TensorSpec, UnknownVariant, batch_of
 from executor.runtime.registry import REGISTRY, architecture_of
 from executor.runtime.sizes import split_size
@@ -107,7 +108,7 @@ class TorchRuntime:
         start = time.perf_counter()
         with _quiet_transformers(), out_of_memory_named(variant, max_batch):
             module, inputs, wanted = self.build(variant)
-            module = module.to(device=self._device, dtype=DTYPES[self._dtype]).eval().requires_grad_(False)
+            module = cast(module, DTYPES[self._dtype]).to(device=self._device).eval().requires_grad_(False)
             self._synchronize()
             load_s = time.perf_counter() - start
             kind = GeneratingModel if can_generate(module) else TorchModel
