@@ -6,6 +6,9 @@ overloaded. To reach: attainment within 3 points per service, p99 within 15 %.
 The simulator is told what a run before these, of single requests, measured: how long a request is on the way, and how
 much longer than the model alone a batch keeps its device (from the agent's own statistics). It routes as the gateway
 does. Nothing is fitted to the runs that are compared.
+
+Under overload who is dropped hangs on milliseconds: over 10 s the simulator's own attainment of y moves by 6 points
+when its overheads change by one or two, over 30 s by 4 (standard deviation 0.9). So runs take 30 s or more.
 """
 
 from __future__ import annotations

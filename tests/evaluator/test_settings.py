@@ -55,7 +55,8 @@ def test_settings_that_exclude_each_other_are_refused():
         "latency",
         "batch_delay_s",
     }
-    assert faults(admission="arrival", order="fifo", routing="credits") == {"routing"}
+    for routing in ("credits", "corrected"):
+        assert faults(admission="arrival", order="fifo", routing=routing) == {"routing"}
     assert faults(routing="earliest-free") == {"routing"}
     assert faults(admission_margin_s=0.1) == {"admission_margin_s"}
     assert faults(warmup_s=2.0, until_s=2.0) == {"until_s"}

@@ -12,6 +12,7 @@ from plans.dispatch import (
     HIGHEST_CREDIT,
     HOPELESS,
     LOWEST_CREDIT,
+    corrected_weight,
     credit_after,
     earliest,
     least,
@@ -134,3 +135,16 @@ def test_credit_rises_by_adding_and_falls_by_multiplying_within_its_bounds(credi
         assert found == pytest.approx(min(credit + increase, HIGHEST_CREDIT))
     else:
         assert found == pytest.approx(max(credit * decrease, LOWEST_CREDIT))
+
+
+@given(st.floats(0, 10), st.floats(0, 100), st.floats(0, 100), st.floats(0.01, 10))
+def test_a_weight_falls_with_the_wait_and_keeps_a_twentieth(weight, wait_s, more_s, deadline_s):
+    now = corrected_weight(weight, wait_s, deadline_s)
+    assert corrected_weight(weight, 0.0, deadline_s) == weight
+    assert 0.05 * weight <= now <= weight
+    assert corrected_weight(weight, wait_s + more_s, deadline_s) <= now
+
+
+def test_half_a_deadline_of_waiting_halves_a_weight():
+    assert corrected_weight(0.8, 0.5, 1.0) == pytest.approx(0.4)
+    assert corrected_weight(0.8, 7.0, 1.0) == pytest.approx(0.04)
