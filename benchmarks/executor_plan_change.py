@@ -20,16 +20,15 @@ import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import pandas as pd
-from executor_site import Site, about, placed, running_site, services_of
+from executor_site import Site, about, latency_measured_s, planned, running_site, services_of
 from timed_runtime import TimedRuntime
 
 from evaluator import PlanChange, Settings, evaluate
 from executor.controller import ProgressEvent, apply
-from executor.load import LoadOptions, LoadResult, replay
+from executor.load import LoadResult, replay
 from executor.runtime.torch_runtime import TorchRuntime
 from plans import Plan, Services
 from plans.plan import Prior
@@ -106,35 +105,6 @@ def tensor_parallel_changes() -> float:
         one, two = (planned({group: REAL}, {REAL: tables[group]}, deadline_s, REAL_BATCH) for group in tables)
         changes = {"tp 1 -> 2": Change(one, two, rate_rps), "tp 2 -> 1": Change(two, one, rate_rps)}
         return measured_changes(site, changes, services_of("m", deadline_s=deadline_s, variants=[REAL]))
-
-
-def planned(groups: Mapping[str, str], tables: Mapping[str, list[float]], deadline_s: float, max_batch: int) -> Plan:
-    """Return a plan that runs a variant on each group, with the latencies of ``tables`` by variant."""
-    return placed(
-        {group: {"m": variant} for group, variant in groups.items()},
-        deadline_s=deadline_s,
-        max_batch=max_batch,
-        latency_s=lambda variant, most: tuple((one,) for one in tables[variant][:most]),
-    )
-
-
-def latency_measured_s(site: Site, group: str, variant: str, model: Any) -> list[float]:
-    """Return how long ``group`` is taken up by each batch, seconds: the time between answers while full ones wait.
-
-    That is more than the model runs, by what the worker waits for its agent in between.
-    """
-    services = services_of("m", deadline_s=10.0, variants=[variant])
-    trace = RequestTrace(pd.DataFrame({"arrival_s": np.zeros(20), "service": "m"}))
-    table: list[float] = []
-    for batch in range(model.max_batch, 0, -1):
-        site.apply(planned({group: variant}, {variant: [0.01] * batch}, 10.0, batch))
-        options = LoadOptions(payloads={"m": model.example(batch)})
-        found = asyncio.run(replay(trace, site.gateway, services, options)).requests
-        assert set(found["outcome"]) == {"good"}, found
-        table.insert(0, float(np.median(np.diff(np.sort(found["latency_s"])))))
-    table = np.maximum.accumulate(table).tolist()
-    print(f"{variant} on {group}: batches of 1 to {len(table)} take {', '.join(f'{s * 1e3:.1f}' for s in table)} ms")
-    return table
 
 
 def measured_changes(site: Site, changes: Mapping[str, Change], services: Services) -> float:

@@ -10,17 +10,17 @@ queue no longer than what can be answered before the deadline, so that it sheds 
 from __future__ import annotations
 
 import asyncio
+import json
 import sys
 import time
 from typing import Any
 
 import aiohttp
 import numpy as np
-from executor_site import about, running_site
+from executor_site import Site, about, latency_measured_s, planned, running_site
 
 from executor.runtime.torch_runtime import TorchRuntime
 from foreplan.ports import free_ports
-from plans import Group, LoadoutEntry, Plan, Route, SolverReport
 
 MODEL, BATCH = "bert-small-16", 8
 SECONDS = float(sys.argv[1]) if len(sys.argv) > 1 else 10.0
@@ -30,25 +30,17 @@ LOADS = (0.5, 0.7, 0.85, 1.0, 1.2, 1.5, 2.0)
 def main() -> None:
     """Measure both, and print."""
     model = TorchRuntime(threads=1).load(MODEL, BATCH)
-    latency_s = [_latency_s(model, batch) for batch in range(1, BATCH + 1)]
-    latency_s = [max(latency_s[: batch + 1]) for batch in range(BATCH)]
-    capacity_rps = BATCH / latency_s[-1]
-    deadline_s = 5 * latency_s[0]
     example = model.example(1)
-    del model
     print(about())
-    print(
-        f"{MODEL}: batch 1 {latency_s[0] * 1e3:.1f} ms, batch {BATCH} {latency_s[-1] * 1e3:.1f} ms; "
-        f"deadline {deadline_s * 1e3:.0f} ms"
-    )
-    arrivals = {
-        load: np.cumsum(
-            np.random.default_rng(3).exponential(1 / (load * capacity_rps), int(load * capacity_rps * SECONDS))
-        )
-        for load in LOADS
-    }
-    ours = _foreplan(latency_s, deadline_s, example, arrivals)
+    with running_site(devices=1, runtime="executor.runtime.group_runtime:TorchGroupRuntime") as site:
+        latency_s = latency_measured_s(site, "a/0", MODEL, model)
+        del model
+        capacity_rps, deadline_s = BATCH / latency_s[-1], 5 * latency_s[0]
+        arrivals = {load: _arrivals(load * capacity_rps) for load in LOADS}
+        site.apply(planned({"a/0": MODEL}, {MODEL: latency_s}, deadline_s, BATCH))
+        ours = _foreplan(site, deadline_s, example, arrivals)
     theirs = _ray(capacity_rps, deadline_s, example, arrivals)
+    print(f"{MODEL}: capacity {capacity_rps:.0f}/s in batches of {BATCH}, deadline {deadline_s * 1e3:.0f} ms")
     for load, due in arrivals.items():
         goodput = [f"{found[load]:.1f}/s ({found[load] * SECONDS / len(due):.1%})" for found in (ours, theirs)]
         print(
@@ -61,51 +53,22 @@ def main() -> None:
     print(f"peak goodput: Foreplan {peaks[0]:.1f}/s, Ray Serve {peaks[1]:.1f}/s; {peaks[0] / peaks[1]:.2f} times")
 
 
-def _latency_s(model: Any, batch: int) -> float:
-    inputs = model.example(batch)
-    times = []
-    for _ in range(7):
-        start_s = time.perf_counter()
-        model.run(inputs)
-        times.append(time.perf_counter() - start_s)
-    return float(np.median(times))
+def _arrivals(rate_rps: float) -> Any:
+    return np.cumsum(np.random.default_rng(3).exponential(1 / rate_rps, int(rate_rps * SECONDS)))
 
 
-def _foreplan(latency_s: list[float], deadline_s: float, example: Any, arrivals: Any) -> dict[float, float]:
-    entry = LoadoutEntry(
-        service="m",
-        variant=MODEL,
-        max_batch=BATCH,
-        rate_rps=1.0,
-        memory_bytes=(2**28,),
-        deadline_s=deadline_s,
-        stage_latency_s=tuple((one,) for one in latency_s),
-    )
-    plan = Plan(
-        solver=SolverReport(name="by hand", status="feasible", objective=0, bound=0, gap=0, wall_s=0, seed=0),
-        groups=(Group(id="a/0", node="a", gpus=(0,), loadout=(entry,)),),
-        routes={"m": (Route(group="a/0", weight=1.0),)},
-    )
+def _foreplan(site: Site, deadline_s: float, example: Any, arrivals: Any) -> dict[float, float]:
     tensors = [
-        {
-            "name": name,
-            "datatype": "INT64",
-            "shape": list(array.shape),
-            "parameters": {"binary_data_size": array.nbytes},
-        }
-        for name, array in example.items()
+        {"name": name, "datatype": "INT64", "shape": list(one.shape), "parameters": {"binary_data_size": one.nbytes}}
+        for name, one in example.items()
     ]
-    import json
-
     header = json.dumps(
         {"inputs": tensors, "parameters": {"deadline_ms": deadline_s * 1000, "binary_data_output": True}}
     ).encode()
     body = header + b"".join(array.tobytes() for array in example.values())
-    with running_site(devices=1, runtime="executor.runtime.group_runtime:TorchGroupRuntime") as site:
-        site.apply(plan)
-        url = f"http://{site.http}/v2/models/m/infer"
-        headers = {"Inference-Header-Content-Length": str(len(header))}
-        return {load: asyncio.run(_goodput(url, body, headers, due, deadline_s)) for load, due in arrivals.items()}
+    url = f"http://{site.http}/v2/models/m/infer"
+    headers = {"Inference-Header-Content-Length": str(len(header))}
+    return {load: asyncio.run(_goodput(url, body, headers, due, deadline_s)) for load, due in arrivals.items()}
 
 
 def _ray(capacity_rps: float, deadline_s: float, example: Any, arrivals: Any) -> dict[float, float]:

@@ -12,16 +12,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pandas as pd
 import psutil
 from timed_runtime import latency_table_s
 
 from executor.controller import apply
+from executor.load import LoadOptions, replay
 from foreplan.demo.processes import ChildProcesses
 from foreplan.demo.stage import cluster_yaml
 from foreplan.measure import processor_name
 from foreplan.ports import free_ports
 from plans import Cluster, Group, LoadoutEntry, Plan, Route, Services, SolverReport, write_text
 from plans.plan import Prior
+from traces.table import RequestTrace
 
 HERE = Path(__file__).resolve().parent
 TIMED = "timed_runtime:TimedRuntime"
@@ -85,6 +89,16 @@ def placed(
 def _gpus(group: str) -> tuple[int, ...]:
     first, _, last = group.split("/")[1].partition("-")
     return tuple(range(int(first), int(last or first) + 1))
+
+
+def planned(groups: Mapping[str, str], tables: Mapping[str, list[float]], deadline_s: float, max_batch: int) -> Plan:
+    """Return a plan that runs a variant on each group, with the latencies of ``tables`` by variant."""
+    return placed(
+        {group: {"m": variant} for group, variant in groups.items()},
+        deadline_s=deadline_s,
+        max_batch=max_batch,
+        latency_s=lambda variant, most: tuple((one,) for one in tables[variant][:most]),
+    )
 
 
 def services_of(*names: str, deadline_s: float, variants: Sequence[str]) -> Services:
@@ -176,3 +190,22 @@ def _noted(site: Site, name: str) -> Iterator[None]:
     before = {child.pid for child in psutil.Process().children()}
     yield
     (site.pids[name],) = {child.pid for child in psutil.Process().children()} - before
+
+
+def latency_measured_s(site: Site, group: str, variant: str, model: Any) -> list[float]:
+    """Return how long ``group`` is taken up by each batch, seconds: the time between answers while full ones wait.
+
+    That is more than the model runs, by what the worker waits for its agent in between.
+    """
+    services = services_of("m", deadline_s=10.0, variants=[variant])
+    trace = RequestTrace(pd.DataFrame({"arrival_s": np.zeros(20), "service": "m"}))
+    table: list[float] = []
+    for batch in range(model.max_batch, 0, -1):
+        site.apply(planned({group: variant}, {variant: [0.01] * batch}, 10.0, batch))
+        options = LoadOptions(payloads={"m": model.example(batch)})
+        found = asyncio.run(replay(trace, site.gateway, services, options)).requests
+        assert set(found["outcome"]) == {"good"}, found
+        table.insert(0, float(np.median(np.diff(np.sort(found["latency_s"])))))
+    table = np.maximum.accumulate(table).tolist()
+    print(f"{variant} on {group}: batches of 1 to {len(table)} take {', '.join(f'{s * 1e3:.1f}' for s in table)} ms")
+    return table
