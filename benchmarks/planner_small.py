@@ -126,6 +126,7 @@ def measure(seed: int, load: float, memory_gib: int, time_limit_s: float) -> dic
         "status": plan.solver.status,
         "gap": plan.solver.gap,
         "accuracy_gap": plan.solver.tiers[1].gap,
+        "cost_gap": plan.solver.tiers[2].gap,
         "gpus": plan.gpus_used,
         "wall_s": wall_s,
     }
@@ -142,7 +143,8 @@ def main() -> None:
     import_s = time.perf_counter() - started_s
     machine = {"machine": platform.machine(), "cores": os.cpu_count(), "python": platform.python_version()}
     print(f"{machine}; importing the solver took {import_s:.2f} s; time limit {arguments.time_limit:g} s")
-    print(f"{'load':>5} {'memory':>7} {'seed':>4} {'served':>7} {'gap':>8} {'acc. gap':>8} {'GPUs':>4} {'wall':>7}")
+    titles = f"{'load':>5} {'memory':>7} {'seed':>4} {'served':>7} {'gap':>8} {'acc. gap':>8} {'cost gap':>8}"
+    print(f"{titles} {'GPUs':>4} {'wall':>7}")
     rows = []
     for memory_gib in (6, 8, 16):
         for load in (0.5, 3.0, 8.0):
@@ -151,10 +153,12 @@ def main() -> None:
                 rows.append(row)
                 print(
                     f"{load:>5g} {memory_gib:>3} GiB {seed:>4} {row['served']:>7.1%} {row['gap']:>8.4%} "
-                    f"{row['accuracy_gap']:>8.2%} {row['gpus']:>4} {row['wall_s']:>5.2f} s"
+                    f"{row['accuracy_gap']:>8.2%} {row['cost_gap']:>8.2%} {row['gpus']:>4} {row['wall_s']:>5.2f} s"
                 )
     worst_gap, worst_s = (max(float(row[key]) for row in rows) for key in ("gap", "wall_s"))
     print(f"worst gap {worst_gap:.4%} (at most {MOST_GAP:.0%}), longest {worst_s:.2f} s (at most {MOST_S:g} s)")
+    accuracy, cost = (max(float(row[key]) for row in rows) for key in ("accuracy_gap", "cost_gap"))
+    print(f"later objectives: worst gap of accuracy {accuracy:.2%}, of cost {cost:.2%}")
     if arguments.json:
         arguments.json.write_text(json.dumps({"machine": machine, "import_s": import_s, "rows": rows}, indent=1))
     assert worst_gap <= MOST_GAP, f"gap {worst_gap:.4%}"

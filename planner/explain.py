@@ -11,6 +11,7 @@ import numpy as np
 
 from planner.backend import Budget, solver
 from planner.board import Board
+from planner.deadline_split import as_planned
 from planner.option import Option
 from planner.problem import Problem, check
 from planner.space import Placed, Placement, PlanningSpace, build_space
@@ -153,6 +154,7 @@ def explain(
     """
     problem = replace(problem, current=plan)
     check(problem)
+    problem = as_planned(problem, plan)
     if service not in {each.name for each in problem.services.services}:
         known = ", ".join(each.name for each in problem.services.services)
         raise InvalidInput.of(f"one of the services {known}", where="explain", field="service", found=repr(service))
