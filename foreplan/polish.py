@@ -6,13 +6,13 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
-from evaluator.single_pass import SINGLE_PASS_ROUTINGS, SinglePassRouting
 from foreplan.polish_arrivals import Sampler
-from foreplan.polish_scorers import Served, scorer_for, served_by
+from foreplan.polish_scorers import PolishRouting, Served, judge_for, scorer_for, served_by
 from planner import PolishLimits, Problem, Refused, Scorer, ScoringTables, polish_plan
 from plans.errors import Fault, InvalidInput
 from plans.plan import LatencyPercentiles, Plan, Prediction
@@ -42,14 +42,14 @@ class PolishSettings:
     time_s: float = 0.0
     traces: int = 16
     candidates: int | None = None
-    routing: SinglePassRouting = "earliest-free"
+    routing: PolishRouting = "earliest-free"
 
     def __post_init__(self) -> None:
         ranges = (
             ("time_s", 0 <= self.time_s < math.inf, "at least 0 seconds and finite"),
             ("traces", 3 <= self.traces <= 1000, "from 3 to 1000"),
             ("candidates", self.candidates is None or self.candidates >= 1, "at least 1, or none"),
-            ("routing", self.routing in SINGLE_PASS_ROUTINGS, f"one of {', '.join(SINGLE_PASS_ROUTINGS)}"),
+            ("routing", self.routing in get_args(PolishRouting), f"one of {', '.join(get_args(PolishRouting))}"),
         )
         faults = [
             Fault(where="polish", field=field, found=repr(getattr(self, field)), expected=expected)
@@ -81,9 +81,9 @@ def polished(
     def scorers(tables: ScoringTables) -> tuple[Scorer, Scorer]:
         kept.append(tables)
         search, judge = (sampler.blocks(tables, settings.traces, purpose) for purpose in (0, 1))
-        return scorer_for(tables, search, settings.routing), scorer_for(tables, judge, settings.routing)
+        return scorer_for(tables, search, settings.routing), judge_for(tables, judge, settings.routing)
 
-    limits = PolishLimits(time_s=settings.time_s, candidates=settings.candidates, seed=problem.settings.seed)
+    limits = PolishLimits(time_s=settings.time_s, moves=settings.candidates, seed=problem.settings.seed)
     found = polish_plan(problem, plan, scorers, limits, clock=clock)
     if isinstance(found, Refused):
         return plan.model_copy(update={"warnings": (*plan.warnings, f"not polished: {found.reason}")})
@@ -91,7 +91,7 @@ def polished(
     batches = kept[0].batch_stage_s is not None
     served = served_by(found.plan, problem.services, held_out, settings.routing, batches=batches)
     record = PolishRecord(
-        scorer=found.scorer,
+        scorer=found.scorer if found.scorer == found.judge else f"{found.scorer}; chosen by {found.judge}",
         arrivals=sampler.name,
         traces=settings.traces,
         requests=len(held_out.arrival_s),
@@ -99,6 +99,8 @@ def polished(
         start_attainment=min(1.0, found.outcome.start_score),
         attainment=min(1.0, found.outcome.score),
         wall_s=clock() - began_s,
+        objective=problem.settings.objective,
+        moves=found.outcome.moves,
     )
     positions = {service.name: position for position, service in enumerate(problem.services.services)}
     predicted = tuple(_prediction(each, served, positions[each.service]) for each in found.plan.predicted)

@@ -13,10 +13,8 @@ from traces.table import RequestTrace
 
 __all__ = ["Sampler"]
 
-_REQUESTS = 4000
-"""Requests of one sampled trace."""
-_BATCHED_REQUESTS = 1500
-"""The same where batches matter and the slower engine simulates."""
+_REQUESTS, _REQUESTS_PER_SERVICE = 4000, 100
+"""Least requests of one sampled trace, in all and in the mean over the services."""
 _LEAST_DEADLINES = 20.0
 """A sampled trace lasts at least this many of the longest deadline, so that its idle start counts little."""
 
@@ -45,7 +43,7 @@ class Sampler:
         if self._trace is not None:
             rate_rps = len(self._trace) / self._trace.duration_s
         longest_s = float(tables.deadline_s[np.isfinite(tables.deadline_s)].max(initial=0.0))
-        requests = _REQUESTS if tables.batch_stage_s is None else _BATCHED_REQUESTS
+        requests = max(_REQUESTS, _REQUESTS_PER_SERVICE * len(tables.names))
         duration_s = max(requests / max(rate_rps, 1e-9), _LEAST_DEADLINES * longest_s)
         if self._trace is not None and self._model is None:
             samples = [self._window(duration_s, number, count, generator) for number in range(count)]

@@ -2,70 +2,68 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
 import evaluator
-from evaluator.single_pass import Hosts, SinglePassRouting, SinglePassTrace, compile_hosts, race, run_single_pass
-from planner import Deployment, Heat, ScoringTables
+from evaluator.single_pass import SinglePassTrace, compile_hosts, run_single_pass
+from evaluator.single_pass_local import Traffic
+from foreplan.polish_walk import CompiledScorer
+from planner import Scorer, ScoringTables
+from planner.arranged import Arrangement
+from planner.layout import Layout
+from planner.simulated_scorer import SimulatedScorer
 from plans.plan import Plan
 from plans.service import Services
 from traces.outcomes import nearest_rank
 from traces.table import RequestTrace
 
-__all__ = ["EventScorer", "Served", "SinglePassScorer", "scorer_for", "served_by"]
+__all__ = ["PolishRouting", "Served", "judge_for", "scorer_for", "served_by"]
+
+PolishRouting = Literal["earliest-free", "least-finish"]
+"""How requests find their group while scoring by single pass."""
 
 Floats = NDArray[np.float64]
 Integers = NDArray[np.int64]
 
 
-def scorer_for(
-    tables: ScoringTables, blocks: SinglePassTrace, routing: SinglePassRouting
-) -> SinglePassScorer | EventScorer:
-    """Return the event engine where batches matter, else the single pass, which is much faster."""
+def scorer_for(tables: ScoringTables, blocks: SinglePassTrace, routing: PolishRouting) -> CompiledScorer:
+    """Return the scorer that guides the search: the single pass, with batches where they matter."""
+    stage_s = tables.stage_s[:, None, :] if tables.batch_stage_s is None else tables.batch_stage_s
+    traffic = Traffic(
+        arrival_s=blocks.arrival_s,
+        service=blocks.service,
+        first=blocks.first,
+        deadline_s=tables.deadline_s,
+        stage_s=np.ascontiguousarray(stage_s),
+        stages=_stages(tables),
+        largest=np.minimum(tables.max_batch, stage_s.shape[1]).astype(np.int32),
+        least_finish=np.array([routing == "least-finish"], dtype=np.int32),
+    )
+    return CompiledScorer(tables.worth, traffic, blocks.offered(len(tables.names)), _duration_s(blocks), tables.gpus)
+
+
+def judge_for(tables: ScoringTables, blocks: SinglePassTrace, routing: PolishRouting) -> Scorer:
+    """Return the scorer that has the last word: the event engine where batches matter."""
     if tables.batch_stage_s is None:
-        return SinglePassScorer(tables, blocks, routing)
-    return EventScorer(tables, tables.batch_stage_s, blocks)
+        return scorer_for(tables, blocks, routing)
+    engine = _EventEngine(tables, tables.batch_stage_s, blocks)
+    return SimulatedScorer(
+        _EventEngine.name, tables.worth, blocks.offered(len(tables.names)), _duration_s(blocks), engine.good
+    )
 
 
-class SinglePassScorer:
-    """Scores by the evaluator's single pass: admission at arrival, batches of one."""
-
-    name = "single pass (admission at arrival, no batching)"
-
-    def __init__(self, tables: ScoringTables, blocks: SinglePassTrace, routing: SinglePassRouting) -> None:
-        self._tables = tables
-        self._blocks = blocks
-        self._routing = routing
-        self._weight = np.ones((len(tables.names), 1))
-        self.offered = blocks.offered(len(tables.names))
-        self.simulated_s = _duration_s(blocks)
-
-    def race(
-        self, deployment: Deployment, value: Floats, *, rival: Floats, needed: float, start: int, least: int
-    ) -> Heat:
-        """Race one candidate; see `planner.Scorer`."""
-        hosts = Hosts(
-            count=deployment.count,
-            group=deployment.slot,
-            option=deployment.option,
-            weight=self._weight,
-            stage_s=self._tables.stage_s,
-            deadline_s=self._tables.deadline_s,
-            groups=self._tables.gpus,
-        )
-        found = race(
-            hosts, self._blocks, value, rival=rival, needed=needed, start=start, least=least, routing=self._routing
-        )
-        return Heat(blocks=found.blocks, value=found.value, good=found.good)
+def _stages(tables: ScoringTables) -> NDArray[np.int32]:
+    stages: NDArray[np.int32] = np.maximum(1, (tables.stage_s > 0).sum(axis=1)).astype(np.int32)
+    return stages
 
 
-class EventScorer:
-    """Scores by the event engine: earliest deadline first, dynamic batches, early drop, least expected finish.
+class _EventEngine:
+    """Simulates by the event engine: earliest deadline first, dynamic batches, early drop, least expected finish.
 
     The engine counts per service; what a service is served is shared out among its replicas alike.
     """
@@ -75,7 +73,7 @@ class EventScorer:
     def __init__(self, tables: ScoringTables, batch_stage_s: Floats, blocks: SinglePassTrace) -> None:
         self._tables = tables
         self._batch_stage_s = batch_stage_s
-        self._stages = np.maximum(1, (tables.stage_s > 0).sum(axis=1)).astype(np.int32)
+        self._stages = _stages(tables)
         services = len(tables.names)
         self._deadlines = evaluator.Deadlines(
             allowed_s=tables.deadline_s, per_token_s=np.zeros(services), sticky=np.zeros(services, dtype=np.bool_)
@@ -90,38 +88,18 @@ class EventScorer:
             )
             for first, last in zip(blocks.first[:-1], blocks.first[1:], strict=True)
         ]
-        self.offered = blocks.offered(services)
-        self.simulated_s = _duration_s(blocks)
 
-    def race(
-        self, deployment: Deployment, value: Floats, *, rival: Floats, needed: float, start: int, least: int
-    ) -> Heat:
-        """Race one candidate; see `planner.Scorer`."""
-        blocks = len(self._arrivals)
-        values = np.zeros(blocks)
-        good = np.zeros(len(deployment.count), dtype=np.int64)
-        worth = _mean_worth(deployment, value)
-        replicas = self._replicas(deployment)
-        gains: list[float] = []
-        for turn in range(blocks):
-            block = (start + turn) % blocks
-            served = self._served(replicas, block)
-            good += served
-            values[block] = float(served @ worth)
-            gains.append(values[block] - float(rival[block]))
-            if least <= len(gains) < blocks and _hopeless(gains, needed / blocks):
-                break
-        return Heat(blocks=len(gains), value=values, good=_shared_out(deployment, good))
-
-    def _served(self, replicas: evaluator.Replicas | None, block: int) -> Integers:
-        arrivals = self._arrivals[block]
+    def good(self, arrangement: Arrangement, block: int) -> Integers:
+        """Return the requests of ``block`` served in time, shape (service, replica)."""
+        arrivals, now = self._arrivals[block], arrangement.now
+        replicas = self._replicas(now)
         if replicas is None or not len(arrivals.arrival_s):
-            return np.zeros(len(self._tables.names), dtype=np.int64)
-        return evaluator.simulate_counts(replicas, arrivals, self._deadlines, self._settings)
+            return np.zeros(now.slot.shape, dtype=np.int64)
+        return _shared_out(now, evaluator.simulate_counts(replicas, arrivals, self._deadlines, self._settings))
 
-    def _replicas(self, deployment: Deployment) -> evaluator.Replicas | None:
+    def _replicas(self, deployment: Layout) -> evaluator.Replicas | None:
         """Return the engine's arrays, replicas by group; None without any."""
-        taken = np.arange(deployment.slot.shape[1]) < deployment.count[:, None]
+        taken = np.arange(deployment.slot.shape[1]) < deployment.replicas[:, None]
         if not taken.any():
             return None
         service = np.nonzero(taken)[0]
@@ -164,7 +142,7 @@ class Served:
 
 
 def served_by(
-    plan: Plan, services: Services, blocks: SinglePassTrace, routing: SinglePassRouting, *, batches: bool
+    plan: Plan, services: Services, blocks: SinglePassTrace, routing: PolishRouting, *, batches: bool
 ) -> Served:
     """Return what ``plan`` does on ``blocks``, by the engine that scored it."""
     count = len(services.services)
@@ -180,7 +158,7 @@ def served_by(
 
 
 def _by_single_pass(
-    plan: Plan, services: Services, blocks: SinglePassTrace, routing: SinglePassRouting
+    plan: Plan, services: Services, blocks: SinglePassTrace, routing: PolishRouting
 ) -> tuple[Integers, Floats, NDArray[np.int32]]:
     """Return good per block and service, and latency and service of everything that was served."""
     hosts = compile_hosts(plan, services)
@@ -195,7 +173,7 @@ def _by_single_pass(
 
 
 def _by_events(
-    plan: Plan, services: Services, blocks: SinglePassTrace, routing: SinglePassRouting
+    plan: Plan, services: Services, blocks: SinglePassTrace, routing: PolishRouting
 ) -> tuple[Integers, Floats, NDArray[np.int32]]:
     names = np.array([service.name for service in services.services], dtype=object)
     good, latencies, served = [], [], []
@@ -220,26 +198,10 @@ def _duration_s(blocks: SinglePassTrace) -> float:
     return max(float(blocks.arrival_s[ends - 1].sum()), 1e-9)
 
 
-def _mean_worth(deployment: Deployment, value: Floats) -> Floats:
-    """Return the mean worth of a request over the replicas of each service, shape (service,)."""
-    taken = np.arange(deployment.slot.shape[1]) < deployment.count[:, None]
-    worth = np.where(taken, value[deployment.option], 0.0).sum(axis=1)
-    mean: Floats = worth / np.maximum(deployment.count, 1)
-    return mean
-
-
-def _shared_out(deployment: Deployment, good: Integers) -> Integers:
+def _shared_out(deployment: Layout, good: Integers) -> Integers:
     """Return ``good`` per service as whole requests per replica, shape (service, replica)."""
-    count = np.maximum(deployment.count, 1)[:, None]
+    count = np.maximum(deployment.replicas, 1)[:, None]
     replica = np.arange(deployment.slot.shape[1])
     each = good[:, None] // count + (replica < good[:, None] % count)
-    shares: Integers = np.where(replica < deployment.count[:, None], each, 0)
+    shares: Integers = np.where(replica < deployment.replicas[:, None], each, 0)
     return shares
-
-
-def _hopeless(gains: list[float], needed: float) -> bool:
-    """Say whether a mean gain of ``needed`` lies more than two standard errors above that of ``gains``."""
-    count = len(gains)
-    mean = math.fsum(gains) / count
-    spread = math.fsum((gain - mean) ** 2 for gain in gains)
-    return mean + 2.0 * math.sqrt(spread / count / max(count - 1, 1)) < needed

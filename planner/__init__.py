@@ -7,18 +7,16 @@ from planner.conflict import Conflict, Relaxation, explain_infeasible
 from planner.explain import Explanation, explain
 from planner.option import Catalogue, Option, Rejection
 from planner.planning import Infeasible, NoPlanFound, Report, Solved, exact_model, solve
-from planner.polish import PolishLimits
+from planner.polish_limits import PolishLimits
 from planner.polished import Polished, Refused, ScoringTables, polish_plan
 from planner.problem import Problem
-from planner.scoring import Deployment, Heat, Scorer
+from planner.scoring import Scorer
 from planner.settings import Settings
 
 __all__ = [
     "Catalogue",
     "Conflict",
-    "Deployment",
     "Explanation",
-    "Heat",
     "Infeasible",
     "NoPlanFound",
     "Option",

@@ -13,9 +13,9 @@ from dataclasses import replace
 
 import numpy as np
 
-from planner.arrangement import Arrangement
+from planner.arranged import Arrangement
 from planner.lexicographic import Outcome, Search
-from planner.polish import Pairs
+from planner.polish_limits import Pairs
 from planner.scoring import Scorer
 from planner.space import PlanningSpace
 
@@ -62,23 +62,19 @@ def _borne(space: PlanningSpace, pairs: Pairs, scorer: Scorer) -> dict[tuple[_Sh
     """Return the mean utilisation that groups of each shape bore while they served each service."""
     arrangement = Arrangement(space, (option for _, option in pairs))
     arrangement.restore(pairs)
-    hosts, offered = arrangement.deployment, scorer.offered
-    blocks = len(offered)
-    heat = scorer.race(
-        hosts, np.ones(len(space.options)), rival=np.zeros(blocks), needed=-np.inf, start=0, least=blocks
-    )
-    busy = np.zeros(arrangement.gpus)
+    hosts, served_by, offered = arrangement.now, scorer.good(arrangement), scorer.offered
+    busy = np.zeros(len(hosts.owner))
     replicas = [
-        (service, int(hosts.slot[service, each]), int(hosts.option[service, each]), int(heat.good[service, each]))
+        (service, int(hosts.slot[service, each]), int(hosts.option[service, each]), int(served_by[service, each]))
         for service in range(len(space.names))
-        for each in range(hosts.count[service])
+        for each in range(hosts.replicas[service])
     ]
     for _, slot, option, good in replicas:
         busy[slot] += good * space.options[option].request_s / scorer.simulated_s
-    served = heat.good.sum(axis=1) / np.maximum(1, offered.sum(axis=0))
+    served = served_by.sum(axis=1) / np.maximum(1, offered.sum(axis=0))
     found: dict[tuple[_Shape, int], list[float]] = {}
     for service, slot, option, _ in replicas:
-        group = space.groups[int(arrangement.group_at[slot])]
+        group = space.groups[int(hosts.group_at[slot])]
         target = space.problem.services.services[service].slo.attainment
         room = _ROOM if served[service] >= target else 1.0
         borne = max(float(busy[slot]) * room, space.options[option].utilisation if room > 1 else 0.0)

@@ -4,29 +4,32 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from planner.arrangement import Arrangement
 from planner.assemble import assemble
-from planner.correction import corrected, replanned
+from planner.backend import Budget, solver
 from planner.linear import Floats, Integers
 from planner.planning import method_for
-from planner.polish import Pairs, PolishLimits, PolishOutcome, polish
+from planner.polish_limits import Pairs, PolishLimits, PolishOutcome
 from planner.prediction import latency_model
 from planner.problem import Problem, check
+from planner.recourse import routed_in
 from planner.scoring import Scorer
 from planner.space import Placed, Placement, PlanningSpace, build_space
 from plans.plan import Plan
 
-__all__ = ["Polished", "Refused", "ScoringTables", "polish_plan"]
+if TYPE_CHECKING:
+    from planner.worth import Worth
 
-_ACCURACY_WORTH = 1e-3
-"""Goodput that one unit of accuracy is worth: enough to break ties, as accuracy is the objective after goodput."""
-
+__all__ = ["Polished", "Refused", "ScoringTables", "polish_plan", "scoring_tables"]
 
 _REPLAN_SHARE = 0.1
 """Share of the time for solving again with corrected utilisations."""
+
+_LOSS_LIMIT_S = 10.0
+"""For the linear program of one lost node; it takes milliseconds."""
 
 _BATCHING_GAIN = 1.15
 """Requests per second at the best batch over those of single requests from which on batches decide."""
@@ -45,6 +48,7 @@ class ScoringTables:
         deadline_s: Shape (service,): seconds from arrival within which a request is good; infinite without options.
         offered_rps: Shape (service,): the rate that is planned for.
         gpus: GPUs of the cluster; groups are named by their first one.
+        worth: What a simulation is worth under the objective.
     """
 
     names: tuple[str, ...]
@@ -54,6 +58,7 @@ class ScoringTables:
     deadline_s: Floats
     offered_rps: Floats
     gpus: int
+    worth: Worth
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,6 +68,7 @@ class Polished:
     plan: Plan
     outcome: PolishOutcome
     scorer: str
+    judge: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,16 +95,29 @@ def polish_plan(
         limits: When to end.
         clock: Monotonic clock, seconds.
     """
+    from planner.polish import polish  # numba loads with it
+
     space = build_space(problem)
     reason = _refusal(space)
     if reason is not None:
         return Refused(reason=reason)
-    search, judge = scorers(_tables(space))
+    tables = scoring_tables(space)
+    search, judge = scorers(tables)
     start = _pairs_of(space, plan)
-    others = _corrections(space, start, search, limits, clock)
-    outcome = polish(space, start, search, judge, _worth(space), _candidates(space), limits, clock, others)
+    outcome = polish(
+        space,
+        start,
+        search,
+        judge,
+        tables.worth,
+        _candidates(space),
+        limits,
+        clock,
+        others=_corrections(space, start, search, limits, clock),
+        allowed=lambda pairs: _survives(space, _with_rates(space, pairs, judge)),
+    )
     if outcome.pairs == start:
-        return Polished(plan=plan, outcome=outcome, scorer=search.name)
+        return Polished(plan=plan, outcome=outcome, scorer=search.name, judge=judge.name)
     better = assemble(
         space,
         _with_rates(space, outcome.pairs, judge),
@@ -108,18 +127,29 @@ def polish_plan(
         created_at=plan.created_at,
         tool_version=plan.tool_version,
     )
-    return Polished(plan=better, outcome=outcome, scorer=search.name)
+    return Polished(plan=better, outcome=outcome, scorer=search.name, judge=judge.name)
 
 
 def _corrections(
     space: PlanningSpace, start: Pairs, search: Scorer, limits: PolishLimits, clock: Callable[[], float]
 ) -> tuple[Pairs, ...]:
     """Return what the ILP plans once it knows how busy the groups of ``start`` could be; nothing for large problems."""
+    from planner.correction import corrected, replanned  # numba loads with it
+
     if not start or method_for(space) != "direct":
         return ()
     time_s = min(space.problem.settings.time_limit_s, _REPLAN_SHARE * limits.time_s)
     found = replanned(corrected(space, start, search), clock, time_s)
     return () if found is None else (found,)
+
+
+def _survives(space: PlanningSpace, placement: Placement) -> bool:
+    """Return whether ``placement`` keeps what has to be kept when any one node is lost: (4.19), a routing for each."""
+    settings = space.problem.settings
+    budget = Budget(time_limit_s=_LOSS_LIMIT_S, seed=settings.seed)
+    return all(
+        routed_in(space, placement, loss, solver(settings.backend), budget) for loss in space.requirements.losses
+    )
 
 
 def _refusal(space: PlanningSpace) -> str | None:
@@ -128,14 +158,21 @@ def _refusal(space: PlanningSpace) -> str | None:
     generation = [each.name for each in space.problem.services.services if each.request_class == "generation"]
     if generation:
         return f"its simulation does not generate tokens ({', '.join(generation)})"
-    if settings.minimize is not None or settings.objective != "goodput":
-        return "it raises goodput, and the plan is for another objective"
-    if needs.spreads or needs.couplings or needs.calls or needs.losses or needs.scenarios or needs.least_rps.any():
-        return "it does not keep spreading, workflows, lost nodes, scenarios or a required attainment"
+    if settings.minimize is not None:
+        return f"the plan is for fewest {settings.minimize}, and the search uses all that there are"
+    if settings.attainment is not None:
+        return "it does not keep a required attainment, which is one of rates"
+    if needs.couplings or needs.calls:
+        return "it does not keep the rates of workflows"
+    if needs.scenarios:
+        return "it samples one demand, and the plan is for several scenarios"
     return None
 
 
-def _tables(space: PlanningSpace) -> ScoringTables:
+def scoring_tables(space: PlanningSpace) -> ScoringTables:
+    """Return what simulators need to know of ``space``."""
+    from planner.worth import worth_of  # numba loads with it
+
     options = space.options
     most_stages = max((option.pp for option in options), default=1)
     stage_s = np.zeros((max(1, len(options)), most_stages))
@@ -157,13 +194,8 @@ def _tables(space: PlanningSpace) -> ScoringTables:
         deadline_s=deadline_s,
         offered_rps=space.offered_rps,
         gpus=sum(node.gpus.count for node in space.problem.cluster.nodes),
+        worth=worth_of(space),
     )
-
-
-def _worth(space: PlanningSpace) -> Floats:
-    """Return what a request served in time by each option counts, shape (option,)."""
-    worth: Floats = space.weight[space.service_of] * (1.0 + _ACCURACY_WORTH * space.accuracy)
-    return worth
 
 
 def _kinds(space: PlanningSpace) -> dict[tuple[str, str, str, int, int], list[int]]:
@@ -211,26 +243,20 @@ def _pairs_of(space: PlanningSpace, plan: Plan) -> Pairs:
 
 def _with_rates(space: PlanningSpace, pairs: Pairs, judge: Scorer) -> Placement:
     """Return ``pairs`` with the rates that the simulation serves, scaled from what was simulated to what is planned."""
+    from planner.arranged import Arrangement  # numba loads with it
+
     arrangement = Arrangement(space, (option for _, option in pairs))
     arrangement.restore(pairs)
-    hosts = arrangement.deployment
-    heat = judge.race(
-        hosts,
-        np.ones(len(space.options)),
-        rival=np.zeros(len(judge.offered)),
-        needed=-np.inf,
-        start=0,
-        least=len(judge.offered),
-    )
+    hosts, served = arrangement.now, judge.good(arrangement)
     offered: Integers = judge.offered.sum(axis=0)
     share: dict[tuple[int, int], float] = {}
     for service in range(len(space.names)):
-        for replica in range(hosts.count[service]):
+        for replica in range(hosts.replicas[service]):
             option = int(hosts.option[service, replica])
             # Half a request more, so that no replica that the simulation hardly used loses its route.
-            good = (float(heat.good[service, replica]) + 0.5) / (float(offered[service]) + 0.5 * hosts.count[service])
+            good = (float(served[service, replica]) + 0.5) / (float(offered[service]) + 0.5 * hosts.replicas[service])
             rate_rps = good * space.offered_rps[service]
-            group = int(arrangement.group_at[hosts.slot[service, replica]])
+            group = int(hosts.group_at[hosts.slot[service, replica]])
             share[group, option] = rate_rps / float(space.sustained_rps[option])
     busy: dict[int, float] = {}
     for (group, option), part in share.items():

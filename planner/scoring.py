@@ -2,51 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Protocol
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import TYPE_CHECKING, Protocol
 
 from planner.linear import Floats, Integers
 
-__all__ = ["Deployment", "Heat", "Scorer"]
+if TYPE_CHECKING:
+    from planner.arranged import Arrangement
 
-Indices = NDArray[np.int32]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Deployment:
-    """A candidate: where each service runs. The arrays are the search's own and change after the call.
-
-    Attributes:
-        count: Shape (service,): replicas of each service.
-        slot: Shape (service, replica): the group, named by the cluster-wide position of its first GPU; rising.
-        option: Shape (service, replica): position of the option in the planning space.
-    """
-
-    count: Indices
-    slot: Indices
-    option: Indices
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Heat:
-    """What a candidate served.
-
-    Attributes:
-        blocks: Blocks of arrivals that were run; fewer than there are when the candidate was given up.
-        value: Shape (block,): value served in time; 0 where not run.
-        good: Shape (service, replica): requests served in time in the blocks that were run, beside `Deployment.slot`.
-    """
-
-    blocks: int
-    value: Floats
-    good: Integers
+__all__ = ["Scorer"]
 
 
 class Scorer(Protocol):
-    """Simulates candidates on blocks of arrivals that are the same for all of them (common random numbers)."""
+    """Simulates arrangements on blocks of arrivals that are the same for all of them (common random numbers).
+
+    It knows the *standing* arrangement, block by block, and what it lost and served (`Layout.lost`, `Layout.worth`).
+    """
 
     @property
     def name(self) -> str:
@@ -63,17 +33,41 @@ class Scorer(Protocol):
         """Seconds that all blocks together last."""
         ...
 
-    def race(
-        self, deployment: Deployment, value: Floats, *, rival: Floats, needed: float, start: int, least: int
-    ) -> Heat:
-        """Run ``deployment`` block after block until it is improbable that it beats ``rival`` by what is needed.
+    @property
+    def score(self) -> Floats:
+        """What the standing arrangement is worth in each block, shape (block,)."""
+        ...
+
+    def settle(self, arrangement: Arrangement, mark: int | None) -> None:
+        """Simulate all blocks and let ``arrangement`` stand.
 
         Args:
-            deployment: The candidate.
-            value: Shape (option,): what a request served in time counts.
-            rival: Shape (block,): the value that the rival serves in each block.
-            needed: Least gain in all blocks together that is of interest; -inf runs all, +inf only the first few.
-            start: The block to begin with; after the last comes the first.
-            least: Blocks to run at least.
+            arrangement: What to simulate.
+            mark: Point in its log at which it was the standing one, so that only what changed since has to be
+                simulated; None simulates all of it.
         """
+        ...
+
+    def glance(self, arrangement: Arrangement, mark: int | None) -> None:
+        """Simulate a few blocks and tell the layout what services lose in them; what stands stays."""
+        ...
+
+    def walk(self, arrangement: Arrangement, temperature: float, moves: int) -> int:
+        """Try ``moves`` small moves one after the other, from what stands; return how many led to a candidate.
+
+        A candidate is accepted by the rule of Metropolis at ``temperature``, in the units of ``score`` summed, and is
+        given up as soon as the blocks run so far make it improbable that it will be.
+        """
+        ...
+
+    def standing(self, arrangement: Arrangement) -> object:
+        """Return what `resume` brings back."""
+        ...
+
+    def resume(self, arrangement: Arrangement, standing: object) -> None:
+        """Let stand what did when ``standing`` was returned; the layout has to be as it was then."""
+        ...
+
+    def good(self, arrangement: Arrangement) -> Integers:
+        """Return the requests served in time in all blocks, shape (service, replica), beside `Layout.slot`."""
         ...

@@ -195,9 +195,12 @@ class Polish(Document):
         traces: Sampled traces that every candidate was scored on.
         requests: Requests of the sampled traces that the predictions rest on; the search has not seen them.
         candidates: Placements that were simulated.
-        start_attainment: Weighted share served in time by the start, on traces that the search has not seen.
+        start_attainment: Weighted share served in time by the start, on traces that the search has not seen; under
+            another objective than goodput, what it is worth as a share of the most that there is to have.
         attainment: The same of this plan, on the same traces.
         wall_s: Seconds that it took.
+        objective: What was raised.
+        moves: Moves that the search was laid out for: with as many it does the same again; None in older plans.
     """
 
     scorer: str
@@ -208,6 +211,8 @@ class Polish(Document):
     start_attainment: float = Field(ge=0, le=1)
     attainment: float = Field(ge=0, le=1)
     wall_s: float = Field(ge=0)
+    objective: str = "goodput"
+    moves: int | None = Field(default=None, ge=0)
 
 
 class LatencyPercentiles(Document):

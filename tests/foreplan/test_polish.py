@@ -7,12 +7,17 @@ import json
 import numpy as np
 import pytest
 
-from evaluator.single_pass import SinglePassTrace, compile_hosts, count_good
+from evaluator.single_pass import Hosts, SinglePassTrace, compile_hosts, count_good
 from foreplan.planning import Inputs, make_plan, verify
 from foreplan.polish import PolishSettings, polished
-from foreplan.polish_scorers import EventScorer, SinglePassScorer, scorer_for
-from planner import Problem, ScoringTables, Settings
-from planner.scoring import Deployment
+from foreplan.polish_arrivals import Sampler
+from foreplan.polish_scorers import judge_for, scorer_for
+from foreplan.polish_walk import CompiledScorer
+from planner import Problem, Settings
+from planner.arranged import Arrangement, Operation
+from planner.polished import scoring_tables
+from planner.simulated_scorer import SimulatedScorer
+from planner.space import build_space
 from plans.demand import Demand, Rate, ServiceDemand
 from plans.errors import InvalidInput
 from plans.service import Services
@@ -120,59 +125,133 @@ def test_batches_that_matter_are_simulated_by_the_event_engine():
     inputs = toy(batches=(1, 2, 4), growth=0.1, rate_rps=8.0)
     few = PolishSettings(time_s=1e6, candidates=25, traces=3)
     plan = make_plan(inputs, SETTINGS, few).plan
-    assert plan.polish.scorer.startswith("event engine")
+    assert plan.polish.scorer.startswith("single pass (admission at arrival, batches)")
+    assert "event engine" in plan.polish.scorer
     assert plan.polish.attainment >= plan.polish.start_attainment
     assert max(entry.max_batch for group in plan.groups for entry in group.loadout) > 1
 
 
-def tables_and_blocks(batch_stage_s=None):
-    tables = ScoringTables(
-        names=("a", "b"),
-        stage_s=np.array([[0.1, 0.0], [0.05, 0.05]]),
-        batch_stage_s=batch_stage_s,
-        max_batch=np.array([1, 1]),
-        deadline_s=np.array([0.3, 0.3]),
-        offered_rps=np.array([5.0, 5.0]),
-        gpus=4,
+def scored(*, batches=(1,), routing="earliest-free", objective="goodput", seed=1):
+    """A compiled scorer on the toy's arrivals, and groups of one kind with one service each."""
+    inputs = toy(batches=batches, growth=0.9 if batches == (1,) else 0.1, rate_rps=4.0)
+    problem = Problem(
+        cluster=inputs.cluster,
+        services=inputs.services,
+        profiles=inputs.profiles,
+        demand=inputs.demand,
+        settings=Settings(objective=objective),
     )
-    generator = np.random.default_rng(1)
-    blocks = SinglePassTrace(
-        arrival_s=np.concatenate([np.sort(generator.random(60)) * 8 for _ in range(5)]),
-        service=generator.integers(0, 2, 300).astype(np.int32),
-        first=np.arange(0, 301, 60, dtype=np.int64),
-    )
-    return tables, blocks
+    space = build_space(problem)
+    tables = scoring_tables(space)
+    blocks = Sampler(problem, None).blocks(tables, 5, 0)
+    arrangement = Arrangement(space, range(len(space.options)), seed)
+    scorer = scorer_for(tables, blocks, routing)
+    arrangement.operate(Operation.OPEN_ALL, int(arrangement.draw() * len(arrangement.kinds)))
+    scorer.glance(arrangement, None)
+    assert arrangement.operate(Operation.ADMIT_WANTING)
+    arrangement.forget()
+    return space, tables, blocks, arrangement, scorer
 
 
-def test_both_engines_count_alike_where_both_apply():
-    """One group, batches of one, one deadline: whether hopeless requests are dropped early or late does not matter."""
-    tables, blocks = tables_and_blocks()
-    batched, _ = tables_and_blocks(tables.stage_s[:, None, :].copy())
-    hosts = Deployment(
-        count=np.array([1, 1], dtype=np.int32),
-        slot=np.array([[2, 0], [2, 0]], dtype=np.int32),
-        option=np.array([[1, 0], [1, 0]], dtype=np.int32),
-    )
-    single, event = scorer_for(tables, blocks, "least-finish"), scorer_for(batched, blocks, "least-finish")
-    assert isinstance(single, SinglePassScorer)
-    assert isinstance(event, EventScorer)
-    everything = {"rival": np.zeros(5), "needed": -np.inf, "start": 0, "least": 5}
-    one, two = (scorer.race(hosts, np.ones(2), **everything) for scorer in (single, event))
-    assert one.good.sum(axis=1).tolist() == two.good.sum(axis=1).tolist()
-    assert one.value.tolist() == two.value.tolist()
+def by_single_pass(tables, blocks, arrangement, routing="earliest-free"):
+    """Good requests per block and service by `evaluator.single_pass`, which knows nothing of standing outcomes."""
+    now = arrangement.now
+    hosts = Hosts(
+        count=now.replicas, group=now.slot, option=now.option, weight=np.ones(now.slot.shape), stage_s=tables.stage_s,
+        deadline_s=tables.deadline_s, groups=tables.gpus,
+    )  # fmt: skip
+    return [
+        count_good(
+            hosts,
+            SinglePassTrace.whole(blocks.arrival_s[first:last], blocks.service[first:last]),
+            routing=routing,
+        ).tolist()
+        for first, last in zip(blocks.first[:-1], blocks.first[1:], strict=True)
+    ]
 
 
-def test_the_event_engine_gives_a_hopeless_candidate_up_and_scores_nothing_without_replicas():
-    tables, blocks = tables_and_blocks(np.array([[[0.1, 0.0]], [[0.05, 0.05]]]))
-    nothing = Deployment(
-        count=np.zeros(2, dtype=np.int32),
-        slot=np.zeros((2, 4), dtype=np.int32),
-        option=np.zeros((2, 4), dtype=np.int32),
-    )
-    scorer = scorer_for(tables, blocks, "least-finish")
-    heat = scorer.race(nothing, np.ones(2), rival=np.full(5, 40.0), needed=0.0, start=1, least=3)
-    assert heat.blocks == 3
-    assert heat.value.sum() == 0
+@pytest.mark.parametrize("routing", ["earliest-free", "least-finish"])
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_a_settled_arrangement_is_scored_as_the_evaluators_single_pass_does(routing, seed):
+    _, tables, blocks, arrangement, scorer = scored(routing=routing, seed=seed)
+    scorer.settle(arrangement, None)
+    expected = np.array(by_single_pass(tables, blocks, arrangement, routing))
+    assert scorer.good(arrangement).sum(axis=1).tolist() == expected.sum(axis=0).tolist()
+    assert scorer.score == pytest.approx((expected * tables.worth.value[0]).sum(axis=1))
+
+
+def test_walking_accepts_moves_and_its_score_is_that_of_simulating_what_stands_in_full():
+    """Every group is one that the services choose among here, so that nothing is approximate."""
+    _, _, _, arrangement, scorer = scored()
+    scorer.settle(arrangement, None)
+    before, pairs = float(scorer.score.sum()), arrangement.pairs()
+    for _ in range(10):
+        assert scorer.walk(arrangement, 0.0, 40) > 0
+        told = scorer.score.copy()
+        arrangement.forget()
+        scorer.settle(arrangement, None)
+        assert scorer.score.sum() == pytest.approx(told.sum(), rel=0.02)
+    assert arrangement.pairs() != pairs
+    assert scorer.score.sum() > before
+
+
+def test_a_move_is_simulated_where_it_matters_and_nowhere_else():
+    """Two services on GPUs of their own: what one is given does not touch the standing outcome of the other."""
+    space, _, _, arrangement, scorer = scored()
+    single = [group for group in range(len(space.groups)) if len(space.groups[group].gpus) == 1]
+    option_of = {int(space.service_of[option]): option for option in space.groups[single[0]].options}
+    arrangement.restore([(single[0], option_of[0]), (single[1], option_of[1])])
+    scorer.settle(arrangement, None)
+    alone = scorer.good(arrangement).sum(axis=1)
+    arrangement.operate(Operation.PLACE, single[2], option_of[1])
+    scorer.settle(arrangement, 0)
+    concerned = np.flatnonzero(scorer._ledger.within).tolist()
+    assert concerned == sorted(int(arrangement.now.slot_of[group]) for group in single[1:3])
+    locally = scorer.score.copy()
+    more = scorer.good(arrangement).sum(axis=1)
+    assert scorer.score.tolist() == locally.tolist()
+    assert more[0] == alone[0] > 0
+    assert more[1] > alone[1]
+
+
+def test_returning_to_a_standing_brings_back_every_score():
+    _, _, _, arrangement, scorer = scored()
+    scorer.settle(arrangement, None)
+    arrangement.forget()
+    score, standing = scorer.score.copy(), scorer.standing(arrangement)
+    lost, worth = arrangement.now.lost.copy(), arrangement.now.worth.copy()
+    scorer.walk(arrangement, 1e9, 20)
+    assert scorer.score.tolist() != score.tolist()
+    arrangement.operate(Operation.ROLLBACK, 0)
+    scorer.resume(arrangement, standing)
+    assert scorer.score.tolist() == score.tolist()
+    assert arrangement.now.lost.tolist() == lost.tolist()
+    assert arrangement.now.worth.tolist() == worth.tolist()
+
+
+def test_batches_serve_more_than_single_requests_and_about_what_the_event_engine_says():
+    _, tables, blocks, arrangement, scorer = scored(batches=(1, 4, 8))
+    assert isinstance(scorer, CompiledScorer)
+    judge = judge_for(tables, blocks, "earliest-free")
+    assert isinstance(judge, SimulatedScorer)
+    scorer.settle(arrangement, None)
+    judge.settle(arrangement, None)
+    assert scorer.score.sum() == pytest.approx(judge.score.sum(), rel=0.1)
+    offered = float((scorer.offered * tables.worth.value[0]).sum())
+    assert 0.1 * offered < scorer.score.sum() <= offered * (1 + 1e-9)
+
+
+@pytest.mark.parametrize("objective", ["goodput", "max-min", "fair-sum", "utility"])
+def test_walking_without_heat_never_lowers_the_score_under_any_objective(objective):
+    _, _, _, arrangement, scorer = scored(objective=objective)
+    scorer.settle(arrangement, None)
+    scores = [float(scorer.score.sum())]
+    for _ in range(6):
+        scorer.walk(arrangement, 0.0, 40)
+        scores.append(float(scorer.score.sum()))
+        arrangement.forget()
+    assert scores == sorted(scores)
+    assert scores[-1] > scores[0]
 
 
 def test_impossible_settings_are_refused_all_at_once():
@@ -184,16 +263,28 @@ def test_impossible_settings_are_refused_all_at_once():
 def test_what_may_not_be_polished_comes_back_as_it_was_with_a_warning():
     inputs = toy()
     plan = make_plan(inputs, SETTINGS).plan
-    fair = Problem(
+    cheapest = Problem(
         cluster=inputs.cluster,
         services=inputs.services,
         profiles=inputs.profiles,
         demand=inputs.demand,
-        settings=Settings(objective="max-min"),
+        settings=Settings(minimize="gpus", attainment=0.1),
     )
-    same = polished(fair, plan, REPEATABLE, None)
+    same = polished(cheapest, plan, REPEATABLE, None)
     assert same.groups == plan.groups
-    assert "not polished: it raises goodput" in same.warnings[-1]
+    assert "not polished: the plan is for fewest gpus" in same.warnings[-1]
+
+
+@pytest.mark.parametrize("objective", ["max-min", "fair-sum", "utility"])
+def test_other_objectives_are_polished_by_what_they_make_of_the_simulation(objective):
+    inputs = toy()
+    fluid = make_plan(inputs, Settings(time_limit_s=3.0, gap=0.01, objective=objective)).plan
+    better = make_plan(inputs, Settings(time_limit_s=3.0, gap=0.01, objective=objective), REPEATABLE).plan
+    assert better.polish.attainment > better.polish.start_attainment
+    assert better.polish.objective == objective
+    if objective == "max-min":
+        least = [min(each.attainment for each in plan.predicted) for plan in (fluid, better)]
+        assert least[1] > least[0]
 
 
 def test_the_record_survives_the_file():

@@ -12,64 +12,66 @@ from planner import PolishLimits, Refused, Settings, polish_plan, solve
 from planner.correction import corrected, replanned
 from planner.greedy import greedy
 from planner.polish import polish
-from planner.scoring import Heat
+from planner.simulated_scorer import SimulatedScorer
 from planner.space import build_space
+from planner.worth import worth_of
 from tests.planner.problems import QUIET, cluster, demand, generated, latency_service, problem, profile, town
 
 
-class PlainScorer:
+class PlainSimulator:
     """Admission at arrival on the group whose work ends first, in plain Python, on a few bursts of requests."""
-
-    name = "plain loop"
 
     def __init__(self, space, seed, blocks=4, requests=60):
         generator = np.random.default_rng(seed)
-        self._space = space
         self._hold_s = [option.hold_s / option.batch for option in space.options]
         services = len(space.names)
         rate = space.offered_rps / max(space.offered_rps.sum(), 1e-9)
         span_s = requests / max(space.offered_rps.sum(), 1e-9)
-        self._blocks = []
+        self.blocks = []
         for _ in range(blocks):
             service = generator.choice(services, requests, p=rate)
-            self._blocks.append((np.sort(generator.random(requests)) * span_s * generator.uniform(0.2, 1.0), service))
-        self.offered = np.array([np.bincount(service, minlength=services) for _, service in self._blocks])
-        self.simulated_s = sum(float(arrival_s[-1]) for arrival_s, _ in self._blocks)
+            self.blocks.append((np.sort(generator.random(requests)) * span_s * generator.uniform(0.2, 1.0), service))
         self._deadline_s = [min((o.deadline_s for o in space.catalogue.of(name)), default=0.0) for name in space.names]
 
-    def race(self, deployment, value, *, rival, needed, start, least):
-        values, good = np.zeros(len(self._blocks)), np.zeros(deployment.slot.shape, dtype=np.int64)
-        for block, (arrival_s, service) in enumerate(self._blocks):
-            free_s = {}
-            for now, s in zip(arrival_s.tolist(), service.tolist(), strict=True):
-                hosts = range(deployment.count[s])
-                if not hosts:
-                    continue
-                host = min(hosts, key=lambda h: (free_s.get(int(deployment.slot[s, h]), 0.0), h))
-                slot, option = int(deployment.slot[s, host]), int(deployment.option[s, host])
-                end = max(now, free_s.get(slot, 0.0)) + self._hold_s[option]
-                if end <= now + self._deadline_s[s]:
-                    free_s[slot] = end
-                    good[s, host] += 1
-                    values[block] += value[option]
-        return Heat(blocks=len(self._blocks), value=values, good=good)
+    def good(self, arrangement, block):
+        now, (arrival_s, service) = arrangement.now, self.blocks[block]
+        good, free_s = np.zeros(now.slot.shape, dtype=np.int64), {}
+        for at, s in zip(arrival_s.tolist(), service.tolist(), strict=True):
+            hosts = range(now.replicas[s])
+            if not hosts:
+                continue
+            host = min(hosts, key=lambda h: (free_s.get(int(now.slot[s, h]), 0.0), h))
+            slot, option = int(now.slot[s, host]), int(now.option[s, host])
+            end = max(at, free_s.get(slot, 0.0)) + self._hold_s[option]
+            if end <= at + self._deadline_s[s]:
+                free_s[slot] = end
+                good[s, host] += 1
+        return good
+
+
+def scorer(space, seed, worth=None):
+    plain = PlainSimulator(space, seed)
+    offered = np.array([np.bincount(service, minlength=len(space.names)) for _, service in plain.blocks])
+    seconds = sum(float(arrival_s[-1]) for arrival_s, _ in plain.blocks)
+    return SimulatedScorer("plain loop", worth or worth_of(space), offered, seconds, plain.good)
 
 
 def frozen_clock():
     return 0.0
 
 
-def search(space, start, *, candidates=150, seed=1, value=None):
-    worth = np.ones(len(space.options)) if value is None else value
+def search(space, start, *, moves=150, seed=1, others=(), allowed=lambda pairs: True):
     return polish(
         space,
         start,
-        PlainScorer(space, seed=5),
-        PlainScorer(space, seed=6),
-        worth,
+        scorer(space, seed=5),
+        scorer(space, seed=6),
+        worth_of(space),
         tuple(range(len(space.options))),
-        PolishLimits(time_s=1.0, candidates=candidates, seed=seed),
+        PolishLimits(time_s=1.0, moves=moves, seed=seed),
         frozen_clock,
+        others=others,
+        allowed=allowed,
     )
 
 
@@ -83,7 +85,7 @@ def shared(seed):
 
 def judged(space, pairs):
     """The judge's score of ``pairs``, from a polish that has no candidates to try."""
-    return search(space, pairs, candidates=1).start_score
+    return search(space, pairs, moves=1).start_score
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -129,7 +131,7 @@ def test_the_same_seed_and_limit_give_the_same_placement():
 
 def test_the_search_ends_soon_after_its_limit():
     space = build_space(shared(2))
-    assert search(space, pairs_of(greedy(space) or ()), candidates=20).candidates < 20 + 64 + 61 + 40
+    assert search(space, pairs_of(greedy(space) or ()), moves=20).candidates < 20 + 64 + 61 + 40
 
 
 def test_an_empty_start_is_filled():
@@ -168,7 +170,7 @@ def test_weights_decide_who_is_served_where_not_all_can_be():
             demand(light=30.0, heavy=30.0),
         )
     )
-    found = search(space, (), value=space.weight[space.service_of], candidates=60)
+    found = search(space, (), moves=200)
     assert {space.options[option].service for _, option in found.pairs} == {"heavy"}
 
 
@@ -176,7 +178,7 @@ def test_utilisations_are_corrected_to_what_groups_bore():
     """The mean over groups of a shape; within what the settings allow; the catalogue stays the same otherwise."""
     space = build_space(shared(1))
     start = pairs_of(greedy(space) or ())
-    better = corrected(space, start, PlainScorer(space, seed=5))
+    better = corrected(space, start, scorer(space, seed=5))
     limits = space.problem.settings
     assert better.sustained_rps.shape == space.sustained_rps.shape
     assert any(one.utilisation != two.utilisation for one, two in zip(space.options, better.options, strict=True))
@@ -191,16 +193,13 @@ def test_utilisations_are_corrected_to_what_groups_bore():
 
 def test_other_starts_are_tried_and_never_make_it_worse():
     space = build_space(shared(1))
-    good = search(space, pairs_of(greedy(space) or ()), candidates=400)
-    found = polish(
-        space, pairs_of(greedy(space) or ()), PlainScorer(space, seed=5), PlainScorer(space, seed=6),
-        np.ones(len(space.options)), (), PolishLimits(time_s=1.0, candidates=2), frozen_clock, (good.pairs,),
-    )  # fmt: skip
+    good = search(space, pairs_of(greedy(space) or ()), moves=400)
+    found = search(space, pairs_of(greedy(space) or ()), moves=2, others=(good.pairs,))
     assert found.score >= found.start_score
 
 
 def scorers_of(space):
-    return lambda tables: (PlainScorer(space, seed=5), PlainScorer(space, seed=6))
+    return lambda tables: (scorer(space, seed=5), scorer(space, seed=6))
 
 
 def test_a_polished_plan_keeps_the_certificate_and_routes_to_every_replica():
@@ -208,7 +207,7 @@ def test_a_polished_plan_keeps_the_certificate_and_routes_to_every_replica():
     solved = solve(given_problem)
     space = build_space(given_problem)
     found = polish_plan(
-        given_problem, solved.plan, scorers_of(space), PolishLimits(time_s=1.0, candidates=200), clock=frozen_clock
+        given_problem, solved.plan, scorers_of(space), PolishLimits(time_s=1.0, moves=200), clock=frozen_clock
     )
     assert found.outcome.score >= found.outcome.start_score
     assert found.plan.solver == solved.plan.solver
@@ -219,12 +218,37 @@ def test_a_polished_plan_keeps_the_certificate_and_routes_to_every_replica():
             assert any(route.group == group.id for route in found.plan.routes[entry.service])
 
 
+def test_a_placement_that_is_not_allowed_is_never_the_answer():
+    space = build_space(shared(1))
+    start = pairs_of(greedy(space) or ())
+    free = search(space, start, moves=400)
+    assert free.pairs != start
+    held = search(space, start, moves=400, allowed=lambda pairs: pairs != free.pairs)
+    assert held.start_score <= held.score <= free.score
+    assert held.pairs != free.pairs
+    assert search(space, start, moves=400, allowed=lambda pairs: False).pairs == start
+
+
+def test_a_polished_plan_keeps_its_share_after_the_loss_of_any_node():
+    given_problem = replace(shared(3), settings=Settings(keep_after_loss=0.6, time_limit_s=5.0))
+    solved = solve(given_problem)
+    space = build_space(given_problem)
+    found = polish_plan(
+        given_problem, solved.plan, scorers_of(space), PolishLimits(time_s=1.0, moves=400), clock=frozen_clock
+    )
+    assert found.outcome.score >= found.outcome.start_score
+    assert len(found.plan.contingencies) == 2
+    for lost in found.plan.contingencies:
+        assert lost.routes or not any(entry.rate_rps > 1e-3 for group in found.plan.groups for entry in group.loadout)
+
+
 @pytest.mark.parametrize(
     ("given_problem", "reason"),
     [
         (town(), "chat"),
-        (replace(generated(1), settings=Settings(objective="max-min")), "another objective"),
-        (replace(generated(1), settings=Settings(keep_after_loss=0.5)), "lost nodes"),
+        (replace(generated(1), settings=Settings(minimize="cost", attainment=0.1)), "fewest cost"),
+        (replace(generated(1), settings=Settings(attainment=0.1)), "required attainment"),
+        (replace(generated(1), settings=Settings(scenarios=3)), "scenarios"),
     ],
 )
 def test_what_the_search_would_not_keep_is_refused_with_the_reason(given_problem, reason):
