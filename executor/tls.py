@@ -11,6 +11,7 @@ import logging
 import ssl
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,7 @@ class Credentials:
         version: Goes up whenever new material was taken up.
 
     Raises:
-        InvalidInput: A file is missing or is not what it should be; with every fault.
+        InvalidInput: A file is missing or is not what it should be, or the certificate has expired; with every fault.
     """
 
     def __init__(self, files: TlsFiles) -> None:
@@ -234,6 +235,12 @@ def _faults(files: TlsFiles, material: _Material) -> list[Fault]:
         own = x509.load_pem_x509_certificates(material.certificate)[0]
     except ValueError as error:
         faults.append(Fault(where=str(files.certificate), found=str(error), expected="a certificate"))
+    now = datetime.now(UTC)
+    if own is not None and not own.not_valid_before_utc <= now <= own.not_valid_after_utc:
+        found = f"valid from {own.not_valid_before_utc:%Y-%m-%d %H:%M} to {own.not_valid_after_utc:%Y-%m-%d %H:%M} UTC"
+        remedy = "renew it with `foreplan certs rotate`, or set the clock"
+        expected = f"a certificate that is valid now, {now:%Y-%m-%d %H:%M} UTC"
+        faults.append(Fault(where=str(files.certificate), found=found, expected=expected, remedy=remedy))
     try:
         x509.load_pem_x509_certificates(material.authorities)
     except ValueError as error:

@@ -41,7 +41,9 @@ def status(
     dialer = cluster_dialer(inventory, gateway, client_cert, client_key, root_cert, insecure=insecure)
     found = asyncio.run(observe(inventory, gateway, dialer=dialer))
     out.result(found.to_json())
-    out.say(f"generation {found.live.generation} is live" if found.live else "nothing is live")
+    heard = any(peer.generation is not None for peer in (*found.agents, *found.gateways))
+    nothing = "nothing is live" if heard else "no agent or gateway answers"
+    out.say(f"generation {found.live.generation} is live" if found.live else nothing)
     out.table(
         ["peer", "address", "generation", "ready", "problem"],
         [[p.name, p.address, p.generation, p.ready, p.problem] for p in (*found.agents, *found.gateways)],

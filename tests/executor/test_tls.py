@@ -269,6 +269,12 @@ def test_missing_and_mixed_up_files_are_refused_with_every_fault(tmp_path: Path)
     assert len(caught.value.faults) == 3
 
 
+def test_an_expired_certificate_is_named_by_whoever_would_show_it(tmp_path: Path) -> None:
+    expired = Authority.made(tmp_path / "ca").issue(Role.OPERATOR, days_ago=5)
+    with pytest.raises(InvalidInput, match=r"operator\.pem: found valid from .* renew it with `foreplan certs rotate`"):
+        Credentials(expired)
+
+
 def test_a_method_that_no_rule_names_is_for_nobody() -> None:
     for server in (Role.AGENT, Role.GATEWAY):
         assert Guard(server).allowed("/foreplan.control.v9.Agent/Stage") == frozenset()
