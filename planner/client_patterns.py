@@ -196,7 +196,7 @@ class PatternMaster:
     def useful(self, value: float) -> Integers:
         """Return the kinds that a mapping of more than ``value`` may use, by the prices of the best bound.
 
-        A mapping with a GPU of kind k reaches at most the bound less what k is worth less than the best kind.
+        A mapping with a GPU of kind k reaches at most the bound less what k is worth less than the best kind: (11.8).
         """
         _, _, worth = best_patterns(self.kinds, self._stable)
         best = max(0.0, float(worth.max()))

@@ -71,7 +71,7 @@ def worth_of(space: PlanningSpace) -> Worth:
 
 @inner
 def worth_of_block(worth: Worth, good: NDArray[np.int64], value: Floats, offered: NDArray[np.int64]) -> float:
-    """Return what a trace is worth in which each service was served so.
+    """Return what a trace is worth in which each service was served so: (12.1) to (12.4) of docs/formulation.md.
 
     Args:
         worth: The objective.
