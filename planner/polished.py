@@ -114,7 +114,7 @@ def polish_plan(
         limits,
         clock,
         others=_corrections(space, start, search, limits, clock),
-        allowed=lambda pairs: _survives(space, _with_rates(space, pairs, judge)),
+        allowed=lambda pairs: not space.requirements.losses or _survives(space, _with_rates(space, pairs, judge)),
     )
     if outcome.pairs == start:
         return Polished(plan=plan, outcome=outcome, scorer=search.name, judge=judge.name)
