@@ -4,7 +4,7 @@ numba compiles a function once for every combination of argument types that it i
 number being types of their own, and it optimises each version with all that it calls linked in, down to machine code
 that nobody runs: what lies ten calls deep is optimised ten times over. `Part` makes one version per type of world, and
 leaves optimisation and machine code to the entry point that it is linked into, which sees it all. That takes a third of
-the time, and the code is as fast.
+the time; what it costs in speed, and what it ties us to, is in docs/decisions/0011.
 """
 
 from __future__ import annotations

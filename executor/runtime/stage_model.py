@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from executor.runtime.mesh import Mesh, receive, send
+from executor.runtime.precision import cast
 from executor.runtime.protocol import TensorSpec
 from executor.runtime.sharding import check_shardable, shard
 from executor.runtime.stages import Part, balanced, measured_s, parts_of
@@ -69,7 +70,7 @@ def cut(
         InvalidInput: It cannot be cut this way.
     """
     module, inputs, wanted = built or runtime.build(variant)
-    module = module.to(dtype=runtime.dtype).eval().requires_grad_(False)
+    module = cast(module, runtime.dtype).eval().requires_grad_(False)
     if tp > 1:
         check_shardable(module, tp, variant)
     vocabulary = int(getattr(getattr(module, "config", None), "vocab_size", 0) or 0)
