@@ -6,6 +6,8 @@ import asyncio
 import contextlib
 import datetime
 import os
+import signal
+import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -156,6 +158,7 @@ def running_site(
     gateway_options: Sequence[str] = (),
 ) -> Iterator[Site]:
     """Run an agent for each node and a gateway inside the block."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # a benchmark that is told to stop leaves nothing behind
     ports = free_ports(len(nodes) + 2)
     cluster = Cluster.model_validate(
         {
