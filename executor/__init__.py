@@ -4,8 +4,9 @@ Modules, by process:
 
 - agent (one per node): `agent` starts it; `agent_control` and `agent_inference` answer its callers; `node` moves it
   from generation to generation, `upkeep` brings about what is wanted as `reconcile` and `replica` say, `admission`
-  checks, `journal` remembers; `group_server`, `bundles` and `dispatcher` queue and batch; `group_worker`,
-  `spare_worker` and `worker_link` run workers.
+  checks, `journal` remembers; `group_server` says who uses a group next, `whole_requests`, `bundles` and `dispatcher`
+  queue and batch, `group_lanes` and `lane` generate; `group_batch`, `group_worker`, `spare_worker` and `worker_link`
+  run workers.
 - worker (one per GPU group): `worker`, over `worker_wire` and the shared memory of `segment`; `runtime` loads and runs
   models.
 - gateway (the front door): `gateway`, with `routing` and the other ``gateway_`` modules; `forwarding` is how it hands

@@ -18,7 +18,6 @@ import grpc.aio
 
 from executor.errors import PlacementIsPlanned, RequestRefused, UnknownService, details_of, status_of
 from executor.forwarding import Body
-from executor.group_server import Answer
 from executor.infer_header import GROUP_METADATA, LONGEST_DEADLINE_S
 from executor.lane import Generated
 from executor.node import Node
@@ -33,6 +32,7 @@ from executor.stream_inference import FINAL, INPUT, OUTPUT, error_response, inte
 from executor.tensors import Buffer, TensorLimits, decode_inputs, decode_raw, encode_response
 from executor.token_inference import generated_answer, streamed_tokens, token_request
 from executor.tracing import Spans, join_trace, traceparent_in
+from executor.whole_requests import Answer
 from executor.worker_wire import Loaded
 from plans.errors import ForeplanError, InvalidInput
 

@@ -43,6 +43,7 @@ __all__ = [
     "WorkerRefused",
     "WrongGeneration",
     "details_of",
+    "request_error",
     "status_of",
 ]
 
@@ -145,3 +146,12 @@ def details_of(error: ForeplanError) -> str:
     """Return the message of ``error`` as gRPC can carry it: trailers are headers, and long ones are refused."""
     text = str(error)
     return text if len(text) <= _DETAILS_LENGTH else f"{text[: _DETAILS_LENGTH - 2]} …"
+
+
+def request_error(replica: str, error: BaseException) -> ForeplanError:
+    """Return what a client is told whose work on ``replica`` ended with ``error``."""
+    if isinstance(error, WorkerRefused):
+        if error.invalid_input:
+            return InvalidInput.of("inputs that the model takes", where=replica, field="inputs", found=str(error))
+        return ModelFailed(f"{replica}: {error}")
+    return ReplicaUnavailable(f"{replica}: {error}")

@@ -126,15 +126,15 @@ def test_batches_that_take_longer_than_planned_are_noted_and_allowed_for(tmp_pat
         async with server(tmp_path, "twice") as (made, _):
             made.configure(key("twice"), replica("twice", "twice", max_batch=1, batch_latency_s=(1e-5,)))
             await ask(made, "twice")
-            assert made._overrun.expected_s > 0  # no process answers within 10 us
+            assert made._requests.overrun.expected_s > 0  # no process answers within 10 us
             made.configure(key("twice"), replica("twice", "twice", max_batch=1, batch_latency_s=(5.0,)))
             for _ in range(50):
-                made._overrun.note(1.0, most_s=1.0)
-            expected_s = made._overrun.expected_s
+                made._requests.overrun.note(1.0, most_s=1.0)
+            expected_s = made._requests.overrun.expected_s
             pending = made.submit(key("twice"), {"x": np.ones((1, 4), np.float32)}, 1, made._clock() + 5.5)
             with pytest.raises(Hopeless):
                 await pending.answer
-            assert made._overrun.expected_s < expected_s  # or a group that drops everything would never learn
+            assert made._requests.overrun.expected_s < expected_s  # or a group that drops everything would never learn
 
     asyncio.run(scenario())
 
