@@ -98,7 +98,7 @@ def test_a_row_cut_short_at_the_end_is_refused_with_its_line(tmp_path):
         ("t.parquet", b"PAR1 this is no parquet file PAR1"),
         ("t.parquet", b""),
         ("t.csv.gz", b"arrival_s,service\n1,a\n"),
-        ("t.csv.gz", gzip.compress(b"arrival_s,service\n" + b"1,a\n" * 1000)[:30] + b"damage"),
+        ("t.csv.gz", gzip.compress(b"arrival_s,service\n" + b"1,a\n" * 1000, mtime=0)[:30] + b"damage"),
         ("t.csv", b""),
         ("t.csv", b"\n\n# window_s=60\n"),
         ("t.csv", b"arrival_s,service\n1,\xff\xfe\n"),
