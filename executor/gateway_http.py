@@ -105,13 +105,13 @@ class _Routes:
         return web.Response()
 
     async def ready(self, _: web.Request) -> web.Response:
-        return web.Response(status=200 if self._door.is_ready("") else 503)
+        return web.Response(status=200 if self._door.repository.is_ready("") else 503)
 
     async def model_ready(self, request: web.Request) -> web.Response:
-        return web.Response(status=200 if self._door.is_ready(request.match_info["model"]) else 503)
+        return web.Response(status=200 if self._door.repository.is_ready(request.match_info["model"]) else 503)
 
     async def server(self, request: web.Request) -> web.Response:
-        return _message(await self._door.server_metadata(messages.ServerMetadataRequest(), None))
+        return _message(await self._door.repository.server_metadata(messages.ServerMetadataRequest(), None))
 
     async def metadata(self, request: web.Request) -> web.Response:
         asked = messages.ModelMetadataRequest(
@@ -151,16 +151,16 @@ class _Routes:
         return web.json_response(
             [
                 {"name": model.name, "version": model.version, "state": model.state, "reason": model.reason}
-                for model in self._door.index(only_ready).models
+                for model in self._door.repository.index(only_ready).models
             ]
         )
 
     async def load(self, request: web.Request) -> web.Response:
-        self._door.check_load(request.match_info["model"])
+        self._door.repository.check_load(request.match_info["model"])
         return web.Response()
 
     async def unload(self, request: web.Request) -> web.Response:
-        self._door.check_unload(request.match_info["model"])
+        self._door.repository.check_unload(request.match_info["model"])
         return web.Response()
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Awaitable, Callable, Iterator
-from importlib.metadata import version
 from typing import Any
 
 import grpc
@@ -16,6 +15,7 @@ from executor.dispatcher import HOPELESS_RATIO
 from executor.forwarding import CallFailed
 from executor.gateway_metrics import GatewayMetrics
 from executor.gateway_peer import INFERENCE, Peer
+from executor.gateway_repository import ServiceRepository, typed
 from executor.gateway_switchboard import Switchboard
 from executor.infer_header import LONGEST_DEADLINE_S, InferHeader, group_message, read_infer_header, small_fields
 from executor.proto import open_inference_pb2 as messages
@@ -42,6 +42,7 @@ class InferenceFrontDoor:
         self._max_in_flight = max_in_flight
         self._switchboard = switchboard
         self._router = switchboard.router
+        self.repository = ServiceRepository(switchboard.router)
         self._clock = asyncio.get_running_loop().time
         self._headers: dict[bytes, InferHeader] = {}
 
@@ -51,18 +52,9 @@ class InferenceFrontDoor:
             "ModelInfer": grpc.unary_unary_rpc_method_handler(self.infer),
             "ModelMetadata": grpc.unary_unary_rpc_method_handler(self.metadata),
             "ModelStreamInfer": grpc.stream_stream_rpc_method_handler(self.stream),
+            "ModelStatistics": typed("ModelStatistics", self.statistics),
+            **self.repository.handlers(),
         }
-        for name, behaviour in (
-            ("ServerLive", self.server_live),
-            ("ServerReady", self.server_ready),
-            ("ServerMetadata", self.server_metadata),
-            ("ModelReady", self.model_ready),
-            ("ModelStatistics", self.statistics),
-            ("RepositoryIndex", self.repository_index),
-            ("RepositoryModelLoad", self.repository_model_load),
-            ("RepositoryModelUnload", self.repository_model_unload),
-        ):
-            methods[name] = _typed(name, behaviour)
         return grpc.method_handlers_generic_handler(INFERENCE, methods)
 
     async def infer(self, request: bytes, context: _Context[bytes, bytes]) -> bytes:
@@ -309,94 +301,6 @@ class InferenceFrontDoor:
         problem = self._router.problem(service)
         return CallFailed(_Code.UNAVAILABLE, f"no replica of {service!r} can take requests: {problem}")
 
-    async def server_live(self, _: messages.ServerLiveRequest, __: _Context[Any, Any]) -> messages.ServerLiveResponse:
-        """Say that the process answers."""
-        return messages.ServerLiveResponse(live=True)
-
-    async def server_ready(
-        self, _: messages.ServerReadyRequest, __: _Context[Any, Any]
-    ) -> messages.ServerReadyResponse:
-        """Say whether every service of the plan in force has a healthy target."""
-        return messages.ServerReadyResponse(ready=self.is_ready(""))
-
-    async def server_metadata(
-        self, _: messages.ServerMetadataRequest, __: _Context[Any, Any] | None
-    ) -> messages.ServerMetadataResponse:
-        """Name this server."""
-        return messages.ServerMetadataResponse(
-            name="foreplan-gateway",
-            version=version("foreplan"),
-            extensions=["binary_tensor_data", "model_repository", "statistics", "stream_infer"],
-        )
-
-    async def model_ready(
-        self, request: messages.ModelReadyRequest, _: _Context[Any, Any]
-    ) -> messages.ModelReadyResponse:
-        """Say whether a service has a healthy target; one that the plan does not have is not ready."""
-        return messages.ModelReadyResponse(ready=bool(request.name) and self.is_ready(request.name))
-
-    async def repository_index(
-        self, request: messages.RepositoryIndexRequest, _: _Context[Any, Any]
-    ) -> messages.RepositoryIndexResponse:
-        """List the services of the plan in force, with the reason for each that is not ready."""
-        return self.index(request.ready)
-
-    async def repository_model_load(
-        self, request: messages.RepositoryModelLoadRequest, context: _Context[Any, Any]
-    ) -> messages.RepositoryModelLoadResponse:
-        """Succeed for a service that is ready already: what runs where is the plan's to say, not a client's."""
-        try:
-            self.check_load(request.model_name)
-        except CallFailed as failed:
-            await context.abort(failed.code, failed.details)
-        return messages.RepositoryModelLoadResponse()
-
-    async def repository_model_unload(
-        self, request: messages.RepositoryModelUnloadRequest, context: _Context[Any, Any]
-    ) -> messages.RepositoryModelUnloadResponse:
-        """Refuse: `foreplan apply` of a plan without the service unloads it."""
-        try:
-            self.check_unload(request.model_name)
-        except CallFailed as failed:
-            await context.abort(failed.code, failed.details)
-        return messages.RepositoryModelUnloadResponse()
-
-    def is_ready(self, service: str) -> bool:
-        """Say whether ``service``, or with an empty name every service, has a healthy target."""
-        return not self._router.problem(service) if service else self._router.ready
-
-    def index(self, only_ready: bool) -> messages.RepositoryIndexResponse:
-        """Return the services of the plan in force, with the reason for each that is not ready."""
-        problems = {service: self._router.problem(service) for service in self._router.services}
-        return messages.RepositoryIndexResponse(
-            models=[
-                messages.RepositoryIndexResponse.ModelIndex(
-                    name=service, version="1", state="UNAVAILABLE" if problem else "READY", reason=problem
-                )
-                for service, problem in problems.items()
-                if not (only_ready and problem)
-            ]
-        )
-
-    def check_load(self, service: str) -> None:
-        """Refuse to load what is not ready.
-
-        Raises:
-            CallFailed: With the reason.
-        """
-        if problem := self._router.problem(service):
-            details = f"{service!r} is not ready ({problem}); `foreplan apply` loads what a plan places"
-            raise CallFailed(_Code.FAILED_PRECONDITION, details)
-
-    def check_unload(self, service: str) -> None:
-        """Refuse to unload anything.
-
-        Raises:
-            CallFailed: Always.
-        """
-        details = f"{service!r} leaves with `foreplan apply` of a plan that does not place it"
-        raise CallFailed(_Code.FAILED_PRECONDITION, details)
-
 
 _ASK_S = 5.0
 """Seconds that a call about metadata may take when its caller sets no limit."""
@@ -425,11 +329,3 @@ def _status(answer: bytes) -> grpc.StatusCode:
     if not read.error_message:
         return _Code.OK
     return _CODES.get(read.infer_response.parameters[STATUS_PARAMETER].string_param, _Code.UNKNOWN)
-
-
-def _typed(name: str, behaviour: Callable[..., Awaitable[Any]]) -> grpc.RpcMethodHandler[Any, Any]:
-    return grpc.unary_unary_rpc_method_handler(
-        behaviour,
-        request_deserializer=getattr(messages, f"{name}Request").FromString,
-        response_serializer=getattr(messages, f"{name}Response").SerializeToString,
-    )
