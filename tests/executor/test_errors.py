@@ -35,3 +35,12 @@ def test_an_error_without_an_entry_has_the_status_of_its_nearest_ancestor():
 def test_a_long_message_is_cut_to_what_a_trailer_can_carry():
     assert errors.details_of(ForeplanError("short")) == "short"
     assert len(errors.details_of(ForeplanError("x" * 100_000))) == 2000
+
+
+def test_a_client_is_told_whether_its_inputs_the_model_or_the_worker_failed():
+    bad = errors.request_error("n/0 s (m)", errors.WorkerRefused("shape [3]", invalid_input=True))
+    assert isinstance(bad, InvalidInput)
+    assert "n/0 s (m)" in str(bad)
+    assert "shape [3]" in str(bad)
+    assert isinstance(errors.request_error("r", errors.WorkerRefused("division by zero")), errors.ModelFailed)
+    assert isinstance(errors.request_error("r", errors.WorkerGone("killed")), errors.ReplicaUnavailable)
