@@ -15,6 +15,7 @@ from evaluator.policy import Situation
 from plans.cluster import group_id
 from plans.plan import Group, LoadoutEntry, Plan, Route, SolverReport
 from plans.service import Service
+from profiles.generation import token_rules
 from profiles.latency import LatencyModel
 
 __all__ = ["HEADROOM_RATIO", "Draft", "Tile"]
@@ -195,6 +196,7 @@ class Draft:
                         load_s=model.load_s,
                         deadline_s=deadline_s,
                         stage_latency_s=model.stage_latency_table(batch),
+                        tokens=token_rules(service, profiles.profile(variant.model, gpu_type), tp, pp),
                     )
                     return _Replica(entry=entry, tp=tp, pp=pp)
         return None

@@ -6,7 +6,6 @@ import math
 
 from planner.backend import Budget, solver
 from planner.lexicographic import TierOutcome
-from planner.option import Option
 from planner.prediction import latency_model, predict
 from planner.recourse import routed_in
 from planner.space import Placed, Placement, PlanningSpace
@@ -14,9 +13,9 @@ from planner.unserved import unserved
 from plans.cluster import Cluster
 from plans.demand import Demand
 from plans.documents import canonical_digest
-from plans.plan import Contingency, Group, LoadoutEntry, Plan, Prior, Route, SolverReport, Tier, TokenRules
-from plans.service import GenerationService, Services
-from profiles.generation import prefill_points
+from plans.plan import Contingency, Group, LoadoutEntry, Plan, Prior, Route, SolverReport, Tier
+from plans.service import Services
+from profiles.generation import token_rules
 from profiles.library import ProfileLibrary
 
 __all__ = ["assemble", "digests_of", "solver_report"]
@@ -126,6 +125,8 @@ def _groups(space: PlanningSpace, placement: Placement) -> tuple[Group, ...]:
 def _idle_entry(space: PlanningSpace, position: int) -> LoadoutEntry:
     """Return the entry of an option (by position) that is given no rate."""
     option = space.options[position]
+    service = space.problem.services.service(option.service)
+    profile = space.problem.profiles.profile(option.variant, option.gpu_type)
     return LoadoutEntry(
         service=option.service,
         variant=option.variant,
@@ -137,17 +138,8 @@ def _idle_entry(space: PlanningSpace, position: int) -> LoadoutEntry:
         load_s=option.load_s,
         deadline_s=option.deadline_s,
         stage_latency_s=latency_model(space, option).stage_latency_table(option.batch),
-        tokens=_token_rules(space, option),
+        tokens=token_rules(service, profile, option.tp, option.pp),
     )
-
-
-def _token_rules(space: PlanningSpace, option: Option) -> TokenRules | None:
-    service = space.problem.services.service(option.service)
-    profile = space.problem.profiles.profile(option.variant, option.gpu_type)
-    if not isinstance(service, GenerationService) or profile is None:
-        return None
-    tokens, prefill_s = prefill_points(profile, option.tp, option.pp)
-    return TokenRules(ttft_s=service.slo.ttft_s, tpot_s=service.slo.tpot_s, prefill_tokens=tokens, prefill_s=prefill_s)
 
 
 def _rate_rps(space: PlanningSpace, placed: Placed) -> float:

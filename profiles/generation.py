@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections import defaultdict
 
 from plans.errors import InvalidInput
+from plans.plan import TokenRules
+from plans.service import GenerationService, Service
 from profiles.column import tokens_of
 from profiles.curve import isotonic
 from profiles.document import LatencyStatistics, Profile, Row
 from profiles.latency import LatencyModel
 
-__all__ = ["compose_whole", "least_concurrent", "prefill_points", "whole_parallelisms"]
+__all__ = ["compose_whole", "least_concurrent", "prefill_points", "token_rules", "whole_parallelisms"]
 
 
 def whole_parallelisms(profile: Profile) -> tuple[tuple[int, int], ...]:
@@ -32,6 +34,14 @@ def prefill_points(profile: Profile, tp: int, pp: int) -> tuple[tuple[float, ...
         found[float(row.batch * row.input_tokens)].append(row.latency_s.mean)
     tokens = tuple(sorted(found))
     return tokens, isotonic([sum(found[t]) / len(found[t]) for t in tokens], [len(found[t]) for t in tokens])
+
+
+def token_rules(service: Service, profile: Profile | None, tp: int, pp: int) -> TokenRules | None:
+    """Return how a plan has replicas of ``service`` with the model of ``profile`` generate; None where they do not."""
+    if not isinstance(service, GenerationService) or profile is None:
+        return None
+    tokens, prefill_s = prefill_points(profile, tp, pp)
+    return TokenRules(ttft_s=service.slo.ttft_s, tpot_s=service.slo.tpot_s, prefill_tokens=tokens, prefill_s=prefill_s)
 
 
 def least_concurrent(profile: Profile, tp: int, pp: int, phase: str) -> tuple[Row, ...]:

@@ -8,9 +8,10 @@ from evaluator.baselines import LeastLoaded, RandomPlacement, RoundRobin, Select
 from evaluator.draft import HEADROOM_RATIO, Draft
 from evaluator.policy import Situation
 from plans.errors import InvalidInput
-from plans.service import Services
+from plans.service import GenerationService, GenerationSlo, Services, Variant
+from profiles.generation import token_rules
 from profiles.library import ProfileLibrary
-from tests.planner.problems import cluster, demand, profile
+from tests.planner.problems import cluster, demand, phased, profile
 from tests.planner.problems import latency_service as service
 from traces.synthesis import Gamma, synthesise
 
@@ -116,3 +117,18 @@ def test_a_copied_draft_goes_its_own_way():
     draft.copy().place("a", tile)
     assert draft.replicas("a") == 0
     assert tile in list(draft.tiles("a"))
+
+
+@pytest.mark.parametrize("policy", POLICIES, ids=lambda policy: policy.name)
+def test_a_service_that_generates_is_served_token_by_token_where_the_plan_is_applied(policy):
+    slo = GenerationSlo(ttft_s=2.0, tpot_s=0.1)
+    chat = GenerationService(name="chat", slo=slo, variants=(Variant(model="model-chat"),))
+    wanted = [chat, service("a", ("model-a", 0.9), deadline_s=0.2)]
+    known = [phased("model-chat"), profile("model-a", weights_gib=5.0)]
+    plan = policy.decide(situation(services=wanted, profiles=known)).plan
+    entries = [entry for group in plan.groups for entry in group.loadout]
+    assert {entry.service for entry in entries} == {"chat", "a"}
+    rules = token_rules(chat, known[0], 1, 1)
+    assert rules.prefill_tokens
+    for entry in entries:
+        assert entry.tokens == (rules if entry.service == "chat" else None)

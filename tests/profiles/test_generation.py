@@ -3,8 +3,9 @@ from __future__ import annotations
 import pytest
 
 from plans.errors import InvalidInput
+from plans.service import GenerationService, GenerationSlo, LatencyService, LatencySlo, Variant
 from profiles.document import Profile
-from profiles.generation import compose_whole, whole_parallelisms
+from profiles.generation import compose_whole, token_rules, whole_parallelisms
 from profiles.library import ProfileLibrary
 from tests.profiles.documents import profile, row
 
@@ -73,3 +74,19 @@ def test_a_phase_table_falls_along_neither_axis() -> None:
 def test_there_is_no_table_of_a_phase_that_was_not_measured() -> None:
     library = ProfileLibrary([profile(row(1, 0.1))])
     assert library.phase_table("resnet-18", "cpu", 1, 1, "decode", batches=(1,), tokens=(1,)) is None
+
+
+def test_token_rules_are_the_deadlines_of_the_service_and_the_prefills_of_the_profile() -> None:
+    variants = (Variant(model="resnet-18"),)
+    chat = GenerationService(name="chat", slo=GenerationSlo(ttft_s=0.5, tpot_s=0.05), variants=variants)
+    rules = token_rules(chat, phases(), 1, 1)
+    assert rules is not None
+    assert (rules.ttft_s, rules.tpot_s) == (0.5, 0.05)
+    assert rules.prefill_tokens == (100.0, 400.0, 1600.0)
+    assert rules.prefill_s == pytest.approx((0.1, 0.4, 1.6))
+    unknown = token_rules(chat, phases(), 2, 1)
+    assert unknown is not None
+    assert unknown.prefill_tokens == ()
+    assert token_rules(chat, None, 1, 1) is None
+    whole = LatencyService(name="whole", slo=LatencySlo(deadline_s=0.5), variants=variants)
+    assert token_rules(whole, phases(), 1, 1) is None
