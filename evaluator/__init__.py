@@ -10,10 +10,11 @@ from evaluator.control import Controller, Observation, ServiceObservation, Turn
 from evaluator.measures import RequestLog, StreamSummary, Timeline
 from evaluator.run import Run, simulate_counts
 from evaluator.scenario import Arrivals, Deadlines, Replicas, compile_arrivals, compile_deadlines, compile_replicas
-from evaluator.settings import Settings
+from evaluator.settings import GATEWAY_ROUTING, Settings
 from evaluator.simulation import Evaluation, evaluate
 
 __all__ = [
+    "GATEWAY_ROUTING",
     "Arrivals",
     "Change",
     "Controller",

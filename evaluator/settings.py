@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args
 
 from plans.errors import Fault, InvalidInput
 
-__all__ = ["Admission", "Latency", "Order", "Routing", "Settings"]
+__all__ = ["GATEWAY_ROUTING", "Admission", "Latency", "Order", "Routing", "Settings"]
 
 Routing = Literal[
     "weighted",
@@ -21,6 +21,9 @@ Routing = Literal[
     "corrected",
 ]
 """How a request finds its replica (docs/evaluator.md, section 4)."""
+
+GATEWAY_ROUTING: Routing = "corrected"
+"""What gateways do unless told otherwise: the weights of the plan, corrected by the waits of replicas."""
 
 Order = Literal["edf", "fifo"]
 """Queues by deadline, or by time of entry."""
@@ -48,7 +51,7 @@ class Settings:
     """How to simulate; docs/evaluator.md says exactly what each setting means.
 
     The defaults are what the executor does, but for what it costs (`overhead_s`, `response_s`) and for the routing:
-    gateways correct the weights of the plan by the waits of replicas (``corrected``), which weights alone leave out.
+    that of gateways is `GATEWAY_ROUTING`, which takes another admission than ``arrival``.
 
     Attributes:
         seed: Of every draw.

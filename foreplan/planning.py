@@ -7,7 +7,8 @@ from dataclasses import asdict, dataclass, fields
 from datetime import UTC, datetime
 from pathlib import Path
 
-from evaluator import evaluate
+from evaluator import GATEWAY_ROUTING, evaluate
+from evaluator import Settings as Simulation
 from foreplan import __version__
 from foreplan.polish import PolishSettings, polished
 from foreplan.workflow_demand import with_stages
@@ -115,9 +116,10 @@ def make_plan(
 def _predicted_by_simulation(plan: Plan, inputs: Inputs, seed: int) -> Plan:
     """Return ``plan`` with attainment and latency from the simulator, on arrivals sampled from the demand.
 
-    The planner's own prediction is a bound from queueing theory that does not know how batches grow under load. The
-    arrivals are a renewal process at the planned rates with the demand's burstiness, every prompt and answer of the
-    demand's tokens. Generation services whose demand states no tokens keep the planner's prediction.
+    The planner's own prediction is a bound from queueing theory that does not know how batches grow under load.
+    Requests are routed as gateways do unless told otherwise. The arrivals are a renewal process at the planned rates
+    with the demand's burstiness, every prompt and answer of the demand's tokens. Generation services whose demand
+    states no tokens keep the planner's prediction.
     """
     demands = {one.service: one for one in inputs.demand.services}
     offered = {
@@ -137,7 +139,8 @@ def _predicted_by_simulation(plan: Plan, inputs: Inputs, seed: int) -> Plan:
         return plan
     generates = any(service.request_class == "generation" for service in inputs.services.services)
     cluster, profiles = (inputs.cluster, inputs.profiles) if generates else (None, None)
-    summary = evaluate(plan, inputs.services, trace, cluster=cluster, profiles=profiles).summary
+    settings = Simulation(routing=GATEWAY_ROUTING)
+    summary = evaluate(plan, inputs.services, trace, settings=settings, cluster=cluster, profiles=profiles).summary
     return plan.model_copy(
         update={
             "predicted": tuple(

@@ -88,8 +88,7 @@ def polished(
     if isinstance(found, Refused):
         return plan.model_copy(update={"warnings": (*plan.warnings, f"not polished: {found.reason}")})
     held_out = sampler.blocks(kept[0], settings.traces, 2)
-    batches = kept[0].batch_stage_s is not None
-    served = served_by(found.plan, problem.services, held_out, settings.routing, batches=batches)
+    served = served_by(found.plan, problem.services, held_out)
     record = PolishRecord(
         scorer=found.scorer if found.scorer == found.judge else f"{found.scorer}; chosen by {found.judge}",
         arrivals=sampler.name,

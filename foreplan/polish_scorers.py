@@ -10,7 +10,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 import evaluator
-from evaluator.single_pass import SinglePassTrace, compile_hosts, run_single_pass
+from evaluator.single_pass import SinglePassTrace
 from evaluator.single_pass_local import Traffic
 from foreplan.polish_walk import CompiledScorer
 from planner import Scorer, ScoringTables
@@ -78,7 +78,7 @@ class _EventEngine:
         self._deadlines = evaluator.Deadlines(
             allowed_s=tables.deadline_s, per_token_s=np.zeros(services), sticky=np.zeros(services, dtype=np.bool_)
         )
-        self._settings = event_settings()
+        self._settings = evaluator.Settings(routing="least-finish")
         self._arrivals = [
             evaluator.Arrivals(
                 arrival_s=blocks.arrival_s[first:last],
@@ -119,11 +119,6 @@ class _EventEngine:
         )
 
 
-def event_settings() -> evaluator.Settings:
-    """Return how the event engine runs for the polish: as the executor does, routed by least expected finish."""
-    return evaluator.Settings(routing="least-finish")
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Served:
     """What a plan did on sampled traces.
@@ -141,55 +136,32 @@ class Served:
     p99_s: tuple[float | None, ...]
 
 
-def served_by(
-    plan: Plan, services: Services, blocks: SinglePassTrace, routing: PolishRouting, *, batches: bool
-) -> Served:
-    """Return what ``plan`` does on ``blocks``, by the engine that scored it."""
-    count = len(services.services)
-    run = _by_events if batches else _by_single_pass
-    good, latency_s, service = run(plan, services, blocks, routing)
-    sorted_s = [np.sort(latency_s[service == position]) for position in range(count)]
-    return Served(
-        good=good,
-        offered=blocks.offered(count),
-        p50_s=tuple(nearest_rank(each, 50) for each in sorted_s),
-        p99_s=tuple(nearest_rank(each, 99) for each in sorted_s),
-    )
-
-
-def _by_single_pass(
-    plan: Plan, services: Services, blocks: SinglePassTrace, routing: PolishRouting
-) -> tuple[Integers, Floats, NDArray[np.int32]]:
-    """Return good per block and service, and latency and service of everything that was served."""
-    hosts = compile_hosts(plan, services)
-    good, latencies, served = [], [], []
-    for first, last in zip(blocks.first[:-1], blocks.first[1:], strict=True):
-        arrival_s, service = blocks.arrival_s[first:last], blocks.service[first:last]
-        outcome = run_single_pass(hosts, arrival_s, service, routing=routing)
-        good.append(np.bincount(service[outcome.accepted], minlength=len(services.services)))
-        latencies.append((outcome.finish_s - arrival_s)[outcome.accepted])
-        served.append(service[outcome.accepted])
-    return np.array(good), np.concatenate(latencies), np.concatenate(served)
-
-
-def _by_events(
-    plan: Plan, services: Services, blocks: SinglePassTrace, routing: PolishRouting
-) -> tuple[Integers, Floats, NDArray[np.int32]]:
+def served_by(plan: Plan, services: Services, blocks: SinglePassTrace) -> Served:
+    """Return what ``plan`` does on ``blocks`` where nodes serve it and gateways route as they do by default."""
     names = np.array([service.name for service in services.services], dtype=object)
-    good, latencies, served = [], [], []
+    settings = evaluator.Settings(routing=evaluator.GATEWAY_ROUTING)
+    good: list[Integers] = []
+    latencies, served = [np.zeros(0)], [np.zeros(0, dtype=np.int32)]
     for first, last in zip(blocks.first[:-1], blocks.first[1:], strict=True):
         service = blocks.service[first:last]
         if last == first:
             good.append(np.zeros(len(names), dtype=np.int64))
             continue
         frame = pd.DataFrame({"arrival_s": blocks.arrival_s[first:last], "service": names[service].astype(str)})
-        requests = evaluator.evaluate(plan, services, RequestTrace(frame), settings=event_settings()).requests
+        requests = evaluator.evaluate(plan, services, RequestTrace(frame), settings=settings).requests
         good.append(np.bincount(service[requests["outcome"] == "good"], minlength=len(names)))
         finished = requests["latency_s"].notna().to_numpy()
         latencies.append(requests["latency_s"].to_numpy()[finished])
         served.append(service[finished])
-    empty = [np.zeros(0)]
-    return np.array(good), np.concatenate(latencies or empty), np.concatenate(served or [np.zeros(0, dtype=np.int32)])
+    latency_s, of = np.concatenate(latencies), np.concatenate(served)
+    order = np.lexsort((latency_s, of))
+    sorted_s = np.split(latency_s[order], np.searchsorted(of[order], np.arange(1, len(names))))
+    return Served(
+        good=np.array(good),
+        offered=blocks.offered(len(names)),
+        p50_s=tuple(nearest_rank(each, 50) for each in sorted_s),
+        p99_s=tuple(nearest_rank(each, 99) for each in sorted_s),
+    )
 
 
 def _duration_s(blocks: SinglePassTrace) -> float:

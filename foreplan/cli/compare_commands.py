@@ -152,7 +152,7 @@ def compare(
 def _print(out: Output, outcomes: Sequence[Outcome], regrets: Sequence[Regret], remarks: Sequence[str]) -> None:
     from dataclasses import asdict
 
-    from foreplan.compare.page import COLUMNS, rows
+    from foreplan.compare.page import COLUMNS, routings, rows
 
     out.result({"outcomes": [asdict(each) for each in outcomes], "regret": [asdict(each) for each in regrets]})
     out.table(list(COLUMNS), rows(outcomes, regrets))
@@ -161,6 +161,7 @@ def _print(out: Output, outcomes: Sequence[Outcome], regrets: Sequence[Regret], 
         out.say(f"best in hindsight: {each.best_rps:.4g} rps by {each.best}{bound}")
     for remark in remarks:
         out.warn(remark)
+    out.note(routings(outcomes))
     out.note(f"mode: {', '.join(sorted({each.mode for each in outcomes}))}")
 
 

@@ -93,7 +93,13 @@ def evaluate(
     profiles: Annotated[
         Path | None, typer.Option("--profiles", metavar="DIR", help="For drawn latencies, interference and tokens.")
     ] = None,
-    routing: Annotated[Routing, typer.Option(help="How a request finds its replica.")] = "weighted",
+    routing: Annotated[
+        Routing | None,
+        typer.Option(
+            help="How a request finds its replica; without: as gateways do (corrected), and weighted with "
+            "admission at arrival."
+        ),
+    ] = None,
     order: Annotated[Order, typer.Option(help="Order of the queues.")] = "edf",
     batch_delay: Annotated[float, typer.Option(help="Seconds that a head waits for its batch to fill.", min=0)] = 0.0,
     early_drop: Annotated[bool, typer.Option("--early-drop/--no-early-drop", help="Drop what cannot be met.")] = True,
@@ -139,7 +145,7 @@ def evaluate(
     resolution: Annotated[float, typer.Option(help="Width of the timeline's bins, seconds.", min=0.001)] = 60.0,
 ) -> None:
     """Simulate plans on traces: goodput, attainment and latency per service."""
-    from evaluator import Settings
+    from evaluator import GATEWAY_ROUTING, Settings
     from foreplan.batch import Context
     from foreplan.runs import check_table_name
     from plans.cluster import Cluster
@@ -157,7 +163,7 @@ def evaluate(
         profiles=None if profiles is None else ProfileLibrary.read(profiles),
         settings=Settings(
             seed=seed,
-            routing=routing,
+            routing=routing or ("weighted" if admission == "arrival" else GATEWAY_ROUTING),
             order=order,
             batch_delay_s=batch_delay,
             early_drop=early_drop,

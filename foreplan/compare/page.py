@@ -4,19 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from html import escape
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import plotly.graph_objects as go
 
 from evaluator.paired import Interval, mean_interval, paired_difference
+from executor.routing import Routing as GatewayRouting
 from foreplan.compare.regret import Regret
 from foreplan.compare.study import Outcome, Point
 from foreplan.report.html import document, plot, table
 from foreplan.report.placement import PALETTE
 from plans.units import format_seconds
 
-__all__ = ["render", "rows"]
+__all__ = ["render", "routings", "rows"]
 
 COLUMNS = (
     "policy",
@@ -58,6 +59,19 @@ def rows(outcomes: Sequence[Outcome], regrets: Sequence[Regret]) -> list[list[st
     return found
 
 
+def routings(outcomes: Sequence[Outcome]) -> str:
+    """Return a sentence on how the requests of each policy were routed, and which option has a gateway do so."""
+    policies: dict[str, dict[str, None]] = {}
+    for outcome in outcomes:
+        policies.setdefault(outcome.routing, {})[outcome.policy] = None
+    found = []
+    for routing, names in policies.items():
+        offered = routing in get_args(GatewayRouting)
+        where = f"`foreplan gateway --routing {routing}`" if offered else "simulated only"
+        found.append(f"{', '.join(names)} by {routing} ({where})")
+    return f"requests were routed as each policy says: {'; '.join(found)}"
+
+
 def render(title: str, outcomes: Sequence[Outcome], regrets: Sequence[Regret], remarks: Sequence[str]) -> str:
     """Return the page: the table, attainment along each axis, latency distributions and timelines."""
     points = sorted({outcome.point for outcome in outcomes}, key=_order)
@@ -67,7 +81,7 @@ def render(title: str, outcomes: Sequence[Outcome], regrets: Sequence[Regret], r
     lead = (
         f"Every policy served the same arrivals with the same deadlines on the same cluster, {seeds} "
         f"{'seed' if seeds == 1 else 'seeds'}; intervals are 95 %, differences are paired by seed (n. s.: not "
-        "significant). Dropped and failed requests count as missed."
+        f"significant). Dropped and failed requests count as missed; {routings(outcomes)}."
     )
     parts = [f'<h1>{escape(title)}</h1><p class="lead">{escape(lead)}</p>{notes}']
     parts.append(_card(table(COLUMNS, _unbroken(rows(outcomes, regrets)), text_columns=1)))

@@ -16,7 +16,7 @@ from plans.errors import InvalidInput
 __all__ = ["FOREPLAN_ROUTING", "POLICIES", "ForeplanPolicy", "policy"]
 
 FOREPLAN_ROUTING: Routing = "least-finish"
-"""How requests find their replica under Foreplan's own plans."""
+"""How requests find their replica under Foreplan's own plans; `foreplan gateway --routing` offers the same."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

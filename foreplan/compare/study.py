@@ -124,6 +124,7 @@ class Outcome:
         gpus: GPUs that its plan uses.
         decide_s: Seconds that its decision took, those of compiling the simulator left out.
         mode: Mode of the simulation.
+        routing: How requests found their replica (docs/evaluator.md, section 4).
         samples: One per seed, in order.
     """
 
@@ -132,6 +133,7 @@ class Outcome:
     gpus: int
     decide_s: float
     mode: str
+    routing: str
     samples: tuple[Sample, ...]
 
     @property
@@ -236,7 +238,8 @@ def _served(study: Study, name: str, point: Point, seeds: int, clock: Callable[[
         )
         mode = found.mode
         samples.append(asdict(_sample(seed, found.summary, found.requests, served.served.duration_s)))
-    return {"gpus": decision.plan.gpus_used, "decide_s": decide_s, "mode": mode, "samples": samples}
+    told = {"gpus": decision.plan.gpus_used, "decide_s": decide_s, "mode": mode, "routing": decision.routing}
+    return {**told, "samples": samples}
 
 
 def _sample(seed: int, summary: RunSummary, requests: pd.DataFrame, duration_s: float) -> Sample:
@@ -268,6 +271,7 @@ def _outcome(name: str, point: Point, result: dict[str, Any]) -> Outcome:
         gpus=result["gpus"],
         decide_s=result["decide_s"],
         mode=result["mode"],
+        routing=result["routing"],
         samples=samples,
     )
 

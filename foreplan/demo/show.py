@@ -131,7 +131,7 @@ def run_demo(
     out.say(f"forecast {windows} windows of {demand.window_s:g} s: {demand.method}")
     plan = _plan(out, folder / "plan.json", cluster, services, profiles, demand, seed)
     measured, overhead_s = _serve(out, folder, cluster, services, plan, load, seed)
-    as_served = evaluator.Settings(routing="corrected", overhead_s=overhead_s)  # gateways route so by default
+    as_served = evaluator.Settings(routing=evaluator.GATEWAY_ROUTING, overhead_s=overhead_s)
     simulated = evaluator.evaluate(plan, services, load.arrivals, settings=as_served)
     runs = {"simulated": Run(summary=simulated.summary, requests=simulated.requests), "measured": measured}
     for label, run in runs.items():

@@ -121,6 +121,8 @@ def test_the_page_and_the_table_tell_every_outcome(study, outcomes):
     for heading in ("against load", "against deadlines", "against burstiness", "Latency", "over time", "Regret"):
         assert heading in page
     assert "a remark" in page
+    assert "ilp by least-finish (`foreplan gateway --routing least-finish`)" in page
+    assert "random by weighted-random (simulated only)" in page
 
 
 def test_the_axis_of_burstiness_shows_the_recorded_trace_and_bars_end_at_everything(outcomes):

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 
+import evaluator
+from executor.gateway import GatewayConfig
+from foreplan import planning
 from foreplan.planning import Inputs, make_plan
+from foreplan.polish import PolishSettings
 from planner import Problem, Solved, solve
 from plans.plan import Plan
-from tests.planner.problems import QUIET
+from tests.planner.problems import QUIET, generated
 from tests.planner.test_generation import chat
 
 
@@ -43,3 +50,23 @@ def test_a_generation_service_of_unknown_tokens_keeps_the_bound() -> None:
     bound = solve(unknown)
     assert isinstance(bound, Solved)
     assert made(unknown).predicted == bound.plan.predicted
+
+
+def test_predictions_are_routed_as_gateways_route_by_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With polish and without: one plan has one story."""
+    routings: list[str] = []
+    simulate = evaluator.evaluate
+
+    def noted(*documents: Any, settings: evaluator.Settings, **options: Any) -> evaluator.Evaluation:
+        routings.append(settings.routing)
+        return simulate(*documents, settings=settings, **options)
+
+    monkeypatch.setattr(planning, "evaluate", noted)
+    monkeypatch.setattr(evaluator, "evaluate", noted)
+    wanted = generated(1, nodes=1, services=2)
+    inputs = Inputs(cluster=wanted.cluster, services=wanted.services, profiles=wanted.profiles, demand=wanted.demand)
+    result = make_plan(inputs, QUIET, PolishSettings(time_s=1e6, candidates=1, traces=3))
+    assert isinstance(result, Solved)
+    assert result.plan.polish is not None
+    default = GatewayConfig(listen="127.0.0.1:0", state_dir=Path()).routing
+    assert routings == [default] * 4  # the solver's plan, and the polished one on each trace kept out of the search

@@ -193,6 +193,18 @@ def test_a_run_says_its_mode_and_refuses_what_it_could_not_write_or_keep_before_
     assert "--keep" in planned.run(*run, "--keep", "kept", "--then", "1=e.json", code=1).stderr
 
 
+def test_a_run_is_routed_as_gateways_route_by_default(planned):
+    planned.run("trace", "synth", "--service", "fast=60", "--service", "slow=20", "--duration", 30, "-o", "r.parquet")
+    planned.run("plan", *planned.inputs, "--trace", "r.parquet", "-o", "r.json")
+    run = ("evaluate", "r.json", "--services", "services.yaml", "--trace", "r.parquet", "--json")
+    unsaid, corrected, weighted = (
+        json.loads(planned.run(*run, *said).stdout)
+        for said in ((), ("--routing", "corrected"), ("--routing", "weighted"))
+    )
+    assert unsaid == corrected
+    assert unsaid["groups"] != weighted["groups"]
+
+
 def test_a_truncated_trace_is_named(planned):
     planned.run("trace", "synth", "--service", "fast=20", "--duration", 60, "-o", "whole.parquet")
     (planned.folder / "cut.parquet").write_bytes((planned.folder / "whole.parquet").read_bytes()[:-200])
