@@ -5,8 +5,8 @@ within the time that its network leaves, and the frame rates of a GPU's clients 
 the accuracy that frames get, weighted by rate; a client that cannot be served is named and blocks nobody else.
 docs/formulation.md, section 11.
 
-Simulated annealing finds mappings. Two relaxations bound them: one over patterns of whole clients per GPU, whose counts
-may be fractions, and one that counts whole GPUs per (variant, batch) and lets clients be cut in pieces.
+Simulated annealing finds mappings. A program over patterns of whole clients per GPU bounds them, and its prices leave
+few choices of what all GPUs run together. Each of those has a bound of its own, and the best are solved exactly.
 """
 
 from __future__ import annotations
@@ -19,8 +19,10 @@ import numpy as np
 
 from planner.backend import Budget, NothingFound, Solution, Solver, solver
 from planner.client_annealing import annealed, compile_walks
-from planner.client_patterns import Kinds, Pattern, PatternMaster, reachable_fps
-from planner.linear import LinearModel, ModelBuilder
+from planner.client_models import counts_model, places_model
+from planner.client_patterns import Kinds, Pattern, PatternMaster
+from planner.kind_choices import promising_choices
+from planner.linear import Integers
 from planner.objective import gap_of
 from plans.errors import InvalidInput
 
@@ -41,8 +43,17 @@ _FIRST_MOVES = 150_000
 _PATTERNS_SHARE = 0.45
 """Share of the time by whose end the program over patterns stops."""
 
+_CHOICES_SHARE = 0.85
+"""Share of the time by whose end no further choice of kinds is solved."""
+
 _COUNTS_SHARE = 0.75
 """Share of the time by whose end the relaxation over counts stops."""
+
+_LISTED_PER_S = 1_200_000
+"""Kinds in the choices that are looked at, per second of the time left: about a third of that time."""
+
+_LISTED = 8_000_000
+"""Kinds in the choices that are looked at, at most; each takes 8 bytes."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -129,7 +140,7 @@ def _check(clients: Sequence[Client], variants: Sequence[ScaledVariant], gpus: i
 
 
 class _Search:
-    """One run: the kinds (variant, batch), walks for mappings, and two relaxations for the bound."""
+    """One run: the kinds (variant, batch), walks for mappings, bounds, and choices of kinds that are solved exactly."""
 
     def __init__(
         self,
@@ -165,6 +176,9 @@ class _Search:
         )
         self._worth_using = np.arange(len(self._labels))
         self._walks = 0
+        self._counted = False
+        self._listed_for = self._unlisted = 0.0
+        self._solved: dict[tuple[int, ...], float] = {}
 
     def run(self, started_s: float, time_limit_s: float) -> Mapping:
         """Walk, bound, and walk on among what may still be better, until the gap is closed or time is over."""
@@ -173,15 +187,21 @@ class _Search:
         if self._master is not None:
             self._walk(_FIRST_MOVES)
             self._bound_by_patterns(self._master, begins_s + _PATTERNS_SHARE * time_limit_s)
-            self._bound_by_counts(begins_s + _COUNTS_SHARE * time_limit_s)
+            self._settle_choices(self._master, begins_s, time_limit_s)
             moves = _FIRST_MOVES
             while not self._closed(_CLOSED) and self._clock() < ends_at_s - _RESERVE_S:
                 per_move_s = self._walk(moves)
+                if min(self._value, self._unlisted) > self._listed_for:
+                    self._settle_choices(self._master, begins_s, time_limit_s)
                 moves = int(min(1.5 * moves, max(_FIRST_MOVES, (ends_at_s - _RESERVE_S - self._clock()) / per_move_s)))
         return self._mapping(self._clock() - started_s)
 
     def _closed(self, gap: float) -> bool:
         return gap_of(self._value, self._bound) <= gap
+
+    def _adopt(self, found: list[Pattern], value: float) -> None:
+        if value > self._value:
+            self._best, self._value = found, value
 
     def _walk(self, moves: int, start: list[Pattern] | None = None) -> float:
         """Take the result of one more walk when it is the best; return the seconds that a move took."""
@@ -195,8 +215,7 @@ class _Search:
             allowed=self._worth_using,
             start=start,
         )
-        if value > self._value:
-            self._best, self._value = found, value
+        self._adopt(found, value)
         return max(1e-9, (self._clock() - begins_s) / moves)
 
     def _bound_by_patterns(self, master: PatternMaster, ends_at_s: float) -> None:
@@ -212,40 +231,56 @@ class _Search:
             self._walk(_FIRST_MOVES, start)
         self._worth_using = master.useful(self._value)
 
+    def _settle_choices(self, master: PatternMaster, begins_s: float, time_limit_s: float) -> None:
+        """Bound the choices of kinds by (11.9) and (11.10), and solve what is left for those that may be better."""
+        ends_at_s = begins_s + _CHOICES_SHARE * time_limit_s
+        limit_s = ends_at_s - self._clock()
+        if self._closed(_CLOSED) or limit_s <= 0:
+            return
+        most = int(min(_LISTED, _LISTED_PER_S * limit_s)) // self._gpus
+        choices = promising_choices(self._kinds, self._gpus, master.prices, self._value, most=most)
+        self._listed_for, self._unlisted = self._value, choices.others
+        if gap_of(self._value, choices.others) > _CLOSED and not self._counted:
+            self._bound_by_counts(begins_s + _COUNTS_SHARE * time_limit_s)
+        settled = choices.others
+        for chosen, bound in zip(choices.kinds, choices.bound.tolist(), strict=True):
+            self._bound = min(self._bound, max(settled, bound, self._value))
+            limit_s = ends_at_s - self._clock()
+            if self._closed(_CLOSED) or limit_s <= 0:
+                break
+            settled = max(settled, min(bound, self._solve(chosen, limit_s)))
+        else:
+            self._bound = min(self._bound, max(settled, self._value))
+        if choices.others <= self._value and (choices.bound > self._value).any():
+            self._worth_using = np.unique(choices.kinds[choices.bound > self._value])
+
     def _bound_by_counts(self, ends_at_s: float) -> None:
         """Bound by (11.1) to (11.4) over the kinds that are left: what any mapping that is better reaches at most."""
+        self._counted = True
         limit_s = ends_at_s - self._clock()
-        if self._closed(_CLOSED) or not len(self._worth_using) or limit_s <= 0:
+        if not len(self._worth_using) or limit_s <= 0:
             return
-        answer = self._solver.solve(self._counts(), Budget(time_limit_s=limit_s, gap=_CLOSED / 2, seed=self._seed))
+        model = counts_model(self._kinds, self._gpus, self._worth_using)
+        answer = self._solver.solve(model, Budget(time_limit_s=limit_s, gap=_CLOSED / 2, seed=self._seed))
         known = answer.bound if isinstance(answer, Solution | NothingFound) else None
         if known is not None:
             self._bound = min(self._bound, max(known, self._value))
 
-    def _counts(self) -> LinearModel:
-        """Return the model in which clients may be cut in pieces and GPUs of one kind are pooled: (11.1) to (11.4)."""
-        builder = ModelBuilder()
-        kinds = self._worth_using
-        most = np.full(len(kinds), float(self._gpus))
-        count = builder.add_variables([f"gpus[{kind}]" for kind in kinds], upper=most, integer=True)
-        builder.add_row("gpus", count, np.ones(len(kinds)), upper=float(self._gpus))
-        objective = [0.0] * len(kinds)
-        rows: dict[int, list[int]] = {client: [] for client in range(len(self._clients))}
-        fps = self._kinds.fps
-        reach = reachable_fps(self._kinds)
-        for position, kind in enumerate(kinds):
-            mine = np.flatnonzero(self._kinds.eligible[kind] & (fps <= self._kinds.throughput[kind]))
-            names = [f"part[{client},{kind}]" for client in mine]
-            part = builder.add_variables(names, upper=np.ones(len(mine)), integer=False)
-            objective.extend(fps[mine] * self._kinds.accuracy[kind])
-            values = np.append(fps[mine], -reach[kind])
-            builder.add_row(f"rate[{kind}]", np.append(part, count[position]), values, upper=0.0)
-            for client, column in zip(mine.tolist(), part.tolist(), strict=True):
-                rows[client].append(column)
-        for client, columns in rows.items():
-            if columns:
-                builder.add_row(f"client[{client}]", columns, np.ones(len(columns)), upper=1.0)
-        return builder.build().with_objective(np.array(objective), maximise=True)
+    def _solve(self, chosen: Integers, limit_s: float) -> float:
+        """Look for a better mapping with a GPU of each of the kinds ``chosen``; return a bound on all such."""
+        known = self._solved.get(tuple(chosen.tolist()))
+        if known is not None:
+            return known
+        model, gpu_of, client_of = places_model(self._kinds, chosen)
+        answer = self._solver.solve(model, Budget(time_limit_s=limit_s, gap=_CLOSED / 2, seed=self._seed))
+        bound = answer.bound if isinstance(answer, Solution | NothingFound) else None
+        if isinstance(answer, Solution):
+            served = [np.sort(client_of[(answer.values > 0.5) & (gpu_of == gpu)]) for gpu in range(self._gpus)]
+            pairs = zip(chosen.tolist(), served, strict=True)
+            found = [Pattern(kind, tuple(clients.tolist())) for kind, clients in pairs if len(clients)]
+            self._adopt(found, sum(self._kinds.value(each.kind, each.clients) for each in found))
+        self._solved[tuple(chosen.tolist())] = np.inf if bound is None else bound
+        return np.inf if bound is None else bound
 
     def _mapping(self, wall_s: float) -> Mapping:
         names = [client.name for client in self._clients]

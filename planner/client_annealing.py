@@ -10,6 +10,7 @@ import numba
 import numpy as np
 
 from planner.client_patterns import Kinds, Pattern, best_patterns
+from planner.kind_choices import promising_choices
 from planner.linear import Integers
 
 __all__ = ["annealed", "compile_walks"]
@@ -68,6 +69,7 @@ def compile_walks() -> None:
     one = np.ones(1)
     kinds = Kinds(accuracy=one, throughput=one, eligible=np.ones((1, 1), dtype=bool), fps=one)
     best_patterns(kinds, np.zeros(1))
+    promising_choices(kinds, 1, np.zeros(1), 0.0, most=1)
     annealed(kinds, 1, seed=1, moves=2, allowed=np.zeros(1, dtype=np.int64))
 
 

@@ -48,6 +48,11 @@ class Kinds:
     eligible: NDArray[np.bool_]
     fps: Floats
 
+    @property
+    def able(self) -> NDArray[np.bool_]:
+        """Shape (kind, client): which kinds may serve which clients, were there no others."""
+        return self.eligible & (self.fps[None, :] <= self.throughput[:, None])
+
     def value(self, kind: int, clients: Sequence[int]) -> float:
         """Return the accuracy summed over the frames per second of ``clients``."""
         return float(self.accuracy[kind] * self.fps[list(clients)].sum())
@@ -72,7 +77,7 @@ def best_patterns(kinds: Kinds, prices: Floats) -> tuple[NDArray[np.bool_], Floa
         Arrays of shape (kind, client), (kind,) and (kind,).
     """
     profit = kinds.accuracy[:, None] * kinds.fps[None, :] - prices[None, :]
-    able = kinds.eligible & (profit > 1e-12) & (kinds.fps[None, :] <= kinds.throughput[:, None])
+    able = kinds.able & (profit > 1e-12)
     order = np.argsort(np.where(able, -profit / kinds.fps[None, :], np.inf), axis=1, kind="stable")
     chosen, value, bound = _priced(profit, order, able.sum(axis=1), kinds.fps, kinds.throughput, _NODES)
     return chosen, value, bound
@@ -102,15 +107,16 @@ class PatternMaster:
         gpus: How many there are.
         patterns: The patterns so far.
         bound: Proven bound on any mapping; infinite before the first round.
+        prices: Shape (client,): the prices of that bound.
     """
 
     kinds: Kinds
     gpus: int
     patterns: list[Pattern] = field(default_factory=list)
     bound: float = np.inf
+    prices: Floats = field(init=False)
     _known: set[Pattern] = field(default_factory=set)
     _program: LinearProgram = field(init=False)
-    _stable: Floats = field(init=False)
 
     def __post_init__(self) -> None:
         """Start without patterns."""
@@ -128,7 +134,7 @@ class PatternMaster:
             row_scale=np.ones(clients + 1),
             objective_scale=float(self.kinds.fps.max()),
         )
-        self._stable = np.zeros(clients)
+        self.prices = np.zeros(clients)
 
     def add(self, pattern: Pattern) -> bool:
         """Add ``pattern``; False when it is there already."""
@@ -147,7 +153,7 @@ class PatternMaster:
             The fraction of each pattern, shape (pattern,) of those in the last program.
         """
         fractions = np.zeros(0)
-        smoothing = 0.0 if not self._stable.any() else _SMOOTHING
+        smoothing = 0.0 if not self.prices.any() else _SMOOTHING
         while clock() < ends_at_s:
             found = self._program.solve(max(0.01, ends_at_s - clock()))
             if found is None:
@@ -164,11 +170,11 @@ class PatternMaster:
 
     def _improve(self, duals: Floats, smoothing: float) -> int:
         """Price every kind, tighten the bound, and return how many patterns were added that gain at ``duals``."""
-        prices = smoothing * self._stable + (1 - smoothing) * duals[:-1]
+        prices = smoothing * self.prices + (1 - smoothing) * duals[:-1]
         chosen, _, worth = best_patterns(self.kinds, prices)
         bound = (float(prices.sum()) + self.gpus * max(0.0, float(worth.max()))) * (1 + _ROUNDING)
         if bound < self.bound:
-            self.bound, self._stable = bound, prices
+            self.bound, self.prices = bound, prices
         rates = self.kinds.accuracy[:, None] * self.kinds.fps[None, :]
         reduced = np.sum((rates - duals[None, :-1]) * chosen, axis=1) - duals[-1]
         ranked = np.argsort(-reduced, kind="stable")[:_PER_ROUND]
@@ -198,9 +204,9 @@ class PatternMaster:
 
         A mapping with a GPU of kind k reaches at most the bound less what k is worth less than the best kind: (11.8).
         """
-        _, _, worth = best_patterns(self.kinds, self._stable)
+        _, _, worth = best_patterns(self.kinds, self.prices)
         best = max(0.0, float(worth.max()))
-        most = (float(self._stable.sum()) + (self.gpus - 1) * best + worth) * (1 + _ROUNDING)
+        most = (float(self.prices.sum()) + (self.gpus - 1) * best + worth) * (1 + _ROUNDING)
         found: Integers = np.flatnonzero(most > value)
         return found
 

@@ -98,6 +98,14 @@ def test_larger_cases_are_sound_and_within_a_hundredth(make: Callable[[int, int,
     assert found.gap <= 0.01
 
 
+@pytest.mark.parametrize("seed", range(2))
+def test_times_without_structure_are_solved_to_a_thousandth(seed: int) -> None:
+    models, wanted = variants(12, (1, 2, 4, 8)), clients(24, 12, seed)
+    found = assign_clients(wanted, models, 4, time_limit_s=60.0)
+    assert_sound(found, wanted, models)
+    assert found.gap <= 1e-3
+
+
 @pytest.mark.parametrize("seed", range(6))
 def test_no_mapping_beats_the_bound_of_a_short_search(seed: int) -> None:
     models, wanted = variants(4, (1, 2, 4)), clients(12, 4, seed)
