@@ -40,13 +40,13 @@ _RESERVE_S = 0.01
 _FIRST_MOVES = 150_000
 """Moves of the first walks; later ones grow."""
 
-_PATTERNS_SHARE = 0.45
+_PATTERNS_SHARE = 0.65
 """Share of the time by whose end the program over patterns stops."""
 
-_CHOICES_SHARE = 0.85
+_CHOICES_SHARE = 0.9
 """Share of the time by whose end no further choice of kinds is solved."""
 
-_COUNTS_SHARE = 0.75
+_COUNTS_SHARE = 0.8
 """Share of the time by whose end the relaxation over counts stops."""
 
 _LISTED_PER_S = 1_200_000
