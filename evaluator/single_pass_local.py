@@ -15,9 +15,10 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import numba
 import numpy as np
 from numpy.typing import NDArray
+
+from evaluator.memory import compiled, inlined
 
 __all__ = ["Clocks", "Standing", "Traffic", "clocks_of", "serve_again", "standing_of"]
 
@@ -108,12 +109,12 @@ def clocks_of(slots: int, stages: int) -> Clocks:
     )
 
 
-@numba.njit(error_model="numpy", inline="always")
+@inlined
 def _later(one_s: float, other_s: float) -> float:
     return one_s if one_s > other_s else other_s  # noqa: FURB136 - numba's max also looks for NaN
 
 
-@numba.njit(error_model="numpy", inline="always")
+@inlined
 def _walk(stages: int, entry_s: float, clock_s: Floats, slot: int, stage_s: Floats, option: int, size: int) -> float:
     """Return when a batch leaves the last stage: it begins each when done with the one before and it is free."""
     end_s = entry_s
@@ -122,7 +123,7 @@ def _walk(stages: int, entry_s: float, clock_s: Floats, slot: int, stage_s: Floa
     return end_s
 
 
-@numba.njit(error_model="numpy", inline="always")
+@inlined
 def _reserve(stages: int, entry_s: float, clock_s: Floats, slot: int, stage_s: Floats, option: int, size: int) -> float:
     """Return the same, and move the clocks."""
     end_s = entry_s
@@ -132,7 +133,7 @@ def _reserve(stages: int, entry_s: float, clock_s: Floats, slot: int, stage_s: F
     return end_s
 
 
-@numba.njit(error_model="numpy")
+@compiled
 def _begin(t: Traffic, c: Clocks, slot: int, now: float) -> None:
     """Let the batches of ``slot`` begin that begin by ``now``."""
     begun, waiting = 0, c.waiting[slot]
@@ -149,7 +150,7 @@ def _begin(t: Traffic, c: Clocks, slot: int, now: float) -> None:
         c.due_s[slot, batch] = c.due_s[slot, batch + begun]
 
 
-@numba.njit(error_model="numpy")
+@compiled
 def _join(t: Traffic, c: Clocks, slot: int, option: int, due_s: float) -> bool:
     """Add a request to the earliest batch of ``option`` with room, unless that makes one late."""
     joined, stages = -1, c.trial_s.shape[1]
@@ -173,7 +174,7 @@ def _join(t: Traffic, c: Clocks, slot: int, option: int, due_s: float) -> bool:
     return True
 
 
-@numba.njit(error_model="numpy")
+@compiled
 def _batched(t: Traffic, c: Clocks, slot: int, option: int, now: float, due_s: float) -> bool:
     """Admit a request to a group with batches."""
     _begin(t, c, slot, now)
@@ -189,7 +190,7 @@ def _batched(t: Traffic, c: Clocks, slot: int, option: int, now: float, due_s: f
     return True
 
 
-@numba.njit(error_model="numpy")
+@compiled
 def serve_again(  # noqa: C901 - one loop over the arrivals, with nothing called that is not copied into it
     t: Traffic,
     s: Standing,

@@ -92,7 +92,7 @@ def polished(
     record = PolishRecord(
         scorer=found.scorer if found.scorer == found.judge else f"{found.scorer}; chosen by {found.judge}",
         arrivals=sampler.name,
-        traces=settings.traces,
+        traces=len(held_out.first) - 1,
         requests=len(held_out.arrival_s),
         candidates=found.outcome.candidates,
         start_attainment=min(1.0, found.outcome.start_score),

@@ -17,6 +17,8 @@ _REQUESTS, _REQUESTS_PER_SERVICE = 4000, 100
 """Least requests of one sampled trace, in all and in the mean over the services."""
 _LEAST_DEADLINES = 20.0
 """A sampled trace lasts at least this many of the longest deadline, so that its idle start counts little."""
+_MOST_REQUESTS, _FEWEST_TRACES = 400_000, 3
+"""Requests of all traces together, where clusters take millions a second: first fewer traces, then shorter ones."""
 
 
 class Sampler:
@@ -36,7 +38,7 @@ class Sampler:
             self.name = "renewal processes fitted to the trace"
 
     def blocks(self, tables: ScoringTables, count: int, purpose: int) -> SinglePassTrace:
-        """Return ``count`` sampled traces, with services by their position in ``tables``."""
+        """Return ``count`` sampled traces, services by position in ``tables``; fewer where they are large."""
         model = self._model or self._forecast(tables)
         generator = np.random.default_rng([self._problem.settings.seed, purpose])
         rate_rps = float(model.rate_rps.sum())
@@ -45,6 +47,8 @@ class Sampler:
         longest_s = float(tables.deadline_s[np.isfinite(tables.deadline_s)].max(initial=0.0))
         requests = max(_REQUESTS, _REQUESTS_PER_SERVICE * len(tables.names))
         duration_s = max(requests / max(rate_rps, 1e-9), _LEAST_DEADLINES * longest_s)
+        count = max(min(_FEWEST_TRACES, count), min(count, int(_MOST_REQUESTS / max(duration_s * rate_rps, 1.0))))
+        duration_s = min(duration_s, _MOST_REQUESTS / count / max(rate_rps, 1e-9))
         if self._trace is not None and self._model is None:
             samples = [self._window(duration_s, number, count, generator) for number in range(count)]
             names = self._trace.services

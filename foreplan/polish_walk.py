@@ -6,11 +6,9 @@ Only the groups that a move touches, and those that their services choose among,
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numba
 import numpy as np
 from numpy.typing import NDArray
 
@@ -20,6 +18,7 @@ from planner.arranged import Arrangement, Operation, source_digest
 from planner.layout import LOGGED, Layout, inner, keeps, rollback, touches
 from planner.moves import aim, draw, small
 from planner.worth import Worth, worth_of_block
+from profiles.linking import entry_point_of
 
 __all__ = ["CompiledScorer"]
 
@@ -29,6 +28,10 @@ Integers = NDArray[np.int64]
 _SETTLE, _GLANCE, _WALK = range(3)
 _EVERYTHING = -1
 _LEAST_BLOCKS = 3
+_WORK = 500_000
+"""Requests simulated after which a walk returns, which takes a fraction of a second."""
+_PASSED_OVER = 16
+"""Requests that a move does not concern, which take as long as one that it does."""
 
 
 class _Ledger(NamedTuple):
@@ -155,48 +158,43 @@ def _forget_all(w: Layout, s: Standing, k: _Ledger) -> None:
     w.worth[:] = 0.0
 
 
-def _entry_point(digest: int) -> Callable[..., int]:
-    @numba.njit(cache=True, nogil=True, error_model="numpy")
-    def search(
-        w: Any,
-        worth: Worth,
-        t: Traffic,
-        s: Standing,
-        c: Clocks,
-        k: _Ledger,
-        what: int,
-        mark: int,
-        temperature: float,
-        moves: int,
-    ) -> int:
-        digest  # noqa: B018 - a variable of the closure is part of the key of the cache
-        if what == _WALK:
-            tried = 0
-            for _ in range(moves):
-                before = w.tally[LOGGED]
-                needed = temperature * np.log(1.0 - draw(w))
-                if small(w) and keeps(w):
-                    tried += 1
-                    ran, start, gain, changes = _race(w, worth, t, s, c, k, before, needed)
-                    if ran == len(k.score) and gain >= needed:
-                        _commit(w, worth, t, s, k, changes)
-                        continue
-                rollback(w, before)
-            return tried
-        if what == _SETTLE and mark < 0:
-            _forget_all(w, s, k)
-        needed = np.inf if what == _GLANCE else -np.inf
-        ran, start, gain, changes = _race(w, worth, t, s, c, k, mark, needed)
-        if what == _SETTLE:
-            _commit(w, worth, t, s, k, changes)
-        else:
-            _see(w, k, ran, start)
-        return ran
-
-    return search
-
-
-_search = _entry_point(source_digest([Path(__file__), Path(evaluator.single_pass_local.__file__)]))
+@entry_point_of(source_digest([Path(__file__), Path(evaluator.single_pass_local.__file__)]), error_model="numpy")
+def _search(
+    w: Any,
+    worth: Worth,
+    t: Traffic,
+    s: Standing,
+    c: Clocks,
+    k: _Ledger,
+    what: int,
+    mark: int,
+    temperature: float,
+    moves: int,
+) -> tuple[int, int]:
+    if what == _WALK:
+        made = tried = work = 0
+        while made < moves and work < _WORK:
+            made += 1
+            before = w.tally[LOGGED]
+            needed = temperature * np.log(1.0 - draw(w))
+            if small(w) and keeps(w):
+                tried += 1
+                ran, start, gain, changes = _race(w, worth, t, s, c, k, before, needed)
+                work += changes + len(t.service) * ran // (_PASSED_OVER * len(k.score))
+                if ran == len(k.score) and gain >= needed:
+                    _commit(w, worth, t, s, k, changes)
+                    continue
+            rollback(w, before)
+        return made, tried
+    if what == _SETTLE and mark < 0:
+        _forget_all(w, s, k)
+    needed = np.inf if what == _GLANCE else -np.inf
+    ran, start, gain, changes = _race(w, worth, t, s, c, k, mark, needed)
+    if what == _SETTLE:
+        _commit(w, worth, t, s, k, changes)
+    else:
+        _see(w, k, ran, start)
+    return 0, ran
 
 
 class CompiledScorer:
@@ -246,7 +244,7 @@ class CompiledScorer:
         """See `planner.Scorer`."""
         self._run(arrangement, _GLANCE, _EVERYTHING if mark is None else mark)
 
-    def walk(self, arrangement: Arrangement, temperature: float, moves: int) -> int:
+    def walk(self, arrangement: Arrangement, temperature: float, moves: int) -> tuple[int, int]:
         """See `planner.Scorer`."""
         return self._run(arrangement, _WALK, 0, temperature, moves)
 
@@ -276,7 +274,9 @@ class CompiledScorer:
         ledger = self._ledger
         return [*self._standing, ledger.good, ledger.value, ledger.score, arrangement.now.lost, arrangement.now.worth]
 
-    def _run(self, arrangement: Arrangement, what: int, mark: int, temperature: float = 0.0, moves: int = 0) -> int:
+    def _run(
+        self, arrangement: Arrangement, what: int, mark: int, temperature: float = 0.0, moves: int = 0
+    ) -> tuple[int, int]:
         return _search(
             arrangement.handle,
             self._worth,

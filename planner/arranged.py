@@ -7,13 +7,11 @@ itself looks at its file alone.
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from enum import IntEnum
 from pathlib import Path
 from typing import Any
 
-import numba
 from numba.core import types
 from numba.experimental import structref
 
@@ -33,6 +31,7 @@ from planner.layout import (
 from planner.moves import admit_wanting, aim, draw, large, make_complete, open_all, small
 from planner.polish_limits import Pairs
 from planner.space import PlanningSpace
+from profiles.linking import digest_of, entry_point_of
 
 __all__ = ["Arrangement", "Operation", "source_digest"]
 
@@ -67,12 +66,9 @@ class Operation(IntEnum):
     """Return a random number below 2^53."""
 
 
-def source_digest(paths: Iterable[Path] = ()) -> int:
-    """Return a number that changes with any source of the compiled moves, and with ``paths``."""
-    found = hashlib.sha256()
-    for path in (*(Path(__file__).with_name(f"{name}.py") for name in _COMPILED), *paths):
-        found.update(path.read_bytes())
-    return int.from_bytes(found.digest()[:7], "big")
+def source_digest(paths: Iterable[Path] = ()) -> str:
+    """Return what changes with any source of the compiled moves, and with ``paths``."""
+    return digest_of([*(Path(__file__).with_name(f"{name}.py") for name in _COMPILED), *paths])
 
 
 @structref.register
@@ -87,51 +83,44 @@ class _Handle(structref.StructRefProxy):
 structref.define_proxy(_Handle, _LayoutType, list(Layout._fields))  # type: ignore[no-untyped-call]  # numba's
 
 
-@numba.njit(cache=True)
+@entry_point_of(source_digest())
 def _handle_of(arrays: Any) -> Any:
     return _Handle(*arrays)  # type: ignore[no-untyped-call]  # numba's
 
 
-def _entry_point(digest: int) -> Callable[..., int]:  # noqa: C901 - a list of operations
-    @numba.njit(cache=True, nogil=True, error_model="numpy")
-    def operate(w: Any, operation: int, one: int, other: int) -> int:  # noqa: C901 - the same list
-        digest  # noqa: B018 - a variable of the closure is part of the key of the cache
-        if operation == 0:
-            return int(small(w) and keeps(w))
-        if operation == 1:
-            return int(large(w))
-        if operation == 2:
-            open_all(w, one)
-            return int(w.tally[ASIDE])
-        if operation == 3:
-            return int(admit_wanting(w))
-        if operation == 4:
-            return int(make_complete(w) and keeps(w))
-        if operation == 5:
-            return int(keeps(w))
-        if operation == 6:
-            rollback(w, one)
-        elif operation == 7:
-            clear(w)
-        elif operation == 8:
-            aim(w)
-        elif operation == 10:
-            return int(draw(w) * 9007199254740992.0)
-        else:
-            slot = w.slot_of[one]
-            if w.group_at[slot] != one:
-                if in_the_way(w, one):
-                    return 0
-                open_group(w, one)
-            if w.option_at[slot, w.service_of[other]] >= 0 or not fits(w, slot, other):
+@entry_point_of(source_digest(), error_model="numpy")
+def _operate(w: Any, operation: int, one: int, other: int) -> int:  # noqa: C901 - the same list
+    if operation == 0:
+        return int(small(w) and keeps(w))
+    if operation == 1:
+        return int(large(w))
+    if operation == 2:
+        open_all(w, one)
+        return int(w.tally[ASIDE])
+    if operation == 3:
+        return int(admit_wanting(w))
+    if operation == 4:
+        return int(make_complete(w) and keeps(w))
+    if operation == 5:
+        return int(keeps(w))
+    if operation == 6:
+        rollback(w, one)
+    elif operation == 7:
+        clear(w)
+    elif operation == 8:
+        aim(w)
+    elif operation == 10:
+        return int(draw(w) * 9007199254740992.0)
+    else:
+        slot = w.slot_of[one]
+        if w.group_at[slot] != one:
+            if in_the_way(w, one):
                 return 0
-            add_replica(w, slot, other)
-        return 1
-
-    return operate
-
-
-_operate = _entry_point(source_digest())
+            open_group(w, one)
+        if w.option_at[slot, w.service_of[other]] >= 0 or not fits(w, slot, other):
+            return 0
+        add_replica(w, slot, other)
+    return 1
 
 
 class Arrangement:

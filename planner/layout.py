@@ -9,15 +9,15 @@ rule that keeps services apart whose batches would block each other is not: the 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple, TypeVar
 
-import numba
 import numpy as np
 from numpy.typing import NDArray
 
 from planner.linear import Floats
 from planner.space import PlanningSpace
+from profiles.linking import Part
 
 __all__ = [
     "LOGGED",
@@ -45,8 +45,12 @@ OPEN, LOGGED, ASIDE = range(3)
 _LOG_ROOM, _LOG_PER_GPU = 20_000, 70
 
 Indices = NDArray[np.int32]
-inner = numba.njit(error_model="numpy")
-"""Compiles what only compiled code calls; the entry points are cached (`planner.arranged`)."""
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+def inner(function: _Function) -> _Function:
+    """Compile a function that only compiled code calls; the entry points are cached (`planner.arranged`)."""
+    return Part(function)  # type: ignore[return-value]  # it is called as what it was
 
 
 class Layout(NamedTuple):

@@ -8,8 +8,9 @@ compiled code together with their simulation, and large ones that cut GPUs anew 
 ends with a full comparison of the best of each stage. All candidates see the same arrivals, in blocks from several
 resampled traces, because search on one trace fits its accidents.
 
-The temperature follows the number of moves, never the clock: how many moves the time allows is measured once, and then
-the same number of moves makes the same plan.
+The temperature follows the share of the moves that are gone, where a limit of moves is set: the same number of moves
+then makes the same plan. Without one it follows the clock. The clock is looked at between calls of the scorer, each of
+which ends after a stated amount of work, and part of the time is held back for the final comparison.
 """
 
 from __future__ import annotations
@@ -38,7 +39,8 @@ _WALK_MOVES, _DESCENT_MOVES = 32, 60
 _FILL_ROUNDS = 64
 _SETTLE_MOVES = 200
 """Moves after which what stands is simulated in full before it may count as the best."""
-_MEASURED_MOVES = 200
+_FINALISTS, _FINAL_SHARE = 3, 0.4
+"""Finalists that time is held back for, and the most of the time that is."""
 _ROUNDING = 1e-12
 
 
@@ -73,16 +75,19 @@ def polish(
     """
     known = {*options, *(option for pairs in (start, *others) for _, option in pairs)}
     arrangement = Arrangement(space, known, limits.seed)
-    arrangement.operate(Operation.KEEPS)
-    scorer.walk(arrangement, 0.0, 0)  # what is not compiled yet is compiled before the clock is looked at
     search = _Polish(arrangement, scorer, worth, limits, clock)
-    finalists = [start, *(pairs for pairs in search.run(start, others) if allowed(pairs))]
-    scores = [search.judged(pairs, judge) for pairs in finalists]
-    best = max(range(len(scores)), key=lambda position: (scores[position], -position))
+    start_score = search.judged(start, judge)
+    search.hold_back()
+    best, score = start, start_score
+    for position, pairs in enumerate(search.run(start, others)):
+        if position and search.late():
+            break
+        if allowed(pairs) and (other := search.judged(pairs, judge)) > score:
+            best, score = pairs, other
     return PolishOutcome(
-        pairs=finalists[best],
-        start_score=scores[0],
-        score=scores[best],
+        pairs=best,
+        start_score=start_score,
+        score=score,
         candidates=search.candidates,
         moves=search.moves,
     )
@@ -108,12 +113,12 @@ class _Polish:
         self._began_s = clock()
         self._most = _most(worth, scorer.offered)
         self._kinds = len(arrangement.now.kind_first) - 1
-        self._planned = limits.moves
+        self._search_s = limits.time_s
         self.candidates = 0
         self.moves = 0
 
     def run(self, start: Pairs, others: tuple[Pairs, ...]) -> list[Pairs]:
-        """Return the best placement of each stage."""
+        """Return the best placement of each stage, the most promising first."""
         self._now.restore(start)
         starts = [self._settled()]
         if not self._kinds or not self._most:
@@ -121,13 +126,13 @@ class _Polish:
         starts += self._others(others)
         starts += self._starts()
         starts.sort(key=lambda found: -found.total)
-        self._measure(starts[0])
         trials = []
         for position, found in enumerate(starts[:_TRIALS]):
             upto = _STARTS_SHARE + _TRIALS_SHARE * (position + 1) / len(starts[:_TRIALS])
             trials.append(self._anneal(found, upto, _HOT, 3 * _COLD))
         last = self._anneal(max(trials, key=lambda found: found.total), 1.0, _HOT / 2, _COLD)
-        return list(dict.fromkeys(each.pairs for each in (starts[0], *trials, last)))
+        finalists = sorted((last, *trials, starts[0]), key=lambda found: -found.total)
+        return [pairs for pairs in dict.fromkeys(each.pairs for each in finalists) if pairs != start]
 
     def judged(self, pairs: Pairs, judge: Scorer) -> float:
         """Return what ``pairs`` are worth in the eyes of ``judge``, as a share of the most that there is to have."""
@@ -135,29 +140,21 @@ class _Polish:
         judge.settle(self._now, None)
         return float(judge.score.sum()) / max(_most(self._worth, judge.offered), 1e-300)
 
-    def _measure(self, found: _Found) -> None:
-        """Lay the search out for as many moves as the time seems to allow, where nobody said how many.
+    def hold_back(self) -> None:
+        """Keep time for finalists like the one that was just judged, when nothing else was done yet."""
+        each_s = self._clock() - self._began_s
+        self._search_s = self._limits.time_s - min(_FINALISTS * each_s, _FINAL_SHARE * self._limits.time_s)
 
-        The moves are made in any case, so that a search with the number laid out does the same.
-        """
-        self._now.restore(found.pairs)
-        self._settled()
-        moves, began_s = _MEASURED_MOVES, self._clock()
-        if self._limits.moves is not None:
-            moves = min(moves, self._limits.moves // 10)
-        self._walk(_HOT * self._most, moves)
-        if self._limits.moves is not None:
-            return
-        each_s = max((self._clock() - began_s) / moves, 1e-9)
-        left_s = self._limits.time_s - (self._clock() - self._began_s)
-        self._planned = self.moves + max(1, int(left_s / each_s))
+    def late(self) -> bool:
+        """Return whether all of the time is gone."""
+        return self._clock() - self._began_s >= self._limits.time_s
 
     def _spent(self) -> float:
         """Return the share of the budget that is gone."""
-        spent = (self._clock() - self._began_s) / self._limits.time_s
-        if self._planned is None:
+        spent = (self._clock() - self._began_s) / self._search_s
+        if self._limits.moves is None:
             return spent
-        return self.moves / self._planned if spent < 1.0 else 1.0
+        return self.moves / self._limits.moves if spent < 1.0 else 1.0
 
     def _total(self) -> float:
         return float(self._scorer.score.sum())
@@ -174,7 +171,13 @@ class _Polish:
         self.moves += candidates if moves is None else moves
 
     def _walk(self, temperature: float, moves: int) -> None:
-        self._count(self._scorer.walk(self._now, temperature, moves), moves)
+        """Make small moves; fewer when the time is over."""
+        while moves > 0:
+            made, candidates = self._scorer.walk(self._now, temperature, moves)
+            self._count(candidates, made)
+            moves -= made
+            if moves > 0 and self._spent() >= 1.0:
+                return
 
     def _others(self, others: tuple[Pairs, ...]) -> Iterator[_Found]:
         for pairs in others:
@@ -203,17 +206,17 @@ class _Polish:
         for number, (gpu_type, shape) in enumerate(self._now.kinds):
             if shapes[gpu_type] == shape:
                 opened = self._now.operate(Operation.OPEN_ALL, number)
-        self._fill(None)
+        self._fill(None, _STARTS_SHARE)
         if not opened or not self._now.operate(Operation.COMPLETE):
             return None
         return self._settled()
 
-    def _fill(self, mark: int | None) -> None:
-        """Add what loses most, round after round, until nothing that loses fits any more."""
+    def _fill(self, mark: int | None, until: float) -> None:
+        """Add what loses most, round after round, until nothing that loses fits any more or the budget's share is."""
         for _ in range(_FILL_ROUNDS):
             self._scorer.glance(self._now, mark)
             self._count(1)
-            if not self._now.operate(Operation.ADMIT_WANTING) or self._spent() >= 1.0:
+            if not self._now.operate(Operation.ADMIT_WANTING) or self._spent() >= until:
                 return
 
     def _anneal(self, start: _Found, until: float, hot: float, cold: float) -> _Found:
@@ -239,7 +242,7 @@ class _Polish:
         self._count(0, 1)
         before, standing = self._total(), self._scorer.standing(self._now)
         if self._now.operate(Operation.LARGE):
-            self._fill(0)
+            self._fill(0, 1.0)
             if self._now.operate(Operation.COMPLETE):
                 self._scorer.settle(self._now, 0)
                 self._count(1)

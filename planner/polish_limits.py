@@ -28,7 +28,7 @@ class PolishOutcome:
         start_score: What the start was worth before the judge, as a share of the most that there is to have.
         score: The same of ``pairs``; never less.
         candidates: Placements that were simulated.
-        moves: Moves that the search was laid out for: with this limit it does the same again, however fast it runs.
+        moves: Moves that were made, with the simulations beside them.
     """
 
     pairs: Pairs

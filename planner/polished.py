@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -27,6 +27,9 @@ __all__ = ["Polished", "Refused", "ScoringTables", "polish_plan", "scoring_table
 
 _REPLAN_SHARE = 0.1
 """Share of the time for solving again with corrected utilisations."""
+
+_SEARCH_SHARE = 0.1
+"""The least share of the time that is left for the search, however long its preparation took."""
 
 _LOSS_LIMIT_S = 10.0
 """For the linear program of one lost node; it takes milliseconds."""
@@ -88,6 +91,8 @@ def polish_plan(
 ) -> Polished | Refused:
     """Search for a placement with more simulated goodput than that of ``plan``; never return one with less.
 
+    The time covers all of it but what is compiled, once on a machine, and the plan document at the end.
+
     Args:
         problem: What ``plan`` was made from.
         plan: A plan for it. Its certificate is kept: it is that of the placement that the search started from.
@@ -97,23 +102,29 @@ def polish_plan(
     """
     from planner.polish import polish  # numba loads with it
 
+    began_s = clock()
     space = build_space(problem)
     reason = _refusal(space)
     if reason is not None:
         return Refused(reason=reason)
-    tables = scoring_tables(space)
+    start, candidates = _pairs_of(space, plan), _candidates(space)
+    tables = scoring_tables(space, {*candidates, *(option for _, option in start)})
     search, judge = scorers(tables)
-    start = _pairs_of(space, plan)
+    prepared_s = clock() - began_s
+    _compile(space, search)
+    began_s = clock()
+    others = _corrections(space, start, search, limits, clock)
+    spent_s = prepared_s + clock() - began_s
     outcome = polish(
         space,
         start,
         search,
         judge,
         tables.worth,
-        _candidates(space),
-        limits,
+        candidates,
+        replace(limits, time_s=max(limits.time_s - spent_s, _SEARCH_SHARE * limits.time_s)),
         clock,
-        others=_corrections(space, start, search, limits, clock),
+        others=others,
         allowed=lambda pairs: not space.requirements.losses or _survives(space, _with_rates(space, pairs, judge)),
     )
     if outcome.pairs == start:
@@ -128,6 +139,13 @@ def polish_plan(
         tool_version=plan.tool_version,
     )
     return Polished(plan=better, outcome=outcome, scorer=search.name, judge=judge.name)
+
+
+def _compile(space: PlanningSpace, scorer: Scorer) -> None:
+    """Compile the moves and the scorer, where no process on this machine has: not what the time is for."""
+    from planner.arranged import Arrangement  # numba loads with it
+
+    scorer.walk(Arrangement(space, ()), 0.0, 0)
 
 
 def _corrections(
@@ -169,8 +187,8 @@ def _refusal(space: PlanningSpace) -> str | None:
     return None
 
 
-def scoring_tables(space: PlanningSpace) -> ScoringTables:
-    """Return what simulators need to know of ``space``."""
+def scoring_tables(space: PlanningSpace, wanted: Collection[int] | None = None) -> ScoringTables:
+    """Return what simulators need to know of ``space``; stage times of the options ``wanted`` only, or of all."""
     from planner.worth import worth_of  # numba loads with it
 
     options = space.options
@@ -180,12 +198,14 @@ def scoring_tables(space: PlanningSpace) -> ScoringTables:
     batch_stage_s = np.zeros((max(1, len(options)), largest, most_stages)) if _batches_matter(space) else None
     deadline_s = np.full(len(space.names), np.inf)
     for position, option in enumerate(options):
+        service = space.service_of[position]
+        deadline_s[service] = min(deadline_s[service], option.deadline_s)
+        if wanted is not None and position not in wanted:
+            continue
         model = latency_model(space, option)
         stage_s[position, : option.pp] = model.at(1).stage_s
         if batch_stage_s is not None:
             batch_stage_s[position, : option.batch, : option.pp] = model.stage_latency_table(option.batch)
-        service = space.service_of[position]
-        deadline_s[service] = min(deadline_s[service], option.deadline_s)
     return ScoringTables(
         names=space.names,
         stage_s=stage_s,

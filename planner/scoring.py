@@ -52,8 +52,12 @@ class Scorer(Protocol):
         """Simulate a few blocks and tell the layout what services lose in them; what stands stays."""
         ...
 
-    def walk(self, arrangement: Arrangement, temperature: float, moves: int) -> int:
-        """Try ``moves`` small moves one after the other, from what stands; return how many led to a candidate.
+    def walk(self, arrangement: Arrangement, temperature: float, moves: int) -> tuple[int, int]:
+        """Try up to ``moves`` small moves one after the other, from what stands.
+
+        Return how many were tried, and how many of them led to a candidate. At least one is tried, where any is asked
+        for; then as many as are worth an amount of simulation that takes a fraction of a second, so that whoever asks
+        may look at the clock.
 
         A candidate is accepted by the rule of Metropolis at ``temperature``, in the units of ``score`` summed, and is
         given up as soon as the blocks run so far make it improbable that it will be.

@@ -15,6 +15,8 @@ __all__ = ["SimulatedScorer"]
 
 _LEAST_BLOCKS = 3
 """Blocks that a candidate is given at least: fewer say nothing about how much blocks differ."""
+_WORK = 100_000
+"""Requests simulated after which a walk returns."""
 
 
 class SimulatedScorer:
@@ -53,20 +55,22 @@ class SimulatedScorer:
         _, served, ran = self._race(arrangement, math.inf)
         self._aim(arrangement, served, ran)
 
-    def walk(self, arrangement: Arrangement, temperature: float, moves: int) -> int:
+    def walk(self, arrangement: Arrangement, temperature: float, moves: int) -> tuple[int, int]:
         """See `Scorer`."""
-        tried = 0
-        for _ in range(moves):
+        made = tried = work = 0
+        while made < moves and work < _WORK:
+            made += 1
             mark = arrangement.mark
             needed = temperature * math.log(1.0 - arrangement.draw())
             if arrangement.operate(Operation.SMALL):
                 tried += 1
                 score, served, ran = self._race(arrangement, needed)
+                work += int(self.offered[ran].sum())
                 if len(ran) == len(self.score) and float((score - self.score).sum()) >= needed:
                     self._take(arrangement, score, served, ran)
                     continue
             arrangement.operate(Operation.ROLLBACK, mark)
-        return tried
+        return made, tried
 
     def standing(self, arrangement: Arrangement) -> object:
         """See `Scorer`."""

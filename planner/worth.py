@@ -24,6 +24,8 @@ _ACCURACY_WORTH = 1e-3
 """Goodput that one unit of accuracy is worth: enough to break ties, as accuracy is the objective after goodput."""
 _LATER_WORTH = 1e-3
 _FALL = 4.0
+_RANKS = 32
+"""Least shares that (12.4) looks at: what comes after them counts less than rounding. Sorting takes long to compile."""
 _GOODPUT, _UTILITY, _FAIR_SUM, _MAX_MIN = range(4)
 _KINDS = {"goodput": _GOODPUT, "utility": _UTILITY, "fair-sum": _FAIR_SUM, "max-min": _MAX_MIN}
 
@@ -99,8 +101,13 @@ def worth_of_block(worth: Worth, good: NDArray[np.int64], value: Floats, offered
         first = found.sum() + services * (found.min() - found.max() + 1.0)
     elif worth.kind[0] == _MAX_MIN:
         part = 1.0
-        for share in np.sort(found):
-            first += part * share
+        for rank in range(min(services, _RANKS)):
+            least = rank
+            for other in range(rank + 1, services):
+                if found[other] < found[least]:
+                    least = other
+            found[rank], found[least] = found[least], found[rank]
+            first += part * found[rank]
             part /= _FALL
     return float(first + _LATER_WORTH * total / most)
 

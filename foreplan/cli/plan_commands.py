@@ -20,6 +20,7 @@ from foreplan.cli.options import (
     Seed,
     ServicesFile,
     TraceFile,
+    compilation_told,
     read_demand,
 )
 from foreplan.cli.output import Output
@@ -147,7 +148,8 @@ def make(
     what_if = bool(add or remove or scale_demand != 1.0)
     target = changed(inputs, add=add or (), remove=remove or (), scale_demand=scale_demand) if what_if else inputs
     polishing = f", then polishing for {polish:g} s" if polish > 0 else ""
-    with out.progress(f"solving with {solver.value}, at most {time_limit:g} s{polishing}"):
+    doing = f"solving with {solver.value}, at most {time_limit:g} s{polishing}"
+    with out.progress(doing), compilation_told(out):
         # Arrivals were recorded at the rates as they were.
         sampled = None if scale_demand != 1.0 else arrivals
         result = make_plan(target, settings, PolishSettings(time_s=polish, traces=polish_traces), sampled)

@@ -186,7 +186,7 @@ def test_walking_accepts_moves_and_its_score_is_that_of_simulating_what_stands_i
     scorer.settle(arrangement, None)
     before, pairs = float(scorer.score.sum()), arrangement.pairs()
     for _ in range(10):
-        assert scorer.walk(arrangement, 0.0, 40) > 0
+        assert scorer.walk(arrangement, 0.0, 40)[1] > 0
         told = scorer.score.copy()
         arrangement.forget()
         scorer.settle(arrangement, None)
