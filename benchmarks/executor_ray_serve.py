@@ -1,7 +1,8 @@
 """The same model, the same arrivals, the same cores: Foreplan's executor and Ray Serve, goodput at one SLO.
 
 bert-small-16 of the registry on the CPU (one replica, one thread), batches up to 8, Poisson arrivals at rates from well
-below to twice the capacity, so that both lose requests in the end; deadline five times the latency of a batch of 1. One
+below to twice the capacity, so that both lose requests in the end; deadline five times the latency of a batch of 1 (or
+as often as the second argument says; the first is the seconds at each rate). One
 open-loop client calls both over HTTP with the same bytes. Ray Serve is set up to do well: ``@serve.batch`` (8) with
 the model in a thread of its own so that the next batch gathers meanwhile, two batches of requests at the replica, and a
 queue no longer than what can be answered before the deadline, so that it sheds load too. Needs the extra ``ray``.
@@ -24,7 +25,8 @@ from foreplan.ports import free_ports
 
 MODEL, BATCH = "bert-small-16", 8
 SECONDS = float(sys.argv[1]) if len(sys.argv) > 1 else 10.0
-LOADS = (0.5, 0.7, 0.85, 1.0, 1.2, 1.5, 2.0)
+SLO_RATIO = float(sys.argv[2]) if len(sys.argv) > 2 else 5.0
+LOADS = (0.1, 0.2, 0.35, 0.5, 0.7, 0.85, 1.0, 1.2, 1.5, 2.0)
 
 
 def main() -> None:
@@ -35,7 +37,7 @@ def main() -> None:
     with running_site(devices=1, runtime="executor.runtime.group_runtime:TorchGroupRuntime") as site:
         latency_s = latency_measured_s(site, "a/0", MODEL, model)
         del model
-        capacity_rps, deadline_s = BATCH / latency_s[-1], 5 * latency_s[0]
+        capacity_rps, deadline_s = BATCH / latency_s[-1], SLO_RATIO * latency_s[0]
         arrivals = {load: _arrivals(load * capacity_rps) for load in LOADS}
         site.apply(planned({"a/0": MODEL}, {MODEL: latency_s}, deadline_s, BATCH))
         ours = _foreplan(site, deadline_s, example, arrivals)
@@ -80,7 +82,7 @@ def _ray(capacity_rps: float, deadline_s: float, example: Any, arrivals: Any) ->
     serve.start(http_options={"host": "127.0.0.1", "port": port})
     name, dtype, shape = next((name, str(array.dtype), array.shape) for name, array in example.items())
 
-    queue = max(1, int(capacity_rps * deadline_s) - 2 * BATCH)
+    queue = max(BATCH, int(capacity_rps * deadline_s) - 2 * BATCH)
 
     @serve.deployment(
         num_replicas=1,
@@ -115,7 +117,7 @@ def _ray(capacity_rps: float, deadline_s: float, example: Any, arrivals: Any) ->
 async def _goodput(url: str, body: bytes, headers: dict[str, str], due: Any, deadline_s: float) -> float:
     """Send ``body`` at the times ``due``; return the answers within the deadline per second."""
     good = 0
-    limit = aiohttp.ClientTimeout(total=5 * deadline_s)
+    limit = aiohttp.ClientTimeout(total=max(5 * deadline_s, 1.0))
     async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0), timeout=limit) as session:
 
         async def one(due_s: float) -> None:
