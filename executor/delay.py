@@ -7,8 +7,8 @@ __all__ = ["Delay"]
 _NEW_PART = 0.1
 """How much the latest of the delays counts; a change is followed within some twenty of them."""
 
-_DEVIATIONS = 2.0
-"""Mean deviations above the mean that are allowed for: most delays are shorter."""
+_DEVIATIONS = 4.0
+"""Mean deviations above the mean that are allowed for, as in RFC 6298: nearly every delay is shorter."""
 
 
 class Delay:
