@@ -200,7 +200,7 @@ class Polish(Document):
         attainment: The same of this plan, on the same traces.
         wall_s: Seconds that it took.
         objective: What was raised.
-        moves: Moves that the search was laid out for: with as many it does the same again; None in older plans.
+        moves: Moves that were made, with the simulations beside them; None in older plans.
     """
 
     scorer: str
