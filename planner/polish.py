@@ -221,6 +221,8 @@ class _Polish:
 
     def _anneal(self, start: _Found, until: float, hot: float, cold: float) -> _Found:
         """Anneal from ``start`` until the share ``until`` of the budget is spent; return the best met on the way."""
+        if self._spent() >= until:
+            return start
         self._now.restore(start.pairs)
         best = self._settled()
         settled = self.moves
