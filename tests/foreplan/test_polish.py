@@ -214,6 +214,27 @@ def test_a_move_is_simulated_where_it_matters_and_nowhere_else():
     assert more[1] > alone[1]
 
 
+def test_all_candidates_meet_the_same_arrivals_which_tells_them_apart_sooner_than_arrivals_of_their_own():
+    """Law: a score does not depend on what was scored before; and Var(a - b) < Var(a) + Var(b) over the traces."""
+    space, tables, _, arrangement, _ = scored()
+    one, other = (
+        scorer_for(tables, Sampler(space.problem, None).blocks(tables, 40, purpose), "earliest-free")
+        for purpose in (0, 1)
+    )
+    all_pairs = arrangement.pairs()
+    found = {}
+    for pairs in (all_pairs, all_pairs[:-1], all_pairs):
+        arrangement.restore(pairs)
+        for scorer in (one, other):
+            scorer.settle(arrangement, None)
+            score = scorer.score.copy()
+            assert found.setdefault((pairs, scorer), score).tolist() == score.tolist()
+    paired = found[all_pairs, one] - found[all_pairs[:-1], one]
+    apart = found[all_pairs, one] - found[all_pairs[:-1], other]
+    assert paired.mean() > 0
+    assert paired.var() < 0.5 * apart.var()
+
+
 def test_returning_to_a_standing_brings_back_every_score():
     _, _, _, arrangement, scorer = scored()
     scorer.settle(arrangement, None)

@@ -79,7 +79,7 @@ class Workspace:
             env={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin", "HOME": str(self.folder)},
             capture_output=True,
             text=True,
-            timeout=120,
+            timeout=600,
         )
         assert result.returncode == code, (result.returncode, result.stdout, result.stderr)
         assert "Traceback" not in result.stderr

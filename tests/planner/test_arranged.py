@@ -152,15 +152,22 @@ def test_a_small_move_leaves_no_service_on_one_node_alone_where_a_node_may_be_lo
                 nodes.setdefault(space.groups[group].node, group)
         pairs += [(group, option) for group in list(nodes.values())[:2]]
     arrangement.restore(pairs)
-    arrangement.operate(Operation.KEEPS)
+    assert arrangement.operate(Operation.KEEPS)
+    made, refused = set(), 0
     for _ in range(300):
-        if arrangement.operate(Operation.SMALL):
+        before = arrangement.mark
+        if not arrangement.operate(Operation.SMALL):
+            refused += arrangement.mark > before
+        else:
+            made.add(arrangement.pairs())
             homes = {}
             for group, option in arrangement.pairs():
                 homes.setdefault(int(space.service_of[option]), set()).add(space.groups[group].node)
             assert all(len(each) > 1 for each in homes.values())
             arrangement.forget()
         arrangement.operate(Operation.ROLLBACK, 0)
+    assert len(made) > 1
+    assert refused
 
 
 def test_the_same_seed_draws_the_same_moves():
