@@ -33,7 +33,7 @@ def transcript(tmp_path_factory):
         cluster = cluster.replace(f":{port}", f":{free}")
     (folder / "examples" / "cluster.yaml").write_text(cluster)
     script = f"set -euo pipefail\ntrap 'kill $(jobs -p) 2>/dev/null; wait' EXIT\n{script}"
-    result = subprocess.run(["bash", "-c", script], cwd=folder, capture_output=True, text=True, timeout=300)
+    result = subprocess.run(["bash", "-c", script], cwd=folder, capture_output=True, text=True, timeout=1200)
     assert result.returncode == 0, result.stdout + result.stderr
     return folder, result.stdout
 
