@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -33,9 +36,21 @@ def transcript(tmp_path_factory):
         cluster = cluster.replace(f":{port}", f":{free}")
     (folder / "examples" / "cluster.yaml").write_text(cluster)
     script = f"set -euo pipefail\ntrap 'kill $(jobs -p) 2>/dev/null; wait' EXIT\n{script}"
-    result = subprocess.run(["bash", "-c", script], cwd=folder, capture_output=True, text=True, timeout=1200)
-    assert result.returncode == 0, result.stdout + result.stderr
-    return folder, result.stdout
+    with subprocess.Popen(
+        ["bash", "-c", script],
+        cwd=folder,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    ) as shell:
+        try:
+            said, complaints = shell.communicate(timeout=1200)
+        finally:
+            with suppress(ProcessLookupError):  # whatever it left in the background
+                os.killpg(shell.pid, signal.SIGKILL)
+    assert shell.returncode == 0, said + complaints
+    return folder, said
 
 
 def test_every_command_ends_well(transcript):
