@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 
 from plans.cluster import Cluster
 from plans.plan import Plan
-from plans.service import Services, Workflow
+from plans.service import Services
+from plans.workflows import least_latencies_s, stages_of, tails_s
 
 __all__ = ["GroupPlaces", "WorkflowArrays", "compile_workflows", "group_places", "stages_of"]
 
@@ -63,23 +64,13 @@ class GroupPlaces(NamedTuple):
     network_latency_s: float
 
 
-def stages_of(workflow: Workflow) -> tuple[str, ...]:
-    """Return the services of ``workflow`` in topological order, of several that could be next the first mentioned."""
-    mentioned = list(dict.fromkeys(name for edge in workflow.edges for name in (edge.source, edge.target)))
-    order: list[str] = []
-    while len(order) < len(mentioned):
-        waiting = {edge.target for edge in workflow.edges if edge.source not in order}
-        order.append(next(name for name in mentioned if name not in waiting and name not in order))
-    return tuple(order)
-
-
 def compile_workflows(services: Services, plan: Plan) -> WorkflowArrays:
     """Return the arrays of all workflows of ``services``, with tails by the replicas of ``plan``."""
     index = {service.name: position for position, service in enumerate(services.services)}
-    least_s = _least_latencies(plan)
+    least_s = least_latencies_s(plan)
     stages = [stages_of(workflow) for workflow in services.workflows]
     edges = [workflow.edges for workflow in services.workflows]
-    tails = [_tails(each, workflow, least_s) for each, workflow in zip(stages, services.workflows, strict=True)]
+    tails = [tails_s(each, workflow, least_s) for each, workflow in zip(stages, services.workflows, strict=True)]
     joins = [[flow.joins.get(s) == "any" for s in each] for each, flow in zip(stages, services.workflows, strict=True)]
     entries = [[all(e.target != s for e in own) for s in each] for each, own in zip(stages, edges, strict=True)]
     numbered = [(each.index, edge) for each, own in zip(stages, edges, strict=True) for edge in own]
@@ -111,22 +102,6 @@ def group_places(nodes: Sequence[str], cluster: Cluster | None) -> GroupPlaces:
         network_bandwidth=cluster.network.bandwidth if cluster else np.inf,
         network_latency_s=cluster.network.latency_s if cluster else 0.0,
     )
-
-
-def _least_latencies(plan: Plan) -> dict[str, float]:
-    least: dict[str, float] = {}
-    for group in plan.groups:
-        for entry in group.loadout:
-            least[entry.service] = min(least.get(entry.service, np.inf), entry.batch_latency_s(1))
-    return least
-
-
-def _tails(stages: Sequence[str], workflow: Workflow, least_s: dict[str, float]) -> list[float]:
-    tail: dict[str, float] = {}
-    for stage in reversed(stages):
-        behind = [edge.target for edge in workflow.edges if edge.source == stage]
-        tail[stage] = max((least_s.get(name, 0.0) + tail[name] for name in behind), default=0.0)
-    return [tail[stage] for stage in stages]
 
 
 def _offsets(lengths: Sequence[int]) -> NDArray[np.int64]:

@@ -103,6 +103,7 @@ def make_plan(
             "settings": {
                 name: value for name, value in asdict(settings).items() if isinstance(value, str | int | float)
             },
+            "workflows": inputs.services.workflows,
             "transition": steps.steps,
             "warnings": (*plan.warnings, *steps.warnings),
         }

@@ -10,6 +10,7 @@ from pydantic import AliasChoices, Field, field_validator, model_validator
 
 from plans.cluster import Name, group_id
 from plans.documents import FORMAT_VERSION, Document, canonical_digest
+from plans.service import Workflow
 
 __all__ = [
     "Confidence",
@@ -277,7 +278,8 @@ class Contingency(Document):
 class Plan(Document):
     """A whole plan. Groups are kept sorted by node and GPU, so equal plans are equal documents.
 
-    ``inputs`` holds the digests of the documents that it was made from, ``settings`` how it was planned.
+    ``inputs`` holds the digests of the documents that it was made from, ``settings`` how it was planned, ``workflows``
+    those of the services that gateways and agents shall run.
     """
 
     format_version: str = FORMAT_VERSION
@@ -290,6 +292,7 @@ class Plan(Document):
     polish: Polish | None = None
     groups: tuple[Group, ...] = ()
     routes: Mapping[Name, tuple[Route, ...]] = {}
+    workflows: tuple[Workflow, ...] = Field(default=(), exclude_if=lambda workflows: not workflows)
     predicted: tuple[Prediction, ...] = ()
     shadow_prices: Mapping[str, float] = {}
     contingencies: tuple[Contingency, ...] = ()
@@ -323,7 +326,7 @@ class Plan(Document):
     @property
     def placement_digest(self) -> str:
         """Digest of what nodes would run and gateways would route, and of nothing else."""
-        return canonical_digest([_Placement(groups=self.groups, routes=self.routes)])
+        return canonical_digest([_Placement(groups=self.groups, routes=self.routes, workflows=self.workflows)])
 
     @property
     def gpus_used(self) -> int:
@@ -345,6 +348,8 @@ class Plan(Document):
 class _Placement(Document):
     groups: tuple[Group, ...]
     routes: Mapping[Name, tuple[Route, ...]]
+    # Left out where there are none, so that the digest of a plan without workflows is what it was before.
+    workflows: tuple[Workflow, ...] = Field(exclude_if=lambda workflows: not workflows)
 
 
 def _natural(text: str) -> tuple[tuple[int, int, str], ...]:

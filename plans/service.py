@@ -183,6 +183,12 @@ class Edge(Document):
     """``fanout`` calls of ``to`` for each finished call of ``from``, each handing over ``bytes``.
 
     With ``probability`` the edges that leave ``from`` are a switch: at most one of them is taken, each that often.
+
+    Attributes:
+        inputs: For the executor: which output of ``from`` becomes which input of ``to``. What no edge names, the client
+            sends along as ``<service>.<input>``.
+        scatter: For the executor: one call for each row of what ``inputs`` hands over, whatever ``fanout`` says, which
+            is then what planner and simulator count on.
     """
 
     source: Name = Field(validation_alias=AliasChoices("from", "source"), serialization_alias="from")
@@ -190,6 +196,14 @@ class Edge(Document):
     fanout: float = Field(default=1.0, gt=0, allow_inf_nan=False)
     payload_bytes: Bytes = Field(default=0, validation_alias=AliasChoices("bytes", "payload_bytes"))
     probability: float | None = Field(default=None, gt=0, le=1)
+    inputs: Mapping[str, str] = Field(default={}, exclude_if=lambda inputs: not inputs)
+    scatter: bool = Field(default=False, exclude_if=lambda scatter: not scatter)
+
+    @model_validator(mode="after")
+    def _something_to_scatter(self) -> Edge:
+        if self.scatter and not self.inputs:
+            raise ValueError("inputs on an edge with scatter: its calls are the rows that it hands over")
+        return self
 
 
 Join = Literal["all", "any"]
