@@ -25,7 +25,7 @@ from profiles.group import Grid, LoadedGroup, SingleDevice
 from profiles.power import nvml_driver, nvml_energy_j
 from profiles.profiler import Progress, StopRule, profile_group
 
-__all__ = ["Device", "measure", "processor_name"]
+__all__ = ["Device", "measure", "processor_name", "runtime_on"]
 
 _WARM_LOAD_UP_TO_S = 20.0
 """A model is loaded a second time, to time a warm load, only when the first took no longer."""
@@ -102,7 +102,7 @@ def _child(
 ) -> None:
     """Measure one model and send progress and rows, then the profile as JSON, or what is wrong."""
     try:
-        with _runtime(device) as runtime:
+        with runtime_on(device) as runtime:
             loaded, loads = _load(runtime, model, device, grid)
             profile = profile_group(
                 _group(runtime, loaded, device),
@@ -127,7 +127,7 @@ def _child(
 
 
 @contextmanager
-def _runtime(device: Device) -> Iterator[Any]:
+def runtime_on(device: Device) -> Iterator[Any]:
     """Yield the runtime of the device, or of all devices of the group."""
     from executor.runtime.torch_runtime import TorchRuntime
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -16,7 +17,7 @@ from foreplan.cli.output import Output, Step
 if TYPE_CHECKING:
     from foreplan.colocation import Slowdowns
     from foreplan.device import Device
-    from profiles.document import Profile, ProfileMeta, Row
+    from profiles.document import Profile, ProfileMeta
     from profiles.group import Series
     from profiles.profiler import Progress
     from profiles.roofline import DeviceRates
@@ -118,6 +119,8 @@ def run(
     )
     grid = replace(grid, refine_error_ratio=refine / 100) if refine else replace(grid, most_refined=0)
     copies: tuple[int, ...] = _numbers(concurrency, "--concurrency", least=2) if concurrency else ()
+    if pairs:
+        _check_pairs(models, where)
     stop = StopRule(point_s=point_seconds)
     output.mkdir(parents=True, exist_ok=True)
     store = RowStore(output, where, grid, stop)
@@ -148,6 +151,14 @@ def run(
     paths = [output / f"{profile.model}.{profile.gpu_type}.json" for profile in done]
     out.result({"profiles": [str(path) for path in paths]})
     out.say(f"wrote {len(paths)} profiles to {output}")
+
+
+def _check_pairs(models: list[str], where: Device) -> None:
+    from plans.errors import InvalidInput
+
+    if len(set(models)) < 2 or len(where.devices) > 1:
+        found = ", ".join(models) + (f" over {len(where.devices)} devices" if len(where.devices) > 1 else "")
+        raise InvalidInput.of("two models or more, on one device", where="command line", field="--pairs", found=found)
 
 
 def _series(prompt_tokens: str, context_tokens: str) -> tuple[Series, ...]:
@@ -213,56 +224,45 @@ def _add_slowdowns(
     out: Output, output: Path, profiles: list[Profile], where: Device, copies: tuple[int, ...], pairs: bool, step: Step
 ) -> list[Profile]:
     """Measure co-location and write the profiles again with it."""
-    from foreplan.colocation import measure_slowdowns
-    from profiles.interference import InterferenceModel
+    from foreplan.colocation import measure_slowdowns, middle_batch, with_slowdowns
 
-    batches = {profile.model: _middle(profile) for profile in profiles}
+    batches = {profile.model: middle_batch(profile, where) for profile in profiles}
     found = measure_slowdowns(batches, where, copies, pairs=pairs, progress=lambda text: step.update(0, text=text))
-    extended = [_with_slowdowns(profile, found[profile.model], batches[profile.model]) for profile in profiles]
+    extended = [with_slowdowns(profile, found[profile.model], batches[profile.model], where) for profile in profiles]
     for profile in extended:
         _write(output, profile)
-    fitted = InterferenceModel.of(extended)
+    _print_slowdowns(out, profiles, found, batches)
+    for model, slowdowns in found.items():
+        for count in (count for count in copies if count not in slowdowns.interference):
+            out.warn(f"{model}: {count} copies do not fit on the device together")
+        missing = {other for other in found if pairs and other > model} - {n.model for n in slowdowns.neighbours}
+        for other in sorted(missing):
+            out.warn(f"{model} and {other} do not fit on the device together")
+    return extended
+
+
+def _print_slowdowns(
+    out: Output, profiles: list[Profile], found: Mapping[str, Slowdowns], batches: Mapping[str, int]
+) -> None:
+    from profiles.interference import InterferenceModel
+
+    measured = [
+        profile.model_copy(
+            update={"interference": found[profile.model].interference, "neighbours": found[profile.model].neighbours}
+        )
+        for profile in profiles
+    ]
+    fitted = InterferenceModel.of(measured)
     rows = [
         [profile.model, batches[profile.model], beside, factor, fitted.sensitivity[profile.model]]
-        for profile in extended
+        for profile in measured
         for beside, factor in [
             *((f"{count} at once", factor) for count, factor in profile.interference.items()),
-            *((f"beside {each.model}", each.factor) for each in profile.neighbours),
+            *((f"beside {other.model}", other.factor) for other in profile.neighbours),
         ]
     ]
     title = "Slow-downs" if fitted.error_ratio is None else f"Slow-downs (the fit is off by {fitted.error_ratio:.1%})"
     out.table(["model", "batch", "together", "factor", "sensitivity"], rows, title=title)
-    return extended
-
-
-def _middle(profile: Profile) -> int:
-    """Return the median batch of whole requests, or of the phases where only these were measured."""
-    whole = {row.batch for row in profile.rows if row.phase == "whole"}
-    batches = sorted(whole or {row.batch for row in profile.rows})
-    return batches[len(batches) // 2]
-
-
-def _with_slowdowns(profile: Profile, found: Slowdowns, batch: int) -> Profile:
-    """Return ``profile`` with the factors, and with rows of the copies where it has rows of whole requests."""
-    single = [row for row in profile.rows if (row.phase, row.batch, row.concurrency) == ("whole", batch, 1)]
-    together = tuple(_together(single[0], count, found) for count in found.latency_s) if single else ()
-    fields = {"interference": found.interference, "neighbours": found.neighbours}
-    return profile.model_copy(update={"rows": (*profile.rows, *together), **fields})
-
-
-def _together(alone: Row, count: int, found: Slowdowns) -> Row:
-    """Return the row of ``count`` copies at once: each holds its own weights and activations."""
-    latency_s, samples = found.latency_s[count]
-    fields = {
-        "concurrency": count,
-        "latency_s": latency_s,
-        "stage_latency_s": (latency_s.mean,),
-        "weight_bytes": tuple(count * weight for weight in alone.weight_bytes),
-        "peak_bytes": tuple(count * peak for peak in alone.peak_bytes),
-        "samples": samples,
-        "power_w": None,
-    }
-    return alone.model_copy(update=fields)
 
 
 def estimate(
