@@ -15,16 +15,17 @@ _DRAWN = 2**24 + 43
 """Numbers that are drawn; a larger model has them again and again. No product of a model's lengths divides it."""
 
 
-def drawn_llama(**shape: Any) -> LlamaForCausalLM:
+def drawn_llama(dtype: torch.dtype = torch.float32, **shape: Any) -> LlamaForCausalLM:
     """Return a Llama with weights from torch's generator, distributed as transformers would draw them.
 
-    On the meta device, which is the default device when only the shape is wanted, nothing is drawn.
+    They are held as ``dtype`` from the start, with the values that a cast from fp32 would give. On the meta device,
+    which is the default device when only the shape is wanted, nothing is drawn.
     """
     config = LlamaConfig(**shape)
-    if torch.get_default_device().type == "meta":
-        return LlamaForCausalLM(config)
     with torch.device("meta"):
-        model = LlamaForCausalLM(config)
+        model = LlamaForCausalLM(config).to(dtype)
+    if torch.get_default_device().type == "meta":
+        return model
     model.to_empty(device=torch.get_default_device())
     model.model.rotary_emb = LlamaRotaryEmbedding(config)  # what it holds is computed, not drawn
     model.tie_weights()
@@ -35,7 +36,7 @@ def drawn_llama(**shape: Any) -> LlamaForCausalLM:
 def _fill(parameters: Iterable[torch.nn.Parameter], deviation: float) -> None:
     """Set scales of normalisations to 1 and write the drawn numbers over all else, as one endless tape."""
     weights = list(parameters)
-    tape = torch.randn(min(_DRAWN, sum(weight.numel() for weight in weights))) * deviation
+    tape = torch.randn(min(_DRAWN, sum(weight.numel() for weight in weights))).mul_(deviation).to(weights[0].dtype)
     at = 0
     with torch.no_grad():
         for weight in weights:

@@ -37,6 +37,8 @@ class Architecture:
         inputs: Tensors per item.
         outputs: Names of the tensors to return.
         description: One line for people.
+        build_as: The same with weights held as the given torch dtype from the start, for models whose fp32 weights
+            would be too much for the host; None where they are drawn in fp32, to be cast.
         resized: Returns the same model for inputs of another size; None where there is one size only.
         sizes: What ``resized`` takes: sides of the image in pixels, or tokens.
     """
@@ -45,6 +47,7 @@ class Architecture:
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[str, ...]
     description: str
+    build_as: Callable[[Any], Any] | None = None
     resized: Callable[[int], Architecture] | None = None
     sizes: range = range(0)
 
@@ -135,10 +138,10 @@ def _unet(width: int, side: int = 256) -> Architecture:
 
 
 def _llama(size: str, tokens: int, *, kv_heads: int, **shape: Any) -> Architecture:
-    def build() -> Any:
+    def build(**dtype: Any) -> Any:
         from executor.runtime.quick_weights import drawn_llama
 
-        model = drawn_llama(num_key_value_heads=kv_heads, use_cache=False, **shape)
+        model = drawn_llama(num_key_value_heads=kv_heads, use_cache=False, **shape, **dtype)
         # Of a prompt only the last position's logits matter: they say the first token of the answer.
         model.forward = functools.partial(model.forward, logits_to_keep=1)
         return model
@@ -148,6 +151,7 @@ def _llama(size: str, tokens: int, *, kv_heads: int, **shape: Any) -> Architectu
         inputs=_tokens(tokens),
         outputs=("logits",),
         description=f"Llama {size}: logits of the token after a prompt of {tokens}",
+        build_as=lambda dtype: build(dtype=dtype),
         resized=lambda length: _llama(size, length, kv_heads=kv_heads, **shape),
         sizes=range(1, shape["max_position_embeddings"] + 1),
     )

@@ -139,7 +139,9 @@ class TorchRuntime:
         return DTYPES[self._dtype]
 
     def build(self, variant: str) -> tuple[torch.nn.Module, tuple[TensorSpec, ...], tuple[str, ...]]:
-        """Return the module of ``variant`` on the CPU in fp32, its inputs, and the names of its outputs.
+        """Return the module of ``variant`` on the CPU, its inputs, and the names of its outputs.
+
+        Large models of the registry have the runtime's dtype from the start; `cast` gives it to all others.
 
         Raises:
             UnknownVariant: Neither the registry nor the folder has the model.
@@ -157,7 +159,8 @@ class TorchRuntime:
         model, architecture = found
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self._seed + zlib.crc32(model.encode()))
-            return architecture.build(), architecture.inputs, architecture.outputs
+            module = architecture.build_as(self.dtype) if architecture.build_as else architecture.build()
+        return module, architecture.inputs, architecture.outputs
 
     def _local(self, variant: str) -> tuple[str, int | None] | None:
         """Return the local model and the input size that ``variant`` names."""

@@ -5,12 +5,23 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from executor.runtime import quick_weights
+from executor.runtime.memory import LiveTensors
+from executor.runtime.precision import cast
 from executor.runtime.quick_weights import drawn_llama
+from executor.runtime.torch_runtime import DTYPES, TorchRuntime
 
 SHAPE = {
     "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "vocab_size": 100, "max_position_embeddings": 64,
 }  # fmt: skip
+
+
+class HostTensors(LiveTensors):
+    """Counts those with data alone."""
+
+    def _hold(self, storage: torch.UntypedStorage, given: set[int]) -> None:
+        if storage.device.type != "meta":
+            super()._hold(storage, given)
 
 
 def drawn(seed: int = 0, **more: object) -> LlamaForCausalLM:
@@ -61,3 +72,25 @@ def test_nothing_is_drawn_where_only_the_shape_is_wanted() -> None:
         model = drawn_llama(**SHAPE)
     assert all(weight.is_meta for weight in model.parameters())
     assert torch.equal(before, torch.get_rng_state())
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_weights_held_in_half_precision_are_those_of_a_cast(dtype: str) -> None:
+    found, expected = drawn(dtype=DTYPES[dtype]), cast(drawn(), DTYPES[dtype])
+    assert found.state_dict().keys() == expected.state_dict().keys()
+    assert all(torch.equal(weight, expected.state_dict()[name]) for name, weight in found.state_dict().items())
+    assert found.model.rotary_emb.inv_freq.dtype == torch.float32
+    ids = torch.arange(12)[None]
+    with torch.inference_mode():
+        assert torch.equal(found(input_ids=ids).logits, expected(input_ids=ids).logits)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_building_holds_each_weight_once_and_in_the_type_that_is_wanted(
+    monkeypatch: pytest.MonkeyPatch, dtype: str
+) -> None:
+    monkeypatch.setattr(quick_weights, "_DRAWN", 1009)
+    with HostTensors() as tensors:
+        module = cast(TorchRuntime(dtype=dtype).build("llama-tiny")[0], DTYPES[dtype])
+    weight_bytes = sum(weight.numel() * weight.element_size() for weight in module.parameters())
+    assert weight_bytes <= tensors.peak_bytes < 1.1 * weight_bytes
