@@ -1,8 +1,13 @@
-"""Models in local folders: a ``config.json`` and safetensors weights, read by transformers, nothing else."""
+"""Models in local folders: a ``config.json`` and safetensors weights, read by transformers, nothing else.
+
+Any model class of transformers is built that takes images, audio or tokens alone. What is asked of it is known for the
+usual heads; of others a trial run tells the tensors that they return.
+"""
 
 from __future__ import annotations
 
 import functools
+import inspect
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,8 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 # The heavy part of transformers: paid at import, not in the first load.
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
-from transformers.models.auto import modeling_auto
+from transformers import PreTrainedModel
 
 from executor.runtime.protocol import TensorSpec
 from plans.errors import Fault, InvalidInput
@@ -24,15 +28,21 @@ __all__ = ["load_folder", "local_names"]
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
-_HEADS: Mapping[str, Any] = {
-    "ForImageClassification": modeling_auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING,
-    "ForSemanticSegmentation": modeling_auto.MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING,
-    "ForObjectDetection": modeling_auto.MODEL_FOR_OBJECT_DETECTION_MAPPING,
-    "ForSequenceClassification": modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
-    "ForCausalLM": {LlamaConfig: LlamaForCausalLM},  # the architecture that `executor.runtime.generation` knows
+_CLASS = re.compile(r"[A-Za-z][A-Za-z0-9_]*")
+
+_ANSWERS: Mapping[str, tuple[str, ...]] = {
+    "ForImageClassification": ("logits",),
+    "ForSemanticSegmentation": ("logits",),
+    "ForObjectDetection": ("logits", "pred_boxes"),
+    "ForSequenceClassification": ("logits",),
+    "ForCausalLM": ("logits",),
 }
-_ANSWERS = {"ForObjectDetection": ("logits", "pred_boxes")}
+"""Names of the outputs of classes that end so."""
+
 _LONGEST_TEXT = 128
+
+_AUDIO_SAMPLES = 16_000
+"""A second of sound, at the rate that transformers' models of waveforms take."""
 
 
 def local_names(model_dir: Path) -> tuple[str, ...]:
@@ -69,20 +79,22 @@ def load_folder(
     folder = root / name
     weights = _weight_files(root, folder)
     config = _config(folder)
-    head = _head(config, folder)
+    kind = _class_of(config, folder)
     try:
-        module, report = _HEADS[head][type(config)].from_pretrained(
+        module, report = kind.from_pretrained(
             None, config=config, state_dict=_tensors(weights), output_loading_info=True
         )
     except (ValueError, RuntimeError, KeyError) as error:
         problem = _first_line(error)
         raise InvalidInput.of("weights of the architecture in config.json", where=folder, found=problem) from error
     _check_weights(report, folder)
-    if head == "ForCausalLM":  # as in the registry: whole requests ask for the first token of an answer
+    if "logits_to_keep" in inspect.signature(module.forward).parameters:
+        # As in the registry: whole requests ask for the first token of an answer.
         module.config.use_cache = False
         module.forward = functools.partial(module.forward, logits_to_keep=1)
-    inputs = _inputs(config, module.main_input_name, folder)
-    return module, _of_size(module, inputs, size, folder), _ANSWERS.get(head, ("logits",))
+    inputs = _of_size(module, _inputs(config, module.main_input_name, folder), size, folder)
+    known = next((names for head, names in _ANSWERS.items() if kind.__name__.endswith(head)), None)
+    return module, inputs, known or _tried(module, inputs, folder)
 
 
 def _config(folder: Path) -> Any:
@@ -133,17 +145,46 @@ def _first_line(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
-def _head(config: Any, folder: Path) -> str:
+def _class_of(config: Any, folder: Path) -> Any:
+    """Return the class of transformers that the configuration names; it must be one for such configurations."""
     stated = (config.architectures or [""])[0]
-    for head in _HEADS:
-        if stated.endswith(head) and type(config) in _HEADS[head]:
-            return head
+    found = getattr(transformers, stated, None) if _CLASS.fullmatch(stated) else None
+    if isinstance(found, type) and issubclass(found, PreTrainedModel) and found.config_class is type(config):
+        return found
     raise InvalidInput.of(
-        "an architecture that ends in " + ", ".join(_HEADS),
+        f"a model class of transformers {transformers.__version__} for {type(config).__name__}",
         where=folder / "config.json",
         field="architectures",
         found=repr(stated),
     )
+
+
+def _tried(module: torch.nn.Module, inputs: tuple[TensorSpec, ...], folder: Path) -> tuple[str, ...]:
+    """Run two items and return the names of the outputs that have one tensor for each."""
+    try:
+        answer = _run_zeros(module, inputs, 2)
+    except (ValueError, RuntimeError, IndexError, TypeError, AttributeError) as error:
+        expected = f"a model that runs on {inputs[0].name} alone"
+        raise InvalidInput.of(expected, where=folder, found=_first_line(error)) from error
+    fields = answer.items() if isinstance(answer, Mapping) else ()
+    names = tuple(name for name, value in fields if _is_answer(value))
+    if not names:
+        raise InvalidInput.of("a model that returns named tensors, a row for each item", where=folder, found="none")
+    return names
+
+
+def _is_answer(value: object) -> bool:
+    return isinstance(value, torch.Tensor) and value.is_floating_point() and value.dim() > 1 and len(value) == 2
+
+
+def _run_zeros(module: torch.nn.Module, inputs: tuple[TensorSpec, ...], batch: int) -> Any:
+    dtype = next(module.parameters()).dtype
+    given = {
+        spec.name: torch.zeros((batch, *spec.shape), dtype=torch.int64 if spec.datatype == "INT64" else dtype)
+        for spec in inputs
+    }
+    with torch.inference_mode():
+        return module.eval()(**given)
 
 
 def _check_weights(report: dict[str, Any], folder: Path) -> None:
@@ -175,10 +216,14 @@ def _inputs(config: Any, main_input: str, folder: Path) -> tuple[TensorSpec, ...
         height, width = side if isinstance(side, list | tuple) else (side, side)
         return (TensorSpec("pixel_values", "FP32", (getattr(config, "num_channels", 3), height, width)),)
     if main_input == "input_ids":
-        length = min(_LONGEST_TEXT, getattr(config, "max_position_embeddings", _LONGEST_TEXT))
+        length = min(_LONGEST_TEXT, getattr(config, "max_position_embeddings", None) or _LONGEST_TEXT)
         return (TensorSpec("input_ids", "INT64", (length,)),)
+    if main_input == "input_values":
+        return (TensorSpec("input_values", "FP32", (_AUDIO_SAMPLES,)),)
     raise InvalidInput.of(
-        "a model of images (pixel_values) or text (input_ids)", where=folder / "config.json", found=repr(main_input)
+        "a model of images (pixel_values), text (input_ids) or sound (input_values)",
+        where=folder / "config.json",
+        found=repr(main_input),
     )
 
 
@@ -189,12 +234,11 @@ def _of_size(
     if size is None or size == inputs[0].shape[-1]:
         return inputs
     shape = (size,) if len(inputs[0].shape) == 1 else (inputs[0].shape[0], size, size)
-    one = torch.zeros((1, *shape), dtype=torch.int64 if len(shape) == 1 else torch.float32)
+    resized = (TensorSpec(inputs[0].name, inputs[0].datatype, shape),)
     try:
-        with torch.inference_mode():
-            module.eval()(**{inputs[0].name: one})
+        _run_zeros(module, resized, 1)
     except (ValueError, RuntimeError, IndexError) as error:
         raise InvalidInput.of(
             "a size that the model takes", where=folder, field="input size", found=f"{size}: {_first_line(error)}"
         ) from error
-    return (TensorSpec(inputs[0].name, inputs[0].datatype, shape),)
+    return resized

@@ -15,15 +15,16 @@ _DRAWN = 2**24 + 43
 """Numbers that are drawn; a larger model has them again and again. No product of a model's lengths divides it."""
 
 
-def drawn_llama(dtype: torch.dtype = torch.float32, **shape: Any) -> LlamaForCausalLM:
-    """Return a Llama with weights from torch's generator, distributed as transformers would draw them.
+def drawn_llama(dtype: torch.dtype = torch.float32, **shape: Any) -> Any:
+    """Return a `LlamaForCausalLM` with weights from torch's generator, distributed as transformers would draw them.
 
     They are held as ``dtype`` from the start, with the values that a cast from fp32 would give. On the meta device,
     which is the default device when only the shape is wanted, nothing is drawn.
     """
     config = LlamaConfig(**shape)
     with torch.device("meta"):
-        model = LlamaForCausalLM(config).to(dtype)
+        model: Any = LlamaForCausalLM(config)
+    model.to(dtype)
     if torch.get_default_device().type == "meta":
         return model
     model.to_empty(device=torch.get_default_device())

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -10,11 +11,22 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import (
     BertConfig,
+    BertForQuestionAnswering,
     BertForSequenceClassification,
+    BertModel,
+    GPT2Config,
+    GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    PreTrainedModel,
     ResNetConfig,
     ResNetForImageClassification,
+    T5Config,
+    T5ForConditionalGeneration,
+    ViTConfig,
+    ViTModel,
+    Wav2Vec2Config,
+    Wav2Vec2ForCTC,
 )
 
 from executor.runtime.protocol import UnknownVariant
@@ -134,9 +146,66 @@ def change_config(models: Path, **fields: object) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
 
 
-def test_an_architecture_without_a_head_for_serving_is_refused(models: Path) -> None:
+@pytest.mark.parametrize(
+    "stated", ["BertForNothing", "LlamaForCausalLM", "PreTrainedModel", "AutoModel", "pipeline", "../bert", "", None]
+)
+def test_a_class_that_is_none_of_transformers_for_the_configuration_is_refused(
+    models: Path, stated: str | None
+) -> None:
+    change_config(models, architectures=[stated] if stated is not None else None)
+    assert f"architectures: found {stated or ''!r}, expected a model class of transformers" in refused(models)
+
+
+def test_weights_of_another_head_are_refused(models: Path) -> None:
     change_config(models, architectures=["BertForMaskedLM"])
-    assert "architectures: found 'BertForMaskedLM'" in refused(models)
+    assert "exactly the weights of the architecture in config.json" in refused(models)
+
+
+SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+
+OTHERS: dict[str, Callable[[], PreTrainedModel]] = {
+    "encoder": lambda: BertModel(BertConfig(vocab_size=60, **SMALL)),
+    "questions": lambda: BertForQuestionAnswering(BertConfig(vocab_size=60, **SMALL)),
+    "gpt": lambda: GPT2LMHeadModel(
+        GPT2Config(vocab_size=60, n_embd=32, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=0)
+    ),
+    "pictures": lambda: ViTModel(ViTConfig(image_size=32, **SMALL)),
+    "sound": lambda: Wav2Vec2ForCTC(Wav2Vec2Config(vocab_size=30, conv_dim=(8,) * 7, **SMALL)),
+    "whole-t5": lambda: T5ForConditionalGeneration(
+        T5Config(vocab_size=60, d_model=32, d_kv=16, d_ff=64, num_layers=2, num_heads=2)
+    ),
+}
+"""Models with heads of other kinds, by a name."""
+
+
+class TestOtherHeads(RuntimeContract):
+    @pytest.fixture(scope="class")
+    @classmethod
+    def runtime(cls, tmp_path_factory: pytest.TempPathFactory) -> TorchRuntime:
+        root = tmp_path_factory.mktemp("models")
+        for name, build in OTHERS.items():
+            build().save_pretrained(root / name)
+        return TorchRuntime(model_dir=root)
+
+    @pytest.fixture(scope="class", params=[name for name in OTHERS if name != "whole-t5"])
+    @classmethod
+    def variant(cls, request: pytest.FixtureRequest) -> str:
+        return str(request.param)
+
+    def test_every_tensor_with_a_row_for_each_item_is_an_output(self, runtime: TorchRuntime) -> None:
+        shapes = {
+            name: {spec.name: spec.shape for spec in runtime.load(name, 1).outputs}
+            for name in ("questions", "pictures")
+        }
+        assert shapes["questions"] == {"start_logits": (128,), "end_logits": (128,)}
+        assert shapes["pictures"] == {"last_hidden_state": (5, 32), "pooler_output": (32,)}
+
+    def test_a_causal_model_answers_with_the_first_token_of_its_answer(self, runtime: TorchRuntime) -> None:
+        assert [spec.shape for spec in runtime.load("gpt", 1).outputs] == [(1, 60)]
+
+    def test_a_model_that_needs_more_than_one_input_is_refused(self, runtime: TorchRuntime) -> None:
+        with pytest.raises(InvalidInput, match="a model that runs on input_ids alone"):
+            runtime.load("whole-t5", 1)
 
 
 def test_an_unknown_model_type_is_refused(models: Path) -> None:
