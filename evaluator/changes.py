@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,7 +12,7 @@ import numpy as np
 from plans.cluster import Cluster
 from plans.errors import Fault, InvalidInput
 from plans.plan import Plan, TransitionStep
-from plans.transition import transition
+from plans.transition import transition, waves_of
 
 __all__ = [
     "Change",
@@ -21,6 +21,7 @@ __all__ = [
     "Recovery",
     "Schedule",
     "Span",
+    "WaveSpans",
     "check_changes",
     "check_places",
     "random_failures",
@@ -68,51 +69,69 @@ class Span:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class WaveSpans:
+    """One wave of a transition: what leaves at its start, and what is then loaded; ``end_s`` is when all is done."""
+
+    drains: tuple[Span, ...]
+    loads: tuple[Span, ...]
+    end_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Schedule:
     """When a transition does what.
 
     Attributes:
         early_loads: Loads beside what runs.
         flip_s: Routes flip to what is loaded.
-        drains: What leaves; its end is when it is unloaded.
-        late_loads: Loads that had to wait for memory.
-        last_flip_s: Routes flip to the whole new plan; ``flip_s`` where no load is late.
-        end_s: The transition is over.
+        waves: What follows; routes flip at the end of each that loads something.
+        old_weights: Routing weight of each replica that leaves, by (group, service), from the first flip until it does.
     """
 
     early_loads: tuple[Span, ...]
     flip_s: float
-    drains: tuple[Span, ...]
-    late_loads: tuple[Span, ...]
-    last_flip_s: float
-    end_s: float
+    waves: tuple[WaveSpans, ...]
+    old_weights: Mapping[tuple[str, str], float]
+
+    @property
+    def end_s(self) -> float:
+        """When the transition is over."""
+        return self.waves[-1].end_s if self.waves else self.flip_s
 
 
 def schedule(running: Plan, target: Plan, cluster: Cluster, *, start_s: float) -> Schedule:
     """Return when the steps of the transition from ``running`` to ``target`` happen if it starts at ``start_s``.
 
     A node does its loads one after the other in the order of the steps, nodes work side by side. Drains take their
-    estimate, from the flip on; late loads start when the last of them is over.
+    estimate, from the flip on; the loads of a wave start when the last of its drains is over. What still leaves has its
+    planned rate as weight, in units of what the target plans for the service.
     """
-    steps = transition(running, target, cluster).steps
-    first_other = next((i for i, step in enumerate(steps) if step.action != "load"), len(steps))
-    early = _loads(steps[:first_other], target, start_s)
-    flip_s = max((span.end_s for span in early), default=start_s)
-    drains = tuple(
-        Span(group=step.group, service=step.service, start_s=flip_s, end_s=flip_s + step.est_s)
-        for step in steps
-        if step.action == "drain"
-    )
-    unloaded_s = max((span.end_s for span in drains), default=flip_s)
-    late = _loads([step for step in steps[first_other:] if step.action == "load"], target, unloaded_s)
-    last_flip_s = max((span.end_s for span in late), default=flip_s)
+    first, *rest = waves_of(transition(running, target, cluster).steps)
+    early = _loads(first.loads, target, start_s)
+    flip_s = now_s = max((span.end_s for span in early), default=start_s)
+    waves = []
+    for wave in rest:
+        drains = tuple(
+            Span(group=step.group, service=step.service, start_s=now_s, end_s=now_s + step.est_s)
+            for step in wave.drains
+        )
+        now_s = max((span.end_s for span in drains), default=now_s)
+        loads = _loads(wave.loads, target, now_s)
+        now_s = max((span.end_s for span in loads), default=now_s)
+        waves.append(WaveSpans(drains=drains, loads=loads, end_s=now_s))
+    planned: dict[str, float] = defaultdict(float)
+    for group in target.groups:
+        for entry in group.loadout:
+            planned[entry.service] += entry.rate_rps
     return Schedule(
         early_loads=early,
         flip_s=flip_s,
-        drains=drains,
-        late_loads=late,
-        last_flip_s=last_flip_s,
-        end_s=max(last_flip_s, unloaded_s),
+        waves=tuple(waves),
+        old_weights={
+            (step.group, step.service): step.rate_rps / (planned[step.service] or 1.0)
+            for wave in rest
+            for step in wave.drains
+        },
     )
 
 

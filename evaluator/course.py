@@ -24,6 +24,9 @@ from profiles.library import ProfileLibrary
 
 __all__ = ["Course", "Inventory"]
 
+_Place = tuple[str, str]
+"""A group and a service."""
+
 
 class Inventory:
     """The documents that a fleet is read with.
@@ -152,48 +155,48 @@ class Course:
         replicas = list(self._fleet.replicas())
         before = {id(replica): (group, replica) for group, replica in self._fleet.add(self._fleet.plan)}
         coming = {id(replica) for _, replica in self._fleet.add(plan)}
-        leaving = [pair for key, pair in before.items() if key not in coming]
+        leaving = {
+            (group.planned.id, replica.entry.service): (group, replica)
+            for key, (group, replica) in before.items()
+            if key not in coming
+        }
         self._rebuild(replicas, now, new_limits=False)
         for position, group in enumerate(self._fleet.groups):
             if group.failed and not self._run.world.array("groups")["stopped"][position]:
                 self._operate(operations.STOP, position, now)
         self._in_transition = True
-        for span in (*steps.early_loads, *steps.late_loads):
+        for span in (*steps.early_loads, *(span for wave in steps.waves for span in wave.loads)):
             self._fleet.load(span, plan, done=False)
-        self._at(steps.flip_s, lambda at: self._flip_first(plan, steps, leaving, at))
+        self._at(steps.flip_s, lambda at: self._flip(plan, steps, 0, leaving, at))
 
-    def _flip_first(
-        self, plan: Plan, steps: Schedule, leaving: list[tuple[FleetGroup, FleetReplica]], now: float
+    def _flip(
+        self, plan: Plan, steps: Schedule, number: int, old: dict[_Place, tuple[FleetGroup, FleetReplica]], now: float
     ) -> None:
-        for span in steps.early_loads:
+        """Flip routes after so many waves: to what is loaded by now, and away from what leaves in the next."""
+        for span in steps.waves[number - 1].loads if number else steps.early_loads:
             self._fleet.load(span, plan, done=True)
-        for _, replica in leaving:
+        wave = steps.waves[number] if number < len(steps.waves) else None
+        gone_s = {(span.group, span.service): span.end_s for span in wave.drains} if wave is not None else {}
+        going = {place: pair for place, pair in old.items() if place in gone_s or place not in steps.old_weights}
+        for _, replica in going.values():
             replica.loaded = False
-        self._flip(plan, now)
-        unloaded_s = {(span.group, span.service): span.end_s for span in steps.drains}
-        for group, replica in leaving:
-            gone_s = unloaded_s.get((group.planned.id, replica.entry.service), now)
-            self._fleet.unload(group, replica, gone_s)
-        if steps.late_loads:
-            self._at(steps.last_flip_s, lambda at: self._flip_last(plan, steps, at))
+        staying = {place: pair for place, pair in old.items() if place not in going}
+        self._fleet.flip(plan, {replica: steps.old_weights[place] for place, (_, replica) in staying.items()})
+        self._rebuild(list(self._fleet.replicas()), now, new_limits=True)
+        for place, (group, replica) in going.items():
+            self._fleet.unload(group, replica, gone_s.get(place, now))
+        if wave is None:
+            self._end_transition(now)
+        elif wave.loads:
+            self._at(wave.end_s, lambda at: self._flip(plan, steps, number + 1, staying, at))
         else:
-            self._at(steps.end_s, self._end_transition)
-
-    def _flip_last(self, plan: Plan, steps: Schedule, now: float) -> None:
-        for span in steps.late_loads:
-            self._fleet.load(span, plan, done=True)
-        self._flip(plan, now)
-        self._end_transition(now)
+            self._at(wave.end_s, self._end_transition)
 
     def _end_transition(self, now: float) -> None:
         self._in_transition = False
         if self._waiting is not None:
             plan, self._waiting = self._waiting, None
             self._change_to(plan, now)
-
-    def _flip(self, plan: Plan, now: float) -> None:
-        self._fleet.flip(plan)
-        self._rebuild(list(self._fleet.replicas()), now, new_limits=True)
 
     def _rebuild(self, before: list[tuple[FleetGroup, FleetReplica]], now: float, *, new_limits: bool) -> None:
         """Let the run have the fleet as it is now; ``before`` is what it has, in order."""

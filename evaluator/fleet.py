@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 
 from evaluator.changes import Failure, Recovery, Span
 from plans.cluster import Cluster
@@ -87,12 +88,12 @@ class Fleet:
             (self._group(group), self._replica(self._group(group), e)) for group in plan.groups for e in group.loadout
         ]
 
-    def flip(self, plan: Plan) -> None:
-        """Give every replica that is loaded its weight and limits in ``plan``, all others no weight."""
+    def flip(self, plan: Plan, old: Mapping[FleetReplica, float] = MappingProxyType({})) -> None:
+        """Give replicas that are loaded weight and limits as in ``plan``, or weight as in ``old``; others none."""
         weights = {(service, route.group): route.weight for service, routes in plan.routes.items() for route in routes}
         for group in self.groups:
             for replica in group.replicas:
-                replica.weight = 0.0
+                replica.weight = old.get(replica, 0.0)
         for planned in plan.groups:
             for entry in planned.loadout:
                 replica = self._replica(self._group(planned), entry)

@@ -249,7 +249,7 @@ class Unserved(Document):
 
 
 class TransitionStep(Document):
-    """One step from the running plan to this one."""
+    """One step from the running plan to this one; of a load or a drain, ``rate_rps`` is what its plan routes there."""
 
     step: int = Field(ge=1)
     action: Literal["load", "route", "drain", "unload"]
@@ -259,6 +259,7 @@ class TransitionStep(Document):
         default=0, ge=0, validation_alias=AliasChoices("bytes", "moved_bytes"), serialization_alias="bytes"
     )
     est_s: float = Field(default=0.0, ge=0)
+    rate_rps: float = Field(default=0.0, ge=0, allow_inf_nan=False)
 
 
 class Contingency(Document):

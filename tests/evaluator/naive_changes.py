@@ -57,11 +57,11 @@ class Changes(State):
     def planned(self, plan: Plan) -> list[tuple[Replica, LoadoutEntry]]:
         return [(self.replica_of(group, entry), entry) for group in plan.groups for entry in group.loadout]
 
-    def flip(self, plan: Plan) -> None:
-        """Routes as in the plan, for what is loaded; nothing for the rest."""
+    def flip(self, plan: Plan, old: dict[Replica, float] | None = None) -> None:
+        """Routes as in the plan, for what is loaded; what is old and still there as told; nothing for the rest."""
         for group in self.groups:
             for replica in group.replicas:
-                replica.weight = 0.0
+                replica.weight = (old or {}).get(replica, 0.0)
         weights = {(service, r.group): r.weight for service, routes in plan.routes.items() for r in routes}
         for planned in plan.groups:
             for entry in planned.loadout:
@@ -76,36 +76,49 @@ class Changes(State):
                     group.work_s += replica.share_s
 
     def change_to(self, target: Plan) -> None:
-        """Carry out the transition: first loads, first flip, unloads, late loads, last flip."""
-        steps = transition(self.plan, target, self.told.cluster).steps
-        first = [s for n, s in enumerate(steps) if all(earlier.action == "load" for earlier in steps[: n + 1])]
-        late = [s for s in steps if s.action == "load" and s not in first]
-        drain_s = [s.est_s for s in steps if s.action == "drain"]
-        leaving = self.leaving(self.plan, target)
+        """Carry out the transition: first loads and flip; then wave by wave unloads, loads, and another flip."""
+        pending = list(transition(self.plan, target, self.told.cluster).steps)
+        leaving = {(r.group.id, r.entry.service): r for r in self.leaving(self.plan, target)}
+        drains = {(s.group, s.service): s for s in pending if s.action == "drain"}
+        rates: dict[str, float] = defaultdict(float)
+        for planned in target.groups:
+            for entry in planned.loadout:
+                rates[entry.service] += entry.rate_rps
         coming = {(r.group.id, e.service): r for r, e in self.planned(target)}
         self.in_transition = True
-        flip_s = loads_end_s(self.now, first)
 
-        def flip_first() -> None:
-            for step in first:
+        def take(*actions: str) -> list[TransitionStep]:
+            taken = []
+            while pending and pending[0].action in actions:
+                taken.append(pending.pop(0))
+            return taken
+
+        def flip_to(loads: list[TransitionStep]) -> None:
+            for step in loads:
                 coming[step.group, step.service].loaded = True
+            routed = take("route")
+            going = [s for s in take("drain", "unload") if s.action == "drain"]
+            for place in [place for place in leaving if place not in drains]:
+                leaving.pop(place).loaded = False
+            for step in going:
+                if (step.group, step.service) in leaving:
+                    leaving.pop((step.group, step.service)).loaded = False
             self.plan = target
-            self.flip(target)
-            unloaded_s = max((self.now + est_s for est_s in drain_s), default=self.now)
-            for replica in leaving:
-                replica.loaded = False
-            if not late:
+            self.flip(
+                target,
+                {r: drains[place].rate_rps / (rates[place[1]] or 1.0) for place, r in leaving.items()},
+            )
+            unloaded_s = max((self.now + step.est_s for step in going), default=self.now)
+            following = take("load") if going or routed else []
+            if following:
+                self.at(loads_end_s(unloaded_s, following), CHANGE, lambda: flip_to(following))
+            elif going:
                 self.at(unloaded_s, CHANGE, self.end_transition)
             else:
-                self.at(loads_end_s(unloaded_s, late), CHANGE, flip_last)
+                self.end_transition()
 
-        def flip_last() -> None:
-            for step in late:
-                coming[step.group, step.service].loaded = True
-            self.flip(target)
-            self.end_transition()
-
-        self.at(flip_s, CHANGE, flip_first)
+        first = take("load")
+        self.at(loads_end_s(self.now, first), CHANGE, lambda: flip_to(first))
 
     def leaving(self, before: Plan, after: Plan) -> list[Replica]:
         stay = {replica for replica, _ in self.planned(after)}

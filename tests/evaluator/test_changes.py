@@ -31,8 +31,8 @@ def test_a_node_loads_one_after_the_other_and_nodes_work_side_by_side():
     found = schedule(plan([stays]), target, cluster(), start_s=10.0)
     spans = {span.service: (span.start_s, span.end_s) for span in found.early_loads}
     assert spans == {"segment": (10, 12), "classify": (12, 15), "embed": (10, 14)}
-    assert (found.flip_s, found.last_flip_s, found.end_s) == (15, 15, 15)
-    assert found.drains == found.late_loads == ()
+    assert (found.flip_s, found.end_s) == (15, 15)
+    assert found.waves == ()
 
 
 def test_what_leaves_is_unloaded_a_deadline_after_the_flip():
@@ -42,7 +42,8 @@ def test_what_leaves_is_unloaded_a_deadline_after_the_flip():
         cluster(),
         start_s=1,
     )
-    assert [(span.service, span.start_s, span.end_s) for span in found.drains] == [("detect", 1, 1.7)]
+    (wave,) = found.waves
+    assert [(span.service, span.start_s, span.end_s) for span in wave.drains] == [("detect", 1, 1.7)]
     assert (found.flip_s, found.end_s) == (1, 1.7)
 
 
@@ -53,8 +54,44 @@ def test_what_has_no_room_is_loaded_when_the_last_has_gone():
     found = schedule(before, after, cluster(), start_s=3.0)
     assert found.early_loads == ()
     assert found.flip_s == 3.0
-    assert [(span.service, span.start_s, span.end_s) for span in found.late_loads] == [("segment", 3.5, 5.5)]
-    assert (found.last_flip_s, found.end_s) == (5.5, 5.5)
+    (wave,) = found.waves
+    assert [(span.service, span.start_s, span.end_s) for span in wave.loads] == [("segment", 3.5, 5.5)]
+    assert (wave.end_s, found.end_s) == (5.5, 5.5)
+
+
+def test_replicas_that_are_replaced_in_turn_serve_until_their_wave():
+    """Two full GPUs: the second goes on at its planned rate while the first is drained (1 s) and loaded (2 s)."""
+    before, after = (
+        plan([one("detect", gpu=n, variant=v, memory_bytes=(600,), load_s=2.0) for n in range(2)])
+        for v in ("small", "large")
+    )
+    found = schedule(before, after, cluster(), start_s=0.0)
+    assert [[span.group for span in (*wave.drains, *wave.loads)] for wave in found.waves] == [
+        ["node-0/0", "node-0/0"],
+        ["node-0/1", "node-0/1"],
+    ]
+    assert [wave.end_s for wave in found.waves] == [3.0, 6.0]
+    assert found.old_weights == {("node-0/0", "detect"): 0.5, ("node-0/1", "detect"): 0.5}
+
+
+def test_requests_are_answered_while_replicas_are_replaced_in_turn():
+    """Two groups are cut from TP to PP in place, for which there is no room: each serves while the other is changed."""
+    before, after = (
+        plan(
+            [
+                group(
+                    "node-0",
+                    gpus,
+                    [entry("detect", 2, pp, memory_bytes=(600, 600), load_s=2.0, stage_latency_s=stages, max_batch=1)],
+                    pp=pp,
+                )
+                for gpus in ((0, 1), (2, 3))
+            ]
+        )
+        for pp, stages in ((1, ((0.1,),)), (2, ((0.05, 0.05),)))
+    )
+    found = run(before, [0.5 * n for n in range(20)], [PlanChange(at_s=1.0, plan=after)])
+    assert set(found.requests["outcome"]) == {"good"}
 
 
 def test_nothing_to_do_takes_no_time():
