@@ -1,14 +1,24 @@
-"""Which processor cores a worker runs on, so that workers do not disturb each other's latencies."""
+"""Which processor cores a worker runs on, and what it does at low priority: so workers disturb each other little."""
 
 from __future__ import annotations
 
 import contextlib
 import os
+import sys
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TypeVar
 
 from plans.errors import InvalidInput
 
-__all__ = ["cores_of", "own_cores", "pin_process"]
+__all__ = ["at_low_priority", "cores_of", "lower_priority", "own_cores", "pin_process"]
+
+_STEP = 10
+"""By how much nicer threads are that nobody waits for: they get a tenth of the processor time of others beside them."""
+
+_Result = TypeVar("_Result")
 
 
 def cores_of(devices: tuple[int, ...], threads: int, cores: tuple[int, ...]) -> tuple[int, ...]:
@@ -42,3 +52,19 @@ def pin_process(cores: tuple[int, ...]) -> None:
     for task in Path("/proc/self/task").iterdir():
         with contextlib.suppress(ProcessLookupError):  # a thread that has just ended
             os.sched_setaffinity(int(task.name), cores)
+
+
+def lower_priority() -> None:
+    """Let this thread, and those it will start, step back behind threads of the usual priority. Linux only.
+
+    Without privileges a thread cannot be raised again: call it in one that ends.
+    """
+    if sys.platform == "linux":
+        thread = threading.get_native_id()
+        os.setpriority(os.PRIO_PROCESS, thread, os.getpriority(os.PRIO_PROCESS, thread) + _STEP)  # 19 at most
+
+
+def at_low_priority(act: Callable[[], _Result]) -> _Result:
+    """Return what ``act`` returns, or raise what it raises, from a thread of low priority."""
+    with ThreadPoolExecutor(max_workers=1, initializer=lower_priority) as thread:
+        return thread.submit(act).result()

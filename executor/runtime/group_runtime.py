@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from executor.cores import at_low_priority
 from executor.runtime.protocol import LoadedModel
 from executor.runtime.torch_runtime import TorchRuntime
 from plans.errors import InvalidInput
@@ -77,7 +79,8 @@ class TorchGroupRuntime:
             found, expected = f"{len(devices)} devices", "one device: groups run neither compiled nor by CUDA graphs"
             raise InvalidInput.of(expected, field="devices", found=found)
         else:
-            from executor.runtime.parallel import ParallelTorchRuntime  # torch.distributed takes a while to import
+            at_low_priority(lambda: importlib.import_module("executor.runtime.parallel"))  # torch.distributed: seconds
+            from executor.runtime.parallel import ParallelTorchRuntime
 
             self._several = ParallelTorchRuntime(devices, dtype, threads, model_dir)
 

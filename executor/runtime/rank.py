@@ -7,6 +7,8 @@ it. What fails here ends the process, which rank 0 notices as a closed connectio
 from __future__ import annotations
 
 import argparse
+import functools
+import importlib
 import json
 import os
 import signal
@@ -16,13 +18,12 @@ from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from queue import SimpleQueue
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
-import torch
+from executor.cores import at_low_priority
 
-from executor.runtime.mesh import World
-from executor.runtime.stage_model import Built, StageModel, cut
-from executor.runtime.torch_runtime import TorchRuntime
+if TYPE_CHECKING:
+    from executor.runtime.stage_model import Built, StageModel
 
 __all__ = ["main"]
 
@@ -33,6 +34,13 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole terminal; rank 0 ends its ranks
     commands: SimpleQueue[dict[str, Any]] = SimpleQueue()
     threading.Thread(target=_read, args=(commands,), name="commands", daemon=True).start()
+    at_low_priority(lambda: importlib.import_module("executor.runtime.stage_model"))  # as in a worker
+    import torch
+
+    from executor.runtime.mesh import World
+    from executor.runtime.stage_model import StageModel, cut
+    from executor.runtime.torch_runtime import TorchRuntime
+
     runtime = TorchRuntime(options.device, options.dtype, options.threads, options.model_dir, options.seed)
     torch.set_num_threads(options.threads)
     world = World(rank=options.rank, size=options.size, device=options.device, store_port=options.store_port)
@@ -44,7 +52,10 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         command = commands.get()
         number = command["model"]
         if command["do"] == "build":
-            building[number] = command["variant"], builder.submit(runtime.build, command["variant"])
+            build = functools.partial(runtime.build, command["variant"])
+            if not models:  # as in a worker: beside models of its own it would hold them up
+                build = functools.partial(at_low_priority, build)
+            building[number] = command["variant"], builder.submit(build)
         elif command["do"] == "load":
             variant, built = building.pop(number)
             tp, pp = command["shape"]

@@ -3,12 +3,13 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from executor.cores import cores_of, own_cores
+from executor.cores import at_low_priority, cores_of, own_cores
 from plans.errors import InvalidInput
 
 
@@ -45,3 +46,21 @@ def test_a_process_is_kept_on_its_cores_with_the_threads_that_it_had_already():
         assert seen == [{last}] and os.sched_getaffinity(0) == {last}, seen
     """
     subprocess.run([sys.executable, "-c", script], check=True, timeout=60)
+
+
+def niceness():
+    return os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+
+
+def test_what_is_done_at_low_priority_steps_back_and_the_caller_does_not():
+    before = niceness()
+    assert at_low_priority(niceness) > before
+    assert niceness() == before
+
+
+def test_what_fails_at_low_priority_is_told_to_the_caller():
+    def fail():
+        raise LookupError("on purpose")
+
+    with pytest.raises(LookupError, match="on purpose"):
+        at_low_priority(fail)

@@ -53,15 +53,27 @@ class Agent:
         return self.hear()
 
 
+class LoadsAtPriorities(ScriptedRuntime):
+    """Notes the niceness of the thread of each load."""
+
+    def __init__(self, folder):
+        super().__init__(model_dir=folder)
+        self.niceness = []
+
+    def load(self, variant, max_batch, shape=(1, 1)):
+        self.niceness.append(os.getpriority(os.PRIO_PROCESS, threading.get_native_id()))
+        return super().load(variant, max_batch)
+
+
 @contextlib.contextmanager
-def worker(folder, on_gone=lambda: None):
+def worker(folder, on_gone=lambda: None, runtime=None):
     ours, theirs = socket.socketpair()
     ours.settimeout(WAIT_S)
     segment = SharedSegment.create()
     segment.grow(1 << 16)
     theirs_segment = SharedSegment(os.dup(segment.descriptor))
     ended = []
-    served = Worker(theirs, theirs_segment, ScriptedRuntime(model_dir=folder), on_gone)
+    served = Worker(theirs, theirs_segment, runtime or ScriptedRuntime(model_dir=folder), on_gone)
     thread = threading.Thread(target=lambda: ended.append(served.serve()))
     thread.start()
     agent = Agent(ours, segment)
@@ -104,6 +116,19 @@ def test_a_batch_beyond_what_was_loaded_for_is_the_callers_fault(tmp_path):
         assert answer.invalid_input
         agent.ask(Load(call=3, variant="twice", max_batch=2))
         assert isinstance(agent.ask(run(4, "twice", [[1, 2, 3, 4]] * 2, agent.segment)), Done)
+
+
+def test_a_worker_loads_its_first_model_at_low_priority_and_no_model_beside_others(tmp_path):
+    runtime = LoadsAtPriorities(tmp_path)
+    usual = os.getpriority(os.PRIO_PROCESS, 0)
+    with worker(tmp_path, runtime=runtime) as (agent, _, _):
+        agent.ask(Load(call=1, variant="twice", max_batch=1))
+        agent.ask(Load(call=2, variant="twin", max_batch=1))
+        agent.ask(Unload(call=3, variant="twice"))
+        agent.ask(Unload(call=4, variant="twin"))
+        agent.ask(Load(call=5, variant="twice", max_batch=1))
+    first, beside, again = runtime.niceness
+    assert first == again > beside == usual
 
 
 def test_an_unloaded_variant_does_not_run(tmp_path):
