@@ -206,8 +206,9 @@ class _Process:
                 reporter.cancel()
                 await asyncio.gather(reporter, return_exceptions=True)
                 await self.server.checks.enter_graceful_shutdown()
-                await self.server.stop(self._config.grace_s)
-                await beside.aclose()
+                stopping = asyncio.create_task(self.server.stop(self._config.grace_s))
+                await beside.aclose()  # meanwhile: calls by HTTP get as long, and not after those by gRPC
+                await stopping
                 await self.switchboard.close(0.0)
                 self._spans.close()
 

@@ -9,10 +9,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import faulthandler
 import logging
-import math
 import multiprocessing
-import signal
 import socket
 import tempfile
 from collections.abc import Callable, Iterator
@@ -33,6 +32,7 @@ _log = logging.getLogger("executor.gateway")
 
 _START_S = 60.0
 _END_S = 5.0
+"""What a process that was told to stop may take beyond the grace of its requests."""
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.1, 5.0
 _STEADY_S = 10.0
 
@@ -53,7 +53,7 @@ def run_gateway(
     if processes < 1:
         raise InvalidInput.of("at least 1", where="--processes", found=processes)
     if processes == 1:
-        _run(serve_gateway(config, on_ready))
+        _run(_serve_until_told(config, on_ready, asyncio.Event()))
     else:
         asyncio.run(serve_gateways(config, processes, on_ready, log_level=log_level))
 
@@ -99,7 +99,7 @@ async def serve_gateways(
                 task.cancel()
             await asyncio.gather(*keeping, return_exceptions=True)
         finally:
-            await asyncio.gather(*(keeper.stop(config.grace_s + _END_S) for keeper in keepers))
+            await asyncio.gather(*(keeper.stop(config.grace_s + 2 * _END_S) for keeper in keepers))
 
 
 class _Keeper:
@@ -196,7 +196,6 @@ async def _serve_below_parent(config: GatewayConfig, member: Member, ready: Conn
 
     def orphaned() -> None:
         loop.remove_reader(parent.sentinel)
-        signal.alarm(math.ceil(config.grace_s + _END_S))  # nobody is left to end it by force; it must not keep the port
         stop.set()
 
     loop.add_reader(parent.sentinel, orphaned)
@@ -205,7 +204,24 @@ async def _serve_below_parent(config: GatewayConfig, member: Member, ready: Conn
         ready.send_bytes(b"")
         ready.close()
 
-    await serve_gateway(config, listening, member=member, stop=stop)
+    await _serve_until_told(config, listening, stop, member)
+
+
+async def _serve_until_told(
+    config: GatewayConfig, on_ready: Callable[[str], None], stop: asyncio.Event, member: Member | None = None
+) -> None:
+    """Serve until SIGTERM, SIGINT or ``stop``, and see to it that this process then ends: it must not keep the port."""
+    watch = asyncio.create_task(_end_in_time(stop, config.grace_s + _END_S))
+    try:
+        await serve_gateway(config, on_ready, member=member, stop=stop)
+    finally:
+        watch.cancel()
+
+
+async def _end_in_time(stop: asyncio.Event, limit_s: float) -> None:
+    """End this process by force ``limit_s`` after ``stop``, with what its threads do then on stderr."""
+    await stop.wait()
+    faulthandler.dump_traceback_later(limit_s, exit=True)
 
 
 @contextlib.contextmanager

@@ -11,6 +11,7 @@ import asyncio
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -79,8 +80,7 @@ class PeerProcess:
         children = self.children()
         self.process.kill()
         self._reap()
-        _, alive = psutil.wait_procs(children, timeout=_END_S)
-        assert not alive, f"workers outlived their agent: {alive}"
+        assert not (alive := outlived(children)), f"workers outlived their agent: {alive}"
 
     def stop(self) -> int:
         """Ask it to end, and return its exit status."""
@@ -103,6 +103,24 @@ class PeerProcess:
         assert self.process.stdout is not None
         self.process.stdout.close()
         return code
+
+
+def outlived(processes: list[psutil.Process]) -> list[psutil.Process]:
+    """Wait until ``processes`` have ended; return those that have not within a minute.
+
+    One whose parent is gone has ended when it is a zombie: when process 1 looks at it is not for us to say, and in a
+    container it may never.
+    """
+    end_s = time.monotonic() + _END_S
+    while (alive := [one for one in processes if _runs(one)]) and time.monotonic() < end_s:
+        time.sleep(0.01)
+    return alive
+
+
+def _runs(process: psutil.Process) -> bool:
+    with suppress(psutil.NoSuchProcess):
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    return False
 
 
 @contextmanager

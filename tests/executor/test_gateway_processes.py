@@ -23,7 +23,7 @@ from executor.gateway_family import merged
 from executor.proto import open_inference_pb2_grpc
 from executor.state import GatewayState, TargetState
 from executor.tensors import encode_request
-from tests.executor.peer_process import ROOT, PeerProcess, cluster_of, processes
+from tests.executor.peer_process import ROOT, PeerProcess, cluster_of, outlived, processes
 from tests.executor.placements import placement
 from tests.executor.running_agent import eventually
 from tests.free_port import free_port
@@ -146,13 +146,38 @@ def test_it_ends_with_all_its_processes(site: tuple[PeerProcess, PeerProcess]) -
     _, gateway = site
     mine = members(gateway)
     assert gateway.stop() == 0
-    assert not any(one.is_running() for one in mine)
+    assert not outlived(mine)
     gateway.start()
     mine = members(gateway)
+    assert len(mine) == 2
     gateway.process.kill()
-    _, alive = psutil.wait_procs(mine, timeout=60)
-    assert not alive, "processes outlived the one that keeps them"
+    assert not outlived(mine), "processes outlived the one that keeps them"
     gateway.start()
+
+
+def test_a_process_that_does_not_end_when_it_is_told_to_is_ended_by_force() -> None:
+    """A gateway whose event loop is stuck must not keep the port; the stack tells where it was."""
+    script = """if True:
+        import asyncio, threading
+        from pathlib import Path
+        from executor import gateway_processes
+        from executor.gateway import GatewayConfig
+
+        gateway_processes._END_S = 0.1
+
+        async def stuck(config, on_ready, *, member, stop):
+            stop.set()
+            await asyncio.sleep(0.01)
+            threading.Event().wait()
+
+        gateway_processes.serve_gateway = stuck
+        gateway_processes.run_gateway(GatewayConfig(listen="", state_dir=Path(), grace_s=0.1))
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 1
+    assert "in stuck" in done.stderr
 
 
 def test_states_are_merged_to_the_oldest_and_the_worst() -> None:
