@@ -32,18 +32,22 @@ def status(
     root_cert: RootCert = None,
     insecure: Insecure = False,
 ) -> None:
-    """Show what is live, replica by replica, and the reason for each difference from the plan in force."""
+    """Show what is live, replica by replica, and the reason for each difference from the plan in force.
+
+    Peers that do not answer are shown with the reason; when none answers, that is an error (exit 1).
+    """
     from executor.cluster_status import status as observe
     from plans.cluster import Cluster
     from plans.documents import read_document
+    from plans.errors import RemoteFailure
 
     inventory = read_document(cluster, Cluster)
     dialer = cluster_dialer(inventory, gateway, client_cert, client_key, root_cert, insecure=insecure)
     found = asyncio.run(observe(inventory, gateway, dialer=dialer))
     out.result(found.to_json())
     heard = any(peer.generation is not None for peer in (*found.agents, *found.gateways))
-    nothing = "nothing is live" if heard else "no agent or gateway answers"
-    out.say(f"generation {found.live.generation} is live" if found.live else nothing)
+    if heard:
+        out.say(f"generation {found.live.generation} is live" if found.live else "nothing is live")
     out.table(
         ["peer", "address", "generation", "ready", "problem"],
         [[p.name, p.address, p.generation, p.ready, p.problem] for p in (*found.agents, *found.gateways)],
@@ -61,6 +65,9 @@ def status(
             for one in found.replicas
         ],
     )
+    if not heard:
+        remedy = "start them (`foreplan agent`, `foreplan gateway`), or correct the addresses or the certificates"
+        raise RemoteFailure(str(cluster), f"no agent or gateway answers; {remedy}", retryable=True)
 
 
 NodeName = Annotated[str, typer.Argument(metavar="NODE", help="A node of the cluster.")]
