@@ -29,9 +29,10 @@ from executor.roles import Role
 from executor.state import Phase
 from executor.state_folder import locked_folder
 from executor.tensors import TensorLimits
-from executor.tls import Credentials, TlsFiles, check_transport
+from executor.tls import Credentials, Dialer, TlsFiles, check_transport
 from executor.tracing import NoSpans, Spans, start_tracing
 from executor.worker_link import WorkerSettings
+from executor.workflow_service import Workflows
 from plans.errors import Fault, InvalidInput
 
 __all__ = ["AgentConfig", "serve_agent"]
@@ -151,7 +152,12 @@ async def serve_agent(
     with locked_folder(config.state_dir, "agent") as folder, stop_signals(stopping):
         server = RpcServer(Role.AGENT, max_message_bytes=config.max_message_bytes, credentials=credentials)
         readiness = _Readiness(server.checks)
-        node = Node(_node_settings(config), Journal(folder), on_change=lambda: readiness.update(node))
+        node = Node(
+            _node_settings(config),
+            Journal(folder),
+            on_change=lambda: readiness.update(node),
+            on_move=lambda: services.workflows.follow(),
+        )
         spans = start_tracing("foreplan-agent")
         services = _Services(config, node, server, credentials, spans)
         try:
@@ -171,6 +177,7 @@ async def serve_agent(
             await server.checks.enter_graceful_shutdown()
         finally:
             await server.stop(_STOP_GRACE_S)
+            await services.workflows.close()
             await node.stop()
             await services.forward.close()
             await readiness.close()
@@ -188,6 +195,14 @@ class _Services:
         limits = TensorLimits(total_bytes=config.max_message_bytes)
         recorded = spans if isinstance(spans, Spans) else None  # a span around nothing costs too
         self._inference = InferenceServicer(node, version=version, limits=limits, spans=recorded)
+        self.workflows = self._inference.workflows = Workflows(
+            node,
+            self._inference.describe,
+            dialer=Dialer(credentials),
+            limits=limits,
+            max_message_bytes=config.max_message_bytes,
+            spans=recorded,
+        )
         self.forward = ForwardServer(
             self._inference.forwarded,
             self._inference.wait_s,

@@ -17,7 +17,7 @@ import grpc
 import grpc.aio
 
 from executor.errors import PlacementIsPlanned, RequestRefused, UnknownService, details_of, status_of
-from executor.forwarding import Body
+from executor.forwarding import Body, CallFailed
 from executor.infer_header import GROUP_METADATA, LONGEST_DEADLINE_S
 from executor.lane import Generated
 from executor.node import Node
@@ -34,6 +34,7 @@ from executor.token_inference import generated_answer, streamed_tokens, token_re
 from executor.tracing import Spans, join_trace, traceparent_in
 from executor.whole_requests import Answer
 from executor.worker_wire import Loaded
+from executor.workflow_service import Workflows
 from plans.errors import ForeplanError, InvalidInput
 
 __all__ = ["InferenceServicer", "deadline_in_s"]
@@ -71,6 +72,9 @@ class InferenceServicer(pb_grpc.GRPCInferenceServiceServicer):
         limits: What one request may hold.
         clock: The clock of the node's groups.
         spans: Records each request, with its time in queue and in batch as spans inside; None records nothing.
+
+    Attributes:
+        workflows: Those that run here, if any; may be set after the start.
     """
 
     def __init__(
@@ -88,6 +92,7 @@ class InferenceServicer(pb_grpc.GRPCInferenceServiceServicer):
         self._limits = limits or TensorLimits()
         self._heads = HeadReader(self._limits)
         self._clock = clock
+        self.workflows: Workflows | None = None
 
     async def ServerLive(self, request: pb.ServerLiveRequest, context: Context) -> pb.ServerLiveResponse:  # noqa: N802
         """True: the process answers."""
@@ -120,15 +125,27 @@ class InferenceServicer(pb_grpc.GRPCInferenceServiceServicer):
     ) -> pb.ModelMetadataResponse:
         """Inputs and outputs of the service; the first dimension, of any size, is the batch."""
         try:
-            replica, loaded = self._chosen(request.name, request.version, _group_in(context))
+            if self.workflows is not None and request.name in self.workflows:
+                return await self.workflows.metadata(request.name)
+            return self.describe(request.name, _group_in(context), version=request.version)
         except ForeplanError as error:
             return await context.abort(status_of(error), details_of(error))
+        except CallFailed as failed:
+            return await context.abort(failed.code, failed.details)
+
+    def describe(self, service: str, group: str | None, *, version: str = "") -> pb.ModelMetadataResponse:
+        """Return inputs and outputs of ``service`` as its replica here has them; see `ModelMetadata`.
+
+        Raises:
+            RequestRefused: It has none that serves.
+        """
+        replica, loaded = self._chosen(service, version, group)
         inputs = [_metadata(spec) for spec in loaded.inputs]
         outputs = [_metadata(spec) for spec in loaded.outputs]
         if self._generates(replica):
             inputs, outputs = ([_tokens_metadata(name)] for name in (INPUT, OUTPUT))
         return pb.ModelMetadataResponse(
-            name=request.name, versions=[MODEL_VERSION], platform="foreplan", inputs=inputs, outputs=outputs
+            name=service, versions=[MODEL_VERSION], platform="foreplan", inputs=inputs, outputs=outputs
         )
 
     async def RepositoryIndex(  # noqa: N802
@@ -171,6 +188,8 @@ class InferenceServicer(pb_grpc.GRPCInferenceServiceServicer):
             return await self._recorded(whole, arrived_s, context.time_remaining(), _group_in(context))
         except ForeplanError as error:
             return await context.abort(status_of(error), details_of(error))
+        except CallFailed as failed:
+            return await context.abort(failed.code, failed.details)
 
     async def ModelStreamInfer(  # noqa: N802
         self, request_iterator: AsyncIterable[pb.ModelInferRequest], context: Context
@@ -185,6 +204,8 @@ class InferenceServicer(pb_grpc.GRPCInferenceServiceServicer):
                         yield answer
             except ForeplanError as error:
                 yield error_response(request.id, request.model_name, status_of(error), details_of(error))
+            except CallFailed as failed:
+                yield error_response(request.id, request.model_name, failed.code, failed.details)
 
         async for answer in interleaved(
             request_iterator, answers, lambda request: self._traced(request.model_name, group, context)
@@ -207,8 +228,11 @@ class InferenceServicer(pb_grpc.GRPCInferenceServiceServicer):
     ) -> AsyncGenerator[pb.ModelStreamInferResponse, None]:
         arrived_s, raw = self._clock(), request.raw_input_contents
         whole = _Whole(RequestHead.of(request, raw, self._limits), raw)
-        replica, loaded = self._chosen(request.model_name, request.model_version, group)
-        if loaded.generates is None or not self._generates(replica):
+        of_workflow = self.workflows is not None and self.workflows.takes(request)
+        replica, loaded = (
+            (None, None) if of_workflow else self._chosen(request.model_name, request.model_version, group)
+        )
+        if replica is None or loaded is None or loaded.generates is None or not self._generates(replica):
             answer = await self._infer(whole, arrived_s, None, group)
             answer.parameters[FINAL].bool_param = True
             yield pb.ModelStreamInferResponse(infer_response=answer)
@@ -228,6 +252,7 @@ class InferenceServicer(pb_grpc.GRPCInferenceServiceServicer):
 
         Raises:
             RequestRefused: It gets no result.
+            CallFailed: A stage of a workflow got none.
             InvalidInput: It is no such message, or not one that the model takes.
         """
         arrived_s = self._clock()
@@ -262,6 +287,8 @@ class InferenceServicer(pb_grpc.GRPCInferenceServiceServicer):
             server = self._node.upkeep.groups.get(key.group)
             if server is not None and key in server.counters:
                 found.setdefault(key.service, []).append(server.counters[key])
+        if self.workflows is not None:
+            found |= {name: [counters] for name, counters in self.workflows.counters.items()}
         return found
 
     async def _recorded(
@@ -285,6 +312,10 @@ class InferenceServicer(pb_grpc.GRPCInferenceServiceServicer):
     ) -> pb.ModelInferResponse:
         head = whole.head
         request, wanted = head.message, head.wanted
+        if self.workflows is not None and self.workflows.takes(request):
+            default_s = self.workflows.deadline_s(request.model_name)
+            end_s = arrived_s + deadline_in_s(head.deadline_s, time_remaining_s, default_s)
+            return await self.workflows.infer(head, whole.raw, end_s, group)
         replica, loaded = self._chosen(request.model_name, request.model_version, group)
         if loaded.generates is not None and self._generates(replica):
             asked = token_request(head, whole.raw, loaded.generates, self._limits)

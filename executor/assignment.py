@@ -16,15 +16,26 @@ from executor.state import (
     RoutingTable,
     ServiceRoutes,
     Target,
+    WorkflowEdge,
+    WorkflowRules,
 )
+from executor.workflow import Structure
 from plans.plan import LoadoutEntry, Plan
+from plans.service import Workflow
+from plans.workflows import least_latencies_s, stages_of, tails_s
 
-__all__ = ["desired_state", "routing_table"]
+__all__ = ["desired_state", "routing_table", "workflow_rules"]
 
 
-def desired_state(plan: Plan, node: str, generation: int) -> DesiredState:
-    """Return what ``node`` shall run under ``plan``; a node that the plan does not use gets a state without groups."""
+def desired_state(plan: Plan, node: str, generation: int, addresses: Mapping[str, str] | None = None) -> DesiredState:
+    """Return what ``node`` shall run under ``plan``; a node that the plan does not use gets a state without groups.
+
+    ``addresses``: ``host:port`` of every node's agent, for workflows; without them none is run.
+    """
+    workflows = _handing_over(plan, node) if addresses else ()
     return DesiredState(
+        workflows=workflows,
+        handover=_handover(plan, workflows, addresses, generation) if addresses and workflows else None,
         generation=generation,
         placement_digest=plan.placement_digest,
         node=node,
@@ -69,10 +80,55 @@ def _generation(entry: LoadoutEntry) -> GenerationRules | None:
     )
 
 
+def workflow_rules(workflow: Workflow, plan: Plan) -> WorkflowRules:
+    """Return ``workflow`` as agents run it, with tails by the replicas of ``plan``."""
+    stages = stages_of(workflow)
+    return WorkflowRules(
+        name=workflow.name,
+        deadline_s=workflow.slo.deadline_s,
+        edges=tuple(
+            WorkflowEdge(
+                source=edge.source,
+                target=edge.target,
+                fanout=edge.fanout,
+                probability=edge.probability,
+                inputs=tuple(edge.inputs.items()),
+                scatter=edge.scatter,
+            )
+            for edge in workflow.edges
+        ),
+        stages=stages,
+        tails_s=tuple(tails_s(stages, workflow, least_latencies_s(plan))),
+        any_joins=frozenset(name for name, join in workflow.joins.items() if join == "any"),
+    )
+
+
+def _handing_over(plan: Plan, node: str) -> tuple[WorkflowRules, ...]:
+    """Return the workflows of which ``node`` runs a stage that hands over to others."""
+    here = {entry.service for group in plan.groups if group.node == node for entry in group.loadout}
+    found = [workflow_rules(workflow, plan) for workflow in plan.workflows]
+    return tuple(rules for rules in found if here & {rules.stages[0], *Structure.of(rules).relays})
+
+
+def _handover(
+    plan: Plan, workflows: Collection[WorkflowRules], addresses: Mapping[str, str], generation: int
+) -> RoutingTable:
+    """Return where calls of the stages of ``workflows`` go."""
+    names = sorted({stage for rules in workflows for stage in rules.stages} & plan.routes.keys())
+    services = tuple(_service_routes(plan, name, ()) for name in names)
+    nodes = sorted({target.node for routes in services for target in routes.targets})
+    return RoutingTable(
+        generation=generation,
+        placement_digest=plan.placement_digest,
+        backends=tuple(Backend(node=node, address=addresses[node]) for node in nodes),
+        services=services,
+    )
+
+
 def routing_table(
     plan: Plan, addresses: Mapping[str, str], generation: int, *, without: Collection[ReplicaKey] = ()
 ) -> RoutingTable:
-    """Return the routes of ``plan``.
+    """Return the routes of ``plan``; a workflow has those of its first stage.
 
     Args:
         plan: The plan.
@@ -89,8 +145,17 @@ def routing_table(
         generation=generation,
         placement_digest=plan.placement_digest,
         backends=tuple(Backend(node=node, address=addresses[node]) for node in sorted(nodes)),
-        services=tuple(_service_routes(plan, service, without) for service in sorted(plan.routes)),
+        services=(
+            *(_service_routes(plan, service, without) for service in sorted(plan.routes)),
+            *(_workflow_routes(plan, workflow, without) for workflow in plan.workflows),
+        ),
     )
+
+
+def _workflow_routes(plan: Plan, workflow: Workflow, without: Collection[ReplicaKey]) -> ServiceRoutes:
+    first = stages_of(workflow)[0]
+    targets = _service_routes(plan, first, without).targets if first in plan.routes else ()
+    return ServiceRoutes(service=workflow.name, deadline_s=workflow.slo.deadline_s, targets=targets, stage=first)
 
 
 def _service_routes(plan: Plan, service: str, without: Collection[ReplicaKey]) -> ServiceRoutes:

@@ -165,6 +165,8 @@ def _replicas(
     targets: set[tuple[str, str]] = set()
     for address, door in doors.items():
         for target in door.targets:
+            if target.stage:
+                continue  # the replica is reported as one of its service
             targets.add((target.group, target.service))
             if target.healthy:
                 routed[target.group, target.service].append(address)

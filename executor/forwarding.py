@@ -2,7 +2,8 @@
 
 A gRPC call of its own for every request costs a gateway more than all else that it does for it. Here requests are
 frames on one connection, and those that are due at one moment share a frame. `ForwardLink` is the gateway's end,
-`ForwardServer` the agent's. With TLS the agent asks for the role of a gateway once, when a connection is made.
+`ForwardServer` the agent's. With TLS the agent asks once, when a connection is made, for the role
+of a gateway, or of another agent, which hands over the next stage of a workflow.
 """
 
 from __future__ import annotations
@@ -420,7 +421,7 @@ class ForwardServer:
         if self._credentials is None:
             return True
         name, roles = peer_identity(transport.get_extra_info("ssl_object"))
-        if roles & {Role.GATEWAY, Role.OPERATOR}:
+        if roles & {Role.GATEWAY, Role.OPERATOR, Role.AGENT}:
             return True
         peer, has = transport.get_extra_info("peername"), ", ".join(sorted(roles)) or "no role"
         _log.warning("event=refused method=forward peer=%s name=%r roles=%r", peer, name, has)

@@ -127,8 +127,9 @@ class InferenceFrontDoor:
             code = _Code.OK
             return answered
         except CallFailed as failed:
-            code = failed.code
-            raise
+            told = _told(failed)
+            code = told.code
+            raise told from failed
         finally:
             self.metrics.end(service, code, self._clock() - arrival_s)
 
@@ -313,6 +314,11 @@ def _timeout_s(time_remaining_s: float | None, asked_s: float | None, default_s:
     if time_remaining_s is None:
         return min(LONGEST_DEADLINE_S, default_s if asked_s is None else asked_s)
     return min(LONGEST_DEADLINE_S, time_remaining_s if asked_s is None else min(asked_s, time_remaining_s))
+
+
+def _told(failed: CallFailed) -> CallFailed:
+    """Return what a client is told: ABORTED says, to gateways, that a later stage of a workflow was unavailable."""
+    return CallFailed(_Code.UNAVAILABLE, failed.details) if failed.code is _Code.ABORTED else failed
 
 
 def _parsed(request: bytes) -> messages.ModelInferRequest:

@@ -36,6 +36,7 @@ class _Routes(Document):
     deadline_s: float
     first_token_s: float | None = Field(default=None, exclude_if=lambda seconds: seconds is None)
     targets: tuple[_Target, ...]
+    stage: str = Field(default="", exclude_if=lambda stage: not stage)
 
 
 class _Table(Document):
@@ -100,6 +101,7 @@ def _inner(table: _Table) -> RoutingTable:
                 service=routes.service,
                 deadline_s=routes.deadline_s,
                 first_token_s=routes.first_token_s,
+                stage=routes.stage,
                 targets=tuple(Target(**target.model_dump()) for target in routes.targets),
             )
             for routes in table.services
@@ -117,6 +119,7 @@ def _outer(table: RoutingTable) -> _Table:
                 service=routes.service,
                 deadline_s=routes.deadline_s,
                 first_token_s=routes.first_token_s,
+                stage=routes.stage,
                 targets=tuple(
                     _Target(
                         group=target.group,

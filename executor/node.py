@@ -59,6 +59,7 @@ class Node:
         settings: What the node is and has.
         journal: Where the committed state is kept.
         on_change: Called after every change of what serves.
+        on_move: Called after every change of what is committed, or may still be taken back to.
         clock: The time in seconds.
 
     Attributes:
@@ -74,9 +75,11 @@ class Node:
         journal: Journal,
         *,
         on_change: Callable[[], None] = lambda: None,
+        on_move: Callable[[], None] = lambda: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.settings = settings
+        self._on_move = on_move
         self.committed: DesiredState | None = None
         self.staged: DesiredState | None = None
         self.upkeep = Upkeep(
@@ -112,6 +115,7 @@ class Node:
             _log.info("event=restored generation=%d groups=%d", self.committed.generation, len(self.committed.groups))
             self.upkeep.want(self.committed)
             self.upkeep.commit(_keys(self.committed))
+            self._on_move()
 
     def _check_stored(self, stored: DesiredState) -> None:
         if stored.node != self.settings.node:
@@ -132,6 +136,11 @@ class Node:
     def generation(self) -> int:
         """The generation committed last; 0 before the first."""
         return self.committed.generation if self.committed else 0
+
+    @property
+    def in_force(self) -> tuple[DesiredState, ...]:
+        """What is committed, then what it replaces and is still here, then what is staged, as far as there is any."""
+        return tuple(state for state in (self.committed, self._before, self.staged) if state is not None)
 
     @property
     def ready(self) -> bool:
@@ -240,6 +249,7 @@ class Node:
             self._before, self._can_take_back = self.committed, True
             self.committed, self.staged = staged, None
             self.upkeep.commit(_keys(staged))
+            self._on_move()
         _log.info("event=committed generation=%d digest=%s", generation, staged.placement_digest)
 
     async def _whole(self, move: Coroutine[Any, Any, None]) -> None:
@@ -267,6 +277,7 @@ class Node:
                 held = _named(wanted.generation, wanted.placement_digest) if wanted else "generation 0"
                 raise WrongGeneration(f"{_named(generation, digest)} cannot be finished: {held} is committed here")
             self._before, self._can_take_back = None, False
+            self._on_move()
             self.upkeep.settle()
             keep = {*_keys(wanted), *_keys(self.staged)}
             self.upkeep.retire([key for key in self.upkeep.replicas if key not in keep])
@@ -311,6 +322,7 @@ class Node:
         else:
             await asyncio.to_thread(self._journal.write, before)
         self.committed, self._before, self._can_take_back = before, None, False
+        self._on_move()
         groups = before.groups if before else ()
         self.upkeep.restore({group.key_of(wanted): wanted for group in groups for wanted in group.replicas})
 

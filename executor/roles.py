@@ -8,7 +8,7 @@ role          may call
 ============  ==========================================================================================
 ``operator``  everything
 ``gateway``   an agent's state, its inference, forwarded or called
-``agent``     an agent's inference: the next stage of a workflow
+``agent``     an agent's state, its inference, forwarded or called: the next stage of a workflow
 ``client``    a gateway's inference
 ============  ==========================================================================================
 
@@ -58,7 +58,7 @@ _OPEN: Mapping[str, frozenset[Role]] = {
 _RULES: Mapping[Role, Mapping[str, frozenset[Role]]] = {
     Role.AGENT: {
         **_OPEN,
-        "/foreplan.control.v1.Agent/GetState": frozenset({Role.OPERATOR, Role.GATEWAY}),
+        "/foreplan.control.v1.Agent/GetState": frozenset({Role.OPERATOR, Role.GATEWAY, Role.AGENT}),
         "/foreplan.control.v1.Agent/": _OPERATOR,
         _INFERENCE: frozenset({Role.OPERATOR, Role.GATEWAY, Role.AGENT}),
     },

@@ -218,7 +218,7 @@ class Rollout:
         return (*(str(failure) for failure in lost.values()), *found)
 
     def _desired(self, node: str) -> DesiredState:
-        return desired_state(self._plan, node, self.generation)
+        return desired_state(self._plan, node, self.generation, self._addresses)
 
     async def _route(self, step: str, without: list[ReplicaKey]) -> dict[str, RemoteFailure]:
         table = routing_table(self._plan, self._addresses, self.generation, without=without)

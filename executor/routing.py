@@ -291,10 +291,12 @@ class Router:
                     reason=rotation.problems[position],
                     sent=rotation.sent[position],
                     failed=rotation.failed[position],
+                    stage=rotation.routes.stage,
                 )
 
     def _judge(self, node: str, view: NodeView) -> None:
         for service, rotation in self._rotations.items():
             for position, target in enumerate(rotation.routes.targets):
                 if target.node == node:
-                    rotation.judge(position, view.problem_of(service, target), doubtful=view.doubtful)
+                    problem = view.problem_of(rotation.routes.stage or service, target)
+                    rotation.judge(position, problem, doubtful=view.doubtful)

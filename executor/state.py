@@ -24,6 +24,8 @@ __all__ = [
     "ServiceRoutes",
     "Target",
     "TargetState",
+    "WorkflowEdge",
+    "WorkflowRules",
 ]
 
 
@@ -113,13 +115,60 @@ class DesiredGroup:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class WorkflowEdge:
+    """What follows a stage of a workflow; see `plans.service.Edge`.
+
+    Attributes:
+        source: Service of the stage that it leaves.
+        target: Service of the stage that it leads to.
+        fanout: Calls per call of the source.
+        probability: Of a switch; None on edges that are always taken.
+        inputs: Pairs of an input of the target and the output of the source that becomes it.
+        scatter: Whether the rows of what is handed over say how many calls there are.
+    """
+
+    source: str
+    target: str
+    fanout: float = 1.0
+    probability: float | None = None
+    inputs: tuple[tuple[str, str], ...] = ()
+    scatter: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkflowRules:
+    """A workflow as agents run it.
+
+    Attributes:
+        name: By which clients ask for it.
+        deadline_s: Seconds from arrival to the end; used when a request carries none.
+        edges: In the order of the document, by which draws are numbered.
+        stages: Services of its stages, in topological order.
+        tails_s: Shape (stage,): the least seconds that the stages behind each take.
+        any_joins: Services of the stages that start with the first of their inputs.
+    """
+
+    name: str
+    deadline_s: float
+    edges: tuple[WorkflowEdge, ...]
+    stages: tuple[str, ...]
+    tails_s: tuple[float, ...]
+    any_joins: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class DesiredState:
-    """What one node shall run. ``placement_digest`` names the whole plan; ``generation`` is its number, from 1."""
+    """What one node shall run. ``placement_digest`` names the whole plan; ``generation`` is its number, from 1.
+
+    ``workflows`` are those that have a stage here, ``handover`` where calls of their further stages go; None without.
+    """
 
     generation: int
     placement_digest: str
     node: str
     groups: tuple[DesiredGroup, ...] = ()
+    workflows: tuple[WorkflowRules, ...] = ()
+    handover: RoutingTable | None = None
 
     def keys(self) -> tuple[ReplicaKey, ...]:
         """Return the identity of every replica, in the order of the state."""
@@ -220,12 +269,14 @@ class ServiceRoutes:
     """Where the requests of one service go. ``deadline_s`` applies to requests that carry no deadline.
 
     A service that generates has ``first_token_s`` seconds for its first token, and its answers are not cut short.
+    Where ``service`` names a workflow, ``stage`` is the service of its first stage, whose replicas are the targets.
     """
 
     service: str
     deadline_s: float
     targets: tuple[Target, ...] = ()
     first_token_s: float | None = None
+    stage: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -240,7 +291,7 @@ class RoutingTable:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TargetState:
-    """What a gateway reports of one target."""
+    """What a gateway reports of one target; ``stage`` as in `ServiceRoutes`."""
 
     service: str
     group: str
@@ -248,6 +299,7 @@ class TargetState:
     reason: str = ""
     sent: int = 0
     failed: int = 0
+    stage: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -27,6 +27,7 @@ from executor.state import (
     Target,
     TargetState,
 )
+from executor.workflow_wire import workflow_faults, workflow_from_proto, workflow_to_proto
 from plans.errors import Fault, InvalidInput
 
 __all__ = [
@@ -78,6 +79,8 @@ def desired_state_to_proto(state: DesiredState) -> pb.DesiredState:
             )
             for group in state.groups
         ],
+        workflows=[workflow_to_proto(workflow) for workflow in state.workflows],
+        handover=routing_table_to_proto(state.handover) if state.handover else None,
     )
 
 
@@ -154,6 +157,8 @@ def desired_state_from_proto(message: pb.DesiredState) -> DesiredState:
             )
             for group in message.groups
         ),
+        workflows=tuple(workflow_from_proto(workflow) for workflow in message.workflows),
+        handover=routing_table_from_proto(message.handover) if message.HasField("handover") else None,
     )
 
 
@@ -176,6 +181,12 @@ def _desired_faults(message: pb.DesiredState) -> Iterator[Fault]:
             yield from _replica_faults(replica, f"{field}.replicas[{index}]", len(group.gpus))
             if services.index(replica.service) < index:
                 yield _fault(f"{field}.replicas[{index}].service", repr(replica.service), "a service only once a group")
+    names = [workflow.name for workflow in message.workflows]
+    for position, workflow in enumerate(message.workflows):
+        field = f"workflows[{position}]"
+        if not workflow.name or names.index(workflow.name) < position:
+            yield _fault(f"{field}.name", repr(workflow.name), "a name of its own")
+        yield from workflow_faults(workflow, field)
 
 
 def _replica_faults(replica: pb.Replica, field: str, gpus: int) -> Iterator[Fault]:
@@ -383,6 +394,7 @@ def routing_table_to_proto(table: RoutingTable) -> pb.RoutingTable:
                     for target in routes.targets
                 ],
                 first_token_s=routes.first_token_s,
+                stage=routes.stage,
             )
             for routes in table.services
         ],
@@ -418,6 +430,7 @@ def routing_table_from_proto(message: pb.RoutingTable) -> RoutingTable:
                     for target in routes.targets
                 ),
                 first_token_s=routes.first_token_s if routes.HasField("first_token_s") else None,
+                stage=routes.stage,
             )
             for routes in message.services
         ),
@@ -461,6 +474,7 @@ def gateway_state_to_proto(state: GatewayState) -> pb.GatewayState:
                 reason=target.reason,
                 sent=target.sent,
                 failed=target.failed,
+                stage=target.stage,
             )
             for target in state.targets
         ],
@@ -482,6 +496,7 @@ def gateway_state_from_proto(message: pb.GatewayState) -> GatewayState:
                 reason=target.reason,
                 sent=target.sent,
                 failed=target.failed,
+                stage=target.stage,
             )
             for target in message.targets
         ),

@@ -27,16 +27,66 @@ class GetStateRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class DesiredState(_message.Message):
-    __slots__ = ("generation", "placement_digest", "node", "groups")
+    __slots__ = ("generation", "placement_digest", "node", "groups", "workflows", "handover")
     GENERATION_FIELD_NUMBER: _ClassVar[int]
     PLACEMENT_DIGEST_FIELD_NUMBER: _ClassVar[int]
     NODE_FIELD_NUMBER: _ClassVar[int]
     GROUPS_FIELD_NUMBER: _ClassVar[int]
+    WORKFLOWS_FIELD_NUMBER: _ClassVar[int]
+    HANDOVER_FIELD_NUMBER: _ClassVar[int]
     generation: int
     placement_digest: str
     node: str
     groups: _containers.RepeatedCompositeFieldContainer[Group]
-    def __init__(self, generation: _Optional[int] = ..., placement_digest: _Optional[str] = ..., node: _Optional[str] = ..., groups: _Optional[_Iterable[_Union[Group, _Mapping]]] = ...) -> None: ...
+    workflows: _containers.RepeatedCompositeFieldContainer[Workflow]
+    handover: RoutingTable
+    def __init__(self, generation: _Optional[int] = ..., placement_digest: _Optional[str] = ..., node: _Optional[str] = ..., groups: _Optional[_Iterable[_Union[Group, _Mapping]]] = ..., workflows: _Optional[_Iterable[_Union[Workflow, _Mapping]]] = ..., handover: _Optional[_Union[RoutingTable, _Mapping]] = ...) -> None: ...
+
+class Workflow(_message.Message):
+    __slots__ = ("name", "deadline_s", "stages", "edges")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    DEADLINE_S_FIELD_NUMBER: _ClassVar[int]
+    STAGES_FIELD_NUMBER: _ClassVar[int]
+    EDGES_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    deadline_s: float
+    stages: _containers.RepeatedCompositeFieldContainer[WorkflowStage]
+    edges: _containers.RepeatedCompositeFieldContainer[WorkflowEdge]
+    def __init__(self, name: _Optional[str] = ..., deadline_s: _Optional[float] = ..., stages: _Optional[_Iterable[_Union[WorkflowStage, _Mapping]]] = ..., edges: _Optional[_Iterable[_Union[WorkflowEdge, _Mapping]]] = ...) -> None: ...
+
+class WorkflowStage(_message.Message):
+    __slots__ = ("service", "tail_s", "join_any")
+    SERVICE_FIELD_NUMBER: _ClassVar[int]
+    TAIL_S_FIELD_NUMBER: _ClassVar[int]
+    JOIN_ANY_FIELD_NUMBER: _ClassVar[int]
+    service: str
+    tail_s: float
+    join_any: bool
+    def __init__(self, service: _Optional[str] = ..., tail_s: _Optional[float] = ..., join_any: _Optional[bool] = ...) -> None: ...
+
+class WorkflowEdge(_message.Message):
+    __slots__ = ("source", "target", "fanout", "probability", "inputs", "scatter")
+    SOURCE_FIELD_NUMBER: _ClassVar[int]
+    TARGET_FIELD_NUMBER: _ClassVar[int]
+    FANOUT_FIELD_NUMBER: _ClassVar[int]
+    PROBABILITY_FIELD_NUMBER: _ClassVar[int]
+    INPUTS_FIELD_NUMBER: _ClassVar[int]
+    SCATTER_FIELD_NUMBER: _ClassVar[int]
+    source: str
+    target: str
+    fanout: float
+    probability: float
+    inputs: _containers.RepeatedCompositeFieldContainer[TensorMap]
+    scatter: bool
+    def __init__(self, source: _Optional[str] = ..., target: _Optional[str] = ..., fanout: _Optional[float] = ..., probability: _Optional[float] = ..., inputs: _Optional[_Iterable[_Union[TensorMap, _Mapping]]] = ..., scatter: _Optional[bool] = ...) -> None: ...
+
+class TensorMap(_message.Message):
+    __slots__ = ("input", "output")
+    INPUT_FIELD_NUMBER: _ClassVar[int]
+    OUTPUT_FIELD_NUMBER: _ClassVar[int]
+    input: str
+    output: str
+    def __init__(self, input: _Optional[str] = ..., output: _Optional[str] = ...) -> None: ...
 
 class Group(_message.Message):
     __slots__ = ("id", "gpus", "tensor_parallel", "pipeline_parallel", "replicas")
@@ -241,16 +291,18 @@ class Backend(_message.Message):
     def __init__(self, node: _Optional[str] = ..., address: _Optional[str] = ...) -> None: ...
 
 class ServiceRoutes(_message.Message):
-    __slots__ = ("service", "deadline_s", "targets", "first_token_s")
+    __slots__ = ("service", "deadline_s", "targets", "first_token_s", "stage")
     SERVICE_FIELD_NUMBER: _ClassVar[int]
     DEADLINE_S_FIELD_NUMBER: _ClassVar[int]
     TARGETS_FIELD_NUMBER: _ClassVar[int]
     FIRST_TOKEN_S_FIELD_NUMBER: _ClassVar[int]
+    STAGE_FIELD_NUMBER: _ClassVar[int]
     service: str
     deadline_s: float
     targets: _containers.RepeatedCompositeFieldContainer[Target]
     first_token_s: float
-    def __init__(self, service: _Optional[str] = ..., deadline_s: _Optional[float] = ..., targets: _Optional[_Iterable[_Union[Target, _Mapping]]] = ..., first_token_s: _Optional[float] = ...) -> None: ...
+    stage: str
+    def __init__(self, service: _Optional[str] = ..., deadline_s: _Optional[float] = ..., targets: _Optional[_Iterable[_Union[Target, _Mapping]]] = ..., first_token_s: _Optional[float] = ..., stage: _Optional[str] = ...) -> None: ...
 
 class Target(_message.Message):
     __slots__ = ("group", "node", "weight", "variant", "share_s", "alone_s")
@@ -281,20 +333,22 @@ class RoutingTable(_message.Message):
     def __init__(self, generation: _Optional[int] = ..., placement_digest: _Optional[str] = ..., backends: _Optional[_Iterable[_Union[Backend, _Mapping]]] = ..., services: _Optional[_Iterable[_Union[ServiceRoutes, _Mapping]]] = ...) -> None: ...
 
 class TargetState(_message.Message):
-    __slots__ = ("service", "group", "healthy", "reason", "sent", "failed")
+    __slots__ = ("service", "group", "healthy", "reason", "sent", "failed", "stage")
     SERVICE_FIELD_NUMBER: _ClassVar[int]
     GROUP_FIELD_NUMBER: _ClassVar[int]
     HEALTHY_FIELD_NUMBER: _ClassVar[int]
     REASON_FIELD_NUMBER: _ClassVar[int]
     SENT_FIELD_NUMBER: _ClassVar[int]
     FAILED_FIELD_NUMBER: _ClassVar[int]
+    STAGE_FIELD_NUMBER: _ClassVar[int]
     service: str
     group: str
     healthy: bool
     reason: str
     sent: int
     failed: int
-    def __init__(self, service: _Optional[str] = ..., group: _Optional[str] = ..., healthy: _Optional[bool] = ..., reason: _Optional[str] = ..., sent: _Optional[int] = ..., failed: _Optional[int] = ...) -> None: ...
+    stage: str
+    def __init__(self, service: _Optional[str] = ..., group: _Optional[str] = ..., healthy: _Optional[bool] = ..., reason: _Optional[str] = ..., sent: _Optional[int] = ..., failed: _Optional[int] = ..., stage: _Optional[str] = ...) -> None: ...
 
 class GatewayState(_message.Message):
     __slots__ = ("version", "generation", "placement_digest", "targets", "ready")

@@ -111,7 +111,7 @@ def test_every_role_may_do_what_is_its_own_and_nothing_else(tmp_path: Path, capl
             assert found == {
                 Role.OPERATOR: ["OK", "OK", "OK", refused, refused],
                 Role.GATEWAY: [denied, "OK", "OK", denied, denied],
-                Role.AGENT: [denied, "OK", denied, denied, denied],
+                Role.AGENT: [denied, "OK", "OK", denied, denied],
                 Role.CLIENT: ["OK", denied, denied, denied, denied],
             }
 

@@ -1,0 +1,171 @@
+"""Where an agent hands the stages of workflows over to: its own replicas, and those of other agents.
+
+The routes come with what the node shall run, so they are journalled and change with its generation. Between a commit
+and its finish both generations' replicas serve: those of the new one come first, those of the old one step in.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from executor.gateway_peer import Peer, PeerTiming
+from executor.logs import log_failure
+from executor.routing import NodeView, Router, Routing
+from executor.state import Backend, RoutingTable
+from executor.tls import Dialer
+
+__all__ = ["Place", "Successors"]
+
+_LEAVE_S = 5.0
+"""Seconds that calls in flight get when the routes to their agent are gone."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Place:
+    """A replica for one call.
+
+    Attributes:
+        group: Its group.
+        peer: Its agent; None for this one.
+        router: That chose it.
+    """
+
+    group: str
+    peer: Peer | None
+    router: Router
+
+
+class Successors:
+    """Chooses replicas, and watches the agents that have them.
+
+    Args:
+        node: Whose agent this is.
+        view: What is known about that node itself.
+        dialer: Opens channels to other agents.
+        max_message_bytes: Largest message to and from them.
+        timing: How closely they are watched.
+        routing: The rule.
+    """
+
+    def __init__(
+        self,
+        node: str,
+        view: Callable[[], NodeView],
+        *,
+        dialer: Dialer,
+        max_message_bytes: int,
+        timing: PeerTiming | None = None,
+        routing: Routing = "corrected",
+    ) -> None:
+        self._node = node
+        self._view = view
+        self._dialer = dialer
+        self._max_message_bytes = max_message_bytes
+        self._timing = timing or PeerTiming()
+        self._routing: Routing = routing
+        self._routers: list[Router] = []
+        self._peers: dict[Backend, Peer] = {}
+        self._views: dict[Backend, NodeView] = {}
+        self._asking: dict[Backend, asyncio.Task[None]] = {}
+        self._leaving: set[asyncio.Task[None]] = set()
+
+    def follow(self, tables: Sequence[RoutingTable]) -> None:
+        """Choose by the first of ``tables`` that has a usable replica from now on."""
+        known = {router.table: router for router in self._routers}
+        self._routers = [known.get(table) or self._new_router(table) for table in tables]
+        wanted = {backend for table in tables for backend in table.backends if backend.node != self._node}
+        for backend in self._peers.keys() - wanted:
+            self._views.pop(backend, None)
+            self._leave(self._peers.pop(backend))
+        for backend in sorted(wanted - self._peers.keys(), key=lambda backend: backend.node):
+            self._peers[backend] = peer = Peer(
+                backend,
+                timing=self._timing,
+                max_message_bytes=self._max_message_bytes,
+                dialer=self._dialer,
+                on_view=self._observe,
+                on_wait=self._note_wait,
+            )
+            peer.start()
+
+    async def choose(self, service: str, *, without: str = "") -> Place | None:
+        """Return the replica for a call of ``service``, passing over the group ``without``; None when none can be used.
+
+        Before it gives up it asks the agents once more: a commit elsewhere may be newer than what is known.
+        """
+        found = self._next(service, without)
+        if found is None:
+            await asyncio.gather(*(self._asked(backend) for backend in self._backends_of(service)))
+            found = self._next(service, without)
+        return found
+
+    def suspect(self, service: str, place: Place, problem: str) -> None:
+        """Take a replica out of the rotation until its agent is heard again."""
+        place.router.suspect(service, place.group, problem)
+
+    def problem(self, service: str) -> str:
+        """Return why no replica of ``service`` can be used."""
+        return self._routers[0].problem(service) if self._routers else "no plan with workflows is committed here"
+
+    async def close(self) -> None:
+        """Stop watching."""
+        peers, self._peers = self._peers, {}
+        self._routers = []
+        await asyncio.gather(*(peer.close(0.0) for peer in peers.values()), *self._leaving, return_exceptions=True)
+
+    def _new_router(self, table: RoutingTable) -> Router:
+        router = Router(self._routing)
+        router.install(table)
+        for backend, view in self._views.items():
+            router.observe(backend, view)
+        return router
+
+    def _next(self, service: str, without: str) -> Place | None:
+        for router in self._routers:
+            self._look_here(router)
+            target = router.choose(service, without=without)
+            if target is None or router.table is None:
+                continue
+            if target.node == self._node:
+                return Place(group=target.group, peer=None, router=router)
+            backend = next(backend for backend in router.table.backends if backend.node == target.node)
+            return Place(group=target.group, peer=self._peers[backend], router=router)
+        return None
+
+    def _look_here(self, router: Router) -> None:
+        own = next((one for one in router.table.backends if one.node == self._node), None) if router.table else None
+        if own is not None:
+            router.observe(own, self._view())
+
+    def _backends_of(self, service: str) -> set[Backend]:
+        found = set()
+        for router in self._routers:
+            routes = router.routes(service)
+            nodes = {target.node for target in routes.targets} if routes else set()
+            found |= {backend for backend in self._peers if backend.node in nodes}
+        return found
+
+    async def _asked(self, backend: Backend) -> None:
+        """Ask an agent for its state; callers at the same time share one question."""
+        task = self._asking.get(backend)
+        if task is None:
+            self._asking[backend] = task = asyncio.create_task(self._peers[backend].poll())
+            task.add_done_callback(lambda _: self._asking.pop(backend, None))
+        await asyncio.shield(task)
+
+    def _observe(self, backend: Backend, view: NodeView) -> None:
+        self._views[backend] = view
+        for router in self._routers:
+            router.observe(backend, view)
+
+    def _note_wait(self, group: str, wait_s: float) -> None:
+        for router in self._routers:
+            router.note_wait(group, wait_s)
+
+    def _leave(self, peer: Peer) -> None:
+        task = asyncio.create_task(peer.close(_LEAVE_S))
+        self._leaving.add(task)
+        task.add_done_callback(self._leaving.discard)
+        task.add_done_callback(log_failure)
