@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -17,7 +18,8 @@ from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import flop_registry
 from transformers import BertConfig, BertModel
 
-from executor.runtime.local_models import load_folder, local_names
+from executor.runtime.generation import can_generate
+from executor.runtime.local_models import load_folder, local_names, quiet_transformers
 from executor.runtime.memory import LiveTensors, keep_freed_memory
 from executor.runtime.protocol import TensorSpec, UnknownVariant
 from executor.runtime.registry import REGISTRY, architecture_of
@@ -66,7 +68,7 @@ def count_costs(
     module, inputs = _meta_module(variant, model_dir)
     module = module.to(dtype=DTYPES[dtype]).eval().requires_grad_(False)
     try:
-        if type(module).__name__.endswith("ForCausalLM"):
+        if can_generate(module):
             return tuple(_count_phases(module, grid, DTYPES[dtype], prompt_tokens, context_tokens))
         return tuple(count_cost(module, inputs, batch, DTYPES[dtype]) for batch in grid)
     except (RuntimeError, NotImplementedError) as error:
@@ -104,16 +106,20 @@ def _with_kv(cost: ModelCost, tokens: int, kv_bytes: int) -> ModelCost:
 
 
 def _count_tokens(module: torch.nn.Module, batch: int, tokens: int, dtype: torch.dtype) -> ModelCost:
-    # Given a whole mask, a model does not look into it for padding, which it could not do without data.
-    mask = torch.empty((batch, 1, tokens, tokens), dtype=dtype, device="meta")
     ids = torch.empty((batch, tokens), dtype=torch.int64, device="meta")
-    return _count(module, {"input_ids": ids, "attention_mask": mask}, batch)
+    return _count(module, {"input_ids": ids, "attention_mask": _whole_mask(batch, tokens, dtype)}, batch)
+
+
+def _whole_mask(batch: int, tokens: int, dtype: torch.dtype) -> torch.Tensor:
+    """Return a mask in which a causal model does not look for padding, which it could not do without data."""
+    return torch.empty((batch, 1, tokens, tokens), dtype=dtype, device="meta")
 
 
 def _meta_module(variant: str, model_dir: Path | None) -> tuple[torch.nn.Module, Sequence[TensorSpec]]:
     local = split_size(variant, local_names(model_dir)) if model_dir is not None else None
     if model_dir is not None and local is not None:
-        loaded, inputs, _ = load_folder(model_dir, *local)
+        with quiet_transformers():
+            loaded, inputs, _ = load_folder(model_dir, *local)
         module: torch.nn.Module = loaded
         return module.to("meta"), inputs
     found = architecture_of(variant, REGISTRY)
@@ -129,6 +135,8 @@ def count_cost(module: torch.nn.Module, inputs: Sequence[TensorSpec], batch: int
     for spec in inputs:
         kind = dtype if spec.datatype.startswith("FP") else torch.int64
         given[spec.name] = torch.empty((batch, *spec.shape), dtype=kind, device="meta")
+    if "logits_to_keep" in inspect.signature(module.forward).parameters:
+        given["attention_mask"] = _whole_mask(batch, inputs[0].shape[-1], dtype)
     return _count(module, given, batch)
 
 

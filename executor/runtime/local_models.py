@@ -9,7 +9,8 @@ from __future__ import annotations
 import functools
 import inspect
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from transformers import PreTrainedModel
 from executor.runtime.protocol import TensorSpec
 from plans.errors import Fault, InvalidInput
 
-__all__ = ["load_folder", "local_names"]
+__all__ = ["load_folder", "local_names", "quiet_transformers"]
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
@@ -43,6 +44,21 @@ _LONGEST_TEXT = 128
 
 _AUDIO_SAMPLES = 16_000
 """A second of sound, at the rate that transformers' models of waveforms take."""
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Keep transformers' advice and progress bars off the terminal while a model is built."""
+    logging: Any = transformers.utils.logging
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
 
 
 def local_names(model_dir: Path) -> tuple[str, ...]:

@@ -7,20 +7,18 @@ import re
 import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import transformers
 from numpy.typing import NDArray
 
 from executor.runtime.acceleration import GraphedModule, acceleration_faults, compiled_module
 from executor.runtime.generation import KvMemory, LlamaSequences, LlamaSteps, can_generate, kv_bytes_per_token
 from executor.runtime.generation_engine import GenerationEngine
 from executor.runtime.generation_group import GenerationGroup
-from executor.runtime.local_models import load_folder, local_names
+from executor.runtime.local_models import load_folder, local_names, quiet_transformers
 from executor.runtime.memory import held_bytes, keep_freed_memory, out_of_memory_named, peak_growth_bytes
 from executor.runtime.precision import cast
 from executor.runtime.protocol import GenerationFacts, InvalidTensor, TensorSpec, UnknownVariant, batch_of
@@ -106,7 +104,7 @@ class TorchRuntime:
         if self._device.type == "cpu":
             keep_freed_memory()
         start = time.perf_counter()
-        with _quiet_transformers(), out_of_memory_named(variant, max_batch):
+        with quiet_transformers(), out_of_memory_named(variant, max_batch):
             module, inputs, wanted = self.build(variant)
             module = cast(module, DTYPES[self._dtype]).to(device=self._device).eval().requires_grad_(False)
             self._synchronize()
@@ -344,18 +342,3 @@ def _device_faults(device: str) -> Iterator[Fault]:
             yield Fault(
                 field="device", found=repr(device), expected=expected, remedy="use cpu, or a CUDA build of torch"
             )
-
-
-@contextmanager
-def _quiet_transformers() -> Iterator[None]:
-    """Keep transformers' advice and progress bars off the terminal while a model is built."""
-    logging: Any = transformers.utils.logging
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()

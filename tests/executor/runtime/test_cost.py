@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from executor.runtime.cost import count_cost, count_costs, measure_rates
 from executor.runtime.protocol import TensorSpec, UnknownVariant
@@ -91,6 +92,19 @@ def test_a_model_that_generates_is_counted_by_phase() -> None:
     assert longer.activation_bytes - shorter.activation_bytes == 2 * (512 - 64) * kv_bytes
     # All but attention is in proportion to the tokens.
     assert 4 <= found["prefill", 1, 64].flops / found["prefill", 1, 16].flops < 5
+
+
+def test_a_causal_model_that_does_not_generate_here_is_counted_whole_and_without_a_word(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    config = GPT2Config(vocab_size=60, n_embd=32, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=0)
+    GPT2LMHeadModel(config).save_pretrained(tmp_path / "gpt")
+    capfd.readouterr()
+    (cost,) = count_costs("gpt", (3,), model_dir=tmp_path)
+    assert (cost.phase, cost.batch, cost.input_tokens, cost.kv_bytes_per_token) == ("whole", 3, None, None)
+    inner_weights = 2 * 12 * 32 * 32  # of each layer: 4 to and from the heads, 8 to and from the inner layer
+    assert cost.flops > 2 * 3 * 128 * inner_weights
+    assert capfd.readouterr() == ("", "")
 
 
 def test_a_model_that_looks_at_values_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
