@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from executor.segment import aligned, place_all
 from executor.state import ReplicaKey
 from executor.whole_requests import Answer, Pending
 from executor.worker_link import WorkerLink
-from executor.worker_wire import Done, FromWorker, Loaded
+from executor.worker_wire import Done, FromWorker, Loaded, TensorPlace
 
 __all__ = ["Batch", "Regions", "deliver"]
 
@@ -34,12 +34,41 @@ class Batch:
     expected_free_s: float
 
 
+@dataclass(frozen=True, slots=True)
+class _Layout:
+    """Where the tensors of a batch of a model, as it was loaded, lie."""
+
+    loaded: Loaded
+    inputs: tuple[TensorPlace, ...]
+    output_offset_bytes: int
+    output_bytes: int
+
+
 @dataclass(slots=True)
 class _Region:
-    """A place in the shared memory."""
+    """A place in the shared memory, and what lies where in it, by variant and items."""
 
     offset_bytes: int = 0
     size_bytes: int = 0
+    layouts: dict[tuple[str, int], _Layout] = field(default_factory=dict)
+
+    def layout(self, link: WorkerLink, loaded: Loaded, variant: str, items: int) -> _Layout:
+        """Return the layout of a batch; the region moves to the end of a larger segment when it is too small."""
+        known = self.layouts.get((variant, items))
+        if known is not None and known.loaded is loaded:
+            return known
+        input_bytes = sum(aligned(items * spec.item_bytes) for spec in loaded.inputs)
+        output_bytes = sum(aligned(items * spec.item_bytes) for spec in loaded.outputs)
+        if input_bytes + output_bytes > self.size_bytes:
+            offset_bytes = aligned(link.segment.size_bytes)
+            size_bytes = max(input_bytes + output_bytes, 2 * self.size_bytes)
+            link.segment.grow(offset_bytes + size_bytes)
+            self.offset_bytes, self.size_bytes = offset_bytes, size_bytes
+            self.layouts.clear()
+        inputs = {spec.name: (spec.datatype, (items, *spec.shape)) for spec in loaded.inputs}
+        layout = _Layout(loaded, place_all(inputs, self.offset_bytes), self.offset_bytes + input_bytes, output_bytes)
+        self.layouts[variant, items] = layout
+        return layout
 
 
 class Regions:
@@ -63,20 +92,11 @@ class Regions:
             OSError: There is no memory.
             ValueError: An input is not as its model says.
         """
-        items = batch.items
-        inputs = {spec.name: (spec.datatype, (items, *spec.shape)) for spec in loaded.inputs}
-        input_bytes = sum(aligned(items * spec.item_bytes) for spec in loaded.inputs)
-        output_bytes = sum(aligned(items * spec.item_bytes) for spec in loaded.outputs)
         self._turn = (self._turn + 1) % len(self._regions)
-        region = self._regions[self._turn]
-        if input_bytes + output_bytes > region.size_bytes:
-            offset_bytes = aligned(link.segment.size_bytes)
-            size_bytes = max(input_bytes + output_bytes, 2 * region.size_bytes)
-            link.segment.grow(offset_bytes + size_bytes)
-            region.offset_bytes, region.size_bytes = offset_bytes, size_bytes
-        places = place_all(inputs, region.offset_bytes)
-        link.segment.write({name: [one.inputs[name] for one in batch.pending] for name in inputs}, places)
-        return link.run(batch.key.variant, places, region.offset_bytes + input_bytes, output_bytes, on_freed)
+        layout = self._regions[self._turn].layout(link, loaded, batch.key.variant, batch.items)
+        parts = {place.name: [one.inputs[place.name] for one in batch.pending] for place in layout.inputs}
+        link.segment.write(parts, layout.inputs)
+        return link.run(batch.key.variant, layout.inputs, layout.output_offset_bytes, layout.output_bytes, on_freed)
 
 
 def deliver(batch: Batch, done: Done, link: WorkerLink) -> Iterator[Pending]:

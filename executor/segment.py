@@ -24,6 +24,9 @@ __all__ = ["ALIGNMENT_BYTES", "SharedSegment", "aligned", "place_all"]
 ALIGNMENT_BYTES = 64
 """Every tensor starts on a cache line, which is also what vector instructions like."""
 
+_KNOWN = 1024
+"""Places that are remembered: to make an array anew takes longer than to copy a small tensor."""
+
 
 def aligned(size_bytes: int) -> int:
     """Return ``size_bytes`` rounded up to `ALIGNMENT_BYTES`."""
@@ -48,6 +51,8 @@ class SharedSegment:
     def __init__(self, descriptor: int) -> None:
         self.descriptor = descriptor
         self._map: mmap.mmap | None = None
+        self._arrays: dict[TensorPlace, Array] = {}  # of late; batches return to the same places
+        self._output_places: dict[tuple[object, ...], tuple[TensorPlace, ...]] = {}
 
     @classmethod
     def create(cls) -> SharedSegment:
@@ -70,6 +75,9 @@ class SharedSegment:
         Raises:
             ValueError: The place reaches beyond the segment, or contradicts itself.
         """
+        known = self._arrays.get(place)
+        if known is not None:
+            return known
         dtype = NUMPY_TYPES[place.datatype]
         count = math.prod(place.shape)
         if place.size_bytes != count * dtype.itemsize:
@@ -77,7 +85,11 @@ class SharedSegment:
         flat: np.ndarray[Any, np.dtype[Any]] = np.frombuffer(
             self._mapping(place.offset_bytes + place.size_bytes), dtype=dtype, count=count, offset=place.offset_bytes
         )
-        return flat.reshape(place.shape)
+        array = flat.reshape(place.shape)
+        if len(self._arrays) >= _KNOWN:
+            self._arrays.clear()
+        self._arrays[place] = array
+        return array
 
     def write(self, arrays: Mapping[str, Iterable[Array]], places: Iterable[TensorPlace]) -> None:
         """Copy arrays to their places; those of one name are laid one after the other along the first dimension."""
@@ -96,16 +108,24 @@ class SharedSegment:
         Raises:
             ValueError: They need more than ``capacity_bytes``.
         """
-        places = place_all({name: (datatype_of(array), array.shape) for name, array in arrays.items()}, offset_bytes)
-        needed_bytes = max((place.offset_bytes + place.size_bytes for place in places), default=0) - offset_bytes
-        if needed_bytes > capacity_bytes:
-            raise ValueError(f"outputs of {needed_bytes} bytes in a region of {capacity_bytes}")
-        self.write({name: [array] for name, array in arrays.items()}, places)
+        key = (offset_bytes, capacity_bytes, *((name, array.dtype, array.shape) for name, array in arrays.items()))
+        places = self._output_places.get(key)
+        if places is None:
+            places = place_all({name: (datatype_of(one), one.shape) for name, one in arrays.items()}, offset_bytes)
+            needed_bytes = max((place.offset_bytes + place.size_bytes for place in places), default=0) - offset_bytes
+            if needed_bytes > capacity_bytes:
+                raise ValueError(f"outputs of {needed_bytes} bytes in a region of {capacity_bytes}")
+            if len(self._output_places) >= _KNOWN:
+                self._output_places.clear()
+            self._output_places[key] = places
+        for place in places:
+            self.array(place)[...] = arrays[place.name]
         return places
 
     def close(self) -> None:
         """Give the memory back once the last array over it is gone."""
         descriptor, self.descriptor, self._map = self.descriptor, -1, None
+        self._arrays.clear()
         if descriptor >= 0:
             os.close(descriptor)
 

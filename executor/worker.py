@@ -21,12 +21,13 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
 from numpy.typing import NDArray
 
-from executor.cores import at_low_priority, pin_process
+from executor.cores import pin_process
 from executor.logs import configure_logging
 from executor.runtime.protocol import (
     DevicesLost,
@@ -65,6 +66,14 @@ _log = logging.getLogger("executor.worker")
 _READ_BYTES = 1 << 16
 
 
+@dataclass(frozen=True, slots=True)
+class _Held:
+    """A loaded model, and the same as a pipeline where it is one: to ask it for each batch what it can takes long."""
+
+    model: LoadedModel
+    pipeline: PipelinedModel | None
+
+
 class Worker:
     """Answers the messages of one agent.
 
@@ -85,7 +94,7 @@ class Worker:
         self._connection = connection
         self._segment = segment
         self._runtime = runtime
-        self._models: dict[str, LoadedModel] = {}
+        self._models: dict[str, _Held] = {}
         self._sequences: dict[str, SequenceRunner] = {}
         self._sending = threading.Lock()
         self._loads: queue.SimpleQueue[Load] = queue.SimpleQueue()
@@ -131,20 +140,16 @@ class Worker:
 
     def _act(self, message: Run | Iterate | Unload) -> None:
         if isinstance(message, Run):
-            model = self._models.get(message.variant)
-            act = self._submit if isinstance(model, PipelinedModel) else self._run
-            self._answer(message.call, functools.partial(act, message))
+            self._answer(message.call, functools.partial(self._run, message))
         elif isinstance(message, Iterate):
             self._answer(message.call, functools.partial(self._iterate, message))
         else:
             self._answer(message.call, functools.partial(self._unload, message))
 
-    def _submit(self, message: Run) -> None:
+    def _submit(self, message: Run, model: PipelinedModel, inputs: Mapping[str, NDArray[Any]]) -> None:
         """Start a batch in a pipeline; its `Done` follows when it is out."""
-        model = self._models[message.variant]
-        assert isinstance(model, PipelinedModel)
         start_s = time.perf_counter()
-        outputs = model.submit({place.name: self._segment.array(place) for place in message.inputs})
+        outputs = model.submit(inputs)
 
         def out(future: Future[dict[str, NDArray[Any]]]) -> None:
             def done() -> Done:
@@ -180,13 +185,13 @@ class Worker:
 
     def _load(self, message: Load) -> Loaded:
         if message.variant in self._sequences:  # how many of them run together is the agent's business
-            return self._loaded(message, self._models[message.variant])
-        load = functools.partial(self._runtime.load, message.variant, message.max_batch, message.shape)
-        model = load() if self._models else at_low_priority(load)  # beside models of its own it would hold them up
+            return self._loaded(message, self._models[message.variant].model)
+        model = self._runtime.load(message.variant, message.max_batch, message.shape)
         if message.kv_bytes and isinstance(model, GeneratesTokens):
             tokens = max(1, message.kv_bytes // model.generation.kv_bytes_per_token)
             self._sequences[message.variant] = model.sequences(tokens)
-        replaced, self._models[message.variant] = self._models.get(message.variant), model
+        replaced = self._models.get(message.variant)
+        self._models[message.variant] = _Held(model, model if isinstance(model, PipelinedModel) else None)
         _close(replaced)
         _log.info("event=loaded variant=%s max_batch=%d load_s=%.3f", message.variant, message.max_batch, model.load_s)
         return self._loaded(message, model)
@@ -209,14 +214,18 @@ class Worker:
         _log.info("event=unloaded variant=%s", message.variant)
         return Unloaded(call=message.call)
 
-    def _run(self, message: Run) -> Done:
-        model = self._models.get(message.variant)
-        if model is None:
+    def _run(self, message: Run) -> Done | None:
+        """Run a batch, or start it where the model is a pipeline."""
+        held = self._models.get(message.variant)
+        if held is None:
             raise UnknownVariant.of("a loaded variant", field="variant", found=repr(message.variant))
         inputs = {place.name: self._segment.array(place) for place in message.inputs}
+        if held.pipeline is not None:
+            self._submit(message, held.pipeline, inputs)
+            return None
         start_s = time.perf_counter()
-        outputs = model.run(inputs)
-        swap_s: float = getattr(model, "last_swap_s", 0.0)
+        outputs = held.model.run(inputs)
+        swap_s: float = getattr(held.model, "last_swap_s", 0.0)
         return self._done(message, outputs, time.perf_counter() - start_s - swap_s, swap_s)
 
     def _iterate(self, message: Iterate) -> Iterated:
@@ -241,9 +250,9 @@ class Worker:
             _log.debug("event=agent_gone")  # the reading thread sees it as well, and ends the process
 
 
-def _close(model: LoadedModel | None) -> None:
+def _close(held: _Held | None) -> None:
     """Free what a model holds beyond this process."""
-    close = getattr(model, "close", None)
+    close = getattr(held.model, "close", None) if held else None
     if close is not None:
         close()
 
@@ -292,9 +301,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole terminal; the agent ends its workers
     with socket.socket(fileno=options.socket) as connection:
         try:
-            # Importing torch takes a processor for seconds, which others need: nobody waits for this worker yet.
-            factory = at_low_priority(lambda: runtime_factory(options.runtime))
-            runtime = factory(
+            runtime = runtime_factory(options.runtime)(
                 devices=tuple(options.devices.split(",")),
                 dtype=options.dtype,
                 threads=options.threads,

@@ -1,15 +1,20 @@
 """What an agent and a worker say to each other: inner types to frames of ``foreplan.worker.v1`` and back.
 
-A frame is a length (four bytes, little endian) and a protobuf message. The one module that reads or builds messages of
-that package. Tensors do not travel here; a `TensorPlace` says where in shared memory one lies.
+A frame is a length (four bytes, little endian), a head and a protobuf message. The one module that reads or builds
+messages of that package. Tensors do not travel here; a `TensorPlace` says where in shared memory one lies.
+
+What differs between two batches of one size in one place is in the head, so their messages are equal. They are built
+and read once and remembered: a worker has slept before most batches, and then a look-up takes microseconds where code
+that left the processor's caches takes a tenth of a millisecond.
 """
 
 from __future__ import annotations
 
+import functools
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 from google.protobuf.message import DecodeError
 
@@ -44,6 +49,9 @@ MAX_FRAME_BYTES = 4 * 2**20
 """Longest frame; messages name places of tensors and are far below it."""
 
 _LENGTH = struct.Struct("<I")
+_HEAD = struct.Struct("<BQdd")  # kind, and of a batch: number of the call, seconds run, seconds waited for its model
+_OTHER, _BATCH = 0, 1
+_KNOWN = 1024
 
 _Message = TypeVar("_Message")
 
@@ -52,9 +60,8 @@ class FrameError(Exception):
     """The other side sent bytes that are no frame of this protocol."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TensorPlace:
-    """A tensor in shared memory: ``size_bytes`` bytes from ``offset_bytes``, row major."""
+class TensorPlace(NamedTuple):
+    """A tensor in shared memory: ``size_bytes`` bytes from ``offset_bytes``, row major. A key of what is remembered."""
 
     name: str
     datatype: str
@@ -210,15 +217,8 @@ def encode_to_worker(message: ToWorker) -> bytes:
         case Unload():
             body = pb.ToWorker(unload=pb.ToWorker.Unload(call=message.call, variant=message.variant))
         case Run():
-            body = pb.ToWorker(
-                run=pb.ToWorker.Run(
-                    call=message.call,
-                    variant=message.variant,
-                    inputs=[_place_to_proto(place) for place in message.inputs],
-                    output_offset=message.output_offset_bytes,
-                    output_capacity=message.output_capacity_bytes,
-                )
-            )
+            places = message.inputs, message.output_offset_bytes, message.output_capacity_bytes
+            return _frame(_run_message(message.variant, *places), _BATCH, message.call)
         case Iterate():
             body = pb.ToWorker(
                 iterate=pb.ToWorker.Iterate(
@@ -241,7 +241,17 @@ def decode_to_worker(body: bytes) -> ToWorker:
     Raises:
         FrameError: It is none.
     """
-    message = _parsed(pb.ToWorker.FromString, body)
+    kind, call, _, _ = _head_of(body)
+    if kind == _BATCH:
+        variant, inputs, offset_bytes, capacity_bytes = _read_run(body[_HEAD.size :])
+        return Run(
+            call=call,
+            variant=variant,
+            inputs=inputs,
+            output_offset_bytes=offset_bytes,
+            output_capacity_bytes=capacity_bytes,
+        )
+    message = _parsed(pb.ToWorker.FromString, body[_HEAD.size :])
     match message.WhichOneof("message"):
         case "load":
             load = message.load
@@ -251,15 +261,6 @@ def decode_to_worker(body: bytes) -> ToWorker:
             )
         case "unload":
             return Unload(call=message.unload.call, variant=message.unload.variant)
-        case "run":
-            run = message.run
-            return Run(
-                call=run.call,
-                variant=run.variant,
-                inputs=tuple(_place_from_proto(place) for place in run.inputs),
-                output_offset_bytes=run.output_offset,
-                output_capacity_bytes=run.output_capacity,
-            )
         case "iterate":
             iterate = message.iterate
             return Iterate(
@@ -298,10 +299,7 @@ def encode_from_worker(message: FromWorker) -> bytes:
                 iterated=pb.FromWorker.Iterated(call=message.call, tokens=message.tokens, run_s=message.run_s)
             )
         case Done():
-            outputs = [_place_to_proto(place) for place in message.outputs]
-            body = pb.FromWorker(
-                done=pb.FromWorker.Done(call=message.call, outputs=outputs, run_s=message.run_s, swap_s=message.swap_s)
-            )
+            return _frame(_done_message(message.outputs), _BATCH, message.call, message.run_s, message.swap_s)
         case Freed():
             body = pb.FromWorker(freed=pb.FromWorker.Freed(call=message.call))
         case Unloaded():
@@ -321,7 +319,10 @@ def decode_from_worker(body: bytes) -> FromWorker:
     Raises:
         FrameError: It is none.
     """
-    message = _parsed(pb.FromWorker.FromString, body)
+    kind, call, run_s, swap_s = _head_of(body)
+    if kind == _BATCH:
+        return Done(call=call, outputs=_read_done(body[_HEAD.size :]), run_s=run_s, swap_s=swap_s)
+    message = _parsed(pb.FromWorker.FromString, body[_HEAD.size :])
     match message.WhichOneof("message"):
         case "ready":
             return Ready(process=message.ready.process, variants=tuple(message.ready.variants))
@@ -339,10 +340,6 @@ def decode_from_worker(body: bytes) -> FromWorker:
         case "iterated":
             iterated = message.iterated
             return Iterated(call=iterated.call, tokens=tuple(iterated.tokens), run_s=iterated.run_s)
-        case "done":
-            done = message.done
-            outputs = tuple(_place_from_proto(place) for place in done.outputs)
-            return Done(call=done.call, outputs=outputs, run_s=done.run_s, swap_s=done.swap_s)
         case "freed":
             return Freed(call=message.freed.call)
         case "unloaded":
@@ -382,8 +379,44 @@ class FrameSplitter:
         return bodies
 
 
-def _frame(body: bytes) -> bytes:
-    return _LENGTH.pack(len(body)) + body
+def _frame(message: bytes, kind: int = _OTHER, call: int = 0, run_s: float = 0.0, swap_s: float = 0.0) -> bytes:
+    return _LENGTH.pack(_HEAD.size + len(message)) + _HEAD.pack(kind, call, run_s, swap_s) + message
+
+
+def _head_of(body: bytes) -> tuple[int, int, float, float]:
+    try:
+        kind, call, run_s, swap_s = _HEAD.unpack_from(body)
+    except struct.error as error:
+        raise FrameError(str(error)) from error
+    return kind, call, run_s, swap_s
+
+
+@functools.lru_cache(_KNOWN)
+def _run_message(variant: str, inputs: tuple[TensorPlace, ...], offset_bytes: int, capacity_bytes: int) -> bytes:
+    message = pb.ToWorker.Run(
+        variant=variant,
+        inputs=[_place_to_proto(place) for place in inputs],
+        output_offset=offset_bytes,
+        output_capacity=capacity_bytes,
+    )
+    return message.SerializeToString()
+
+
+@functools.lru_cache(_KNOWN)
+def _read_run(message: bytes) -> tuple[str, tuple[TensorPlace, ...], int, int]:
+    run = _parsed(pb.ToWorker.Run.FromString, message)
+    inputs = tuple(_place_from_proto(place) for place in run.inputs)
+    return run.variant, inputs, run.output_offset, run.output_capacity
+
+
+@functools.lru_cache(_KNOWN)
+def _done_message(outputs: tuple[TensorPlace, ...]) -> bytes:
+    return pb.FromWorker.Done(outputs=[_place_to_proto(place) for place in outputs]).SerializeToString()
+
+
+@functools.lru_cache(_KNOWN)
+def _read_done(message: bytes) -> tuple[TensorPlace, ...]:
+    return tuple(_place_from_proto(place) for place in _parsed(pb.FromWorker.Done.FromString, message).outputs)
 
 
 def _parsed(parse: Callable[[bytes], _Message], body: bytes) -> _Message:

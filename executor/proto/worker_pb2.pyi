@@ -21,7 +21,7 @@ class TensorRef(_message.Message):
     def __init__(self, name: _Optional[str] = ..., datatype: _Optional[str] = ..., shape: _Optional[_Iterable[int]] = ..., offset: _Optional[int] = ..., size: _Optional[int] = ...) -> None: ...
 
 class ToWorker(_message.Message):
-    __slots__ = ("load", "unload", "run", "stop", "iterate")
+    __slots__ = ("load", "unload", "stop", "iterate")
     class Load(_message.Message):
         __slots__ = ("call", "variant", "max_batch", "tensor_parallel", "pipeline_parallel", "kv_bytes")
         CALL_FIELD_NUMBER: _ClassVar[int]
@@ -45,18 +45,16 @@ class ToWorker(_message.Message):
         variant: str
         def __init__(self, call: _Optional[int] = ..., variant: _Optional[str] = ...) -> None: ...
     class Run(_message.Message):
-        __slots__ = ("call", "variant", "inputs", "output_offset", "output_capacity")
-        CALL_FIELD_NUMBER: _ClassVar[int]
+        __slots__ = ("variant", "inputs", "output_offset", "output_capacity")
         VARIANT_FIELD_NUMBER: _ClassVar[int]
         INPUTS_FIELD_NUMBER: _ClassVar[int]
         OUTPUT_OFFSET_FIELD_NUMBER: _ClassVar[int]
         OUTPUT_CAPACITY_FIELD_NUMBER: _ClassVar[int]
-        call: int
         variant: str
         inputs: _containers.RepeatedCompositeFieldContainer[TensorRef]
         output_offset: int
         output_capacity: int
-        def __init__(self, call: _Optional[int] = ..., variant: _Optional[str] = ..., inputs: _Optional[_Iterable[_Union[TensorRef, _Mapping]]] = ..., output_offset: _Optional[int] = ..., output_capacity: _Optional[int] = ...) -> None: ...
+        def __init__(self, variant: _Optional[str] = ..., inputs: _Optional[_Iterable[_Union[TensorRef, _Mapping]]] = ..., output_offset: _Optional[int] = ..., output_capacity: _Optional[int] = ...) -> None: ...
     class Iterate(_message.Message):
         __slots__ = ("call", "variant", "kv_tokens", "freed", "prefill", "decode")
         CALL_FIELD_NUMBER: _ClassVar[int]
@@ -84,18 +82,16 @@ class ToWorker(_message.Message):
         def __init__(self) -> None: ...
     LOAD_FIELD_NUMBER: _ClassVar[int]
     UNLOAD_FIELD_NUMBER: _ClassVar[int]
-    RUN_FIELD_NUMBER: _ClassVar[int]
     STOP_FIELD_NUMBER: _ClassVar[int]
     ITERATE_FIELD_NUMBER: _ClassVar[int]
     load: ToWorker.Load
     unload: ToWorker.Unload
-    run: ToWorker.Run
     stop: ToWorker.Stop
     iterate: ToWorker.Iterate
-    def __init__(self, load: _Optional[_Union[ToWorker.Load, _Mapping]] = ..., unload: _Optional[_Union[ToWorker.Unload, _Mapping]] = ..., run: _Optional[_Union[ToWorker.Run, _Mapping]] = ..., stop: _Optional[_Union[ToWorker.Stop, _Mapping]] = ..., iterate: _Optional[_Union[ToWorker.Iterate, _Mapping]] = ...) -> None: ...
+    def __init__(self, load: _Optional[_Union[ToWorker.Load, _Mapping]] = ..., unload: _Optional[_Union[ToWorker.Unload, _Mapping]] = ..., stop: _Optional[_Union[ToWorker.Stop, _Mapping]] = ..., iterate: _Optional[_Union[ToWorker.Iterate, _Mapping]] = ...) -> None: ...
 
 class FromWorker(_message.Message):
-    __slots__ = ("ready", "loaded", "done", "unloaded", "failed", "freed", "iterated")
+    __slots__ = ("ready", "loaded", "unloaded", "failed", "freed", "iterated")
     class Ready(_message.Message):
         __slots__ = ("process", "variants")
         PROCESS_FIELD_NUMBER: _ClassVar[int]
@@ -150,16 +146,10 @@ class FromWorker(_message.Message):
         shape: _containers.RepeatedScalarFieldContainer[int]
         def __init__(self, name: _Optional[str] = ..., datatype: _Optional[str] = ..., shape: _Optional[_Iterable[int]] = ...) -> None: ...
     class Done(_message.Message):
-        __slots__ = ("call", "outputs", "run_s", "swap_s")
-        CALL_FIELD_NUMBER: _ClassVar[int]
+        __slots__ = ("outputs",)
         OUTPUTS_FIELD_NUMBER: _ClassVar[int]
-        RUN_S_FIELD_NUMBER: _ClassVar[int]
-        SWAP_S_FIELD_NUMBER: _ClassVar[int]
-        call: int
         outputs: _containers.RepeatedCompositeFieldContainer[TensorRef]
-        run_s: float
-        swap_s: float
-        def __init__(self, call: _Optional[int] = ..., outputs: _Optional[_Iterable[_Union[TensorRef, _Mapping]]] = ..., run_s: _Optional[float] = ..., swap_s: _Optional[float] = ...) -> None: ...
+        def __init__(self, outputs: _Optional[_Iterable[_Union[TensorRef, _Mapping]]] = ...) -> None: ...
     class Freed(_message.Message):
         __slots__ = ("call",)
         CALL_FIELD_NUMBER: _ClassVar[int]
@@ -181,16 +171,14 @@ class FromWorker(_message.Message):
         def __init__(self, call: _Optional[int] = ..., problem: _Optional[str] = ..., invalid_input: _Optional[bool] = ...) -> None: ...
     READY_FIELD_NUMBER: _ClassVar[int]
     LOADED_FIELD_NUMBER: _ClassVar[int]
-    DONE_FIELD_NUMBER: _ClassVar[int]
     UNLOADED_FIELD_NUMBER: _ClassVar[int]
     FAILED_FIELD_NUMBER: _ClassVar[int]
     FREED_FIELD_NUMBER: _ClassVar[int]
     ITERATED_FIELD_NUMBER: _ClassVar[int]
     ready: FromWorker.Ready
     loaded: FromWorker.Loaded
-    done: FromWorker.Done
     unloaded: FromWorker.Unloaded
     failed: FromWorker.Failed
     freed: FromWorker.Freed
     iterated: FromWorker.Iterated
-    def __init__(self, ready: _Optional[_Union[FromWorker.Ready, _Mapping]] = ..., loaded: _Optional[_Union[FromWorker.Loaded, _Mapping]] = ..., done: _Optional[_Union[FromWorker.Done, _Mapping]] = ..., unloaded: _Optional[_Union[FromWorker.Unloaded, _Mapping]] = ..., failed: _Optional[_Union[FromWorker.Failed, _Mapping]] = ..., freed: _Optional[_Union[FromWorker.Freed, _Mapping]] = ..., iterated: _Optional[_Union[FromWorker.Iterated, _Mapping]] = ...) -> None: ...
+    def __init__(self, ready: _Optional[_Union[FromWorker.Ready, _Mapping]] = ..., loaded: _Optional[_Union[FromWorker.Loaded, _Mapping]] = ..., unloaded: _Optional[_Union[FromWorker.Unloaded, _Mapping]] = ..., failed: _Optional[_Union[FromWorker.Failed, _Mapping]] = ..., freed: _Optional[_Union[FromWorker.Freed, _Mapping]] = ..., iterated: _Optional[_Union[FromWorker.Iterated, _Mapping]] = ...) -> None: ...

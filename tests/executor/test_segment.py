@@ -63,6 +63,32 @@ def test_a_place_outside_the_memory_is_refused(segment, place, says):
         segment.array(place)
 
 
+def test_batches_that_return_to_a_place_find_the_memory_as_it_is_now(segment):
+    segment.grow(4096)
+    places = [segment.write_outputs({"y": np.full((2, 2), value, np.float32)}, 64, 64) for value in (1, 2)]
+    assert places[0] == places[1]
+    np.testing.assert_array_equal(segment.array(places[0][0]), [[2, 2], [2, 2]])
+
+
+def test_outputs_of_another_type_or_shape_lie_as_they_need(segment):
+    segment.grow(4096)
+    for array in (np.ones((2, 2), np.float32), np.ones((2, 2)), np.ones((4, 1)), np.ones((1, 1), np.uint8)):
+        (place,) = segment.write_outputs({"y": array}, 64, 64)
+        np.testing.assert_array_equal(segment.array(place), array)
+        assert segment.array(place).dtype == array.dtype
+    with pytest.raises(ValueError, match="outputs of 32 bytes in a region of 31"):
+        segment.write_outputs({"y": np.ones((2, 2))}, 64, 31)
+
+
+def test_more_places_than_are_remembered_are_found(segment):
+    segment.grow(1 << 20)
+    for _ in range(2):
+        for number in range(1500):
+            place = TensorPlace("x", "UINT8", (1,), number * 64, 1)
+            segment.array(place)[...] = number % 256
+        assert segment.array(TensorPlace("x", "UINT8", (1,), 1499 * 64, 1)) == 1499 % 256
+
+
 def test_the_memory_has_no_name_in_the_file_system(segment):
     segment.grow(4096)
     assert str(Path(f"/proc/self/fd/{segment.descriptor}").readlink()).endswith("(deleted)")

@@ -63,7 +63,7 @@ from_worker = st.one_of(
         generates=st.none() | facts,
     ),
     st.builds(wire.Iterated, call=counts, tokens=tokens, run_s=seconds),
-    st.builds(wire.Done, call=counts, outputs=places, run_s=seconds),
+    st.builds(wire.Done, call=counts, outputs=places, run_s=seconds, swap_s=seconds),
     st.builds(wire.Unloaded, call=counts),
     st.builds(wire.Failed, call=counts, problem=names, invalid_input=st.booleans()),
 )
@@ -95,10 +95,30 @@ def test_messages_from_a_worker_survive_any_cutting_of_the_stream(messages, size
 
 
 @pytest.mark.parametrize("decode", [wire.decode_to_worker, wire.decode_from_worker])
-@pytest.mark.parametrize("body", [b"\xff\xff\xff", worker_pb2.ToWorker().SerializeToString()])
-def test_a_body_that_is_no_message_is_refused(decode, body):
+@pytest.mark.parametrize("kind", [b"\0", b"\1"])
+@pytest.mark.parametrize("message", [b"\xff\xff\xff", b"\x07"])
+def test_a_body_that_is_no_message_is_refused(decode, kind, message):
+    with pytest.raises(wire.FrameError):
+        decode(kind + bytes(24) + message)
+
+
+@pytest.mark.parametrize("decode", [wire.decode_to_worker, wire.decode_from_worker])
+@pytest.mark.parametrize("body", [b"", bytes(24), bytes(25) + worker_pb2.ToWorker().SerializeToString()])
+def test_a_body_without_a_whole_head_or_without_content_is_refused(decode, body):
     with pytest.raises(wire.FrameError):
         decode(body)
+
+
+@given(places, counts, counts)
+def test_batches_in_one_place_differ_in_the_head_of_their_frames_only(found, one, other):
+    frames = [
+        wire.encode_from_worker(wire.Done(call=call, outputs=found, run_s=run_s, swap_s=run_s / 2))
+        for call, run_s in ((one, 0.25), (other, 0.5))
+    ]
+    assert len({frame[29:] for frame in frames}) == 1
+    decoded = [wire.decode_from_worker(frame[4:]) for frame in frames]
+    assert [(done.call, done.run_s, done.swap_s) for done in decoded] == [(one, 0.25, 0.125), (other, 0.5, 0.25)]
+    assert decoded[0].outputs == decoded[1].outputs == found
 
 
 def test_a_frame_of_absurd_length_is_refused_before_it_is_read():
