@@ -27,7 +27,7 @@ from typing import Any, NoReturn
 
 from numpy.typing import NDArray
 
-from executor.cores import pin_process
+from executor.cores import at_low_priority, pin_process
 from executor.logs import configure_logging
 from executor.runtime.protocol import (
     DevicesLost,
@@ -186,7 +186,8 @@ class Worker:
     def _load(self, message: Load) -> Loaded:
         if message.variant in self._sequences:  # how many of them run together is the agent's business
             return self._loaded(message, self._models[message.variant].model)
-        model = self._runtime.load(message.variant, message.max_batch, message.shape)
+        load = functools.partial(self._runtime.load, message.variant, message.max_batch, message.shape)
+        model = load() if self._models else at_low_priority(load)  # beside models of its own it would hold them up
         if message.kv_bytes and isinstance(model, GeneratesTokens):
             tokens = max(1, message.kv_bytes // model.generation.kv_bytes_per_token)
             self._sequences[message.variant] = model.sequences(tokens)
@@ -301,7 +302,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole terminal; the agent ends its workers
     with socket.socket(fileno=options.socket) as connection:
         try:
-            runtime = runtime_factory(options.runtime)(
+            # Importing torch takes a processor for seconds, which others need: nobody waits for this worker yet.
+            factory = at_low_priority(lambda: runtime_factory(options.runtime))
+            runtime = factory(
                 devices=tuple(options.devices.split(",")),
                 dtype=options.dtype,
                 threads=options.threads,
