@@ -1,4 +1,4 @@
-"""The connection over which a gateway hands requests to an agent (``executor/proto/forward.proto``).
+"""The connection over which a gateway hands requests to an agent (`executor.forward_wire`).
 
 A gRPC call of its own for every request costs a gateway more than all else that it does for it. Here requests are
 frames on one connection, and those that are due at one moment share a frame. `ForwardLink` is the gateway's end,
@@ -11,18 +11,17 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
-import struct
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import grpc
-from google.protobuf.message import DecodeError
 
 from executor.delay import Delay
 from executor.errors import details_of, status_of
+from executor.forward_frames import Body, Frames
+from executor.forward_wire import Answer, Request, decode_answers, decode_requests, encode_answers, encode_requests
 from executor.logs import log_failure
-from executor.proto import forward_pb2 as pb
 from executor.roles import Role
 from executor.tls import Credentials, peer_identity
 from executor.tracing import current_traceparent, join_trace
@@ -33,17 +32,10 @@ __all__ = ["Body", "CallFailed", "ForwardLink", "ForwardServer", "shared_bytes"]
 _log = logging.getLogger("executor.forwarding")
 
 _CODES = {code.value[0]: code for code in grpc.StatusCode}
-_LENGTHS = struct.Struct("<II")  # of the message, and of all bodies
-_READ_BYTES = 1 << 16
-_JOINED_BYTES = 1 << 14
-"""Bodies up to here are joined: a call to send more costs more than a copy."""
 _ENVELOPE_BYTES = 1 << 16
 _CONNECT_S = 2.0
 _LONGEST_TRANSIT_S, _MOST_OF_TIMEOUT = 0.02, 0.1
 """What is allowed for the way between a gateway and an agent: seconds, and the part of a request's time, at most."""
-
-Body = bytes | memoryview
-"""A serialised message; what is not bytes is a part of a frame."""
 
 
 def shared_bytes(max_message_bytes: int) -> int:
@@ -61,154 +53,12 @@ class CallFailed(Exception):
 
 
 @dataclass(frozen=True, slots=True)
-class _Item:
-    """A request or an answer in a frame, and its body."""
-
-    message: Any
-    body: Body
-
-
-@dataclass(frozen=True, slots=True)
 class _Sent:
     """A request under way: the future of its answer, the group, and when it was sent."""
 
     answer: asyncio.Future[bytes]
     group: str
     at_s: float
-
-
-class _Frames(asyncio.BufferedProtocol):
-    """Frames over one connection: what is sent within one turn of the event loop leaves in one frame, up to a size.
-
-    Large bodies are neither joined when sent nor moved when received: they are read to where they stay.
-
-    Args:
-        limit_bytes: Longest frame taken; a longer one ends the connection.
-        full_bytes: When a frame to be sent is full.
-        pack: Makes the message of a frame out of items.
-        unpack: Returns the items of the message of a frame.
-        on_item: Told every item that arrives, with its body, which stays valid; a `DecodeError` ends the connection.
-        on_end: Told why when the connection is gone.
-        admits: Asked once, before anything is read, whether the other end is welcome.
-    """
-
-    def __init__(
-        self,
-        *,
-        limit_bytes: int,
-        full_bytes: int,
-        pack: Callable[[list[Any]], bytes],
-        unpack: Callable[[bytes], Iterable[Any]],
-        on_item: Callable[[Any, memoryview], None],
-        on_end: Callable[[str], None],
-        admits: Callable[[Any], bool] = lambda _: True,
-    ) -> None:
-        self.transport: Any = None
-        self._limit_bytes = limit_bytes
-        self._full_bytes = full_bytes
-        self._pack = pack
-        self._unpack = unpack
-        self._on_item = on_item
-        self._on_end = on_end
-        self._admits = admits
-        self._waiting: list[_Item] = []
-        self._small = memoryview(bytearray(_READ_BYTES))  # what arrives, until it is known to be a long frame
-        self._large: memoryview | None = None  # a frame that is read to its place
-        self._filled = 0
-        self._loop = asyncio.get_running_loop()
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Send what waited for the connection; called by the event loop."""
-        self.transport = transport
-        if self._admits(transport):
-            self._flush()
-        else:
-            self.transport.abort()
-
-    def put(self, message: Any, body: Body = b"") -> None:
-        """Send ``message`` within this turn of the event loop, or once the connection is there."""
-        if not self._waiting and self.transport is not None:
-            self._loop.call_soon(self._flush)
-        self._waiting.append(_Item(message, body))
-
-    def _flush(self) -> None:
-        waiting, self._waiting = self._waiting, []
-        if self.transport.is_closing():
-            return
-        for items in _parts(waiting, self._full_bytes):
-            message = self._pack([item.message for item in items])
-            bodies = [item.body for item in items]
-            bodies_bytes = sum(map(len, bodies))
-            head = _LENGTHS.pack(len(message), bodies_bytes) + message
-            if bodies_bytes <= _JOINED_BYTES:
-                self.transport.write(b"".join((head, *bodies)))
-            else:
-                self.transport.write(head)
-                for body in bodies:
-                    self.transport.write(body)
-
-    def get_buffer(self, sizehint: int) -> memoryview:
-        """Return where the next bytes go; called by the event loop."""
-        return (self._small if self._large is None else self._large)[self._filled :]
-
-    def buffer_updated(self, nbytes: int) -> None:
-        """Take frames apart; called by the event loop."""
-        self._filled += nbytes
-        try:
-            if self._large is None:
-                self._take_small()
-            elif self._filled == len(self._large):
-                frame, self._large, self._filled = self._large, None, 0
-                self._take(frame)
-        except DecodeError as error:
-            _log.warning("event=bad_frame problem=%r", str(error))
-            self.transport.abort()
-
-    def _take_small(self) -> None:
-        start = 0
-        while self._filled - start >= _LENGTHS.size:
-            size_bytes = _LENGTHS.size + sum(_LENGTHS.unpack_from(self._small, start))
-            if size_bytes > self._limit_bytes:
-                raise DecodeError(f"a frame of {size_bytes} bytes")
-            end = start + size_bytes
-            if end > self._filled:
-                break
-            self._take(memoryview(bytes(self._small[start:end])))
-            start = end
-        left_bytes = self._filled - start
-        if left_bytes >= _LENGTHS.size and size_bytes > _READ_BYTES // 2:
-            self._large = memoryview(bytearray(size_bytes))
-            self._large[:left_bytes] = self._small[start : self._filled]
-        elif start:
-            self._small[:left_bytes] = bytes(self._small[start : self._filled])
-        self._filled = left_bytes
-
-    def _take(self, frame: memoryview) -> None:
-        message_bytes, _ = _LENGTHS.unpack_from(frame)
-        start = _LENGTHS.size + message_bytes
-        for item in self._unpack(bytes(frame[_LENGTHS.size : start])):
-            end = start + item.body_bytes
-            if end > len(frame):
-                raise DecodeError("a body that reaches beyond its frame")
-            self._on_item(item, frame[start:end].toreadonly())
-            start = end
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        """Tell why; called by the event loop."""
-        self._on_end(str(exc) if exc else "the connection was closed")
-
-
-def _parts(items: Iterable[_Item], full_bytes: int) -> Iterator[list[_Item]]:
-    part: list[_Item] = []
-    total = 0
-    for item in items:
-        if part and total + len(item.body) > full_bytes:
-            yield part
-            part, total = [], 0
-        part.append(item)
-        total += len(item.body)
-    if part:
-        yield part
 
 
 class ForwardLink:
@@ -241,7 +91,7 @@ class ForwardLink:
         self._numbers = itertools.count(1)
         self._pending: dict[int, _Sent] = {}
         self._transit = Delay()
-        self._frames: _Frames | None = None
+        self._frames: Frames | None = None
         self._connecting: asyncio.Task[None] | None = None
         self._loop = asyncio.get_running_loop()
 
@@ -259,9 +109,7 @@ class ForwardLink:
         answer: asyncio.Future[bytes] = self._loop.create_future()
         self._pending[number] = _Sent(answer, group, self._loop.time())
         left_s = timeout_s - min(2 * self._transit.expected_s, _MOST_OF_TIMEOUT * timeout_s)
-        asked = pb.Request(number=number, group=group, timeout_s=left_s, body_bytes=len(body))
-        asked.traceparent = current_traceparent()
-        frames.put(asked, body)
+        frames.put(Request(number, group, left_s, len(body), current_traceparent()), body)
         timer = self._loop.call_later(timeout_s, self._late, number)
         try:
             return await answer
@@ -285,12 +133,12 @@ class ForwardLink:
             if frames.transport is not None:
                 frames.transport.close()
 
-    def _connect(self) -> _Frames:
-        frames = _Frames(
+    def _connect(self) -> Frames:
+        frames = Frames(
             limit_bytes=self._limit_bytes,
             full_bytes=self._full_bytes,
-            pack=lambda items: pb.Requests(requests=items).SerializeToString(),
-            unpack=lambda message: pb.Answers.FromString(message).answers,
+            pack=encode_requests,
+            unpack=decode_answers,
             on_item=self._answered,
             on_end=lambda reason: self._end(frames, reason),
         )
@@ -299,7 +147,7 @@ class ForwardLink:
         self._connecting.add_done_callback(log_failure)
         return frames
 
-    async def _open(self, frames: _Frames) -> None:
+    async def _open(self, frames: Frames) -> None:
         context = self._credentials.client_context() if self._credentials else None
         try:
             async with asyncio.timeout(_CONNECT_S):
@@ -313,7 +161,7 @@ class ForwardLink:
         except (OSError, TimeoutError) as error:
             self._end(frames, f"cannot connect to port {self.port}: {error}")
 
-    def _answered(self, answer: pb.Answer, body: memoryview) -> None:
+    def _answered(self, answer: Answer, body: memoryview) -> None:
         sent = self._pending.pop(answer.number, None)
         if sent is None:
             return
@@ -337,9 +185,9 @@ class ForwardLink:
 
     def _forget(self, number: int) -> None:
         if self._pending.pop(number, None) is not None and self._frames is not None:
-            self._frames.put(pb.Request(number=number))
+            self._frames.put(Request(number))
 
-    def _end(self, frames: _Frames, reason: str) -> None:
+    def _end(self, frames: Frames, reason: str) -> None:
         if self._frames is not frames:
             return
         self._frames = None
@@ -441,27 +289,25 @@ class ForwardServer:
         """Largest message, and when a frame is full."""
         return self._max_message_bytes, shared_bytes(self._max_message_bytes)
 
-    async def answer_to(self, request: pb.Request, body: memoryview) -> tuple[pb.Answer, bytes]:
-        """Return the answer to one request and its body, whatever becomes of it."""
+    async def answer_to(self, request: Request, body: memoryview, taken_s: float) -> tuple[Answer, bytes]:
+        """Return the answer to one request, taken at ``taken_s``, and its body, whatever becomes of it."""
         join_trace(request.traceparent)
-        answer = pb.Answer(number=request.number)
-        found = b""
+        status, details, found = grpc.StatusCode.OK, "", b""
         try:
             found = await self._answer(body, request.group, request.timeout_s)
         except ForeplanError as error:
-            answer.status, answer.details = status_of(error).value[0], details_of(error)
+            status, details = status_of(error), details_of(error)
         except CallFailed as error:
-            answer.status, answer.details = error.code.value[0], error.details
+            status, details = error.code, error.details
         except Exception:  # noqa: BLE001 - the edge of the process: one request must not end the connection of all
             _log.exception("event=bug request=%d", request.number)
-            answer.status, answer.details = grpc.StatusCode.INTERNAL.value[0], "a bug in the agent; see its log"
+            status, details = grpc.StatusCode.INTERNAL, "a bug in the agent; see its log"
         if len(found) > self._max_message_bytes:
-            problem = f"the answer has {len(found)} bytes, above the limit of {self._max_message_bytes}"
-            answer.status, answer.details = grpc.StatusCode.RESOURCE_EXHAUSTED.value[0], problem
-            found = b""
-        answer.body_bytes = len(found)
-        answer.expected_wait_s = self._wait_s(request.group)
-        return answer, found
+            details = f"the answer has {len(found)} bytes, above the limit of {self._max_message_bytes}"
+            status, found = grpc.StatusCode.RESOURCE_EXHAUSTED, b""
+        wait_s = self._wait_s(request.group)
+        held_s = asyncio.get_running_loop().time() - taken_s
+        return Answer(request.number, len(found), status.value[0], details, wait_s, held_s), found
 
 
 class _Connection:
@@ -471,11 +317,11 @@ class _Connection:
         self._server = server
         self._running: dict[int, asyncio.Task[None]] = {}
         largest_bytes, full_bytes = server.limits_bytes
-        self.frames = _Frames(
+        self.frames = Frames(
             limit_bytes=largest_bytes + _ENVELOPE_BYTES,
             full_bytes=full_bytes,
-            pack=lambda items: pb.Answers(answers=items).SerializeToString(),
-            unpack=lambda message: pb.Requests.FromString(message).requests,
+            pack=encode_answers,
+            unpack=decode_requests,
             on_item=self._take,
             on_end=self._ended,
             admits=self._admits,
@@ -492,23 +338,21 @@ class _Connection:
             self._server.taking(self, True)
         return admitted
 
-    def _take(self, request: pb.Request, body: memoryview) -> None:
+    def _take(self, request: Request, body: memoryview) -> None:
         number = request.number
         if not body:
             if task := self._running.get(number):
                 task.cancel()
         elif self._server.is_closing:
             code = grpc.StatusCode.UNAVAILABLE.value[0]
-            self.frames.put(pb.Answer(number=number, status=code, details="the agent is stopping"))
+            self.frames.put(Answer(number, status=code, details="the agent is stopping"))
         elif number not in self._running:
             taken_s = asyncio.get_running_loop().time()
             self._running[number] = task = asyncio.create_task(self._one(request, body, taken_s))
             task.add_done_callback(lambda _: self._running.pop(number, None))
 
-    async def _one(self, request: pb.Request, body: memoryview, taken_s: float) -> None:
-        answer, found = await self._server.answer_to(request, body)
-        answer.held_s = asyncio.get_running_loop().time() - taken_s
-        self.frames.put(answer, found)
+    async def _one(self, request: Request, body: memoryview, taken_s: float) -> None:
+        self.frames.put(*await self._server.answer_to(request, body, taken_s))
 
     def _ended(self, _: str) -> None:
         self._server.taking(self, False)

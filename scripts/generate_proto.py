@@ -20,8 +20,7 @@ def generate(into: Path) -> None:
     flags = [f"-I{ROOT}", f"-I{include}", f"--python_out={into}", f"--pyi_out={into}", f"--grpc_python_out={into}"]
     if protoc.main(["protoc", *flags, *sources]) != 0:
         sys.exit("protoc failed")
-    for name in ("worker", "forward"):
-        (into / "executor" / "proto" / f"{name}_pb2_grpc.py").unlink()  # messages only, no service
+    (into / "executor" / "proto" / "worker_pb2_grpc.py").unlink()  # messages only, no service
 
 
 def main() -> None:

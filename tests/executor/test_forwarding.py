@@ -15,8 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from executor.errors import QueueFull
+from executor.forward_wire import Request, decode_answers, encode_requests
 from executor.forwarding import Body, CallFailed, ForwardLink, ForwardServer
-from executor.proto import forward_pb2 as pb
 from executor.roles import Role
 from executor.tls import Credentials
 from tests.executor.authority import Authority
@@ -111,7 +111,7 @@ def test_the_agent_is_told_of_the_time_that_is_left_after_the_way_and_of_nine_te
 def test_a_body_that_reaches_beyond_its_frame_ends_the_connection() -> None:
     async def scenario() -> None:
         async with linked() as (server, link, _):
-            message = pb.Requests(requests=[pb.Request(number=1, group="g", body_bytes=9)]).SerializeToString()
+            message = encode_requests([Request(1, "g", body_bytes=9)])
             assert await sent(server.port, struct.pack("<II", len(message), 1) + message + b"x") == b""
             assert await link.send(b"x", "g", 5) == b"gx"
 
@@ -182,14 +182,13 @@ def test_law_hostile_bytes_end_their_own_connection_at_most(data: bytes, framed:
 def test_a_request_may_arrive_byte_by_byte() -> None:
     async def scenario() -> None:
         async with linked() as (server, _, _):
-            request = pb.Request(number=7, group="g", timeout_s=5, body_bytes=1)
-            message = pb.Requests(requests=[request]).SerializeToString()
+            message = encode_requests([Request(7, "g", timeout_s=5, body_bytes=1)])
             reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
             for byte in struct.pack("<II", len(message), 1) + message + b"x":
                 writer.write(bytes([byte]))
                 await writer.drain()
             size, bodies = struct.unpack("<II", await reader.readexactly(8))
-            (answer,) = pb.Answers.FromString(await reader.readexactly(size)).answers
+            (answer,) = decode_answers(await reader.readexactly(size))
             assert (answer.number, answer.body_bytes, answer.status) == (7, bodies, 0)
             assert await reader.readexactly(bodies) == b"gx"
             writer.close()
