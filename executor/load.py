@@ -100,7 +100,8 @@ async def replay(
         options: How to send it.
 
     Raises:
-        InvalidInput: The trace names a service that ``services`` does not, it is empty, or an option is out of range.
+        InvalidInput: The trace names what is neither service nor workflow of ``services``, it is empty, or an option is
+            out of range.
         RemoteFailure: The gateway cannot be reached at the start.
     """
     how = options or LoadOptions()
@@ -110,6 +111,7 @@ async def replay(
         deadline_s=_deadlines_s(trace, services),
         body=trace.codes.astype(np.int64),
         duration_s=trace.duration_s / how.speed,
+        position=_positions(trace, services),
     )
     schedule, frame, wall_s = await _replayed(trace, services, schedule, gateway, how)
     return _result(trace, schedule, frame, wall_s, services, how)
@@ -160,7 +162,7 @@ def _token_load(trace: RequestTrace, services: Services, generating: frozenset[s
 
 
 def _check(trace: RequestTrace, services: Services, how: LoadOptions) -> None:
-    known = {service.name for service in services.services}
+    known = {one.name for one in (*services.services, *services.workflows)}
     faults = [
         Fault(where="trace", field="service", found=repr(name), expected=f"one of {', '.join(sorted(known))}")
         for name in trace.services
@@ -180,13 +182,28 @@ def _check(trace: RequestTrace, services: Services, how: LoadOptions) -> None:
 def _deadlines_s(trace: RequestTrace, services: Services) -> NDArray[np.float64]:
     """Return the time that each request has from its arrival, shape (request,), seconds."""
     tokens = trace.numbers("output_tokens")
-    by_code = [services.service(name) for name in trace.services]
+    flows = {workflow.name: workflow.slo.deadline_s for workflow in services.workflows}
+    by_code = [None if name in flows else services.service(name) for name in trace.services]
+    limits_s = [flows.get(name, 0.0) for name in trace.services]
     return np.array(
         [
-            by_code[code].deadline_s(None if math.isnan(count) else count)
+            limits_s[code] if (service := by_code[code]) is None else service.deadline_s(_known(count))
             for code, count in zip(trace.codes, tokens, strict=True)
         ]
     )
+
+
+def _known(count: float) -> float | None:
+    return None if math.isnan(count) else count
+
+
+def _positions(trace: RequestTrace, services: Services) -> NDArray[np.int64] | None:
+    """Return the places of requests for workflows in the trace, -1 for others; None without any."""
+    flows = {workflow.name for workflow in services.workflows}
+    of_workflow = np.array([name in flows for name in trace.services], dtype=np.bool_)
+    if not of_workflow.any():
+        return None
+    return np.where(of_workflow[trace.codes], np.arange(len(trace)), -1)
 
 
 def _result(
@@ -203,7 +220,7 @@ def _result(
             f"against a deadline of {format_seconds(shortest_s)}; lower the rate, add --processes, or run "
             "it on another machine",
         )
-    names = [service.name for service in services.services if service.name in trace.services]
+    names = [one.name for one in (*services.services, *services.workflows) if one.name in trace.services]
     summary = summarise(
         frame, wall_s=wall_s, gpus=how.gpus, services=names, utilisation=_utilisation(frame, wall_s) or None
     )

@@ -17,9 +17,10 @@ from executor.proto import open_inference_pb2 as messages
 from executor.runtime.protocol import NUMPY_TYPES
 from executor.stream_inference import INPUT
 from executor.tensors import encode_request
+from executor.workflow import POSITION_PARAMETER
 from plans.errors import InvalidInput, RemoteFailure
 
-__all__ = ["Arrays", "Bodies", "build_requests", "example_inputs"]
+__all__ = ["Arrays", "Bodies", "build_requests", "example_inputs", "position_field"]
 
 Arrays = Mapping[str, NDArray[Any]]
 
@@ -44,7 +45,7 @@ async def build_requests(
     Args:
         channel: To the gateway.
         gateway: Its address, for errors.
-        services: Names to ask for.
+        services: Names of services and workflows to ask for.
         payloads: Input arrays by service, in place of random ones.
         seed: Of the random inputs; together with the service's name it determines them.
 
@@ -75,6 +76,12 @@ async def build_requests(
             inputs = example_inputs(metadata, seed=seed + position) if metadata else {}
         requests[service] = encode_request(service, inputs).SerializeToString()
     return Bodies(requests=requests, generating=frozenset(generating))
+
+
+def position_field(position: int) -> bytes:
+    """Return what, behind a serialised request for a workflow, numbers it."""
+    field: bytes = encode_request("", {}, parameters={POSITION_PARAMETER: position}).SerializeToString()
+    return field
 
 
 def _takes_tokens(metadata: messages.ModelMetadataResponse) -> bool:

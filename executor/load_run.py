@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from executor.gateway_peer import INFERENCE
 from executor.infer_header import AnswerHeader, read_answer_header
 from executor.latency_histogram import LatencyHistogram
+from executor.load_requests import position_field
 from executor.load_tokens import TokenLoad, stream_answer, token_fields
 from plans.errors import InvalidInput
 
@@ -37,6 +38,8 @@ class Schedule:
         body: Shape (request,): which of the bodies each sends.
         duration_s: Length of the run, at least.
         tokens: What requests ask of services that generate; None without any.
+        position: Shape (request,): numbers requests for workflows, so that agents draw what the evaluator draws; -1 on
+            all others. None without any.
     """
 
     due_s: NDArray[np.float64]
@@ -44,6 +47,7 @@ class Schedule:
     body: NDArray[np.int64]
     duration_s: float
     tokens: TokenLoad | None = None
+    position: NDArray[np.int64] | None = None
 
     def __len__(self) -> int:
         """Return the number of requests."""
@@ -57,6 +61,7 @@ class Schedule:
             body=self.body[index::count],
             duration_s=self.duration_s,
             tokens=self.tokens.part(index, count) if self.tokens else None,
+            position=None if self.position is None else self.position[index::count],
         )
 
 
@@ -169,7 +174,7 @@ class LoadRun:
         """Send one request and note its answer."""
         try:
             send = self._send[position % len(self._send)]
-            answer = await send(self._bodies[self._schedule.body[position]], timeout=timeout_s)
+            answer = await send(self._body(position), timeout=timeout_s)
         except grpc.aio.AioRpcError as error:
             self._status[position] = error.code().name
         else:
@@ -178,6 +183,13 @@ class LoadRun:
                 self._status[position] = "OK"
             except InvalidInput:
                 self._status[position] = grpc.StatusCode.INTERNAL.name  # what a client makes of a broken answer
+
+    def _body(self, position: int) -> bytes:
+        schedule = self._schedule
+        body: bytes = self._bodies[schedule.body[position]]
+        if schedule.position is None or schedule.position[position] < 0:
+            return body
+        return body + position_field(int(schedule.position[position]))
 
     async def _generate(self, position: int) -> None:
         """Send one request for tokens and note when they came."""

@@ -15,7 +15,18 @@ from dataclasses import dataclass
 from executor.state import WorkflowEdge, WorkflowRules
 from plans.workflows import DRAW_EDGES, DRAW_SWITCHES, drawn_calls, drawn_share
 
-__all__ = ["HOME", "Progress", "Release", "Structure"]
+__all__ = [
+    "DIGEST_PARAMETER",
+    "HOME",
+    "POSITION_PARAMETER",
+    "STAGE_PARAMETER",
+    "Progress",
+    "Release",
+    "Structure",
+]
+
+STAGE_PARAMETER, DIGEST_PARAMETER, POSITION_PARAMETER = "workflow_stage", "workflow_digest", "workflow_position"
+"""Parameters of a request: with which stage to begin, which definition is meant, and the number by which to draw."""
 
 HOME = ""
 """In place of a stage: the agent to which a gateway sent the request; it calls the stages that no edge leads to."""

@@ -20,15 +20,13 @@ from executor.forwarding import CallFailed
 from executor.proto import open_inference_pb2 as pb
 from executor.tensors import Array, TensorLimits, decode_outputs, encode_request
 from executor.tracing import NoSpans
-from executor.workflow import HOME, Progress, Release, Structure
+from executor.workflow import DIGEST_PARAMETER, HOME, POSITION_PARAMETER, STAGE_PARAMETER, Progress, Release, Structure
 from executor.workflow_local import Parameters, Stages
 from executor.workflow_routes import Place, Successors
 from executor.workflow_tensors import Arrays, gathered, inputs_of, qualified
 from plans.errors import ForeplanError, InvalidInput
 
-__all__ = ["DIGEST_PARAMETER", "POSITION_PARAMETER", "STAGE_PARAMETER", "PartCall", "WorkflowRunner"]
-
-STAGE_PARAMETER, DIGEST_PARAMETER, POSITION_PARAMETER = "workflow_stage", "workflow_digest", "workflow_position"
+__all__ = ["PartCall", "WorkflowRunner"]
 
 _MOST_CALLS = 256
 """Calls of one stage of one request."""

@@ -22,10 +22,10 @@ from executor.statistics import Counters
 from executor.tensors import Buffer, TensorLimits, decode_inputs, decode_raw, encode_response, parameter
 from executor.tls import Dialer
 from executor.tracing import NoSpans
-from executor.workflow import HOME, Structure
+from executor.workflow import DIGEST_PARAMETER, HOME, POSITION_PARAMETER, STAGE_PARAMETER, Structure
 from executor.workflow_local import LocalStages
 from executor.workflow_routes import Successors
-from executor.workflow_run import DIGEST_PARAMETER, POSITION_PARAMETER, STAGE_PARAMETER, PartCall, WorkflowRunner
+from executor.workflow_run import PartCall, WorkflowRunner
 from executor.workflow_tensors import by_stage
 from plans.errors import InvalidInput
 
