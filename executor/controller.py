@@ -10,19 +10,31 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from executor.apply_plan import Fresh, InForce, Live, ReplicaChange, Stale, assess, changes, check_plan
+from executor.apply_plan import (
+    Fresh,
+    InForce,
+    Live,
+    ReplicaChange,
+    Stale,
+    assess,
+    changes,
+    check_plan,
+    left_over,
+    live_prior,
+)
 from executor.cluster_connection import ClusterConnection
 from executor.cluster_status import ClusterStatus, status
 from executor.lease import LeaseTiming, holding, new_holder
-from executor.rollout import ApplyTimeouts, Progress, ProgressEvent, Rollout, TakenBack
+from executor.rollout import ApplyTimeouts, FlipRefused, Progress, ProgressEvent, Rollout, TakenBack
+from executor.rounds import stops
 from executor.state import ReplicaKey
 from executor.tls import Dialer
 from executor.tracing import start_tracing
 from plans.cluster import Cluster
-from plans.errors import ApplyRolledBack, RemoteFailure, StalePlan
+from plans.errors import ApplyRolledBack, InvalidInput, RemoteFailure, StalePlan
 from plans.plan import Plan, Prior
 
 __all__ = [
@@ -81,6 +93,9 @@ ApplyResult = NoChanges | Applied | WouldApply
 
 _log = logging.getLogger("executor.controller")
 
+_FOLLOW_PAUSE_S = 0.2
+"""Between two attempts to bring agents to the next stop."""
+
 _GO_ON = "run `foreplan apply` again to go on from here"
 
 
@@ -99,8 +114,13 @@ async def apply(
     progress: Progress = _silent,
     dialer: Dialer | None = None,
     lease: LeaseTiming | None = None,
+    stored: Callable[[str], Plan | None] = lambda digest: None,
 ) -> ApplyResult:
     """Bring every node of ``cluster``, and the routes of ``gateways``, to ``plan``.
+
+    Where something has to wait for memory that others hold, this takes the waves of `plans.transition`, each a
+    generation of its own, if ``stored`` knows what is live. Else everything that leaves goes at once, before what waits
+    is loaded.
 
     Args:
         plan: What shall run. Nodes that it does not use are emptied.
@@ -113,6 +133,7 @@ async def apply(
         progress: Told about each step on each peer.
         dialer: Opens the channels; without one, in the clear.
         lease: How long to wait for another controller, and for how long the nodes are held.
+        stored: Returns the plan of a placement digest, as far as it is known.
 
     Raises:
         InvalidInput: The plan is for another cluster, or a node cannot run its part; with all faults.
@@ -139,28 +160,61 @@ async def apply(
         spans = start_tracing("foreplan-controller")
         held.callback(spans.close)
         held.enter_context(spans.span("apply", generation=generation, placement_digest=plan.placement_digest))
-        rollout = Rollout(
-            plan, cluster, connection, generation=generation, timeouts=limits, progress=progress, spans=spans
-        )
+
+        def rollout_to(stop: Plan, number: int) -> Rollout:
+            return Rollout(
+                stop, cluster, connection, generation=number, timeouts=limits, progress=progress, spans=spans
+            )
+
+        rollout = rollout_to(plan, generation)
         if dry_run:
             await rollout.validate()
             return WouldApply(
                 generation=generation,
                 placement_digest=plan.placement_digest,
                 changes=changes(plan, live),
-                deferred=tuple(key for keys in rollout.deferred.values() for key in keys),
+                deferred=_waiting([rollout]),
                 left_over=found,
             )
-        await _run(rollout, live)
+        await _reach(rollout.validate, rollout, live)
+        way = [rollout]
+        if any(rollout.deferred.values()) and (running := _running(live, stored)) is not None:
+            way = [rollout_to(stop, generation + n) for n, stop in enumerate(stops(running, plan, cluster))]
+            way = way if await _is_possible(way) else [rollout]
+        await _run(way, live, limits)
     if isinstance(standing, InForce):
-        return NoChanges(generation=generation, placement_digest=plan.placement_digest, converged=found)
+        return NoChanges(generation=way[-1].generation, placement_digest=plan.placement_digest, converged=found)
     return Applied(
-        generation=generation,
+        generation=way[-1].generation,
         placement_digest=plan.placement_digest,
         changes=changes(plan, live),
-        deferred=tuple(key for keys in rollout.deferred.values() for key in keys),
+        deferred=_waiting(way),
         wall_s=asyncio.get_running_loop().time() - started_s,
     )
+
+
+def _waiting(way: Sequence[Rollout]) -> tuple[ReplicaKey, ...]:
+    return tuple(dict.fromkeys(key for rollout in way for keys in rollout.deferred.values() for key in keys))
+
+
+def _running(live: Live, stored: Callable[[str], Plan | None]) -> Plan | None:
+    """Return the plan that every peer has in force, if it is known and nothing is left over from others."""
+    prior = live_prior(live)
+    running = stored(prior.digest) if prior is not None else None
+    if prior is None or running is None or left_over(running, prior.generation, live):
+        return None
+    return running
+
+
+async def _is_possible(way: Sequence[Rollout]) -> bool:
+    """Say whether every node can hold what stands on the way; one may have less memory than the cluster file says."""
+    try:
+        for rollout in way:
+            await rollout.validate()
+    except (InvalidInput, RemoteFailure) as failure:
+        _log.warning("everything that leaves goes at once: %s", failure)
+        return False
+    return True
 
 
 async def _live(connection: ClusterConnection, limits: ApplyTimeouts) -> Live:
@@ -181,20 +235,47 @@ async def _live(connection: ClusterConnection, limits: ApplyTimeouts) -> Live:
     return Live(agents=agents, gateways=gateways)
 
 
-async def _run(rollout: Rollout, before: Live) -> None:
-    """Take the steps of one apply. Nothing is unloaded before every gateway is known to have flipped."""
-    await _reach_flip(rollout, before)
+async def _run(way: Sequence[Rollout], before: Live, limits: ApplyTimeouts) -> None:
+    """Take the steps of one apply, stop by stop. Nothing is unloaded before every gateway is known to have flipped."""
+    first, last = way[0], way[-1]
+    await _reach(first.stage, first, before)
+    await _reach(first.commit, first, before)
     try:
-        failures = await _flip(rollout, before)
+        failures = await _flip(first, before)
         if failures:
-            raise _unfinished(rollout, failures, ["no node has unloaded anything"])
-        failures = await rollout.finish()
-        remaining = await rollout.left_over()
+            raise _unfinished(first, failures, ["no node has unloaded anything"])
+        failures = await first.finish()
+        for rollout in way[1:]:
+            if not failures:
+                failures = await _follow(rollout, limits)
+        remaining = await last.left_over()
     except asyncio.CancelledError:
-        _log.error("interrupted: generation %d is not everywhere yet; %s", rollout.generation, _GO_ON)
+        _log.error("interrupted: generation %d is not everywhere yet; %s", last.generation, _GO_ON)
         raise
     if failures or remaining:
-        raise _unfinished(rollout, failures, remaining)
+        raise _unfinished(last, failures, remaining)
+
+
+async def _follow(rollout: Rollout, limits: ApplyTimeouts) -> dict[str, RemoteFailure]:
+    """Go on to a further stop, for which nothing is taken back any more; return the peers that are not there."""
+    clock = asyncio.get_running_loop().time
+    end_s = clock() + limits.converge_s
+    waiting: dict[str, tuple[ReplicaKey, ...]] = {}
+    while True:
+        try:
+            await rollout.stage()
+            waiting |= {node: keys for node, keys in rollout.deferred.items() if keys}  # of the second time none waits
+            await rollout.commit()
+            break
+        except RemoteFailure as failure:
+            if not failure.retryable or clock() > end_s:
+                return {failure.peer: failure}
+        await asyncio.sleep(_FOLLOW_PAUSE_S)
+    rollout.deferred = waiting
+    try:
+        return await rollout.flip() or await rollout.finish()
+    except FlipRefused as refusal:
+        return {refusal.peer: refusal}
 
 
 def _unfinished(rollout: Rollout, failures: Mapping[str, RemoteFailure], remaining: Sequence[str]) -> RemoteFailure:
@@ -204,11 +285,10 @@ def _unfinished(rollout: Rollout, failures: Mapping[str, RemoteFailure], remaini
     return RemoteFailure(peer, f"{text}; {_GO_ON}", retryable=True)
 
 
-async def _reach_flip(rollout: Rollout, before: Live) -> None:
+async def _reach(step: Callable[[], Awaitable[None]], rollout: Rollout, before: Live) -> None:
+    """Take a step before the flip; take everything back where it fails."""
     try:
-        await rollout.validate()
-        await rollout.stage()
-        await rollout.commit()
+        await step()
     except RemoteFailure as failure:
         await _roll_back(rollout, before, failure)
     except asyncio.CancelledError:

@@ -92,12 +92,19 @@ def _targeted(
         return targeted(plan, None, nodes, None)
     if store is None:
         raise InvalidInput.of("the store that holds the live plan", where="--store", found="nothing")
-    plans = PlanStore(store)
+    found = _stored(PlanStore(store), live.digest)
+    if found is not None:
+        return targeted(plan, found, nodes, live)
+    raise InvalidInput.of(f"the live plan, of generation {live.generation}", where=store, found="no such plan")
+
+
+def _stored(plans: PlanStore, digest: str) -> Plan | None:
+    """Return the plan in the store whose placement has ``digest``, the newest first; None without one."""
     for stored in reversed(plans.generations()):
         found = plans.get(stored.name)
-        if found.placement_digest == live.digest:
-            return targeted(plan, found, nodes, live)
-    raise InvalidInput.of(f"the live plan, of generation {live.generation}", where=store, found="no such plan")
+        if found.placement_digest == digest:
+            return found
+    return None
 
 
 def _timeouts(given: list[str]) -> ApplyTimeouts:
@@ -200,6 +207,7 @@ def _apply(
                 timeouts=timeouts,
                 progress=lambda event: _event(out, step, event),
                 dialer=dialer,
+                stored=lambda digest: None if plans is None else _stored(plans, digest),
             )
         )
     if plans is not None and all(stored.generation != result.generation for stored in plans.generations()):

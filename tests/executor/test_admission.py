@@ -69,10 +69,12 @@ def test_a_group_may_have_several_devices_with_memory_for_its_part_on_each() -> 
     assert "on device 1" in found
 
 
-def test_a_device_in_two_groups_is_a_fault():
-    group = DesiredGroup(id="other", gpus=(0,))
+def test_groups_may_share_a_device_whose_memory_holds_both():
+    group = DesiredGroup(id="other", gpus=(0,), replicas=(replica("b"),))
     state = desired(1, g0=[replica("a")])
-    assert "device 0 in one group" in faults(dataclasses.replace(state, groups=(*state.groups, group)))[0]
+    assert faults(dataclasses.replace(state, groups=(*state.groups, group))) == []
+    large = DesiredGroup(id="other", gpus=(0,), replicas=(replica("b", memory_bytes=(10**15,)),))
+    assert "on device 0" in faults(dataclasses.replace(state, groups=(*state.groups, large)))[0]
 
 
 def test_all_faults_are_found_at_once():

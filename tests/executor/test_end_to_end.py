@@ -151,6 +151,59 @@ def test_what_does_not_fit_beside_the_old_is_loaded_after_it(site: Site) -> None
     assert set(site.load(4, 50.0).requests["variant"]) == {"fake-slow-20"}
 
 
+def test_replicas_that_have_no_room_beside_the_old_are_replaced_in_turn_and_no_request_is_lost(site: Site) -> None:
+    """Each node's device is full. In one go no replica would serve meanwhile; in waves one always does."""
+    big = 700 * 2**20
+    before, after = (
+        placement({"a/0": {"chat": variant}, "b/0": {"chat": variant}}, memory_bytes=big)
+        for variant in ("fake-slow-20", "fake-double")
+    )
+    site.apply(before, prior=site.status().live)
+    generation = site.generation
+    seen: list[str] = []
+    result = site.load_while(
+        300,
+        100.0,
+        after,
+        prior=site.status().live,
+        stored={before.placement_digest: before}.get,
+        progress=lambda event: seen.append(event.step) if event.outcome == "begun" else None,
+    )
+    assert set(result.requests["outcome"]) == {"good"}
+    assert set(result.requests["variant"]) == {"fake-slow-20", "fake-double"}
+    assert site.generation == generation + 2  # two waves
+    assert seen.count("finish") == 4
+    assert site.apply(after) == NoChanges(generation=generation + 2, placement_digest=after.placement_digest)
+    assert set(site.load(4, 50.0).requests["variant"]) == {"fake-double"}
+
+
+def test_an_agent_that_dies_between_two_waves_is_brought_to_the_plan_when_it_is_back(site: Site) -> None:
+    big = 700 * 2**20
+    before, after = (
+        placement({"a/0": {"chat": variant}, "b/0": {"chat": variant}}, memory_bytes=big)
+        for variant in ("fake-slow-20", "fake-double")
+    )
+    site.apply(before, prior=site.status().live)
+    steps: list[str] = []
+
+    def progress(event: ProgressEvent) -> None:
+        if (event.peer, event.step) == ("b", "stage"):
+            steps.append(event.outcome)
+            if steps == ["begun", "done", "begun"]:
+                site.b.process.kill()
+                site.b.process.wait()
+            elif event.outcome == "failed" and site.b.process.poll() is not None:
+                site.b.start()
+
+    applied = site.apply(
+        after, prior=site.status().live, stored={before.placement_digest: before}.get, progress=progress
+    )
+    assert isinstance(applied, Applied)
+    assert "failed" in steps
+    site.until_healthy()
+    assert set(site.load(20, 50.0).requests["group"]) == {"a/0", "b/0"}
+
+
 def test_a_service_goes_from_one_device_to_two_sharded_and_back_and_no_request_is_lost(site: Site) -> None:
     one = placement({"a/0": {"chat": "fake-double"}}, prior=BOTH)
     two = placement({"a/0-1": {"chat": "fake-double"}}, prior=one)
