@@ -1,4 +1,7 @@
-"""What the servers of agents and gateways have in common: TLS and roles, the address, health, and how they end."""
+"""What the servers of agents and gateways have in common: TLS and roles, the address, health, and how they end.
+
+Bytes that are no request are INVALID_ARGUMENT in every call.
+"""
 
 from __future__ import annotations
 
@@ -16,6 +19,7 @@ from grpc_health.v1._async import HealthServicer
 from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
 from grpc_reflection.v1alpha._async import ReflectionServicer
 
+from executor.request_reading import reading
 from executor.roles import Guard, Role
 from executor.tls import Credentials
 from plans.errors import InvalidInput
@@ -60,8 +64,8 @@ class RpcServer:
 
     def add_generic_rpc_handlers(self, handlers: Sequence[grpc.GenericRpcHandler[Any, Any]]) -> None:
         """Register handlers, behind the guard where there is one."""
-        guard = self._guard
-        self._server.add_generic_rpc_handlers(tuple(guard.guarded(one) if guard else one for one in handlers))
+        guard, inside = self._guard, [reading(one) for one in handlers]
+        self._server.add_generic_rpc_handlers(tuple(guard.guarded(one) if guard else one for one in inside))
 
     def add_registered_method_handlers(self, service_name: str, method_handlers: Any) -> None:
         """Do nothing, as grpc.aio does: the generic handlers name the same methods."""
