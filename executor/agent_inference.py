@@ -16,6 +16,7 @@ from typing import Any
 import grpc
 import grpc.aio
 
+from executor.answer_bytes import MODEL_VERSION, AnswerWriter, answer_message
 from executor.errors import PlacementIsPlanned, RequestRefused, UnknownService, details_of, status_of
 from executor.forwarding import Body, CallFailed
 from executor.infer_header import GROUP_METADATA, LONGEST_DEADLINE_S
@@ -24,23 +25,20 @@ from executor.node import Node
 from executor.proto import open_inference_pb2 as pb
 from executor.proto import open_inference_pb2_grpc as pb_grpc
 from executor.replica import Replica
-from executor.request_head import HeadReader, RequestHead
-from executor.runtime.protocol import TensorSpec, batch_of
+from executor.request_head import Fits, HeadReader, RequestHead
+from executor.runtime.protocol import TensorSpec
 from executor.state import Phase
 from executor.statistics import Counters, statistics_to_proto
 from executor.stream_inference import FINAL, INPUT, OUTPUT, error_response, interleaved
-from executor.tensors import Buffer, TensorLimits, decode_inputs, decode_raw, encode_response
+from executor.tensors import Buffer, TensorLimits, decode_inputs, decode_raw
 from executor.token_inference import generated_answer, streamed_tokens, token_request
 from executor.tracing import Spans, join_trace, traceparent_in
 from executor.whole_requests import Answer
 from executor.worker_wire import Loaded
 from executor.workflow_service import Workflows
-from plans.errors import ForeplanError, InvalidInput
+from plans.errors import ForeplanError
 
 __all__ = ["InferenceServicer", "deadline_in_s"]
-
-MODEL_VERSION = "1"
-"""The one version of every service."""
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -91,6 +89,8 @@ class InferenceServicer(pb_grpc.GRPCInferenceServiceServicer):
         self._version = version
         self._limits = limits or TensorLimits()
         self._heads = HeadReader(self._limits)
+        self._fits = Fits()
+        self._answers = AnswerWriter()
         self._clock = clock
         self.workflows: Workflows | None = None
 
@@ -185,7 +185,8 @@ class InferenceServicer(pb_grpc.GRPCInferenceServiceServicer):
         try:
             raw = request.raw_input_contents
             whole = _Whole(RequestHead.of(request, raw, self._limits), raw)
-            return await self._recorded(whole, arrived_s, context.time_remaining(), _group_in(context))
+            answer = await self._recorded(whole, arrived_s, context.time_remaining(), _group_in(context))
+            return answer_message(whole.head, answer) if isinstance(answer, Answer) else answer
         except ForeplanError as error:
             return await context.abort(status_of(error), details_of(error))
         except CallFailed as failed:
@@ -233,7 +234,8 @@ class InferenceServicer(pb_grpc.GRPCInferenceServiceServicer):
             (None, None) if of_workflow else self._chosen(request.model_name, request.model_version, group)
         )
         if replica is None or loaded is None or loaded.generates is None or not self._generates(replica):
-            answer = await self._infer(whole, arrived_s, None, group)
+            found = await self._infer(whole, arrived_s, None, group)
+            answer = answer_message(whole.head, found) if isinstance(found, Answer) else found
             answer.parameters[FINAL].bool_param = True
             yield pb.ModelStreamInferResponse(infer_response=answer)
             return
@@ -256,8 +258,9 @@ class InferenceServicer(pb_grpc.GRPCInferenceServiceServicer):
             InvalidInput: It is no such message, or not one that the model takes.
         """
         arrived_s = self._clock()
-        answer = await self._recorded(_Whole(*self._heads.read(body)), arrived_s, timeout_s, group)
-        return answer.SerializeToString()
+        whole = _Whole(*self._heads.read(body))
+        answer = await self._recorded(whole, arrived_s, timeout_s, group)
+        return self._answers.write(whole.head, answer) if isinstance(answer, Answer) else answer.SerializeToString()
 
     def wait_s(self, group: str) -> float:
         """Return the seconds until a request that arrives at ``group`` now would start; 0 for a group not here."""
@@ -293,7 +296,7 @@ class InferenceServicer(pb_grpc.GRPCInferenceServiceServicer):
 
     async def _recorded(
         self, whole: _Whole, arrived_s: float, time_remaining_s: float | None, group: str | None
-    ) -> pb.ModelInferResponse:
+    ) -> Answer | pb.ModelInferResponse:
         if self._spans is None:
             return await self._infer(whole, arrived_s, time_remaining_s, group)
         with self._traced(whole.head.message.model_name, group):
@@ -309,9 +312,10 @@ class InferenceServicer(pb_grpc.GRPCInferenceServiceServicer):
 
     async def _infer(
         self, whole: _Whole, arrived_s: float, time_remaining_s: float | None, group: str | None
-    ) -> pb.ModelInferResponse:
+    ) -> Answer | pb.ModelInferResponse:
+        """Return the outputs of a request, or the whole message where these are not a model's own."""
         head = whole.head
-        request, wanted = head.message, head.wanted
+        request = head.message
         if self.workflows is not None and self.workflows.takes(request):
             default_s = self.workflows.deadline_s(request.model_name)
             end_s = arrived_s + deadline_in_s(head.deadline_s, time_remaining_s, default_s)
@@ -323,16 +327,8 @@ class InferenceServicer(pb_grpc.GRPCInferenceServiceServicer):
             generated, response = await generated_answer(server, replica.key, asked, request, head.deadline_s)
             self._record(generated)
             return response
-        if wanted and (unknown := wanted - {spec.name for spec in loaded.outputs}):
-            known = ", ".join(spec.name for spec in loaded.outputs)
-            raise InvalidInput.of(f"some of {known}", field="outputs", found=", ".join(sorted(unknown)))
         server = self._node.upkeep.groups[replica.key.group]
-        items = batch_of(  # from the headers alone: contents that cannot be run are not worth decoding
-            head.described,
-            loaded.inputs,
-            max_batch=server.max_batch(replica.key),
-            where=request.model_name,
-        )
+        items = self._fits.items(head, loaded, server.max_batch(replica.key))
         inputs = decode_raw(head.described, whole.raw) if whole.raw else decode_inputs(request, self._limits)
         deadline_s = arrived_s + deadline_in_s(head.deadline_s, time_remaining_s, replica.settings.deadline_s)
         pending = server.submit(replica.key, inputs, items, deadline_s, priority=head.priority, stream=head.stream)
@@ -342,18 +338,7 @@ class InferenceServicer(pb_grpc.GRPCInferenceServiceServicer):
             server.cancel(pending)
             raise
         self._record(answer)
-        return encode_response(
-            request.model_name,
-            {name: array for name, array in answer.outputs.items() if not wanted or name in wanted},
-            request_id=request.id,
-            version=MODEL_VERSION,
-            parameters={
-                "batch_size": answer.batch_items,
-                "queue_s": answer.queue_s,
-                "run_s": answer.run_s,
-                "variant": answer.variant,
-            },
-        )
+        return answer
 
     def _chosen(self, service: str, version: str, group: str | None) -> tuple[Replica, Loaded]:
         """Return the replica for a request, and what its worker said when it loaded the model."""

@@ -6,15 +6,18 @@ anew would cost as much as all else that is done for the request.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from executor.infer_header import deadline_of, parsed_request, priority_of, split_fields, stream_of
 from executor.proto import open_inference_pb2 as pb
+from executor.runtime.protocol import batch_of
 from executor.tensors import Array, Buffer, TensorLimits, described_inputs
+from executor.worker_wire import Loaded
 from plans.errors import InvalidInput
 
-__all__ = ["HeadReader", "RequestHead"]
+__all__ = ["Fits", "HeadReader", "RequestHead"]
 
 _KNOWN_HEADS, _LONGEST_KNOWN = 1024, 512
 """How many heads are remembered, and the longest of them in bytes."""
@@ -31,6 +34,7 @@ class RequestHead:
         deadline_s: The parameter ``deadline_ms``, seconds from arrival, or None.
         priority: From 1, which goes first.
         stream: The stream that it is a frame of; empty for none.
+        recurs: Whether the head is remembered, so that other requests may have the very same.
     """
 
     message: pb.ModelInferRequest
@@ -39,6 +43,7 @@ class RequestHead:
     deadline_s: float | None
     priority: int
     stream: str
+    recurs: bool = False
 
     @classmethod
     def of(cls, message: pb.ModelInferRequest, raw: Sequence[Buffer], limits: TensorLimits) -> RequestHead:
@@ -57,6 +62,34 @@ class RequestHead:
             priority=priority_of(message),
             stream=stream_of(message),
         )
+
+
+class Fits:
+    """Says whether requests fit a model, and remembers it of heads that come again."""
+
+    def __init__(self) -> None:
+        self._known: dict[RequestHead, tuple[Loaded, int, int]] = {}
+
+    def items(self, head: RequestHead, loaded: Loaded, max_batch: int) -> int:
+        """Return the items of a request for the model ``loaded``, between 1 and ``max_batch``.
+
+        From the head alone: contents that cannot be run are not worth decoding.
+
+        Raises:
+            InvalidInput: The model takes no such inputs, or has no such outputs; with every fault of the inputs.
+        """
+        known = self._known.get(head)
+        if known is not None and known[0] is loaded and known[1] == max_batch:
+            return known[2]
+        if unknown := head.wanted - {spec.name for spec in loaded.outputs}:
+            names = ", ".join(spec.name for spec in loaded.outputs)
+            raise InvalidInput.of(f"some of {names}", field="outputs", found=", ".join(sorted(unknown)))
+        items = batch_of(head.described, loaded.inputs, max_batch=max_batch, where=head.message.model_name)
+        if head.recurs:
+            if len(self._known) >= _KNOWN_HEADS:
+                self._known.clear()
+            self._known[head] = loaded, max_batch, items
+        return items
 
 
 class HeadReader:
@@ -83,5 +116,5 @@ class HeadReader:
             if raw and len(rest) <= _LONGEST_KNOWN:  # without raw contents the rest holds the tensors
                 if len(self._known) >= _KNOWN_HEADS:
                     self._known.clear()
-                self._known[rest, len(raw)] = head
+                head = self._known[rest, len(raw)] = dataclasses.replace(head, recurs=True)
         return head, raw

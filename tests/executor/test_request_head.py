@@ -6,8 +6,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from executor.proto import open_inference_pb2 as pb
-from executor.request_head import HeadReader, RequestHead
+from executor.request_head import Fits, HeadReader, RequestHead
+from executor.runtime.protocol import TensorSpec
 from executor.tensors import TensorLimits, decode_inputs, decode_raw, encode_request
+from executor.worker_wire import Loaded
 from plans.errors import InvalidInput
 
 LIMITS = TensorLimits(tensors=3)
@@ -98,3 +100,35 @@ def test_any_bytes_are_read_or_refused_by_name(data):
         except InvalidInput:
             continue
         assert len(raw) in (0, len(head.described))
+
+
+def loaded(floats: int) -> Loaded:
+    return Loaded(
+        call=1,
+        weight_bytes=1,
+        load_s=0.0,
+        first_inference_s=0.0,
+        inputs=(TensorSpec("x", "FP32", (floats,)),),
+        outputs=(TensorSpec("y", "FP32", (1,)),),
+    )
+
+
+def test_a_head_that_fitted_one_model_is_judged_anew_for_another_and_for_another_largest_batch():
+    fits, reader = Fits(), HeadReader(LIMITS)
+    inputs = {"x": np.zeros((2, 4), np.float32)}
+    head, _ = reader.read(encode_request("s", inputs).SerializeToString())
+    four, five = loaded(4), loaded(5)
+    for _ in range(2):
+        assert fits.items(head, four, 2) == 2
+        with pytest.raises(InvalidInput, match="shape"):
+            fits.items(head, five, 2)
+        with pytest.raises(InvalidInput, match="a batch of 1 to 1"):
+            fits.items(head, four, 1)
+
+
+def test_outputs_that_a_model_has_not_are_refused_each_time():
+    fits, reader = Fits(), HeadReader(LIMITS)
+    for value in (1.0, 2.0):
+        head, _ = reader.read(request(value, outputs=["z"]))
+        with pytest.raises(InvalidInput, match="some of y"):
+            fits.items(head, loaded(4), 1)
