@@ -109,9 +109,10 @@ class FairRows:
     def _curves(self) -> None:
         """(5.9) z[s] / d[s] = sum over i of e[s, i]; utility = sum over i of slope[i] e[s, i] + jump[i] b[s, i].
 
-        With e[s, i] <= width[i], e[s, i] >= width[i] b[s, j] for i < j, and e[s, j] <= width[j] b[s, j]. The switch
-        b[s, j] stands where the curve jumps or grows steeper: only there could a later piece be worth more than an
-        earlier one.
+        With e[s, i] <= width[i], e[s, i] >= width[i] b[s, j] for i < j, and e[s, i] <= width[i] b[s, j] from i = j up
+        to the next switch. The switch b[s, j] stands where the curve jumps or grows steeper: only there could a later
+        piece be worth more than the one before it. Pieces that grow less steep behind it wait for it as well: they may
+        be worth more than those before it.
         """
         space = self.formulation.space
         shapes = curves(space)
@@ -136,16 +137,16 @@ class FairRows:
         columns[switched] = self.builder.add_variables(
             [f"switch[{name},{index}]" for index in switched], upper=np.ones(len(switched)), integer=True
         )
-        start = 0
-        for index in switched:
-            switch, width = int(columns[index]), segments[index][0]
-            if width > 0:
-                row = f"opens.{name}.{index}"
-                self.builder.add_row(row, [int(pieces[index]), switch], [1.0, -width], upper=0.0)
+        bounds = [0, *switched, len(segments)]
+        for start, index, end in zip(bounds, switched, bounds[2:], strict=False):
+            switch = int(columns[index])
+            for after in range(index, end):
+                if (width := segments[after][0]) > 0:
+                    row = f"opens.{name}.{after}"
+                    self.builder.add_row(row, [int(pieces[after]), switch], [1.0, -width], upper=0.0)
             for before in range(start, index):
                 row = f"fills.{name}.{before}.{index}"
                 self.builder.add_row(row, [int(pieces[before]), switch], [1.0, -segments[before][0]], lower=0.0)
-            start = index
         return columns
 
     @property

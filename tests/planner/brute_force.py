@@ -12,6 +12,7 @@ from ortools.linear_solver import pywraplp
 from planner.option import Option
 from planner.problem import Problem, derived_services
 from planner.space import PlanningSpace, build_space
+from planner.utility import curve_of
 from plans.service import Service
 
 Loadout = tuple[Option, ...]
@@ -202,14 +203,28 @@ def _objective(space: PlanningSpace, program: Any, served: dict[str, Any], offer
     if settings.objective == "fair-sum":
         return program.Sum(list(shares.values())) + len(shares) * (least - most + 1.0)
     if settings.objective == "utility":
-        assert (settings.utility, settings.drop_penalty) == ("step", "none")
-        reached = []
+        worth = []
         for name, share in shares.items():
-            switch = program.BoolVar("")
-            program.Add(share >= services[name].slo.attainment * switch)
-            reached.append(services[name].weight * switch)
-        return program.Sum(reached)
+            curve = curve_of(settings, services[name].slo.attainment)
+            worth.append(services[name].weight * _curved(program, share, curve.points))
+        return program.Sum(worth)
     return program.Sum([services[name].weight * served[name] for name in space.names])
+
+
+def _curved(program: Any, share: Any, points: tuple[tuple[float, float], ...]) -> Any:
+    """Return the value at ``share`` of the curve through ``points``: one line of it holds, each with its own share."""
+    lines = [*itertools.pairwise(points), (points[-1], points[-1])]
+    chosen = [program.BoolVar("") for _ in lines]
+    shares = [program.NumVar(0.0, 1.0, "") for _ in lines]
+    program.Add(program.Sum(chosen) == 1)
+    program.Add(program.Sum(shares) == share)
+    values = []
+    for ((left, low), (right, high)), here, part in zip(lines, chosen, shares, strict=True):
+        program.Add(part >= left * here)
+        program.Add(part <= right * here)
+        slope = (high - low) / (right - left) if right > left else 0.0
+        values.append((high if right == left else low - slope * left) * here + slope * part)
+    return program.Sum(values)
 
 
 def _gpus(space: PlanningSpace, group: int) -> list[tuple[str, int]]:

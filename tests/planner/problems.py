@@ -181,6 +181,8 @@ FEATURES = (
     "max-min",
     "fair-sum",
     "utility",
+    "utility-kinked",
+    "utility-power",
     "gpus",
     "cost",
     "scenarios",
@@ -223,6 +225,10 @@ def featured(wanted: Problem, feature: str) -> Problem:
             for demand in rates.services
         )
         rates = rates.model_copy(update={"services": wide})
+    elif feature == "utility-kinked":
+        settings = replace(settings, objective="utility", utility="linear", drop_penalty="linear")
+    elif feature == "utility-power":
+        settings = replace(settings, objective="utility", utility="power", drop_penalty="step")
     else:
         settings = replace(settings, objective=feature, utility="step")  # type: ignore[arg-type]
     return replace(
