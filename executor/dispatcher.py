@@ -20,7 +20,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from executor.errors import QueueFull
+from executor.errors import TOO_MUCH, QueueFull
 from executor.state import ReplicaKey
 from plans.dispatch import DISPLACED, HOPELESS, earliest, next_batch
 
@@ -238,9 +238,13 @@ class Dispatcher:
         if not 1 <= request.priority <= LAST_PRIORITY:
             raise ValueError(f"a priority of 1 to {LAST_PRIORITY}: {request}")
         if len(queue.heap) >= self._limits.requests:
-            raise QueueFull(f"{request.key}: {len(queue.heap)} requests wait already, the limit")
+            raise QueueFull(f"{request.key}: {len(queue.heap)} requests wait already, its queue's limit; {TOO_MUCH}")
         if queue.payload_bytes + request.payload_bytes > self._limits.payload_bytes:
-            raise QueueFull(f"{request.key}: {queue.payload_bytes} bytes wait already, near the limit")
+            waiting, limit = queue.payload_bytes, self._limits.payload_bytes
+            raise QueueFull(
+                f"{request.key}: {waiting} bytes wait already, and {request.payload_bytes} more exceed its queue's "
+                f"limit of {limit}; {TOO_MUCH}"
+            )
         queue.push(request, next(self._arrivals))
 
     def cancel(self, request: Waiting) -> bool:

@@ -27,6 +27,7 @@ import grpc
 from plans.errors import BadStoredData, ForeplanError, InvalidInput, RemoteFailure
 
 __all__ = [
+    "TOO_MUCH",
     "Displaced",
     "Hopeless",
     "LeaseHeld",
@@ -64,6 +65,10 @@ class Hopeless(RequestRefused):
 
 class Displaced(RequestRefused):
     """The request could only be met by a small batch while more than a full one waits behind it."""
+
+
+TOO_MUCH = "send less, give it more time, or plan more replicas"
+"""What a client that is refused for want of capacity can do."""
 
 
 class QueueFull(RequestRefused):

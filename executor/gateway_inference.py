@@ -12,6 +12,7 @@ import grpc.aio
 from google.protobuf.message import DecodeError
 
 from executor.dispatcher import HOPELESS_RATIO
+from executor.errors import TOO_MUCH
 from executor.forwarding import CallFailed
 from executor.gateway_metrics import GatewayMetrics
 from executor.gateway_peer import INFERENCE, Peer
@@ -196,7 +197,7 @@ class InferenceFrontDoor:
         default_s = routes.deadline_s if routes.first_token_s is None else LONGEST_DEADLINE_S
         timeout_s = _timeout_s(time_remaining_s, header.deadline_s, default_s)
         if self.metrics.in_flight >= self._max_in_flight:
-            problem = f"{self.metrics.in_flight} requests are in flight here, the limit"
+            problem = f"{self.metrics.in_flight} requests are in flight at this gateway, its limit; {TOO_MUCH}"
             raise CallFailed(_Code.RESOURCE_EXHAUSTED, problem)
         return header, timeout_s
 
@@ -212,7 +213,10 @@ class InferenceFrontDoor:
         limit_s = timeout_s if first_token_s is None else min(timeout_s, first_token_s)
         wait_s = self._router.least_wait_s(service)
         if wait_s > HOPELESS_RATIO * limit_s:
-            problem = f"{service!r}: {wait_s:.3f} s of work wait at every replica, the deadline is in {limit_s:.3f} s"
+            problem = (
+                f"{service!r}: {wait_s:.3f} s of work wait at every replica, the deadline is in {limit_s:.3f} s, and "
+                f"at most {HOPELESS_RATIO:g} times that may wait; {TOO_MUCH}"
+            )
             raise CallFailed(_Code.RESOURCE_EXHAUSTED, problem)
 
     async def describe(self, request: bytes, time_remaining_s: float | None) -> bytes:

@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from executor.errors import Hopeless, QueueFull, ReplicaUnavailable, RequestRefused
+from executor.errors import TOO_MUCH, Hopeless, QueueFull, ReplicaUnavailable, RequestRefused
 from executor.runtime.generation_queue import Finished, GenerationQueue, prefill_curve
 from executor.runtime.iteration import Decode, IterationLimits, Prefill
 from executor.runtime.protocol import GenerationFacts
@@ -171,7 +171,7 @@ class Lane:
         assert self._rules is not None
         if self._queue.waiting >= self._most_waiting:
             self._counters.dropped += 1
-            raise QueueFull(f"{self.key}: {self._queue.waiting} requests wait already, the limit")
+            raise QueueFull(f"{self.key}: {self._queue.waiting} requests wait already, its queue's limit; {TOO_MUCH}")
         try:
             self._queue.add(
                 request.prompt,

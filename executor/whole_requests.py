@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from executor.bundles import Bundles
 from executor.delay import Delay
 from executor.dispatcher import DEFAULT_PRIORITY, HOPELESS_RATIO, Dispatcher, DropReason, QueueLimits, Waiting
-from executor.errors import Displaced, Hopeless, QueueFull, ReplicaUnavailable, RequestRefused
+from executor.errors import TOO_MUCH, Displaced, Hopeless, QueueFull, ReplicaUnavailable, RequestRefused
 from executor.state import GenerationRules, ReplicaKey
 from executor.statistics import Counters
 from executor.tensors import Array
@@ -215,7 +215,8 @@ class WholeRequests:
             wait_s = self._dispatcher.work_before_s(waiting)
             if wait_s > HOPELESS_RATIO * left_s:
                 raise QueueFull(
-                    f"{waiting.key}: {wait_s:.3f} s of work wait before it, its deadline is in {left_s:.3f} s"
+                    f"{waiting.key}: {wait_s:.3f} s of work wait before it in its queue, its deadline is in "
+                    f"{left_s:.3f} s, and at most {HOPELESS_RATIO:g} times that may wait; {TOO_MUCH}"
                 )
 
     def _set_flush(self) -> None:

@@ -112,10 +112,12 @@ def test_a_cancelled_request_is_not_served():
 def test_a_queue_refuses_what_is_beyond_its_limits():
     made = dispatcher(limits=QueueLimits(requests=2, payload_bytes=10))
     made.add(waiting(0, 5.0, payload_bytes=6))
-    with pytest.raises(QueueFull, match="6 bytes"):
+    with pytest.raises(
+        QueueFull, match=r"^[^:]+: 6 bytes wait already, and 5 more exceed its queue's limit of 10; send less"
+    ):
         made.add(waiting(1, 5.0, payload_bytes=5))
     made.add(waiting(2, 5.0, payload_bytes=4))
-    with pytest.raises(QueueFull, match="2 requests"):
+    with pytest.raises(QueueFull, match=r"^[^:]+: 2 requests wait already, its queue's limit; send less"):
         made.add(waiting(3, 5.0))
 
 
