@@ -13,6 +13,7 @@ from google.protobuf.message import DecodeError
 
 from executor.dispatcher import HOPELESS_RATIO
 from executor.errors import TOO_MUCH
+from executor.first_tries import GivenUp
 from executor.forwarding import CallFailed
 from executor.gateway_metrics import GatewayMetrics
 from executor.gateway_peer import INFERENCE, Peer
@@ -160,22 +161,25 @@ class InferenceFrontDoor:
                 without = target.group
                 mark = messages.ModelStreamInferResponse(infer_response=group_message(target.group)).SerializeToString()
                 is_first = True
+                first_try = self._switchboard.first_tries.at(target.node, service)
                 try:
-                    async with contextlib.aclosing(peer.stream(request, target.group, remaining_s)) as found:
-                        async for answer in found:
-                            code = _status(answer)
-                            if is_first and not is_last_try and code is _Code.UNAVAILABLE:
-                                self._switchboard.suspect(service, target.group, "it answered UNAVAILABLE")
-                                break
-                            is_first = False
-                            yield answer + mark
-                        else:
-                            return
+                    with contextlib.nullcontext() if is_last_try else first_try:
+                        async with contextlib.aclosing(peer.stream(request, target.group, remaining_s)) as found:
+                            async for answer in found:
+                                first_try.keep()
+                                code = _status(answer)
+                                if is_first and not is_last_try and code is _Code.UNAVAILABLE:
+                                    self._switchboard.suspect(service, target.group, "it answered UNAVAILABLE")
+                                    break
+                                is_first = False
+                                yield answer + mark
+                            else:
+                                return
                 except CallFailed as failed:
                     code = failed.code
                     if not is_first or is_last_try or failed.code is not _Code.UNAVAILABLE:
                         raise
-                    self._switchboard.suspect(service, target.group, f"it answered UNAVAILABLE: {failed.details}")
+                    self._suspect(service, target.group, failed)
             raise self._no_replica(service, arrival_s + timeout_s)
         except CallFailed as failed:
             code = failed.code
@@ -281,7 +285,7 @@ class InferenceFrontDoor:
         """Send ``request`` to a target of ``service``, and to another one when the first proves unavailable."""
         failed: CallFailed | None = None
         without = ""
-        for _ in range(2):
+        for is_last_try in (False, True):
             target = self._router.choose(service, without=without, stream=stream)
             peer = self._switchboard.peer(target.node) if target else None
             remaining_s = deadline_s - self._clock()
@@ -289,15 +293,21 @@ class InferenceFrontDoor:
                 break
             if failed is not None:
                 self.metrics.retried(service)
+            first_try = self._switchboard.first_tries.at(target.node, service)
             try:
-                return await self._sent(send, peer, request, service, target, remaining_s)
+                with contextlib.nullcontext() if is_last_try else first_try:
+                    return await self._sent(send, peer, request, service, target, remaining_s)
             except CallFailed as error:
                 failed = error
                 if error.code is not _Code.UNAVAILABLE:
                     break
-                self._switchboard.suspect(service, target.group, f"it answered UNAVAILABLE: {error.details}")
+                self._suspect(service, target.group, error)
                 without = target.group
         raise failed or self._no_replica(service, deadline_s)
+
+    def _suspect(self, service: str, group: str, error: CallFailed) -> None:
+        if not isinstance(error, GivenUp):
+            self._switchboard.suspect(service, group, f"it answered UNAVAILABLE: {error.details}")
 
     def _no_replica(self, service: str, deadline_s: float) -> CallFailed:
         """Return why a request was sent to no replica."""

@@ -6,6 +6,7 @@ import asyncio
 import logging
 from collections.abc import Callable
 
+from executor.first_tries import FirstTries
 from executor.gateway_journal import RoutingJournal
 from executor.gateway_peer import Peer, PeerTiming
 from executor.routing import NodeView, Router, Routing
@@ -27,6 +28,10 @@ class Switchboard:
         dialer: Opens the channels to agents.
         on_change: Called after anything that may have changed which services are served.
         routing: How requests are routed.
+
+    Attributes:
+        router: The routes in force.
+        first_tries: Requests that are given up when their agent does not answer any more.
     """
 
     def __init__(
@@ -40,6 +45,7 @@ class Switchboard:
         routing: Routing = "corrected",
     ) -> None:
         self.router = Router(routing)
+        self.first_tries = FirstTries()
         self._journal = journal
         self._timing = timing
         self._max_message_bytes = max_message_bytes
@@ -134,6 +140,8 @@ class Switchboard:
             state = "lost" if view.problem else "found"
             _log.warning("event=%s node=%s address=%s problem=%r", state, backend.node, backend.address, view.problem)
         self.router.observe(backend, view)
+        if view.doubtful:
+            self.first_tries.give_up(backend.node, lambda service: not self.router.problem(service))
         self._on_change()
 
 

@@ -125,6 +125,7 @@ class FakeAgent(_Scripted, control_pb2_grpc.AgentServicer):
         methods = {
             "ModelInfer": grpc.unary_unary_rpc_method_handler(self._infer),
             "ModelMetadata": grpc.unary_unary_rpc_method_handler(self._metadata),
+            "ModelStreamInfer": grpc.stream_stream_rpc_method_handler(self._stream),
         }
         server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(INFERENCE, methods),))
 
@@ -244,6 +245,11 @@ class FakeAgent(_Scripted, control_pb2_grpc.AgentServicer):
             return await self._forwarded(request, metadata[GROUP_METADATA], context.time_remaining())
         except CallFailed as failed:
             await context.abort(failed.code, failed.details)
+
+    async def _stream(self, requests: Any, context: Any) -> Any:
+        async for request in requests:
+            answer = inference.ModelInferResponse.FromString(await self._infer(request, context))
+            yield inference.ModelStreamInferResponse(infer_response=answer).SerializeToString()
 
     async def _forwarded(self, body: Body, group: str, timeout_s: float) -> bytes:
         request = bytes(body)

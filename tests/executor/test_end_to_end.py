@@ -244,6 +244,17 @@ def test_requests_of_a_killed_worker_are_answered_by_the_other_and_it_comes_back
     assert set(site.load(4, 100.0).requests["group"]) == {"a/0", "b/0"}
 
 
+def test_requests_of_an_agent_that_hangs_are_answered_by_the_other_and_it_comes_back(site: Site) -> None:
+    try:
+        result = site.load(120, 100.0, {20: lambda: site.a.process.send_signal(signal.SIGSTOP)})
+    finally:
+        site.a.process.send_signal(signal.SIGCONT)
+    assert set(result.requests["outcome"]) == {"good"}
+    assert set(result.requests.tail(20)["group"]) == {"b/0"}
+    site.until_healthy()
+    assert set(site.load(4, 100.0).requests["group"]) == {"a/0", "b/0"}
+
+
 def test_a_killed_gateway_fails_requests_and_goes_on_with_its_routes_after_a_restart(site: Site) -> None:
     result = site.load(120, 100.0, {20: kill(site.gateway.process)})
     counts = result.requests["outcome"].value_counts()
