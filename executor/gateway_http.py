@@ -108,28 +108,27 @@ class _Routes:
         return web.Response(status=200 if self._door.repository.is_ready("") else 503)
 
     async def model_ready(self, request: web.Request) -> web.Response:
-        return web.Response(status=200 if self._door.repository.is_ready(request.match_info["model"]) else 503)
+        model, version = _asked(request)
+        return web.Response(status=200 if self._door.repository.is_ready(model, version) else 503)
 
     async def server(self, request: web.Request) -> web.Response:
         return _message(await self._door.repository.server_metadata(messages.ServerMetadataRequest(), None))
 
     async def metadata(self, request: web.Request) -> web.Response:
-        asked = messages.ModelMetadataRequest(
-            name=request.match_info["model"], version=request.match_info.get("version", "")
-        )
+        model, version = _asked(request)
+        asked = messages.ModelMetadataRequest(name=model, version=version)
         answer = await self._door.describe(asked.SerializeToString(), None)
         return _message(messages.ModelMetadataResponse.FromString(answer))
 
     async def statistics(self, request: web.Request) -> web.Response:
-        return _message(await self._door.statistics_of(request.match_info.get("model", ""), None))
+        return _message(await self._door.statistics_of(*_asked(request), None))
 
     async def infer(self, request: web.Request) -> web.Response:
         length = request.headers.get(_HEADER_LENGTH)
         if length is not None and not length.isdigit():
             raise InvalidInput.of("a number of bytes", where=_HEADER_LENGTH, found=repr(length))
         asked = request_from_http(
-            request.match_info["model"],
-            request.match_info.get("version", ""),
+            *_asked(request),
             await request.read(),
             None if length is None else int(length),
             self._limits,
@@ -162,6 +161,11 @@ class _Routes:
     async def unload(self, request: web.Request) -> web.Response:
         self._door.repository.check_unload(request.match_info["model"])
         return web.Response()
+
+
+def _asked(request: web.Request) -> tuple[str, str]:
+    """Return the model and the version in a path; empty where it names none."""
+    return request.match_info.get("model", ""), request.match_info.get("version", "")
 
 
 def _message(message: Any) -> web.Response:

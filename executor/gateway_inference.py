@@ -17,7 +17,7 @@ from executor.first_tries import GivenUp
 from executor.forwarding import CallFailed
 from executor.gateway_metrics import GatewayMetrics
 from executor.gateway_peer import INFERENCE, Peer
-from executor.gateway_repository import ServiceRepository, typed
+from executor.gateway_repository import ServiceRepository, is_known_version, typed
 from executor.gateway_switchboard import Switchboard
 from executor.infer_header import LONGEST_DEADLINE_S, InferHeader, group_message, read_infer_header, small_fields
 from executor.proto import open_inference_pb2 as messages
@@ -105,7 +105,7 @@ class InferenceFrontDoor:
     ) -> messages.ModelStatisticsResponse:
         """Add up what the agents of a service, or of all services, say of it."""
         try:
-            return await self.statistics_of(request.name, context.time_remaining())
+            return await self.statistics_of(request.name, request.version, context.time_remaining())
         except CallFailed as failed:
             await context.abort(failed.code, failed.details)
 
@@ -195,12 +195,17 @@ class InferenceFrontDoor:
         """
         try:
             header = self._header(request)
+            routes = self._routes(header.service)
         except InvalidInput as error:
+            self.metrics.refused("", _Code.INVALID_ARGUMENT)
             raise CallFailed(_Code.INVALID_ARGUMENT, str(error)) from error
-        routes = self._routes(header.service)
+        except CallFailed as failed:
+            self.metrics.refused("", failed.code)
+            raise
         default_s = routes.deadline_s if routes.first_token_s is None else LONGEST_DEADLINE_S
         timeout_s = _timeout_s(time_remaining_s, header.deadline_s, default_s)
         if self.metrics.in_flight >= self._max_in_flight:
+            self.metrics.refused(header.service, _Code.RESOURCE_EXHAUSTED)
             problem = f"{self.metrics.in_flight} requests are in flight at this gateway, its limit; {TOO_MUCH}"
             raise CallFailed(_Code.RESOURCE_EXHAUSTED, problem)
         return header, timeout_s
@@ -237,21 +242,33 @@ class InferenceFrontDoor:
         deadline_s = self._clock() + (_ASK_S if time_remaining_s is None else time_remaining_s)
         return await self._forward(service, request, Peer.metadata, deadline_s)
 
-    async def statistics_of(self, service: str, time_remaining_s: float | None) -> messages.ModelStatisticsResponse:
+    async def statistics_of(
+        self, service: str, version: str, time_remaining_s: float | None
+    ) -> messages.ModelStatisticsResponse:
         """Return statistics of ``service``, or of every service when it is empty, added up over its agents.
 
+        Agents that do not answer are left out.
+
         Raises:
-            CallFailed: The plan has no such service, or an agent does not answer.
+            CallFailed: The plan has no such service or version, or none of its agents answers.
         """
         if service:
             self._routes(service)
+        if not is_known_version(version):
+            raise CallFailed(_Code.NOT_FOUND, f"no service has version {version!r}: leave it out")
         names = (service,) if service else self._router.services
         nodes = {target.node for name in names for target in self._routes(name).targets}
-        timeout_s = _ASK_S if time_remaining_s is None else time_remaining_s
+        timeout_s = _ASK_S if time_remaining_s is None else time_remaining_s / 2  # the rest is for those that answer
         ask = messages.ModelStatisticsRequest(name=service).SerializeToString()
         peers = [peer for node in sorted(nodes) if (peer := self._switchboard.peer(node)) is not None]
-        answers = await asyncio.gather(*(peer.call("ModelStatistics", ask, "", timeout_s) for peer in peers))
-        return add_statistics(names, [messages.ModelStatisticsResponse.FromString(answer) for answer in answers])
+        peers = [peer for peer in peers if peer.answers] or peers
+        calls = (peer.call("ModelStatistics", ask, "", timeout_s) for peer in peers)
+        found = await asyncio.gather(*calls, return_exceptions=True)
+        answers = [messages.ModelStatisticsResponse.FromString(one) for one in found if isinstance(one, bytes)]
+        failures = [one for one in found if isinstance(one, BaseException)]
+        if failures and not (answers and all(isinstance(one, CallFailed) for one in failures)):
+            raise failures[0]
+        return add_statistics(names, answers)
 
     async def _sent(
         self, send: _Send, peer: Peer, request: bytes, service: str, target: Target, remaining_s: float

@@ -29,7 +29,7 @@ class GatewayMetrics:
         return self._in_flight
 
     def begin(self) -> None:
-        """Count a request that goes to a replica, or is refused for want of time."""
+        """Count a request that goes to a replica, if there is one for it."""
         self._in_flight += 1
 
     def end(self, service: str, code: grpc.StatusCode, seconds: float) -> None:
@@ -37,6 +37,10 @@ class GatewayMetrics:
         self._in_flight -= 1
         self._ended[service, code] += 1
         self._durations[(service,)].add(seconds)
+
+    def refused(self, service: str, code: grpc.StatusCode) -> None:
+        """Count a request that is refused as it arrives; ``service`` is empty for one that is not in the plan."""
+        self._ended[service, code] += 1
 
     def retried(self, service: str) -> None:
         """Count a request that goes to a second replica."""

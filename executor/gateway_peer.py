@@ -15,7 +15,7 @@ from executor.forwarding import CallFailed, ForwardLink, shared_bytes
 from executor.infer_header import GROUP_METADATA, group_mark
 from executor.logs import log_failure
 from executor.routing import NodeView, view_of
-from executor.state import Backend
+from executor.state import AgentState, Backend
 from executor.tls import Dialer
 from executor.tracing import current_traceparent
 from plans.errors import RemoteFailure
@@ -69,6 +69,10 @@ class Peer:
         dialer: Opens the channel, and again when certificates have changed.
         on_view: Told every answer to the watch, and every loss.
         on_wait: Told the expected wait of a group, seconds, with every answer.
+
+    Attributes:
+        backend: The agent.
+        answers: Whether it answered when it was last asked for its state.
     """
 
     def __init__(
@@ -82,6 +86,7 @@ class Peer:
         on_wait: Callable[[str, float], None],
     ) -> None:
         self.backend = backend
+        self.answers = False
         self._timing = timing
         self._max_message_bytes = max_message_bytes
         self._shared_bytes = shared_bytes(max_message_bytes)
@@ -178,14 +183,16 @@ class Peer:
         """Ask for the agent's state once, and report what came of it, unless a later question was answered first."""
         self._polls += 1
         turn = self._polls
+        found: AgentState | None = None
         try:
-            state = await self._line.agent.state(timeout_s=self._timing.poll_timeout_s)
-            view = view_of(self.backend.node, state)
-            self._line.link.port = state.forward_port
+            found = await self._line.agent.state(timeout_s=self._timing.poll_timeout_s)
+            view = view_of(self.backend.node, found)
+            self._line.link.port = found.forward_port
         except RemoteFailure as error:
             view = NodeView(problem=f"its agent gives no state: {error}", doubtful=_is_slow(error))
         if turn > self._answered:
             self._answered = turn
+            self.answers = found is not None
             self._on_view(self.backend, view)
 
     async def _poll_for_ever(self) -> None:

@@ -9,11 +9,12 @@ from typing import Any
 import grpc
 import grpc.aio
 
+from executor.answer_bytes import MODEL_VERSION
 from executor.forwarding import CallFailed
 from executor.proto import open_inference_pb2 as messages
 from executor.routing import Router
 
-__all__ = ["ServiceRepository", "typed"]
+__all__ = ["ServiceRepository", "is_known_version", "typed"]
 
 _Context = grpc.aio.ServicerContext
 _Code = grpc.StatusCode
@@ -66,7 +67,7 @@ class ServiceRepository:
         self, request: messages.ModelReadyRequest, _: _Context[Any, Any]
     ) -> messages.ModelReadyResponse:
         """Say whether a service has a healthy target; one that the plan does not have is not ready."""
-        return messages.ModelReadyResponse(ready=bool(request.name) and self.is_ready(request.name))
+        return messages.ModelReadyResponse(ready=bool(request.name) and self.is_ready(request.name, request.version))
 
     async def repository_index(
         self, request: messages.RepositoryIndexRequest, _: _Context[Any, Any]
@@ -94,8 +95,10 @@ class ServiceRepository:
             await context.abort(failed.code, failed.details)
         return messages.RepositoryModelUnloadResponse()
 
-    def is_ready(self, service: str) -> bool:
-        """Say whether ``service``, or with an empty name every service, has a healthy target."""
+    def is_ready(self, service: str, version: str = "") -> bool:
+        """Say whether ``service``, or with an empty name every service, has a healthy target; no other version has."""
+        if not is_known_version(version):
+            return False
         return not self._router.problem(service) if service else self._router.ready
 
     def index(self, only_ready: bool) -> messages.RepositoryIndexResponse:
@@ -104,7 +107,7 @@ class ServiceRepository:
         return messages.RepositoryIndexResponse(
             models=[
                 messages.RepositoryIndexResponse.ModelIndex(
-                    name=service, version="1", state="UNAVAILABLE" if problem else "READY", reason=problem
+                    name=service, version=MODEL_VERSION, state="UNAVAILABLE" if problem else "READY", reason=problem
                 )
                 for service, problem in problems.items()
                 if not (only_ready and problem)
@@ -129,6 +132,11 @@ class ServiceRepository:
         """
         details = f"{service!r} leaves with `foreplan apply` of a plan that does not place it"
         raise CallFailed(_Code.FAILED_PRECONDITION, details)
+
+
+def is_known_version(version: str) -> bool:
+    """Say whether services have ``version``; an empty one is any."""
+    return version in ("", MODEL_VERSION)
 
 
 def typed(name: str, behaviour: Callable[..., Awaitable[Any]]) -> grpc.RpcMethodHandler[Any, Any]:

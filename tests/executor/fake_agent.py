@@ -125,6 +125,7 @@ class FakeAgent(_Scripted, control_pb2_grpc.AgentServicer):
         methods = {
             "ModelInfer": grpc.unary_unary_rpc_method_handler(self._infer),
             "ModelMetadata": grpc.unary_unary_rpc_method_handler(self._metadata),
+            "ModelStatistics": grpc.unary_unary_rpc_method_handler(self._statistics),
             "ModelStreamInfer": grpc.stream_stream_rpc_method_handler(self._stream),
         }
         server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(INFERENCE, methods),))
@@ -245,6 +246,13 @@ class FakeAgent(_Scripted, control_pb2_grpc.AgentServicer):
             return await self._forwarded(request, metadata[GROUP_METADATA], context.time_remaining())
         except CallFailed as failed:
             await context.abort(failed.code, failed.details)
+
+    async def _statistics(self, _: bytes, context: Any) -> bytes:
+        def effect() -> bytes:
+            stats = inference.ModelStatistics(name="chat", version="1", inference_count=len(self.served))
+            return inference.ModelStatisticsResponse(model_stats=[stats]).SerializeToString()
+
+        return bytes(await self.answer("ModelStatistics", context, effect))
 
     async def _stream(self, requests: Any, context: Any) -> Any:
         async for request in requests:

@@ -37,7 +37,12 @@ def test_a_gateway_counts_how_requests_ended(tmp_path: Path) -> None:
         config = GatewayConfig(listen="127.0.0.1:0", state_dir=tmp_path, metrics=metrics)
         async with agents("a", "b") as (a, b), running_gateway(config) as address:
             door = Door.to(address)
+            await door.code(door.infer("chat"))
             await door.control.set_routes(table(a, b), timeout_s=5)
+            for number in range(3):
+                await door.code(door.infer(f"nobody-{number}"))
+            malformed = door.channel.unary_unary("/inference.GRPCInferenceService/ModelInfer", bytes, bytes)
+            await door.code(malformed(b"\xff"))
             await door.infer()
             await door.infer()
             a.infer_status = grpc.StatusCode.UNAVAILABLE
@@ -49,6 +54,11 @@ def test_a_gateway_counts_how_requests_ended(tmp_path: Path) -> None:
             assert found["executor_gateway_requests_total", code] == 3
             code = (("code", "INVALID_ARGUMENT"), ("service", "chat"))
             assert found["executor_gateway_requests_total", code] == 1
+            refused = {key: count for key, count in found.items() if ("service", "") in key[1]}
+            assert refused == {
+                ("executor_gateway_requests_total", (("code", "NOT_FOUND"), ("service", ""))): 4,
+                ("executor_gateway_requests_total", (("code", "INVALID_ARGUMENT"), ("service", ""))): 1,
+            }, "a client's names are endless"
             assert found["executor_gateway_request_seconds_count", (("service", "chat"),)] == 4
             assert found["executor_gateway_retries_total", (("service", "chat"),)] == 1
             assert found["executor_gateway_generation", ()] == 1
