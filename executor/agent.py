@@ -177,9 +177,9 @@ async def serve_agent(
             await server.checks.enter_graceful_shutdown()
         finally:
             await server.stop(_STOP_GRACE_S)
-            await services.workflows.close()
             await node.stop()
             await services.forward.close()
+            await services.workflows.close()
             await readiness.close()
             spans.close()
 

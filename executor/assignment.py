@@ -35,7 +35,7 @@ def desired_state(plan: Plan, node: str, generation: int, addresses: Mapping[str
     workflows = _handing_over(plan, node) if addresses else ()
     return DesiredState(
         workflows=workflows,
-        handover=_handover(plan, workflows, addresses, generation) if addresses and workflows else None,
+        handover=_handover(plan, addresses, generation) if addresses and plan.workflows else None,
         generation=generation,
         placement_digest=plan.placement_digest,
         node=node,
@@ -110,12 +110,10 @@ def _handing_over(plan: Plan, node: str) -> tuple[WorkflowRules, ...]:
     return tuple(rules for rules in found if here & {rules.stages[0], *Structure.of(rules).relays})
 
 
-def _handover(
-    plan: Plan, workflows: Collection[WorkflowRules], addresses: Mapping[str, str], generation: int
-) -> RoutingTable:
-    """Return where calls of the stages of ``workflows`` go."""
-    names = sorted({stage for rules in workflows for stage in rules.stages} & plan.routes.keys())
-    services = tuple(_service_routes(plan, name, ()) for name in names)
+def _handover(plan: Plan, addresses: Mapping[str, str], generation: int) -> RoutingTable:
+    """Return where calls of the stages of workflows go."""
+    stages = {stage for workflow in plan.workflows for stage in stages_of(workflow)}
+    services = tuple(_service_routes(plan, name, ()) for name in sorted(stages & plan.routes.keys()))
     nodes = sorted({target.node for routes in services for target in routes.targets})
     return RoutingTable(
         generation=generation,

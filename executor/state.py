@@ -160,7 +160,8 @@ class WorkflowRules:
 class DesiredState:
     """What one node shall run. ``placement_digest`` names the whole plan; ``generation`` is its number, from 1.
 
-    ``workflows`` are those that have a stage here, ``handover`` where calls of their further stages go; None without.
+    ``workflows`` are those of which a stage here hands over to others. ``handover`` says where calls of stages go, also
+    where none does: what a stage that has moved away still does is handed over too. None for a plan without workflows.
     """
 
     generation: int

@@ -71,15 +71,24 @@ class Successors:
         self._asking: dict[Backend, asyncio.Task[None]] = {}
         self._leaving: set[asyncio.Task[None]] = set()
 
-    def follow(self, tables: Sequence[RoutingTable]) -> None:
-        """Choose by the first of ``tables`` that has a usable replica from now on."""
+    def follow(self, tables: Sequence[RoutingTable], *, watched: bool) -> None:
+        """Choose by the first of ``tables`` that has a usable replica from now on.
+
+        Where it is not ``watched``, agents are only watched from the first call on that needs one.
+        """
         known = {router.table: router for router in self._routers}
         self._routers = [known.get(table) or self._new_router(table) for table in tables]
-        wanted = {backend for table in tables for backend in table.backends if backend.node != self._node}
-        for backend in self._peers.keys() - wanted:
+        named = {backend for table in tables for backend in table.backends if backend.node != self._node}
+        for backend in self._peers.keys() - (named if watched else set()):
             self._views.pop(backend, None)
             self._leave(self._peers.pop(backend))
-        for backend in sorted(wanted - self._peers.keys(), key=lambda backend: backend.node):
+        for backend in named if watched else ():
+            self._watch(backend)
+
+    def _watch(self, backend: Backend) -> Peer:
+        """Return the peer of an agent, which is watched from now on."""
+        peer = self._peers.get(backend)
+        if peer is None:
             self._peers[backend] = peer = Peer(
                 backend,
                 timing=self._timing,
@@ -89,6 +98,7 @@ class Successors:
                 on_wait=self._note_wait,
             )
             peer.start()
+        return peer
 
     async def choose(self, service: str, *, without: str = "") -> Place | None:
         """Return the replica for a call of ``service``, passing over the group ``without``; None when none can be used.
@@ -126,32 +136,32 @@ class Successors:
         for router in self._routers:
             self._look_here(router)
             target = router.choose(service, without=without)
-            if target is None or router.table is None:
+            if target is None:
                 continue
             if target.node == self._node:
                 return Place(group=target.group, peer=None, router=router)
-            backend = next(backend for backend in router.table.backends if backend.node == target.node)
-            return Place(group=target.group, peer=self._peers[backend], router=router)
+            backend = _backends(router)[target.node]
+            return Place(group=target.group, peer=self._watch(backend), router=router)
         return None
 
     def _look_here(self, router: Router) -> None:
-        own = next((one for one in router.table.backends if one.node == self._node), None) if router.table else None
+        own = _backends(router).get(self._node)
         if own is not None:
             router.observe(own, self._view())
 
     def _backends_of(self, service: str) -> set[Backend]:
+        """Return the other agents that have replicas of ``service``."""
         found = set()
         for router in self._routers:
-            routes = router.routes(service)
-            nodes = {target.node for target in routes.targets} if routes else set()
-            found |= {backend for backend in self._peers if backend.node in nodes}
-        return found
+            routes, backends = router.routes(service), _backends(router)
+            found |= {backends[target.node] for target in (routes.targets if routes else ())}
+        return {backend for backend in found if backend.node != self._node}
 
     async def _asked(self, backend: Backend) -> None:
         """Ask an agent for its state; callers at the same time share one question."""
         task = self._asking.get(backend)
         if task is None:
-            self._asking[backend] = task = asyncio.create_task(self._peers[backend].poll())
+            self._asking[backend] = task = asyncio.create_task(self._watch(backend).poll())
             task.add_done_callback(lambda _: self._asking.pop(backend, None))
         await asyncio.shield(task)
 
@@ -169,3 +179,7 @@ class Successors:
         self._leaving.add(task)
         task.add_done_callback(self._leaving.discard)
         task.add_done_callback(log_failure)
+
+
+def _backends(router: Router) -> dict[str, Backend]:
+    return {backend.node: backend for backend in router.table.backends} if router.table else {}

@@ -17,7 +17,7 @@ from executor.node import Node
 from executor.proto import open_inference_pb2 as pb
 from executor.request_head import RequestHead
 from executor.routing import NodeView, view_of
-from executor.state import AgentState
+from executor.state import AgentState, RoutingTable
 from executor.statistics import Counters
 from executor.tensors import Buffer, TensorLimits, decode_inputs, decode_raw, encode_response, parameter
 from executor.tls import Dialer
@@ -79,6 +79,7 @@ class Workflows:
         self._clock = clock
         self._known: dict[str, Structure] = {}  # by digest
         self._named: dict[str, Structure] = {}  # that new requests mean
+        self._tables: list[RoutingTable] = []
         self._positions = itertools.count(zlib.crc32(node.settings.node.encode()))
         self._successors = Successors(
             node.settings.node, self._own_view, dialer=dialer, max_message_bytes=max_message_bytes
@@ -95,7 +96,10 @@ class Workflows:
                 structure = Structure.of(rules)
                 self._named.setdefault(rules.name, structure)
                 self._remember(structure)
-        self._successors.follow([state.handover for state in kept if state.handover is not None])
+        tables = [state.handover for state in kept if state.handover is not None]
+        if tables:  # without, what is still under way goes by the last ones
+            self._tables = tables
+        self._successors.follow(self._tables, watched=bool(self._named))
 
     def _remember(self, structure: Structure) -> None:
         self._known.pop(structure.digest, None)
@@ -131,8 +135,8 @@ class Workflows:
             group: Where its first stage runs; None for any here.
 
         Raises:
-            CallFailed: A stage got no result.
-            RequestRefused: The workflow is not known here.
+            CallFailed: A stage got no result, or the definition that it names is not known here.
+            RequestRefused: The workflow does not begin here.
             InvalidInput: The request is not one for it.
         """
         call = self._call(head, raw, end_s)
@@ -190,7 +194,8 @@ class Workflows:
         digest = str(parameter(message.parameters, DIGEST_PARAMETER))
         structure = self._known.get(digest) or self._staged(digest)
         if structure is None:
-            raise ReplicaUnavailable(f"workflow {message.model_name!r} with digest {digest} is not known here")
+            problem = f"workflow {message.model_name!r} with digest {digest!r} is not known here"
+            raise CallFailed(grpc.StatusCode.ABORTED, problem)  # no replica is to blame
         if structure.rules.name != message.model_name or begin not in structure.relays:
             expected = f"one of {', '.join(structure.relays) or 'none'}"
             raise InvalidInput.of(expected, field=f"parameters.{STAGE_PARAMETER}", found=repr(begin))

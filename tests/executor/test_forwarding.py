@@ -196,8 +196,11 @@ def test_a_request_may_arrive_byte_by_byte() -> None:
     run(scenario())
 
 
-@pytest.mark.parametrize(("role", "served"), [(Role.GATEWAY, True), (Role.OPERATOR, True), (Role.CLIENT, False)])
-def test_with_certificates_only_gateways_and_operators_may_forward(
+@pytest.mark.parametrize(
+    ("role", "served"),
+    [(Role.GATEWAY, True), (Role.OPERATOR, True), (Role.AGENT, True), (Role.CLIENT, False)],
+)
+def test_with_certificates_only_gateways_agents_and_operators_may_forward(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, role: Role, served: bool
 ) -> None:
     authority = Authority.made(tmp_path)

@@ -1,126 +1,296 @@
-"""Workflows over real agents (workers of the fake runtime) and a real gateway on loopback."""
+"""Workflows over real agents (workers of the fake runtime, which double) and a real gateway on loopback."""
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import grpc
-import grpc.aio
 import numpy as np
+import pandas as pd
+import pytest
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
-from executor.agent import serve_agent
-from executor.controller import ApplyTimeouts, apply
-from executor.gateway import GatewayConfig, running_gateway
+from executor import agent, gateway
+from executor.load import replay
 from executor.proto import open_inference_pb2 as pb
-from executor.proto import open_inference_pb2_grpc
-from executor.tensors import decode_outputs, encode_request
-from plans.cluster import Cluster
-from plans.plan import Plan
-from plans.service import Workflow
-from tests.executor.placements import placement
-from tests.executor.running_agent import WAIT_S, agent_config, worker_processes
+from executor.roles import Role
+from executor.tensors import encode_request
+from executor.tracing import Spans
+from plans.plan import Plan, Route
+from plans.service import Services
+from tests.executor.running_agent import eventually, worker_processes
+from tests.executor.workflow_site import CHAIN_EDGES, DOUBLE, ROW, Site, handing_on, on_site, plan, workflow
+from traces.table import RequestTrace
 
-ROW = np.array([[1.0, 2.0, 3.0, 4.0]], dtype=np.float32)
-DOUBLE = "fake-double"
-
-
-def workflow(*edges: dict[str, Any], **changed: Any) -> Workflow:
-    return Workflow.model_validate({"name": "flow", "slo": {"deadline": "10s"}, "edges": edges} | changed)
+CHAIN = workflow(*CHAIN_EDGES)
+ACROSS = plan(CHAIN, {"a/0": {"first": DOUBLE, "last": DOUBLE}, "b/0": {"then": DOUBLE}})
 
 
-def handing_on(source: str, target: str, **changed: Any) -> dict[str, Any]:
-    return {"from": source, "to": target, "inputs": {"x": "y"}} | changed
+def test_a_chain_over_two_agents_answers_with_the_outputs_of_its_end(tmp_path: Path) -> None:
+    async def scenario(site: Site) -> None:
+        await site.apply(ACROSS)
+        assert await site.outputs(first__x=ROW) == {"last.y": (8 * ROW).tolist()}
+        assert await site.outputs(x=np.vstack([ROW, 2 * ROW])) == {"last.y": np.vstack([8 * ROW, 16 * ROW]).tolist()}
+        assert await site.outputs(x=ROW, outputs=("last.y",), parameters={"priority": 1}) == {
+            "last.y": (8 * ROW).tolist()
+        }
+        told = await site.inference.ModelMetadata(pb.ModelMetadataRequest(name="flow"))
+        assert [(one.name, list(one.shape)) for one in told.inputs] == [("first.x", [-1, 4])]
+        assert [one.name for one in told.outputs] == ["last.y"]
+        counted = await site.inference.ModelStatistics(pb.ModelStatisticsRequest(name="flow"))
+        assert counted.model_stats[0].inference_stats.success.count == 3
+        for stage in ("first", "then", "last"):
+            counted = await site.inference.ModelStatistics(pb.ModelStatisticsRequest(name=stage))
+            assert counted.model_stats[0].inference_stats.success.count == 3
+        assert (await site.inference.ModelReady(pb.ModelReadyRequest(name="flow"))).ready
+
+    on_site(tmp_path, scenario)
 
 
-def plan(flow: Workflow, groups: Mapping[str, Mapping[str, str]], **changed: Any) -> Plan:
-    return placement(groups, **changed).model_copy(update={"workflows": (flow,)})
+def test_what_a_request_lacks_or_has_too_much_of_is_said(tmp_path: Path) -> None:
+    async def scenario(site: Site) -> None:
+        await site.apply(ACROSS)
+        code, details = await site.failure(first__z=ROW)
+        assert code == "INVALID_ARGUMENT"
+        assert "workflow 'flow': stage 'first'" in details
+        assert "no such tensor" in details
+        for asked in ({"x": ROW, "outputs": ("nobody.y",)}, {"x": ROW, "parameters": {"workflow_position": -1}}):
+            assert (await site.failure(**asked))[0] == "INVALID_ARGUMENT"
+        code, details = await site.failure(x=ROW, parameters={"workflow_stage": "then", "workflow_digest": "0"})
+        assert (code, "not known here" in details) == ("UNAVAILABLE", True)
+        assert (await site.failure(x=ROW, name="other"))[0] == "NOT_FOUND"
+        assert await site.outputs(x=ROW) == {"last.y": (8 * ROW).tolist()}
+
+    on_site(tmp_path, scenario)
 
 
-@dataclass(frozen=True)
-class Agent:
-    """A running agent."""
-
-    port: int
-    stop: asyncio.Event
-    served: asyncio.Task[None]
-
-
-class Site:
-    """Agents of nodes ``a`` and ``b`` and a gateway."""
-
-    def __init__(self, agents: Mapping[str, Agent], gateway: str, channel: grpc.aio.Channel) -> None:
-        self.cluster = Cluster.model_validate(
-            {
-                "gpu_types": {"cpu": {"memory": "1GiB"}},
-                "nodes": [
-                    {"name": node, "address": f"127.0.0.1:{agent.port}", "gpus": {"type": "cpu", "count": 4}}
-                    for node, agent in agents.items()
-                ],
-            }
-        )
-        self.agents = agents
-        self.gateway = gateway
-        self.inference: Any = open_inference_pb2_grpc.GRPCInferenceServiceStub(channel)
-
-    async def apply(self, wanted: Plan, **changed: Any) -> None:
-        await apply(wanted, self.cluster, [self.gateway], timeouts=ApplyTimeouts(converge_s=20.0), **changed)
-
-    async def ask(self, timeout_s: float = WAIT_S, outputs: Any = (), **tensors: Any) -> pb.ModelInferResponse:
-        parameters = tensors.pop("parameters", {})
-        arrays = {name.replace("__", "."): np.asarray(array, np.float32) for name, array in tensors.items()}
-        request = encode_request("flow", arrays, parameters=parameters, outputs=outputs)
-        return await self.inference.ModelInfer(request, timeout=timeout_s)
-
-    async def outputs(self, **tensors: Any) -> dict[str, list[Any]]:
-        answer = await self.ask(**tensors)
-        return {name: array.tolist() for name, array in decode_outputs(answer).items()}
-
-
-@contextlib.asynccontextmanager
-async def serving(folder: Path, node: str) -> AsyncIterator[Agent]:
-    """Run the agent of ``node`` inside the block, or until it is stopped before."""
-    stop = asyncio.Event()
-    port: asyncio.Future[int] = asyncio.get_running_loop().create_future()
-    config = agent_config(folder, node=node, device_count=4, memory_bytes=2**30, spare_worker=False)
-    served = asyncio.create_task(serve_agent(config, on_ready=port.set_result, stop=stop))
-    try:
-        await asyncio.wait({served, port}, timeout=WAIT_S, return_when=asyncio.FIRST_COMPLETED)
-        yield Agent(port.result(), stop, served)
-    finally:
-        stop.set()
-        await asyncio.wait_for(served, WAIT_S)
-
-
-@contextlib.asynccontextmanager
-async def running_site(folder: Path, nodes: str = "ab") -> AsyncIterator[Site]:
-    async with contextlib.AsyncExitStack() as stack:
-        agents = {node: await stack.enter_async_context(serving(folder / node, node)) for node in nodes}
-        config = GatewayConfig(listen="127.0.0.1:0", state_dir=folder / "gateway")
-        address = await stack.enter_async_context(running_gateway(config))
-        channel = await stack.enter_async_context(grpc.aio.insecure_channel(address))
-        yield Site(agents, address, channel)
-    assert worker_processes() == []
-
-
-def on_site(folder: Path, scenario: Callable[[Site], Awaitable[None]]) -> None:
-    async def run() -> None:
-        async with running_site(folder) as site:
-            await scenario(site)
-
-    asyncio.run(run())
-
-
-def test_a_chain_runs_over_two_agents_and_answers_with_the_outputs_of_its_end(tmp_path: Path) -> None:
-    flow = workflow(handing_on("first", "then"), handing_on("then", "last"))
+def test_forks_join_fan_out_and_scatter(tmp_path: Path) -> None:
+    groups = {"a/0": {"a": DOUBLE, "d": DOUBLE}, "b/0": {"b": DOUBLE, "c": DOUBLE}}
+    diamond = workflow(
+        handing_on("a", "b"), handing_on("a", "c"), handing_on("b", "d"), {"from": "c", "to": "d"}, handing_on("c", "e")
+    )
+    fan = workflow(handing_on("a", "b", fanout=3), {"from": "b", "to": "c", "fanout": 0.34}, handing_on("b", "d"))
+    scattered = workflow(handing_on("a", "b", scatter=True), handing_on("b", "c"))
 
     async def scenario(site: Site) -> None:
-        await site.apply(plan(flow, {"a/0": {"first": DOUBLE, "last": DOUBLE}, "b/0": {"then": DOUBLE}}))
-        assert await site.outputs(first__x=ROW) == {"last.y": (8 * ROW).tolist()}
-        assert await site.outputs(x=2 * ROW) == {"last.y": (16 * ROW).tolist()}
+        await site.apply(plan(diamond, {**groups, "b/1": {"e": DOUBLE}}))
+        assert await site.outputs(x=ROW) == {"d.y": (8 * ROW).tolist(), "e.y": (8 * ROW).tolist()}
+        assert await site.outputs(x=ROW, outputs=("e.y",)) == {"e.y": (8 * ROW).tolist()}
+
+        await site.apply(plan(fan, groups))
+        sent = np.vstack(
+            [ROW, 2 * ROW]
+        )  # what nothing hands over, the client sends along: two rows for one or two calls
+        assert await site.outputs(a__x=ROW, c__x=sent) == {
+            "c.y": (2 * sent).tolist(),
+            "d.y": np.vstack([8 * ROW] * 3).tolist(),
+        }
+
+        await site.apply(plan(scattered, groups))
+        rows = np.vstack([number * ROW for number in range(1, 5)])
+        before = (await site.inference.ModelStatistics(pb.ModelStatisticsRequest(name="b"))).model_stats[0]
+        assert await site.outputs(x=rows) == {"c.y": (8 * rows).tolist()}
+        after = (await site.inference.ModelStatistics(pb.ModelStatisticsRequest(name="b"))).model_stats[0]
+        assert after.inference_stats.success.count - before.inference_stats.success.count == 4
+
+    on_site(tmp_path, scenario)
+
+
+def with_a_slow_plan(made: Plan, group: str, service: str, batch_s: float) -> Plan:
+    """Return ``made`` where one replica takes long by plan, and gets all requests of its service."""
+    groups = tuple(
+        one.model_copy(
+            update={
+                "loadout": tuple(
+                    entry.model_copy(update={"stage_latency_s": ((batch_s,),) * entry.max_batch})
+                    if (one.id, entry.service) == (group, service)
+                    else entry
+                    for entry in one.loadout
+                )
+            }
+        )
+        for one in made.groups
+    )
+    routes = {**made.routes, service: (Route(group=group, weight=1.0),)}
+    return made.model_copy(update={"groups": groups, "routes": routes})
+
+
+def test_a_stage_that_drops_fails_the_request_with_its_status_and_name(tmp_path: Path) -> None:
+    across = plan(CHAIN, {"a/0": {"first": DOUBLE, "last": DOUBLE}, "b/0": {"then": DOUBLE}, "b/1": {"then": DOUBLE}})
+
+    async def scenario(site: Site) -> None:
+        await site.apply(with_a_slow_plan(across, "b/1", "then", 30.0))
+        code, details = await site.failure(x=ROW, timeout_s=10.0)
+        assert code == "DEADLINE_EXCEEDED"
+        assert details.startswith("workflow 'flow': stage 'then': then (fake-double) on b/1: the deadline cannot")
+        assert await site.outputs(x=ROW) == {"last.y": (8 * ROW).tolist()}
+        counted = await site.inference.ModelStatistics(pb.ModelStatisticsRequest(name="flow"))
+        assert counted.model_stats[0].inference_stats.fail.count == 1
+        counted = await site.inference.ModelStatistics(pb.ModelStatisticsRequest(name="last"))
+        assert counted.model_stats[0].inference_stats.success.count == 1
+
+    on_site(tmp_path, scenario)
+
+
+def test_requests_whose_client_gave_up_wait_nowhere(tmp_path: Path) -> None:
+    slow = plan(workflow(handing_on("first", "then")), {"a/0": {"first": DOUBLE}, "b/0": {"then": "fake-slow-20"}})
+
+    async def scenario(site: Site) -> None:
+        async def given_up() -> int:
+            counted = await site.inference.ModelStatistics(pb.ModelStatisticsRequest(name="then"))
+            return int(counted.model_stats[0].inference_stats.fail.count)
+
+        await site.apply(slow)
+        asked = [asyncio.create_task(site.ask(x=ROW)) for _ in range(60)]  # four in a batch: for 0.3 s
+        await asyncio.wait(asked, return_when=asyncio.FIRST_COMPLETED)
+        for task in asked:
+            task.cancel()
+        await eventually(given_up)
+        assert await site.outputs(x=ROW) == {"then.y": (4 * ROW).tolist()}
+
+    on_site(tmp_path, scenario)
+
+
+def test_the_next_stage_is_tried_on_another_replica_when_one_is_lost(tmp_path: Path) -> None:
+    both = plan(
+        CHAIN,
+        {"a/0": {"first": DOUBLE, "last": DOUBLE}, "b/0": {"then": "fake-slow-20"}, "c/0": {"then": "fake-slow-20"}},
+    )
+
+    async def scenario(site: Site) -> None:
+        await site.apply(both)
+        asked = [asyncio.create_task(site.ask(x=ROW)) for _ in range(40)]
+        await asyncio.wait(asked, return_when=asyncio.FIRST_COMPLETED)
+        for process in worker_processes():
+            if any("b-0" in part or "b/0" in part for part in process.cmdline()):
+                process.kill()
+        await site.agents["b"].end()
+        answers = await asyncio.gather(*asked)
+        assert len(answers) == 40
+        assert await site.outputs(x=ROW) == {"last.y": (8 * ROW).tolist()}
+        await site.agents["c"].end()
+        code, details = await site.failure(x=ROW)
+        assert code == "UNAVAILABLE"
+        assert "workflow 'flow': stage 'then'" in details
+
+    on_site(tmp_path, scenario, nodes="abc")
+
+
+def test_no_request_is_lost_while_stages_move(tmp_path: Path) -> None:
+    def made(then: str, last: str) -> Plan:
+        groups: dict[str, dict[str, str]] = {"a/0": {"first": DOUBLE}}
+        for group, service in ((then, "then"), (last, "last")):
+            groups.setdefault(group, {})[service] = "fake-slow-20"
+        return plan(CHAIN, groups)
+
+    async def scenario(site: Site) -> None:
+        await site.apply(made("b/0", "a/1"))
+        moved = asyncio.Event()
+        asked: list[asyncio.Task[Any]] = []
+
+        async def asking() -> None:
+            while not moved.is_set():
+                asked.append(asyncio.create_task(site.ask(x=ROW)))
+                await asyncio.sleep(0.01)  # the rate of the requests
+
+        load = asyncio.create_task(asking())
+        for then, last in (("a/2", "b/1"), ("b/0", "b/0"), ("a/3", "a/0")):
+            await site.apply(made(then, last))
+        moved.set()
+        await load
+        answers = await asyncio.gather(*asked, return_exceptions=True)
+        assert len(answers) > 20
+        assert [answer for answer in answers if isinstance(answer, BaseException)] == []
+
+    on_site(tmp_path, scenario)
+
+
+def test_an_agent_goes_on_with_its_workflows_after_a_plan_without_them_is_taken_back(tmp_path: Path) -> None:
+    async def scenario(site: Site) -> None:
+        await site.apply(ACROSS)
+        await site.apply(ACROSS.model_copy(update={"workflows": ()}))
+        assert (await site.failure(x=ROW))[0] == "NOT_FOUND"
+        await site.apply(ACROSS)
+        assert await site.outputs(x=ROW) == {"last.y": (8 * ROW).tolist()}
+
+    on_site(tmp_path, scenario)
+
+
+@pytest.mark.parametrize("role", [Role.AGENT, Role.CLIENT])
+def test_with_certificates_stages_are_taken_of_agents_only(tmp_path: Path, role: Role) -> None:
+    async def scenario(site: Site) -> None:
+        await site.apply(ACROSS)
+        if role is Role.AGENT:
+            assert await site.outputs(x=ROW) == {"last.y": (8 * ROW).tolist()}
+        else:
+            code, details = await site.failure(x=ROW)
+            assert code == "UNAVAILABLE"
+            assert "stage 'then'" in details
+            assert "agent" in details
+
+    on_site(tmp_path, scenario, roles={"a": role, "b": Role.AGENT})
+
+
+def test_tensors_too_large_for_the_shared_connection_go_by_calls(tmp_path: Path) -> None:
+    across = plan(CHAIN, {"a/0": {"first": DOUBLE, "last": DOUBLE}, "b/0": {"then": DOUBLE}}, max_batch=4096)
+    flow = across.workflows[0].model_copy(update={"edges": across.workflows[0].edges[:1]})
+    rows = np.ones((80_000, 4), np.float32)
+
+    async def scenario(site: Site) -> None:
+        await site.apply(across.model_copy(update={"workflows": (flow,)}))
+        code, details = await site.failure(x=rows)
+        assert code == "INVALID_ARGUMENT"
+        assert "stage 'first'" in details
+        assert "a batch of 1 to 4096" in details
+
+    on_site(tmp_path, scenario)
+
+
+def test_one_request_is_one_trace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    exporter = InMemorySpanExporter()
+    provider = TracerProvider()
+    provider.add_span_processor(SimpleSpanProcessor(exporter))
+    for module in (agent, gateway):
+        monkeypatch.setattr(module, "start_tracing", lambda _: Spans(provider))
+
+    async def scenario(site: Site) -> None:
+        await site.apply(ACROSS)
+        exporter.clear()
+        await site.ask(x=ROW)
+
+    on_site(tmp_path, scenario)
+    spans = exporter.get_finished_spans()
+    stages = [dict(span.attributes or {})["service"] for span in spans if span.name == "workflow.stage"]
+    assert sorted(map(str, stages)) == ["first", "last", "then"]
+    assert len({span.context.trace_id for span in spans if span.context}) == 1
+
+
+def test_a_trace_of_a_workflow_is_replayed_and_counted_as_one_service(tmp_path: Path) -> None:
+    services = Services.model_validate(
+        {
+            "services": [
+                {"name": name, "slo": {"deadline": "60s"}, "variants": [{"model": DOUBLE}]}
+                for name in ("first", "then", "last")
+            ],
+            "workflows": [CHAIN.model_dump(by_alias=True)],
+        }
+    )
+    names = ["flow", "first"] * 15
+    trace = RequestTrace(pd.DataFrame({"arrival_s": np.arange(30) * 0.005, "service": names}))
+
+    async def scenario(site: Site) -> None:
+        await site.apply(ACROSS)
+        result = await replay(trace, site.gateway, services)
+        assert [(one.service, one.offered, one.good) for one in result.summary.services] == [
+            ("first", 15, 15),
+            ("flow", 15, 15),
+        ]
+        answer = await site.inference.ModelInfer(
+            encode_request("flow", {"x": ROW}, parameters={"workflow_position": 7}), timeout=30
+        )
+        assert answer.parameters["workflow_position"].int64_param == 7
 
     on_site(tmp_path, scenario)
