@@ -18,7 +18,7 @@ from transformers import LlamaForCausalLM
 from executor.runtime.memory import out_of_memory_named
 from executor.runtime.protocol import GenerationFacts, InvalidTensor
 
-__all__ = ["KvMemory", "LlamaSequences", "LlamaSteps", "can_generate", "kv_bytes_per_token"]
+__all__ = ["KvMemory", "LlamaSequences", "LlamaSteps", "can_generate", "generation_facts", "kv_bytes_per_token"]
 
 _PACKED_TOKENS = 4096
 """Tokens that one pass of a prefill takes, unless a single prompt has more."""
@@ -38,16 +38,29 @@ def kv_bytes_per_token(config: Any, dtype: torch.dtype) -> int:
     return int(2 * config.num_hidden_layers * config.num_key_value_heads * head * dtype.itemsize)
 
 
+def generation_facts(config: Any, dtype: torch.dtype, *, from_files: bool) -> GenerationFacts:
+    """Return what a model takes; only weights that were read know when an answer is complete."""
+    ends = config.eos_token_id if from_files else None
+    return GenerationFacts(
+        vocabulary=int(config.vocab_size),
+        max_context=int(config.max_position_embeddings),
+        kv_bytes_per_token=kv_bytes_per_token(config, dtype),
+        stop_tokens=() if ends is None else tuple(np.atleast_1d(ends).tolist()),
+    )
+
+
 class KvMemory:
     """Keys and values of every layer for ``tokens`` tokens, whoever's they are.
+
+    Tensor parallel, each of ``shards`` devices holds those of its heads.
 
     Raises:
         torch.OutOfMemoryError: The device cannot hold them.
     """
 
-    def __init__(self, config: Any, tokens: int, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(self, config: Any, tokens: int, device: torch.device, dtype: torch.dtype, shards: int = 1) -> None:
         head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        shape = (config.num_hidden_layers, 2, tokens, config.num_key_value_heads, head)
+        shape = (config.num_hidden_layers, 2, tokens, config.num_key_value_heads // shards, head)
         self.tokens = tokens
         self.data = torch.zeros(shape, device=device, dtype=dtype)
         self._free = list(range(tokens - 1, -1, -1))
@@ -214,13 +227,21 @@ class LlamaSequences:
             if places is not None:
                 self._steps.memory.give_back(places)
 
-    def prefill(self, contexts: Sequence[tuple[int, Sequence[int]]]) -> list[int]:
-        """Read whole contexts and return the next token of each."""
+    def check_prefill(self, contexts: Sequence[tuple[int, Sequence[int]]]) -> None:
+        """Refuse what `prefill` would.
+
+        Raises:
+            InvalidTensor: A token is outside the vocabulary, or memory cannot hold them.
+        """
         for number, tokens in contexts:
             if not tokens or not 0 <= min(tokens) <= max(tokens) < self.facts.vocabulary:
                 expected = f"tokens from 0 to {self.facts.vocabulary - 1}, at least one"
                 raise InvalidTensor.of(expected, field=f"context of sequence {number}", found="others")
         self._need(sum(len(tokens) for _, tokens in contexts))
+
+    def prefill(self, contexts: Sequence[tuple[int, Sequence[int]]]) -> list[int]:
+        """Read whole contexts and return the next token of each."""
+        self.check_prefill(contexts)
         for number, tokens in contexts:
             self.free((number,))
             self._places[number] = self._steps.memory.take(len(tokens))
@@ -229,20 +250,35 @@ class LlamaSequences:
         with out_of_memory_named(self._name, len(numbers)):
             return self._noted(numbers, self._steps.prefill([tokens for _, tokens in contexts], places))
 
-    def decode(self, numbers: Sequence[int]) -> list[int]:
-        """Return one token more for each of these sequences."""
+    def check_decode(self, numbers: Sequence[int]) -> None:
+        """Refuse what `decode` would.
+
+        Raises:
+            InvalidTensor: One was not prefilled, or memory cannot hold a token more for each.
+        """
         if unknown := [number for number in numbers if number not in self._places]:
             raise InvalidTensor.of("sequences that were prefilled", field="decode", found=str(unknown))
         self._need(len(numbers))
+
+    def newest(self, numbers: Sequence[int]) -> list[int]:
+        """Return the last token of each of these sequences."""
+        return [self._newest[number] for number in numbers]
+
+    def go_on_from(self, numbers: Sequence[int], newest: Sequence[int]) -> None:
+        """Take ``newest`` for the last tokens of these sequences."""
+        self._newest.update(zip(numbers, newest, strict=True))
+
+    def decode(self, numbers: Sequence[int]) -> list[int]:
+        """Return one token more for each of these sequences."""
+        self.check_decode(numbers)
         for number in numbers:
             self._places[number] = np.append(self._places[number], self._steps.memory.take(1))
-        newest = [self._newest[number] for number in numbers]
         places = [self._places[number] for number in numbers]
         with out_of_memory_named(self._name, len(numbers)):
-            return self._noted(numbers, self._steps.decode(newest, places))
+            return self._noted(numbers, self._steps.decode(self.newest(numbers), places))
 
     def _noted(self, numbers: Sequence[int], tokens: list[int]) -> list[int]:
-        self._newest.update(zip(numbers, tokens, strict=True))
+        self.go_on_from(numbers, tokens)
         return tokens
 
     def _need(self, tokens: int) -> None:

@@ -30,13 +30,15 @@ import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
 
+from executor.runtime.generation import can_generate
 from executor.runtime.mesh import World, receive
-from executor.runtime.protocol import DevicesLost, TensorSpec, batch_of
-from executor.runtime.stage_model import StageModel, cut
+from executor.runtime.parallel_generation import ParallelSequences
+from executor.runtime.protocol import DevicesLost, GenerationFacts, TensorSpec, batch_of
+from executor.runtime.stage_model import Cut, StageModel, cut
 from executor.runtime.torch_runtime import TorchRuntime, check_tokens, random_inputs, to_tensor
 from plans.errors import InvalidInput
 
-__all__ = ["ParallelModel", "ParallelTorchRuntime"]
+__all__ = ["ParallelGeneratingModel", "ParallelModel", "ParallelTorchRuntime"]
 
 
 class ParallelTorchRuntime:
@@ -92,7 +94,17 @@ class ParallelTorchRuntime:
         if tp * pp != self.world.size or min(tp, pp) < 1:
             found = f"tp {tp} x pp {pp}"
             raise InvalidInput.of(f"tp x pp = {self.world.size} devices", where=variant, field="shape", found=found)
-        return ParallelModel(self, variant, max_batch, tp, pp)
+        number, start_s = next(_NUMBERS), time.perf_counter()
+        with self.turn() as tell:
+            tell(do="build", model=number, variant=variant)  # meanwhile: other models go on running
+        try:
+            whole = cut(self.torch_runtime, variant, tp, pp)
+        except BaseException:
+            with self.turn() as tell:
+                tell(do="unload", model=number)
+            raise
+        kind = ParallelGeneratingModel if pp == 1 and can_generate(whole.module) else ParallelModel
+        return kind(self, number, whole, variant, max_batch, tp, pp, start_s=start_s)
 
     @contextlib.contextmanager
     def turn(self) -> Iterator[Callable[..., None]]:
@@ -159,19 +171,22 @@ class ParallelModel:
         stage_weight_bytes: Bytes of weights on each GPU of each stage, shape (pp,).
     """
 
-    def __init__(self, runtime: ParallelTorchRuntime, name: str, max_batch: int, tp: int, pp: int) -> None:
+    def __init__(
+        self,
+        runtime: ParallelTorchRuntime,
+        number: int,
+        whole: Cut,
+        name: str,
+        max_batch: int,
+        tp: int,
+        pp: int,
+        *,
+        start_s: float,
+    ) -> None:
         self.name = name
         self.max_batch = max_batch
         self._runtime = runtime
-        self._number = next(_NUMBERS)
-        start = time.perf_counter()
-        with runtime.turn() as tell:
-            tell(do="build", model=self._number, variant=name)  # meanwhile: other models go on running
-        try:
-            whole = cut(runtime.torch_runtime, name, tp, pp)
-        except BaseException:
-            self.close()
-            raise
+        self._number = number
         self.inputs = whole.inputs
         self._wanted = whole.wanted
         self._vocabulary = whole.vocabulary
@@ -180,7 +195,7 @@ class ParallelModel:
             self._mesh = runtime.world.mesh(tp, pp)
             self._stage = StageModel(whole, self._mesh)
             self.stage_weight_bytes = tuple(map(int, self._mesh.gathered(self._stage.weight_bytes)))
-        self.load_s = time.perf_counter() - start
+        self.load_s = time.perf_counter() - start_s
         start = time.perf_counter()
         first = self.run(self.example(1))
         self.first_inference_s = time.perf_counter() - start
@@ -236,6 +251,31 @@ class ParallelModel:
         """Free the model on every rank, after the batches before."""
         with self._runtime.turn() as tell:
             tell(do="unload", model=self._number)
+
+
+class ParallelGeneratingModel(ParallelModel):
+    """A Llama over tensor-parallel ranks: it answers whole requests, and generates."""
+
+    @property
+    def generation(self) -> GenerationFacts:
+        """What it takes; its key-value memory is counted over all devices."""
+        torch_runtime = self._runtime.torch_runtime
+        return self._stage.facts(from_files=torch_runtime.reads_files(self.name))
+
+    def sequences(self, kv_tokens: int) -> ParallelSequences:
+        """Return what runs sequences, with key-value memory for ``kv_tokens`` tokens.
+
+        Raises:
+            OutOfDeviceMemory: The first device cannot hold so many.
+            InvalidInput: ``kv_tokens`` is below 1.
+            DevicesLost: Another one cannot.
+        """
+        if kv_tokens < 1:
+            raise InvalidInput.of("at least 1", where=self.name, field="kv_tokens", found=kv_tokens)
+        own = self._stage.sequences(kv_tokens, self.generation, self.name)
+        with self._runtime.turn() as tell:
+            tell(do="sequences", model=self._number, kv_tokens=kv_tokens, name=self.name)
+        return ParallelSequences(own, self._number, self._runtime.turn)
 
 
 _NUMBERS = itertools.count(1)

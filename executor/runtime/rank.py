@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from executor.cores import at_low_priority
 
 if TYPE_CHECKING:
+    from executor.runtime.generation import LlamaSequences
     from executor.runtime.stage_model import Built, StageModel
 
 __all__ = ["main"]
@@ -38,6 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     import torch
 
     from executor.runtime.mesh import World
+    from executor.runtime.parallel_generation import follow
     from executor.runtime.stage_model import StageModel, cut
     from executor.runtime.torch_runtime import TorchRuntime
 
@@ -46,6 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     world = World(rank=options.rank, size=options.size, device=options.device, store_port=options.store_port)
     world.join()
     models: dict[int, StageModel] = {}
+    sequences: dict[int, LlamaSequences] = {}
     building: dict[int, tuple[str, Future[Built]]] = {}
     builder = ThreadPoolExecutor(max_workers=1)
     while True:
@@ -68,7 +71,13 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
             models[number].step(None)
         elif command["do"] == "times":
             models[number].gather_times()
+        elif command["do"] == "sequences":
+            facts = models[number].facts()
+            sequences[number] = models[number].sequences(command["kv_tokens"], facts, command["name"])
+        elif command["do"] == "iterate":
+            follow(sequences[number], command)
         else:
+            sequences.pop(number, None)
             models.pop(number, None)
             building.pop(number, None)
 

@@ -10,9 +10,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from executor.runtime.generation import KvMemory, LlamaSequences, LlamaSteps, generation_facts
+from executor.runtime.memory import out_of_memory_named
 from executor.runtime.mesh import Mesh, receive, send
 from executor.runtime.precision import cast
-from executor.runtime.protocol import TensorSpec
+from executor.runtime.protocol import GenerationFacts, TensorSpec
 from executor.runtime.sharding import check_shardable, shard
 from executor.runtime.stages import Part, balanced, measured_s, parts_of
 from executor.runtime.torch_runtime import TorchRuntime, random_inputs, to_tensor
@@ -110,6 +112,7 @@ class StageModel:
         self._parts = nn.ModuleList(own).to(mesh.device)
         self._wanted = whole.wanted
         self._mesh = mesh
+        self._module = whole.module if mesh.pp == 1 else None
         held = {id(tensor): tensor for tensor in (*self._parts.parameters(), *self._parts.buffers())}
         self.weight_bytes = sum(_local(tensor).numel() * tensor.element_size() for tensor in held.values())
         self.run_s = 0.0
@@ -145,6 +148,22 @@ class StageModel:
             for tensor in outputs.values():
                 send(tensor, 0)
         return outputs
+
+    def facts(self, *, from_files: bool = False) -> GenerationFacts:
+        """Return what a model that generates takes, over all ranks; without pipeline."""
+        module: Any = self._module
+        return generation_facts(module.config, module.dtype, from_files=from_files)
+
+    def sequences(self, kv_tokens: int, facts: GenerationFacts, name: str) -> LlamaSequences:
+        """Return what runs this rank's part of sequences, with key-value memory of its heads for so many tokens.
+
+        Raises:
+            OutOfDeviceMemory: The device cannot hold so many.
+        """
+        module: Any = self._module
+        with out_of_memory_named(name, 1):
+            memory = KvMemory(module.config, kv_tokens, self._mesh.device, module.dtype, self._mesh.tp)
+        return LlamaSequences(LlamaSteps(module, memory), facts, name)
 
     def gather_times(self) -> tuple[float, ...]:
         """Return the seconds that each stage computed for its last batch, shape (pp,); every rank calls it at once."""

@@ -9,13 +9,16 @@ import pytest
 
 from executor.errors import ReplicaUnavailable, WorkerRefused
 from executor.group_server import GroupServer
+from executor.lane import TokenRequest
 from executor.runtime.torch_runtime import TorchRuntime
-from executor.state import ReplicaKey
+from executor.state import GenerationRules, ReplicaKey
 from executor.worker_link import WorkerSettings
 from tests.executor.running_agent import replica, worker_processes
 
 NAME = "llama-tiny"
 KEY = ReplicaKey(group="n/0-1", service="chat", variant=NAME)
+CHAT = ReplicaKey(group="n/0-1", service="talk", variant=NAME)
+PROMPT = (3, 1, 4, 1, 5)
 WAIT_S = 120.0
 
 
@@ -38,6 +41,18 @@ async def serve(made, shape):
     await made.worker.load(NAME, 2, (5, 5), shape)
 
 
+async def generated_by(made):
+    """Serve the model over both devices, tensor parallel, and return what it generates."""
+    rules = GenerationRules(ttft_s=WAIT_S, tpot_s=WAIT_S, kv_bytes=2**20)
+    latency_s = (0.01, 0.01)
+    made.configure(CHAT, replica("talk", NAME, max_batch=2, batch_latency_s=latency_s, shape=(2, 1), generation=rules))
+    assert not made.generates(CHAT)
+    await made.worker.load(NAME, 2, (5, 5), (2, 1), kv_bytes=2**20)
+    assert made.generates(CHAT)
+    answers = [made.generate(CHAT, TokenRequest(prompt=PROMPT, new_tokens=5)).answer]
+    return [answer.tokens for answer in await asyncio.wait_for(asyncio.gather(*answers), WAIT_S)]
+
+
 def ask(made, inputs):
     return made.submit(KEY, inputs, 1, made._clock() + WAIT_S).answer
 
@@ -46,6 +61,10 @@ def test_answers_are_those_of_one_device_in_either_shape_and_a_lost_rank_is_a_lo
     single = TorchRuntime().load(NAME, 2)
     inputs = [single.example(1, seed) for seed in range(6)]
     wanted = [single.run(each)["logits"] for each in inputs]
+    sequences = single.sequences(64)
+    wanted_tokens = [
+        (first, *(sequences.decode([1])[0] for _ in range(4))) for first in sequences.prefill([(1, PROMPT)])
+    ]
 
     async def act(made, lost):
         with pytest.raises(WorkerRefused, match="tp x pp = 2 devices"):
@@ -56,6 +75,7 @@ def test_answers_are_those_of_one_device_in_either_shape_and_a_lost_rank_is_a_lo
             for answer, logits in zip(answers, wanted, strict=True):
                 np.testing.assert_allclose(answer.outputs["logits"], logits, rtol=1e-4, atol=1e-5)
         assert made.running(KEY) == made.queued(KEY) == 0
+        assert await generated_by(made) == wanted_tokens
         (rank,) = [child for worker in worker_processes() for child in worker.children()]
         rank.kill()
         answer = ask(made, inputs[0])

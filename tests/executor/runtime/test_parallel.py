@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from executor.runtime.generation_engine import GenerationEngine
 from executor.runtime.parallel import ParallelTorchRuntime
-from executor.runtime.protocol import DevicesLost, InvalidTensor, UnknownVariant
+from executor.runtime.protocol import DevicesLost, GeneratesTokens, InvalidTensor, UnknownVariant
 from executor.runtime.stage_model import cut
 from executor.runtime.torch_runtime import TorchRuntime
 from plans.errors import InvalidInput
@@ -111,6 +112,67 @@ def test_two_shapes_of_two_models_run_side_by_side(two):
         assert_same(answer.result(timeout=60), single[name].run(single[name].example(2, seed)))
     for model in models.values():
         model.close()
+
+
+PROMPTS = [[(7 * position + 31 * row) % 1024 for position in range(5 + row)] for row in range(4)]
+
+
+def generated(sequences, *, kv_tokens):
+    """Generate for all prompts, two at a time; return the answers, and how often memory ran out."""
+    engine = GenerationEngine(sequences, kv_tokens=kv_tokens, max_batch=2)
+    numbers = [engine.add(prompt, 6) for prompt in PROMPTS]
+    answers, preempted = {}, 0
+    while not engine.is_idle:
+        step = engine.step()
+        preempted += len(step.preempted)
+        answers |= {one.number: one.tokens for one in step.finished}
+    return [answers[number] for number in numbers], preempted
+
+
+@pytest.mark.parametrize("kv_tokens", [200, 18], ids=["room for all", "memory that runs out"])
+def test_tensor_parallel_ranks_generate_the_tokens_of_one_process(two, kv_tokens):
+    single, model = TorchRuntime().load("llama-tiny", 2), two.load("llama-tiny", 2, (2, 1))
+    assert isinstance(model, GeneratesTokens)
+    assert model.generation == single.generation
+    wanted, preempted = generated(single.sequences(kv_tokens), kv_tokens=kv_tokens)
+    assert generated(model.sequences(kv_tokens), kv_tokens=kv_tokens) == (wanted, preempted)
+    assert (preempted > 0) == (kv_tokens == 18)
+    model.close()
+
+
+def test_ranks_that_generate_refuse_what_one_process_refuses_and_go_on(two):
+    single, model = (
+        runtime.load("llama-tiny", 1, *shape) for runtime, shape in ((TorchRuntime(), ()), (two, [(2, 1)]))
+    )
+    with pytest.raises(InvalidInput, match="at least 1"):
+        model.sequences(0)
+    one, several = single.sequences(8), model.sequences(8)
+    for refused in (
+        lambda runner: runner.prefill([(1, (1024,))]),
+        lambda runner: runner.prefill([(1, (1,) * 9)]),
+        lambda runner: runner.decode([1]),
+    ):
+        problems = []
+        for runner in (one, several):
+            with pytest.raises(InvalidTensor) as caught:
+                refused(runner)
+            problems.append(str(caught.value))
+        assert problems[0] == problems[1]
+    found = []
+    for runner in (one, several):
+        tokens = runner.prefill([(1, (1, 2, 3, 4, 5, 6, 7))]) + runner.decode([1])
+        runner.hold(16)
+        tokens += runner.decode([1])
+        runner.free([1])
+        found.append(tokens + runner.prefill([(2, (9,) * 15)]))
+    assert found[0] == found[1]
+    model.close()
+
+
+def test_a_pipeline_does_not_generate(two):
+    model = two.load("llama-tiny", 1, (1, 2))
+    assert not isinstance(model, GeneratesTokens)
+    model.close()
 
 
 def test_a_rank_that_ends_loses_the_group(two):
