@@ -47,6 +47,9 @@ def balance(space: PlanningSpace, placement: Placement, solver: Solver, budget: 
         prices.extend(edges[1:])
         utilisation = np.array([space.options[option].utilisation for option in options])
         builder.add_row(f"compute[{number}]", share, np.ones(len(share)), upper=count)
+        for position, (run, busy) in enumerate(space.token_rows(options)):
+            free = count * (1.0 - float(run.max()))  # one option of each service: the only one with a ratio
+            builder.add_row(f"tokens[{number},{position}]", share, busy, upper=free)
         builder.add_row(
             f"load[{number}]",
             np.concatenate([share, segments]),

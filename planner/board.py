@@ -47,6 +47,7 @@ class Board:
         self._replicas = np.zeros(services, dtype=np.int64)
         self._overlaps = _overlaps(space)
         self._share: dict[tuple[int, int], float] = {}
+        self._options_on: dict[int, list[int]] = {}
 
     def candidates(self, option: int) -> Integers:
         """Return the groups that ``option`` could join, rising; what compute is left there does not count."""
@@ -59,6 +60,8 @@ class Board:
         fitting &= self._gpus[groups] <= self._budget_left[service]
         fitting &= factor * self._longest_s[groups] <= space.slack_s[option]
         fitting &= factor * space.hold_s[option] <= self._least_slack_s[groups]
+        if space.token_ratio[option] > 0:  # what runs there leaves its tokens enough of the group's time: (4.22)
+            fitting &= np.array([self._given(group) for group in groups]) <= 1.0 - space.token_ratio[option] + 1e-9
         fitting &= (self._memory_used[groups] + space.memory[option] <= 1.0 + 1e-9).all(axis=1)
         found: Integers = groups[fitting]
         return found
@@ -82,6 +85,7 @@ class Board:
         """Put ``option`` on ``group``, which must fit, and give it ``share`` of the compute."""
         service = self.space.service_of[option]
         self._share[group, option] = 0.0
+        self._options_on.setdefault(group, []).append(option)
         self._memory_used[group] += self.space.memory[option]
         self._barred[group, service] = True
         self._longest_s[group] = max(self._longest_s[group], self.space.hold_s[option])
@@ -97,8 +101,17 @@ class Board:
         """Give ``option``, which runs on ``group``, ``share`` more of the compute."""
         self._share[group, option] += share
         self.compute_left[group] -= share
+        for other in self._options_on[group]:
+            if self.space.token_ratio[other] > 0 and len(self._options_on[group]) > 1:
+                neighbours = self._given(group) - self._share[group, other]
+                left = 1.0 - float(self.space.token_ratio[other]) - neighbours
+                self.compute_left[group] = min(float(self.compute_left[group]), max(0.0, left))
         service = self.space.service_of[option]
         self.remaining_rps[service] = max(0.0, self.remaining_rps[service] - share * self.space.sustained_rps[option])
+
+    def _given(self, group: int) -> float:
+        """Return the share of the compute of ``group`` that is given to what runs there."""
+        return sum(self._share[group, option] for option in self._options_on.get(group, ()))
 
     def running(self) -> list[tuple[int, int]]:
         """Return the (group, option) pairs placed so far, in order."""

@@ -50,6 +50,8 @@ class Option:
         at_floor: Whether the tail bound asked for less than the least utilisation that is planned for.
         weight_bytes: Weights over all GPUs of the group.
         load_s: Time that loading takes.
+        token_ratio: Time per further token over the TPOT, in [0, 1]: the share of the group's time that neighbours must
+            leave to it, (4.22). 0 where no tokens follow each other.
         deadline_s: Time from arrival within which a request is good.
         confidence: What the numbers rest on.
     """
@@ -74,6 +76,7 @@ class Option:
     load_s: float
     deadline_s: float
     confidence: Confidence
+    token_ratio: float = 0.0
 
     @property
     def gpus(self) -> int:
@@ -187,6 +190,7 @@ class _Figures:
     Attributes:
         limits: (reason, needed, available) of everything that must hold.
         allowed: Utilisation that the tail bound allows; below 0 for none.
+        token_ratio: As in `Option`.
     """
 
     multi_frame: int
@@ -199,6 +203,7 @@ class _Figures:
     confidence: Confidence
     limits: tuple[tuple[Literal["memory", "latency", "accuracy"], float, float], ...]
     allowed: float
+    token_ratio: float = 0.0
 
 
 def _of_variant(
@@ -293,6 +298,7 @@ def _judge(candidate: _Candidate, batch: int) -> Option | Rejection:
         load_s=candidate.model.load_s,
         deadline_s=candidate.goal.deadline_s,
         confidence=figures.confidence,
+        token_ratio=figures.token_ratio,
     )
 
 
@@ -352,6 +358,7 @@ def _of_answers(candidate: _Candidate, batch: int) -> _Figures:
             ("latency", whole.mean_s, goal.deadline_s),
         ),
         allowed=answers.utilisation(patience_s - charged_s, variability, 1.0 - goal.attainment),
+        token_ratio=next_s / service.slo.tpot_s if candidate.problem.settings.blocking_factor > 0 else 0.0,
     )
 
 
@@ -400,7 +407,9 @@ def _undominated(options: list[Option], *, keep: Collection[tuple[str, str, str,
 def _beaten(options: list[Option]) -> NDArray[np.bool_]:
     """Return which of ``options`` another one beats or equals in everything; of equals the first stays."""
     better_if_high = np.array([(each.sustained_rps, each.accuracy, each.slack_s) for each in options])
-    better_if_low = np.array([(each.hold_s, each.block_s, each.weight_bytes, *each.memory_bytes) for each in options])
+    better_if_low = np.array(
+        [(each.hold_s, each.block_s, each.token_ratio, each.weight_bytes, *each.memory_bytes) for each in options]
+    )
     dominates = (better_if_high[:, None] >= better_if_high[None]).all(axis=2)
     dominates &= (better_if_low[:, None] <= better_if_low[None]).all(axis=2)
     earlier = np.tri(len(options), k=-1, dtype=bool).T

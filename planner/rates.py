@@ -61,16 +61,32 @@ def best_shares(
     static_upper = linking.static_upper.copy()
     static_upper[statics - linking.wastes :] = 0.0
     given = float(np.sum(np.abs(objective[statics:]) * np.maximum(cap, least) * count[owner])) if len(pairs) else 0.0
+    tokens = _token_rows(space, options, owner, count)
+    times_free = np.array([free for _, _, free in tokens])
     program = LinearProgram(
-        np.concatenate([linking.lower - constant, np.full(len(loadouts), -np.inf)]),
-        np.concatenate([linking.upper - constant, count]),
+        np.concatenate([linking.lower - constant, np.full(len(loadouts) + len(tokens), -np.inf)]),
+        np.concatenate([linking.upper - constant, count, times_free]),
         np.concatenate([linking.static_lower, least * count[owner]]),
         np.concatenate([static_upper, np.maximum(cap, least) * count[owner]]),
         objective,
-        np.concatenate([linking.static_row, row[inside], rows + owner]),
-        np.concatenate([linking.static_of, statics + column[inside], statics + np.arange(len(pairs))]),
-        np.concatenate([linking.static_value, share[inside], np.ones(len(pairs))]),
-        row_scale=np.concatenate([linking.scaled(scale), np.maximum(count, 1.0)]),
+        np.concatenate(
+            [
+                linking.static_row,
+                row[inside],
+                rows + owner,
+                *(np.full(len(at), rows + len(loadouts) + number) for number, (at, _, _) in enumerate(tokens)),
+            ]
+        ),
+        np.concatenate(
+            [
+                linking.static_of,
+                statics + column[inside],
+                statics + np.arange(len(pairs)),
+                *(statics + at for at, _, _ in tokens),
+            ]
+        ),
+        np.concatenate([linking.static_value, share[inside], np.ones(len(pairs)), *(busy for _, busy, _ in tokens)]),
+        row_scale=np.concatenate([linking.scaled(scale), np.maximum(count, 1.0), np.ones(len(tokens))]),
         objective_scale=max(float(np.sum(np.abs(linking.static_objective) * linking.reach)), given) or 1.0,
     )
     found = program.solve(time_limit_s)
@@ -79,3 +95,17 @@ def best_shares(
     shares = np.clip(found.values[statics:] / count[owner], 0.0, 1.0) if len(pairs) else np.zeros(0)
     cuts = np.cumsum(lengths)[:-1]
     return dict(zip(loadouts, np.split(shares, cuts), strict=True)), value + found.objective
+
+
+def _token_rows(
+    space: PlanningSpace, options: Integers, owner: Integers, count: Floats
+) -> list[tuple[Integers, Floats, float]]:
+    """Return (4.22) of each loadout, as pairs, what each counts, and what all its groups together may use."""
+    if not space.token_ratio.any():
+        return []
+    found = []
+    for number, times in enumerate(count):
+        pairs = np.flatnonzero(owner == number)
+        for run, busy in space.token_rows(options[pairs]):
+            found.append((pairs, busy, float(times) * (1.0 - float(run.max()))))
+    return found

@@ -60,6 +60,8 @@ class SideRows:
     def add(self) -> None:
         """Add every family that the requirements ask for."""
         requirements = self.formulation.space.requirements
+        if self.formulation.has_loadouts:
+            self._token_times()
         self._least_share()
         for rule in requirements.spreads:
             self._spread(rule)
@@ -73,6 +75,21 @@ class SideRows:
             self._one_emergency()
         else:
             self._losses()
+
+    def _token_times(self) -> None:
+        """(4.22) sum over options o of s of (next[o] / tpot[s]) x[g, o] + sum over others p of rho[p] a[g, p] <= y[g].
+
+        For every group g and generation service s: neighbours that use a share beta of the group stretch the time per
+        further token from next to next / (1 - beta).
+        """
+        model = self.formulation
+        for place in range(len(model.classes)):
+            pairs = np.flatnonzero(model.pair_class == place)
+            for number, (run, share) in enumerate(model.space.token_rows(model.pair_option[pairs])):
+                columns = np.concatenate([model.run[pairs], model.share[pairs], [model.use[place]]])
+                values = np.concatenate([run, share, [-1.0]])
+                used = values != 0
+                self.builder.add_row(f"tokens.{place}.{number}", columns[used], values[used], upper=0.0)
 
     def _least_share(self) -> None:
         """(4.12) a[g, o] >= f[o] x[g, o]: a replica that min_replicas asks for serves."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -51,6 +51,7 @@ class PlanningSpace:
         accuracy: Shape (option,).
         hold_s: Shape (option,): longest time that it keeps others from the group.
         slack_s: Shape (option,).
+        token_ratio: Shape (option,): share of a group's time that neighbours must leave to its tokens, (4.22).
         moved_bytes: Shape (option,): weights that a load moves.
         memory: Shape (option, stage): share of a GPU's usable memory; 0 beyond the option's stages.
         cost: Shape (group,): cost of its GPUs per hour.
@@ -74,6 +75,7 @@ class PlanningSpace:
     accuracy: Floats
     hold_s: Floats
     slack_s: Floats
+    token_ratio: Floats
     moved_bytes: Floats
     memory: Floats
     cost: Floats
@@ -101,6 +103,19 @@ class PlanningSpace:
         )
         clashes: NDArray[np.bool_] = blocked & (self.service_of[mine] != self.service_of[theirs])
         return clashes
+
+    def token_rows(self, options: Sequence[int] | Integers) -> Iterator[tuple[Floats, Floats]]:
+        """Yield (4.22) for a group that runs some of ``options``: ``run @ x + share @ a <= 1``, each shape of them.
+
+        One row for each service whose tokens follow each other: what they take, and what neighbours use, at most all.
+        """
+        chosen = np.asarray(options, dtype=np.int64)
+        ratio, services = self.token_ratio[chosen], self.service_of[chosen]
+        busy = np.array([self.options[option].utilisation for option in chosen])
+        for service in np.unique(services[ratio > 0]):
+            mine = services == service
+            if not mine.all():
+                yield np.where(mine, ratio, 0.0), np.where(mine, 0.0, busy)
 
     def gpu_count(self, gpu_type: str) -> int:
         """Return how many GPUs of ``gpu_type`` the cluster has."""
@@ -142,6 +157,7 @@ def build_space(problem: Problem) -> PlanningSpace:
         accuracy=np.array([option.accuracy for option in options]),
         hold_s=hold_s,
         slack_s=slack_s,
+        token_ratio=np.array([option.token_ratio for option in options]),
         moved_bytes=np.array([float(option.weight_bytes) for option in options]),
         memory=memory,
         cost=np.array([types[group.gpu_type].cost_per_hour * group.tp * group.pp for group in groups]),

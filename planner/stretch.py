@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import groupby
+
+import numpy as np
 
 from planner.space import Placed, Placement, PlanningSpace
 
@@ -18,23 +21,25 @@ def stretch_batches(space: PlanningSpace, placement: Placement) -> Placement:
     """
     larger = _larger(space)
     stretched: list[Placed] = []
-    known: dict[tuple[int, ...], tuple[int, ...]] = {}
+    known: dict[tuple[tuple[int, ...], tuple[float, ...]], tuple[int, ...]] = {}
     for group, members in groupby(sorted(placement), key=lambda placed: placed.group):
         before = list(members)
         options = tuple(placed.option for placed in before)
-        if options not in known:
-            known[options] = _stretched(space, larger, options)
-        for placed, option in zip(before, known[options], strict=True):
+        key = (options, tuple(placed.share for placed in before) if space.token_ratio[list(options)].any() else ())
+        if key not in known:
+            known[key] = _stretched(space, larger, before)
+        for placed, option in zip(before, known[key], strict=True):
             share = placed.share * space.sustained_rps[placed.option] / space.sustained_rps[option]
             stretched.append(Placed(group, option, float(share)))
     return tuple(sorted(stretched))
 
 
 def _stretched(
-    space: PlanningSpace, larger: dict[tuple[object, ...], list[int]], options: tuple[int, ...]
+    space: PlanningSpace, larger: dict[tuple[object, ...], list[int]], before: Sequence[Placed]
 ) -> tuple[int, ...]:
     """Return the options of one group, each at its largest batch given the others as they are by then."""
-    chosen = list(options)
+    chosen = [placed.option for placed in before]
+    rates = [placed.share * space.sustained_rps[placed.option] for placed in before]
     for position, option in enumerate(chosen):
         neighbours = [other for index, other in enumerate(chosen) if index != position]
         memory_left = 1.0 - space.memory[neighbours].sum(axis=0)
@@ -45,9 +50,16 @@ def _stretched(
             and space.sustained_rps[other] >= space.sustained_rps[option]
             and (space.memory[other] <= memory_left + 1e-9).all()
             and not space.conflicts([other], neighbours).any()
+            and _tokens_in_time(space, [*chosen[:position], other, *chosen[position + 1 :]], rates)
         ]
         chosen[position] = max(fitting, key=lambda other: space.options[other].batch, default=option)
     return tuple(chosen)
+
+
+def _tokens_in_time(space: PlanningSpace, options: Sequence[int], rates: Sequence[float]) -> bool:
+    """Tell whether neighbours leave every service its time per further token, at ``rates`` of requests: (4.22)."""
+    shares = np.array([rate / space.sustained_rps[option] for rate, option in zip(rates, options, strict=True)])
+    return all(run.max() + busy @ shares <= 1.0 + 1e-9 for run, busy in space.token_rows(options))
 
 
 def _replica(space: PlanningSpace, option: int) -> tuple[object, ...]:

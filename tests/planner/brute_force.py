@@ -154,6 +154,11 @@ def _rates(
             rates[option.service].append((option, rate))
             busy.append(rate * (option.hold_s / option.batch / option.utilisation))
         program.Add(program.Sum(busy) <= 1)
+        for option in loadout:  # the time per further token, stretched by what neighbours use, is within the TPOT
+            mean_next = option.token_ratio
+            others = [b * o.utilisation for b, o in zip(busy, loadout, strict=True) if o.service != option.service]
+            if mean_next > 0 and others:
+                program.Add(program.Sum(others) <= 1 - mean_next)
     served = {name: program.Sum([rate for _, rate in each]) for name, each in rates.items()}
     for name in space.names:
         program.Add(served[name] <= offered[name])

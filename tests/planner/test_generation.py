@@ -18,7 +18,9 @@ from planner.option import Option, build_catalogue
 from plans.demand import Demand, Rate, ServiceDemand
 from plans.plan import Plan
 from plans.service import GenerationService, GenerationSlo, Services, Variant
+from tests.planner.brute_force import best_goodput
 from tests.planner.problems import GIB, QUIET, cluster, demand, latency_service, phased, problem, profile
+from tests.planner.rules import assert_sound
 from traces.synthesis import Gamma, synthesise
 from traces.table import RequestTrace
 
@@ -164,6 +166,58 @@ def test_a_neighbour_whose_batches_stretch_tokens_beyond_their_limit_gets_anothe
     plan = planned(wanted)
     assert sorted(entry.service for group in plan.groups for entry in group.loadout) == ["chat", "slow"]
     assert simulated(wanted, plan, 100) >= 0.95
+
+
+def shared(tpot_s: float, busy_rps: float, gpus: int = 1, **settings: object) -> Problem:
+    """Return chat, and two services of short batches that ask for ``busy_rps`` each, on ``gpus`` GPUs."""
+    base = chat(100, 0.5, tpot_s, rate_rps=0.5)
+    others = [latency_service(name, ("n", 1.0), deadline_s=2.0) for name in ("one", "two")]
+    asked = Demand(window_s=60, services=(*base.demand.services, *demand(one=busy_rps, two=busy_rps).services))
+    library = [*base.profiles, profile("n", base_s=0.002, batches=(1,))]
+    services = [base.services.services[0].model_copy(update={"weight": 1000.0}), *others]
+    chosen = replace(QUIET, blocking="strict", **settings)  # type: ignore[arg-type]
+    return problem(cluster(("a", "gpu", gpus)), services, library, asked, settings=chosen)
+
+
+def stretched(wanted: Problem, plan: Plan) -> list[float]:
+    """Return, per generating replica with neighbours, its time per further token over the TPOT, from the documents."""
+    known = {option.key: option for option in build_catalogue(wanted).options}
+    found = []
+    for group in plan.groups:
+        for entry in group.loadout:
+            ratio = known["chat", "m", "gpu", group.tp, group.pp, entry.max_batch].token_ratio if entry.tokens else 0.0
+            busy = sum(
+                each.rate_rps / each.max_batch * max(each.stage_latency_s[-1])
+                for each in group.loadout
+                if each.service != entry.service
+            )
+            if ratio and busy:
+                found.append(ratio / (1 - busy))
+    return found
+
+
+@pytest.mark.parametrize("method", ["direct", "columns"])
+@pytest.mark.parametrize(("tpot_s", "busy_rps", "gpus"), [(0.02, 100.0, 1), (0.03, 150.0, 1), (0.02, 100.0, 2)])
+def test_neighbours_leave_tokens_their_time_and_no_more(tpot_s: float, busy_rps: float, gpus: int, method: str) -> None:
+    """Batches of 2 ms fit between any two tokens; many of them do not. Brute force finds nothing better."""
+    wanted = shared(tpot_s, busy_rps, gpus, method=method)
+    plan = planned(wanted)
+    assert_sound(plan, wanted)
+    assert all(ratio <= 1 + 1e-6 for ratio in stretched(wanted, plan))
+    best = best_goodput(wanted)
+    assert best is not None
+    assert plan.solver.objective == pytest.approx(best, rel=1e-4)
+    assert plan.solver.bound >= best * (1 - 1e-6)
+
+
+def test_without_blocking_neighbours_are_not_held_back() -> None:
+    """The guard binds: the same problem without it serves more, with tokens beyond their limit."""
+    wanted = shared(0.02, 100.0)
+    loose = replace(wanted, settings=replace(wanted.settings, blocking="none"))
+    assert served_rps(planned(loose), "one") + served_rps(planned(loose), "two") > 1.2 * (
+        served_rps(planned(wanted), "one") + served_rps(planned(wanted), "two")
+    )
+    assert simulated(wanted, planned(loose), 100) < 0.95 <= simulated(wanted, planned(wanted), 100)
 
 
 @given(mean=st.floats(0.01, 200.0), level=st.floats(0.01, 0.999))
