@@ -6,12 +6,14 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
+from pydantic import ValidationError
+
 from foreplan.planning import Inputs
 from plans.cluster import Cluster, Node, NodeGpus
 from plans.demand import Demand, Rate, ServiceDemand
 from plans.errors import Fault, InvalidInput
 from plans.plan import Plan
-from plans.service import check_against_cluster
+from plans.service import Services, check_against_cluster
 
 __all__ = ["Difference", "changed", "difference"]
 
@@ -30,8 +32,10 @@ def changed(
         scale_demand: Factor of every rate and number of streams.
 
     Raises:
-        InvalidInput: A node is malformed, of an unknown type, there already or not there, or pinned; no node is left;
-            or the factor is not positive. All faults at once.
+        InvalidInput: A node is malformed, of an unknown type, there already or not there; a service is pinned to
+            removed places alone; no node is left; or the factor is not positive. All faults at once.
+
+    Pins and forbids of a removed node go with it.
     """
     faults: list[Fault] = []
     known = {node.name for node in inputs.cluster.nodes}
@@ -39,21 +43,45 @@ def changed(
         if name not in known:
             expected = f"one of the nodes {', '.join(sorted(known))}"
             faults.append(Fault(where="command line", field="--remove", found=repr(name), expected=expected))
-    added = [node for text in add if (node := _node(text, inputs.cluster, faults)) is not None]
+    added: list[Node] = []
+    for text in add:
+        if (node := _node(text, inputs.cluster, known, faults)) is not None:
+            added.append(node)
+            known.add(node.name)
     nodes = (*(node for node in inputs.cluster.nodes if node.name not in remove), *added)
     if not nodes:
         faults.append(Fault(where="command line", field="--remove", found="every node", expected="a node that is left"))
     if not 0 < scale_demand < float("inf"):
         expected = "a factor above 0"
         faults.append(Fault(where="command line", field="--scale-demand", found=str(scale_demand), expected=expected))
+    services = _without(inputs.services, set(remove), faults)
     if faults:
         raise InvalidInput(faults)
     cluster = inputs.cluster.model_copy(update={"nodes": nodes})
-    check_against_cluster(inputs.services, cluster, where="services")
-    return replace(inputs, cluster=cluster, demand=_scaled(inputs.demand, scale_demand))
+    check_against_cluster(services, cluster, where="services")
+    return replace(inputs, cluster=cluster, services=services, demand=_scaled(inputs.demand, scale_demand))
 
 
-def _node(text: str, cluster: Cluster, faults: list[Fault]) -> Node | None:
+def _without(services: Services, removed: set[str], faults: list[Fault]) -> Services:
+    """Return ``services`` without pins and forbids on removed nodes; a service with no pin left is a fault."""
+    if not removed:
+        return services
+    kept = []
+    for service in services.services:
+        places = {
+            field: tuple(place for place in named if place.partition("/")[0] not in removed)
+            for field, named in (("pin", service.pin), ("forbid", service.forbid))
+        }
+        if service.pin and not places["pin"]:
+            remedy = "keep one of these nodes, or pin the service elsewhere too"
+            found, expected = ", ".join(service.pin), f"a place to be left that {service.name} is pinned to"
+            where = "command line"
+            faults.append(Fault(where=where, field="--remove", found=found, expected=expected, remedy=remedy))
+        kept.append(service.model_copy(update=places))
+    return services.model_copy(update={"services": tuple(kept)})
+
+
+def _node(text: str, cluster: Cluster, known: set[str], faults: list[Fault]) -> Node | None:
     match = _NODE.match(text)
     if match is None:
         expected = "NAME:GPU_TYPE*COUNT, such as node-x:h100-80gb*8"
@@ -63,12 +91,17 @@ def _node(text: str, cluster: Cluster, faults: list[Fault]) -> Node | None:
         expected = f"a GPU type of the cluster ({', '.join(sorted(cluster.gpu_types))})"
         faults.append(Fault(where="command line", field="--add", found=repr(match["type"]), expected=expected))
         return None
-    if match["name"] in {node.name for node in cluster.nodes}:
+    if match["name"] in known:
         expected = "a name that no node has"
         faults.append(Fault(where="command line", field="--add", found=repr(match["name"]), expected=expected))
         return None
-    gpus = NodeGpus(type=match["type"], count=int(match["count"] or 1))
-    return Node(name=match["name"], gpus=gpus, zone=match["zone"] or "")
+    try:
+        gpus = NodeGpus(type=match["type"], count=int(match["count"] or 1))
+        return Node(name=match["name"], gpus=gpus, zone=match["zone"] or "")
+    except ValidationError as error:
+        expected = "; ".join(f"{detail['loc'][0]}: {detail['msg']}" for detail in error.errors())
+        faults.append(Fault(where="command line", field="--add", found=repr(text), expected=expected))
+        return None
 
 
 def _scaled(demand: Demand, factor: float) -> Demand:

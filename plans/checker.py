@@ -1,7 +1,8 @@
 """An independent check of a plan, from its documents alone.
 
 Shares no code with the planner: it reads the plan, the cluster, the services and the raw profile figures, and states
-every promise that the plan breaks. An empty answer is a certificate of feasibility; optimality is the bound's business.
+every promise that the plan breaks. An empty answer says that the plan can be carried out and is worth what it says;
+whether anything could be better is the bound's business.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from typing import Protocol
 
+from plans.certificate import check_certificate
 from plans.cluster import Cluster
 from plans.demand import Demand
 from plans.errors import Fault
@@ -47,7 +49,7 @@ def check_plan(
 
     Also spreading, end-to-end deadlines, the wait for multi-frame batches, affinity that is required, and, with the
     ``demand``, the rates of services that only workflows call. What the plan's own settings promise is checked too: a
-    required attainment, and what the loss of any one node leaves.
+    required attainment, and what the loss of any one node leaves; and its certificate (`plans.certificate`).
 
     Memory is checked against each GPU's full memory, summed over everything that shares it, and each entry's stated
     memory against the profile's; a device may not be asked for more than its whole time (rate / batch * bottleneck
@@ -80,6 +82,7 @@ def check_plan(
         faults.extend(_check_workflows(plan, cluster, services, demand))
         faults.extend(_check_attainment(plan))
         faults.extend(_check_losses(plan, cluster))
+        faults.extend(check_certificate(plan, cluster, services))
     return tuple(faults)
 
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -47,11 +48,24 @@ def test_nodes_come_and_go_and_demand_grows(inputs):
         ({"remove": ("node-z",)}, "one of the nodes"),
         ({"remove": ("node-a", "node-b")}, "a node that is left"),
         ({"scale_demand": 0.0}, "a factor above 0"),
+        ({"add": ("x:fake*0",)}, "count: Input should be greater than 0"),
+        ({"add": ("x/1:fake*2",)}, "--add: found 'x/1:fake[*]2', expected name: "),
+        ({"add": ("x:fake*2", "x:fake*2")}, "a name that no node has"),
     ],
 )
 def test_a_change_that_makes_no_sense_is_an_error(inputs, change, expected):
     with pytest.raises(InvalidInput, match=expected):
         changed(inputs, **change)
+
+
+def test_pins_and_forbids_of_a_removed_node_go_with_it(inputs):
+    fast, slow = inputs.services.services
+    fast = fast.model_copy(update={"pin": ("node-a", "node-b/0"), "forbid": ("node-b/1", "node-a/1")})
+    limited = replace(inputs, services=inputs.services.model_copy(update={"services": (fast, slow)}))
+    kept = changed(limited, remove=("node-b",)).services.service(fast.name)
+    assert (kept.pin, kept.forbid) == (("node-a",), ("node-a/1",))
+    with pytest.raises(InvalidInput, match=r"found node-a, node-b/0, expected a place to be left that fast is pinned"):
+        changed(limited, remove=("node-a", "node-b"))
 
 
 def test_what_if_prints_the_difference_to_the_inputs_as_they_are(planned):
