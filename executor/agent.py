@@ -41,10 +41,8 @@ _log = logging.getLogger("executor.agent")
 
 _Status = health_pb2.HealthCheckResponse
 
-_SERVICES = (
-    control_pb2.DESCRIPTOR.services_by_name["Agent"].full_name,
-    open_inference_pb2.DESCRIPTOR.services_by_name["GRPCInferenceService"].full_name,
-)
+_CONTROL = control_pb2.DESCRIPTOR.services_by_name["Agent"].full_name
+_INFERENCE = open_inference_pb2.DESCRIPTOR.services_by_name["GRPCInferenceService"].full_name
 
 _STOP_GRACE_S = 2.0
 """How long calls may go on once the agent was told to stop."""
@@ -161,10 +159,11 @@ async def serve_agent(
         spans = start_tracing("foreplan-agent")
         services = _Services(config, node, server, credentials, spans)
         try:
-            port = server.listen(config.address, _SERVICES)
+            port = server.listen(config.address, (_CONTROL, _INFERENCE))
             await services.forward.listen(config.address.rpartition(":")[0], config.forward_port)
             await node.start()
             await server.checks.set("", _Status.SERVING)
+            readiness.update(node)
             await server.start()
             async with services.metrics_server(credentials):
                 _log.info("event=agent_listening node=%s port=%d", config.node, port)
@@ -273,6 +272,7 @@ class _Readiness:
                 now[key.service] = _Status.SERVING
             elif now.get(key.service) != _Status.SERVING:
                 now[key.service] = _Status.NOT_SERVING
+        now |= {_CONTROL: _Status.SERVING, _INFERENCE: _Status.SERVING if node.ready else _Status.NOT_SERVING}
         for service, status in now.items():
             if self._told.get(service) != status:
                 task = asyncio.get_running_loop().create_task(self._checks.set(service, status))

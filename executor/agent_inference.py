@@ -200,7 +200,8 @@ class InferenceServicer(pb_grpc.GRPCInferenceServiceServicer):
 
         async def answers(request: pb.ModelInferRequest) -> AsyncGenerator[pb.ModelStreamInferResponse, None]:
             try:
-                async with contextlib.aclosing(self._streamed(request, group)) as found:
+                streamed = self._streamed(request, group, context.time_remaining())
+                async with contextlib.aclosing(streamed) as found:
                     async for answer in found:
                         yield answer
             except ForeplanError as error:
@@ -225,7 +226,7 @@ class InferenceServicer(pb_grpc.GRPCInferenceServiceServicer):
             yield
 
     async def _streamed(
-        self, request: pb.ModelInferRequest, group: str | None
+        self, request: pb.ModelInferRequest, group: str | None, time_remaining_s: float | None
     ) -> AsyncGenerator[pb.ModelStreamInferResponse, None]:
         arrived_s, raw = self._clock(), request.raw_input_contents
         whole = _Whole(RequestHead.of(request, raw, self._limits), raw)
@@ -234,7 +235,7 @@ class InferenceServicer(pb_grpc.GRPCInferenceServiceServicer):
             (None, None) if of_workflow else self._chosen(request.model_name, request.model_version, group)
         )
         if replica is None or loaded is None or loaded.generates is None or not self._generates(replica):
-            found = await self._infer(whole, arrived_s, None, group)
+            found = await self._infer(whole, arrived_s, time_remaining_s, group)
             answer = answer_message(whole.head, found) if isinstance(found, Answer) else found
             answer.parameters[FINAL].bool_param = True
             yield pb.ModelStreamInferResponse(infer_response=answer)

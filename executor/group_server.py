@@ -292,9 +292,9 @@ class GroupServer:
         error = future.exception()
         if error is None:
             self._note_overrun(batch)
-        if batch.key in self.counters:
-            run_s = self._clock() - batch.started_s
-            self.counters[batch.key].ran(batch.items, run_s, time.time_ns() // 1_000_000)
+            if batch.key in self.counters:
+                run_s = self._clock() - batch.started_s
+                self.counters[batch.key].ran(batch.items, run_s, time.time_ns() // 1_000_000)
         if isinstance(error, WorkerRefused) and error.invalid_input and len(batch.pending) > 1:
             _log.warning("event=batch_refused replica=%r action=run_one_by_one", str(batch.key))
             self._requests.run_alone(batch.pending)

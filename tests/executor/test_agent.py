@@ -561,6 +561,30 @@ def test_health_tells_living_from_ready(tmp_path):
     asyncio.run(scenario())
 
 
+def test_health_has_an_entry_for_each_of_its_own_services(tmp_path):
+    async def scenario():
+        async with scripted(tmp_path) as agent:
+            checks = health_pb2_grpc.HealthStub(agent.channel)
+
+            async def status(service):
+                answer = await checks.Check(health_pb2.HealthCheckRequest(service=service), timeout=WAIT_S)
+                return health_pb2.HealthCheckResponse.ServingStatus.Name(answer.status)
+
+            assert await status("foreplan.control.v1.Agent") == "SERVING"
+            assert await status("inference.GRPCInferenceService") == "SERVING"
+            await agent.apply(desired(1, g0=[replica("a", "dies-at-run")]))
+            with refused(grpc.StatusCode.UNAVAILABLE, "a (dies-at-run)"):
+                await agent.infer("a")
+
+            async def is_not_ready():
+                return await status("inference.GRPCInferenceService") == "NOT_SERVING"
+
+            await eventually(is_not_ready)
+            assert await status("foreplan.control.v1.Agent") == "SERVING"
+
+    asyncio.run(scenario())
+
+
 def test_reflection_names_every_service(tmp_path):
     async def scenario():
         async with running_agent(tmp_path) as agent:

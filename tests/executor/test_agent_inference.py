@@ -292,6 +292,34 @@ def test_the_repository_is_what_the_plan_says(tmp_path):
     asyncio.run(scenario())
 
 
+def test_a_batch_that_fails_does_not_count_as_run(tmp_path):
+    async def scenario():
+        async with serving(tmp_path, g0=[replica("s", "twice"), replica("bad", "raises")]) as agent:
+            for service in ("s", "bad"):
+                await asyncio.gather(agent.infer(service), return_exceptions=True)
+            found = await agent.inference.ModelStatistics(pb.ModelStatisticsRequest())
+            runs = {
+                one.name: (one.execution_count, one.inference_stats.compute_infer.count) for one in found.model_stats
+            }
+            assert runs == {"s": (1, 1), "bad": (0, 0)}
+            assert {one.name: one.inference_stats.fail.count for one in found.model_stats} == {"s": 0, "bad": 1}
+
+    asyncio.run(scenario())
+
+
+def test_the_time_of_a_call_goes_before_the_services_deadline_in_streams_too(tmp_path):
+    async def scenario():
+        slow = replica("s", "twice", max_batch=1, deadline_s=1.0, batch_latency_s=(2.0,))
+        async with serving(tmp_path, g0=[slow]) as agent:
+            request = encode_request("s", {"x": np.ones((1, 4), np.float32)})
+            for timeout_s, error in ((WAIT_S, ""), (None, "DEADLINE_EXCEEDED")):
+                call = agent.inference.ModelStreamInfer(iter([request]), timeout=timeout_s)
+                (answer,) = [one async for one in call]
+                assert answer.error_message.split(":")[0] == error
+
+    asyncio.run(scenario())
+
+
 def test_the_server_is_not_ready_while_something_committed_does_not_serve(tmp_path):
     async def scenario():
         async with serving(tmp_path, g0=[replica("s", "dies-at-run")]) as agent:
