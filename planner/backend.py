@@ -47,12 +47,17 @@ class Budget:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Solution:
-    """Feasible values, shape (variable,), their objective, the proven bound on any, and why the solver stopped."""
+    """Feasible values, shape (variable,), their objective, the proven bound on any, and why the solver stopped.
+
+    ``prices``, shape (row,), are what one more of each row's limit is worth: of the optimum of a model without
+    integers, from solvers that tell them.
+    """
 
     values: Floats
     objective: float
     bound: float
     stopped: WhyStopped
+    prices: Floats | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -7,7 +7,8 @@ single groups, and a relaxation with replica counts when built over classes of i
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -21,6 +22,17 @@ __all__ = ["Formulation"]
 
 _PACKING_ORDERS = (1, 2, 3, 4, 5)
 """Orders of the dual feasible functions in `Formulation._packing`."""
+
+
+@dataclass(frozen=True, slots=True)
+class _LoadoutRow:
+    """``values @ x[at] <= times * y`` for the options at the positions ``at``; ``of_share`` names a in place of x."""
+
+    name: str
+    at: Integers
+    values: Floats
+    times: float = 1.0
+    of_share: bool = False
 
 
 class Formulation:
@@ -51,10 +63,22 @@ class Formulation:
         ordered: bool = True,
         extra_gpu_type: str | None = None,
         loadouts: bool = True,
+        fixed: bool = False,
     ) -> None:
-        """Build the model; without ``loadouts`` only the rows that join groups, for column generation (section 9)."""
+        """Build the model.
+
+        Args:
+            space: The planning space.
+            classes: What to place on.
+            pairs: (class, option) by position; all of them unless given.
+            ordered: Whether interchangeable groups are put in order, (4.11).
+            extra_gpu_type: A type of which there is one more GPU.
+            loadouts: Without them only the rows that join groups are stated, for column generation (section 9).
+            fixed: Every replica stands: what only tells replicas apart, (4.2), (4.4) and (4.5), is left out.
+        """
         self.space = space
         self.has_loadouts = loadouts
+        self._fixed = fixed
         self.classes = tuple(classes)
         if pairs is None:
             pairs = [(position, option) for position, each in enumerate(self.classes) for option in each.options]
@@ -116,62 +140,80 @@ class Formulation:
         self.fair.add()
 
     def _add_loadouts(self) -> None:
-        """Add what one group may run: everything that names the variables of a single group or class."""
-        for place in range(len(self.classes)):
+        """Add (4.1) to (4.6), what one group may run: all that names the variables of a single group or class."""
+        of_options: dict[tuple[int, bytes], tuple[_LoadoutRow, ...]] = {}
+        for place, each in enumerate(self.classes):
             pairs = self._of_class[place]
-            self._memory(place, pairs)
-            self._packing(place, pairs)
-            self._compute(place, pairs)
-            self._one_option_per_service(place, pairs)
-            self._blocking(place, pairs)
+            options = self.pair_option[pairs]
+            key = (each.pp, options.tobytes())
+            if key not in of_options:
+                of_options[key] = tuple(self._loadout_rows(options, each.pp))
+            label = self._label(each)
+            for row in of_options[key]:
+                columns = (self.share if row.of_share else self.run)[pairs[row.at]]
+                self._builder.add_row(
+                    f"{row.name}[{label}]",
+                    np.append(columns, self.use[place]),
+                    np.append(row.values, -row.times),
+                    upper=0.0,
+                )
         self._linking()
 
-    def _memory(self, place: int, pairs: Integers) -> None:
-        """(4.1) sum over o of m[o, j] x[g, o] <= M (1 - h) y[g] for every stage j of group g, in units of M (1 - h)."""
-        for stage in range(self.classes[place].pp):
-            self._at_most_use(f"memory{stage}", place, pairs, self.space.memory[self.pair_option[pairs], stage])
+    def _loadout_rows(self, options: Integers, stages: int) -> Iterator[_LoadoutRow]:
+        """Yield what holds for any group that may run ``options``, so that groups that are alike share the work."""
+        yield from self._memory(options, stages)
+        if not self._fixed:
+            yield from self._packing(options, stages)
+        yield from self._compute(options)
+        if not self._fixed:
+            yield from self._one_option_per_service(options)
+            yield from self._blocking(options)
 
-    def _packing(self, place: int, pairs: Integers) -> None:
+    def _memory(self, options: Integers, stages: int) -> Iterator[_LoadoutRow]:
+        """(4.1) sum over o of m[o, j] x[g, o] <= M (1 - h) y[g] for every stage j of group g, in units of M (1 - h)."""
+        for stage in range(stages):
+            yield _LoadoutRow(f"memory{stage}", np.arange(len(options)), self.space.memory[options, stage])
+
+    def _packing(self, options: Integers, stages: int) -> Iterator[_LoadoutRow]:
         """(4.2) sum over o of f_k(m[o, j] / M (1 - h)) x[g, o] <= y[g] for the dual feasible functions f_1 .. f_5.
 
         Implied for integers, and much tighter than (4.1) without integrality: f_1 says that at most one option of more
         than half the memory fits. Source: Fekete and Schepers, Math. Programming 91 (2001), theorem 1.
         """
         seen = set()
-        for stage in range(self.classes[place].pp):
-            memory = self.space.memory[self.pair_option[pairs], stage]
+        for stage in range(stages):
+            memory = self.space.memory[options, stage]
             for order in _PACKING_ORDERS:
                 scaled = memory * (order + 1)
                 whole = np.abs(scaled - np.round(scaled)) < 1e-9
                 values = np.where(whole, memory, np.floor(scaled) / order)
                 if (values > memory + 1e-9).any() and values.tobytes() not in seen:
                     seen.add(values.tobytes())
-                    self._at_most_use(f"packing{stage}.{order}", place, pairs, values)
+                    yield _LoadoutRow(f"packing{stage}.{order}", np.arange(len(options)), values)
 
-    def _compute(self, place: int, pairs: Integers) -> None:
+    def _compute(self, options: Integers) -> Iterator[_LoadoutRow]:
         """(4.3) sum over o of a[g, o] <= y[g], where a[g, o] = (u[o] / rho[o]) r[g, o]."""
-        self._at_most_use("compute", place, pairs, np.ones(len(pairs)), columns=self.share)
+        yield _LoadoutRow("compute", np.arange(len(options)), np.ones(len(options)), of_share=True)
 
-    def _one_option_per_service(self, place: int, pairs: Integers) -> None:
+    def _one_option_per_service(self, options: Integers) -> Iterator[_LoadoutRow]:
         """(4.4) sum over the options o of service s of x[g, o] <= y[g]."""
-        services = self.space.service_of[self.pair_option[pairs]]
+        services = self.space.service_of[options]
         for service in np.unique(services):
-            mine = pairs[services == service]
-            self._at_most_use(f"one.{self.space.names[service]}", place, mine, np.ones(len(mine)))
+            mine = np.flatnonzero(services == service)
+            yield _LoadoutRow(f"one.{self.space.names[service]}", mine, np.ones(len(mine)))
 
-    def _blocking(self, place: int, pairs: Integers) -> None:
+    def _blocking(self, options: Integers) -> Iterator[_LoadoutRow]:
         """(4.5) sum over P of x[g, p] <= K (y[g] - sum over O of x[g, o]).
 
         O are the options of one service with one set P of conflicting options of other services, and K is the number
         of services in P: of O and P only one side may run. Options conflict when the charged hold of one is longer
         than the slack of the other (section 3.3).
         """
-        options = self.pair_option[pairs]
         clashes = self.space.conflicts(options, options)
+        services = self.space.service_of[options]
         done = set()
         for index in np.flatnonzero(clashes.any(axis=1)):
             others = np.flatnonzero(clashes[index])
-            services = self.space.service_of[options]
             # Options of the same service that clash with at least the same others join the left side.
             alike = np.flatnonzero((services == services[index]) & clashes[:, others].all(axis=1))
             most = float(len(np.unique(services[others])))
@@ -181,8 +223,7 @@ class Formulation:
                 continue
             done.add(key)
             values = np.concatenate([np.full(len(alike), most), np.ones(len(others))])
-            name = f"blocking.{index}"
-            self._at_most_use(name, place, pairs[np.concatenate([alike, others])], values, times=most)
+            yield _LoadoutRow(f"blocking.{index}", np.concatenate([alike, others]), values, times=most)
 
     def _linking(self) -> None:
         """(4.6) a[g, o] <= min(1, d[s] u[o] / rho[o]) x[g, o]: no option, no compute, and none beyond demand."""
@@ -344,25 +385,6 @@ class Formulation:
                 )
                 for pair in running
             )
-        )
-
-    def _at_most_use(
-        self,
-        name: str,
-        place: int,
-        pairs: Integers,
-        values: Floats,
-        *,
-        columns: Integers | None = None,
-        times: float = 1.0,
-    ) -> None:
-        """Add ``values @ columns[pairs] <= times * y[place]``; the columns are those of x unless given."""
-        chosen = (self.run if columns is None else columns)[pairs]
-        self._builder.add_row(
-            f"{name}[{self._label(self.classes[place])}]",
-            np.concatenate([chosen, [self.use[place]]]),
-            np.concatenate([values, [-times]]),
-            upper=0.0,
         )
 
     def _of_service(self) -> list[Integers]:

@@ -19,10 +19,12 @@ from planner.backend import Budget, InfeasibleModel, Solution, Solver, local_sol
 from planner.board import NEGLIGIBLE
 from planner.formulation import Formulation
 from planner.greedy import Order, Target, greedy, pack, running
+from planner.guidance import Guidance, guidance_of
 from planner.linear import Floats, LinearModel
 from planner.neighbourhood import neighbourhoods
 from planner.objective import ACCURACY, GOODPUT, Kept, Objective, gap_of, tiers, with_kept
 from planner.redundancy import Redundant, placed_apart, redundant_starts
+from planner.regroup import decided_anew, left_to
 from planner.space import Placed, Placement, PlanningSpace
 
 __all__ = [
@@ -45,6 +47,9 @@ _SMALL_EXACT_MODEL = 600
 _NEIGHBOURHOOD_PAIRS = 100
 """Pairs that one neighbourhood decides about: mostly solved in tens of milliseconds."""
 
+_FREED_PAIRS = (100, 160, 250, 400)
+"""Pairs of the neighbourhoods that are solved on their own: larger ones after a few rounds without a gain."""
+
 _NEIGHBOURHOOD_NODES = 50
 """Nodes of the search tree for one neighbourhood; a limit in seconds would make the plan depend on the machine."""
 
@@ -66,13 +71,19 @@ _LATER_ROUNDS = 10
 _STALLED_ROUNDS = 4
 """Neighbourhoods without a gain after which an objective is left as it is."""
 
+_STALLED_SMALL_ROUNDS = 30
+"""The same for neighbourhoods that are solved on their own."""
+
+_FIRST_STALLED_ROUNDS = 12
+"""The same before whole counts over classes are known."""
+
 LEAST_RELAXATION_S = 0.5
 """Seconds that a linear relaxation may take also when time is over, so that no objective is left without a bound."""
 
 _FIXED = ("gpus", "gpu-cost", "bytes-moved")
 """Objectives that rates alone do not change."""
 
-_TIER_SHARE = (0.55, 0.5, 0.6, 0.9)
+_TIER_SHARE = (0.65, 0.5, 0.6, 0.9)
 """Share of the time left that each objective may take."""
 
 
@@ -127,7 +138,8 @@ class Search:
         self._local_solver = local_solver(self._settings.backend)
         self._classes_model: Formulation | None = None
         self._exact: Formulation | None = None
-        self._used_options: frozenset[int] = frozenset()
+        self._guidance = Guidance()
+        self._apart = _separable(space) and _pair_count(space) > _SMALL_EXACT_MODEL
 
     @property
     def _over_classes(self) -> Formulation:
@@ -195,7 +207,8 @@ class Search:
         places = sorted({group for group, _ in pairs})
         position = {group: index for index, group in enumerate(places)}
         chosen = [self._space.singles[group] for group in places]
-        fixed = Formulation(self._space, chosen, sorted((position[group], option) for group, option in pairs))
+        of_chosen = sorted((position[group], option) for group, option in pairs)
+        fixed = Formulation(self._space, chosen, of_chosen, fixed=True)
         model = with_kept(fixed, objective, kept)
         lower = model.lower.copy()
         lower[fixed.use] = 1.0
@@ -231,16 +244,22 @@ class Search:
         """Improve ``tier`` until its gap is closed, nothing helps or time is over; True when proven infeasible."""
         if tier.best is not None:
             self._offer(tier, self.best_rates(_pairs(tier.best), tier.objective, tier.kept))
+        if self._apart and not tier.kept and tier.best is not None:
+            # Whole counts over classes take longer than what they mostly bring here.
+            self._bound_by_relaxation(tier, with_kept(self._over_classes, tier.objective, tier.kept))
+            self._search_neighbourhoods(tier, most_stalled=_FIRST_STALLED_ROUNDS)
+            if self._closed(tier):
+                return False
         targets = self._solve_classes(tier)
         if targets is None:
             return True
-        self._used_options = frozenset(option for _, option, _, _ in targets)
+        self._guidance = self._guidance.with_used(option for _, option, _, _ in targets)
         self._pack(tier, targets)
         if tier.best is None:
             self._solve_groups(tier, self._promising(tier, targets), proves=False)
         if self._closed(tier):
             return False
-        pairs = sum(len(each.options) for each in self._space.singles)
+        pairs = _pair_count(self._space)
         if pairs > _SMALL_EXACT_MODEL and tier.best is not None:
             self._search_neighbourhoods(tier)
             good_enough = bool(tier.kept) or self._closed(tier, _STALLED_GAPS * self._settings.gap)
@@ -249,24 +268,61 @@ class Search:
                 return False
         return self._solve_groups(tier, None, proves=True)
 
-    def _search_neighbourhoods(self, tier: Tier) -> None:
+    def _search_neighbourhoods(self, tier: Tier, *, most_stalled: int | None = None) -> None:
         """Free a few groups at a time and solve them exactly, until nothing was gained for some rounds."""
         generator = np.random.default_rng(self._settings.seed)
         target = _LATER_GAP if tier.kept else 0.0
         most_rounds = _LATER_ROUNDS if tier.kept else _FIRST_ROUNDS
+        if most_stalled is None:
+            most_stalled = _STALLED_SMALL_ROUNDS if self._apart else _STALLED_ROUNDS
         rounds = stalled = 0
-        while tier.best is not None and stalled < _STALLED_ROUNDS and rounds < most_rounds:
+        while tier.best is not None and stalled < most_stalled and rounds < most_rounds:
             if self._closed(tier, target):
                 return
             best = tier.best
-            options = self._options_to_consider(best, everything=stalled % 3 == 2)
-            for free, stays in neighbourhoods(self._space, best, options, generator, most_pairs=_NEIGHBOURHOOD_PAIRS):
+            options = self._options_to_consider(best, generator, everything=stalled % 3 == 2)
+            most_pairs = _NEIGHBOURHOOD_PAIRS
+            if self._apart:
+                most_pairs = _FREED_PAIRS[min(stalled // _STALLED_ROUNDS, len(_FREED_PAIRS) - 1)]
+            for free, stays in neighbourhoods(self._space, best, options, generator, most_pairs=most_pairs):
                 if self._clock() >= tier.ends_at_s:
                     return
-                self._solve_neighbourhood(tier, free, stays)
+                if self._apart:
+                    self._decide_anew(tier, best, free)
+                else:
+                    self._solve_neighbourhood(tier, free, stays)
                 break
             rounds += 1
             stalled = stalled + 1 if tier.best is best else 0
+
+    def _decide_anew(self, tier: Tier, placement: Placement, free: list[tuple[int, int]]) -> None:
+        """Solve the groups of ``free`` for what all others leave of the demand; the model holds these groups alone."""
+        options: dict[int, list[int]] = {group: [] for group, _ in free}
+        rest = left_to(self._space, (placed for placed in placement if placed.group not in options))
+        for group, option in free:
+            if rest.share_cap[option] > NEGLIGIBLE:
+                options[group].append(option)
+        found = decided_anew(
+            self._space,
+            placement,
+            tier.objective,
+            tier.kept,
+            sorted(options),
+            options,
+            self._local_solver,
+            self._local_budget(tier),
+        )
+        self._offer(tier, found)
+        if tier.best is not None and tier.best is not placement:
+            self._offer(tier, self.best_rates(_pairs(tier.best), tier.objective, tier.kept))
+
+    def _local_budget(self, tier: Tier) -> Budget:
+        return Budget(
+            time_limit_s=max(0.05, tier.ends_at_s - self._clock()),
+            gap=max(self._settings.gap, _NEIGHBOURHOOD_GAP),
+            seed=self._settings.seed,
+            node_limit=_NEIGHBOURHOOD_NODES,
+        )
 
     def _solve_neighbourhood(self, tier: Tier, free: list[tuple[int, int]], stays: list[tuple[int, int]]) -> None:
         places = sorted({group for group, _ in (*free, *stays)})
@@ -279,22 +335,22 @@ class Search:
         fixed = {(position[group], option) for group, option in stays}
         lower[formulation.run[[index for index, pair in enumerate(pairs) if pair in fixed]]] = 1.0
         model = model.with_bounds(lower, model.upper)
-        budget = Budget(
-            time_limit_s=max(0.05, tier.ends_at_s - self._clock()),
-            gap=max(self._settings.gap, _NEIGHBOURHOOD_GAP),
-            seed=self._settings.seed,
-            node_limit=_NEIGHBOURHOOD_NODES,
-        )
-        answer = self._local_solver.solve(model, budget, _verified(formulation, model, tier.best))
+        answer = self._local_solver.solve(model, self._local_budget(tier), _verified(formulation, model, tier.best))
         if isinstance(answer, Solution):
             self._offer(tier, formulation.decode(answer.values))
 
-    def _options_to_consider(self, placement: Placement, *, everything: bool) -> list[frozenset[int]]:
-        """Return per group all its options, or only those that ``placement`` or the classes' model uses somewhere."""
-        if everything:
+    def _options_to_consider(
+        self, placement: Placement, generator: np.random.Generator, *, everything: bool
+    ) -> list[frozenset[int]]:
+        """Return per group what ``placement`` or a model over classes uses somewhere, and a few options that may do.
+
+        These are drawn from what the relaxation nearly took; with ``everything`` they are all there are, where no
+        relaxation told.
+        """
+        if everything and not self._guidance.promising:
             return [frozenset(group.options) for group in self._space.groups]
-        used = self._used_options | {placed.option for placed in placement}
-        return [frozenset(used & set(group.options)) for group in self._space.groups]
+        some = self._guidance.draw(generator) | {placed.option for placed in placement}
+        return [some.intersection(group.options) for group in self._space.groups]
 
     def _closed(self, tier: Tier, gap: float = 0.0) -> bool:
         if tier.best is None:
@@ -319,9 +375,11 @@ class Search:
     def _bound_by_relaxation(self, tier: Tier, model: LinearModel) -> None:
         """Bound ``tier`` by the linear relaxation over classes, which takes a fraction of what whole counts take."""
         limit_s = max(LEAST_RELAXATION_S, tier.ends_at_s - self._clock())
-        answer = self._solver.solve(model.relaxed(), Budget(time_limit_s=limit_s, seed=self._settings.seed))
+        relaxed = model.relaxed()
+        answer = self._solver.solve(relaxed, Budget(time_limit_s=limit_s, seed=self._settings.seed))
         if isinstance(answer, Solution):
             tier.tighten(answer.bound)
+            self._guidance = guidance_of(self._over_classes, relaxed, answer)
 
     def _pack(self, tier: Tier, targets: list[Target]) -> None:
         orders: tuple[Order, ...] = ("memory", "share", "density")
@@ -427,6 +485,18 @@ def _verified(formulation: Formulation, model: LinearModel, placement: Placement
     except KeyError:
         return None
     return values if model.violation(values) <= 1e-6 else None
+
+
+def _separable(space: PlanningSpace) -> bool:
+    """Whether some groups can be decided anew given what the rest serves: no row names more than that."""
+    asked = space.requirements
+    joined = asked.spreads or asked.couplings or asked.calls or asked.blocks or asked.least_rps.any()
+    return space.problem.settings.objective == "goodput" and not joined and not asked.keeps_idle_replicas
+
+
+def _pair_count(space: PlanningSpace) -> int:
+    """Return the pairs of group and option, by which the size of a problem goes."""
+    return sum(len(group.options) for group in space.groups)
 
 
 def _pairs(placement: Placement) -> list[tuple[int, int]]:

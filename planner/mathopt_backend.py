@@ -13,6 +13,7 @@ from typing import Literal
 import numpy as np
 from ortools.math_opt import callback_pb2, model_parameters_pb2, model_pb2, parameters_pb2, result_pb2, solution_pb2
 from ortools.math_opt.core.python import solver as native
+from pybind11_abseil.status import StatusCode, StatusNotOk  # type: ignore[import-untyped]
 
 from planner.backend import BackendResult, Budget, InfeasibleModel, NothingFound, Solution, constant_answer
 from planner.linear import Floats, LinearModel
@@ -45,18 +46,23 @@ class MathOptSolver:
         """Solve ``model``; see `planner.backend.Solver`."""
         if not model.variables:
             return constant_answer(model)
-        with native_output_discarded():
-            result = native.solve(
-                to_proto(model),
-                _TYPES[self.name],
-                parameters_pb2.SolverInitializerProto(),
-                self._parameters(budget),
-                _wanted(hint),
-                None,
-                callback_pb2.CallbackRegistrationProto(),
-                None,
-                None,
-            )
+        try:
+            with native_output_discarded():
+                result = native.solve(
+                    to_proto(model),
+                    _TYPES[self.name],
+                    parameters_pb2.SolverInitializerProto(),
+                    self._parameters(budget),
+                    _wanted(hint, prices=not model.integer.any()),
+                    None,
+                    callback_pb2.CallbackRegistrationProto(),
+                    None,
+                    None,
+                )
+        except StatusNotOk as error:
+            if error.status.code() != StatusCode.INTERNAL:
+                raise  # a model that is none is a bug of ours
+            return NothingFound(bound=None, detail=f"{self.name} gave up: {error}")
         reason = result.termination.reason
         values = _values(model, result)
         if values is not None:
@@ -99,14 +105,15 @@ class MathOptSolver:
             objective=objective,
             bound=bound,
             stopped="limit" if not optimal else "optimal" if near else "gap",
+            prices=_prices(model, result) if optimal else None,
         )
 
 
-def _wanted(hint: Floats | None) -> model_parameters_pb2.ModelSolveParametersProto:
-    """Return what to start from, and that of the answer only values are read."""
+def _wanted(hint: Floats | None, *, prices: bool) -> model_parameters_pb2.ModelSolveParametersProto:
+    """Return what to start from, and that of the answer only values are read, and ``prices`` of rows."""
     wanted = model_parameters_pb2.ModelSolveParametersProto()
-    for unread in (wanted.dual_values_filter, wanted.reduced_costs_filter):
-        unread.filter_by_ids = True
+    wanted.dual_values_filter.filter_by_ids = not prices
+    wanted.reduced_costs_filter.filter_by_ids = True
     if hint is not None:
         values = wanted.solution_hints.add().variable_values
         values.ids.extend(range(len(hint)))
@@ -125,6 +132,16 @@ def _values(model: LinearModel, result: result_pb2.SolveResultProto) -> Floats |
     values[np.array(primal.variable_values.ids, dtype=np.int64)] = np.array(primal.variable_values.values)
     values[model.integer] = np.round(values[model.integer])
     return values
+
+
+def _prices(model: LinearModel, result: result_pb2.SolveResultProto) -> Floats | None:
+    """Return the price of every row; None where the model has integers or the solver tells none."""
+    if model.integer.any() or not result.solutions[0].HasField("dual_solution"):
+        return None
+    duals = result.solutions[0].dual_solution.dual_values
+    prices = np.zeros(len(model.rows))
+    prices[np.array(duals.ids, dtype=np.int64)] = np.array(duals.values)
+    return prices
 
 
 def to_proto(model: LinearModel) -> model_pb2.ModelProto:
