@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import gc
 import importlib
 import logging
 import os
@@ -318,6 +319,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except ForeplanError as error:
             connection.sendall(encode_from_worker(Failed(call=0, problem=str(error), invalid_input=True)))
             return 1
+        gc.freeze()  # a round of the collector over torch and all else would hold up a batch for a tenth of a second
         if not Worker(connection, SharedSegment(options.segment), runtime, on_gone=_exit).serve():
             _exit()
     return 0

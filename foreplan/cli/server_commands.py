@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -100,7 +101,12 @@ def agent(
         insecure=insecure,
     )
     host = address.rpartition(":")[0]
-    uvloop.run(serve_agent(config, on_ready=lambda port: _ready(out, "agent", f"{host}:{port}", node)))
+
+    def ready(port: int) -> None:
+        gc.freeze()  # a round of the collector over all modules holds up requests for some 50 ms
+        _ready(out, "agent", f"{host}:{port}", node)
+
+    uvloop.run(serve_agent(config, on_ready=ready))
 
 
 def _size_bytes(text: str, option: str) -> int:
