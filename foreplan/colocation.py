@@ -259,7 +259,7 @@ def _serve(connection: Connection, model: str, batch: int, device: Device) -> No
         connection.send(error.faults)
     except MemoryError as error:
         connection.send(OutOfDeviceMemory(*error.args))
-    except (EOFError, KeyboardInterrupt):
+    except (EOFError, BrokenPipeError, KeyboardInterrupt):
         pass  # the parent is done
 
 

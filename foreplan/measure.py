@@ -122,8 +122,8 @@ def _child(
         connection.send(error.faults)
     except MemoryError as error:
         connection.send(OutOfDeviceMemory(*error.args))
-    except KeyboardInterrupt:
-        pass  # the parent says so
+    except (KeyboardInterrupt, BrokenPipeError):
+        pass  # the parent says so, or is gone
 
 
 @contextmanager

@@ -140,7 +140,8 @@ def datasheet_rates(gpu_type: str, dtype: str = "fp16") -> DeviceRates:
     """
     entry = catalogue().get(gpu_type)
     if entry is None:
-        close = ", ".join(get_close_matches(gpu_type, catalogue(), n=3)) or ", ".join(catalogue())
+        like = [name for name in catalogue() if name.startswith(gpu_type.lower())]
+        close = ", ".join(like or get_close_matches(gpu_type, catalogue(), n=3) or catalogue())
         remedy = "measure its rates there with `profile calibrate`, and pass them with --rates"
         raise InvalidInput.of(f"a type of the catalogue, such as {close}", found=repr(gpu_type), remedy=remedy)
     peak = entry.flops_per_s.get(dtype)

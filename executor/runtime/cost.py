@@ -19,11 +19,10 @@ from torch.utils.flop_counter import flop_registry
 from transformers import BertConfig, BertModel
 
 from executor.runtime.generation import can_generate
-from executor.runtime.local_models import load_folder, local_names, quiet_transformers
+from executor.runtime.local_models import load_folder, quiet_transformers
 from executor.runtime.memory import LiveTensors, keep_freed_memory
-from executor.runtime.protocol import TensorSpec, UnknownVariant
-from executor.runtime.registry import REGISTRY, architecture_of
-from executor.runtime.sizes import split_size
+from executor.runtime.names import local_model, registered
+from executor.runtime.protocol import TensorSpec
 from executor.runtime.torch_runtime import DTYPES
 from plans.errors import InvalidInput
 from profiles.roofline import DeviceRates, Kind, ModelCost, Operation
@@ -116,17 +115,15 @@ def _whole_mask(batch: int, tokens: int, dtype: torch.dtype) -> torch.Tensor:
 
 
 def _meta_module(variant: str, model_dir: Path | None) -> tuple[torch.nn.Module, Sequence[TensorSpec]]:
-    local = split_size(variant, local_names(model_dir)) if model_dir is not None else None
+    local = local_model(variant, model_dir)
     if model_dir is not None and local is not None:
         with quiet_transformers():
             loaded, inputs, _ = load_folder(model_dir, *local)
         module: torch.nn.Module = loaded
         return module.to("meta"), inputs
-    found = architecture_of(variant, REGISTRY)
-    if found is None:
-        raise UnknownVariant.of("one of " + ", ".join(REGISTRY), field="variant", found=repr(variant))
+    _, architecture = registered(variant, model_dir)
     with torch.device("meta"):
-        return found[1].build(), found[1].inputs
+        return architecture.build(), architecture.inputs
 
 
 def count_cost(module: torch.nn.Module, inputs: Sequence[TensorSpec], batch: int, dtype: torch.dtype) -> ModelCost:

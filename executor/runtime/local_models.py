@@ -25,9 +25,7 @@ from transformers import PreTrainedModel
 from executor.runtime.protocol import TensorSpec
 from plans.errors import Fault, InvalidInput
 
-__all__ = ["load_folder", "local_names", "quiet_transformers"]
-
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+__all__ = ["load_folder", "quiet_transformers"]
 
 _CLASS = re.compile(r"[A-Za-z][A-Za-z0-9_]*")
 
@@ -59,23 +57,6 @@ def quiet_transformers() -> Iterator[None]:
         logging.set_verbosity(level)
         if bars:
             logging.enable_progress_bar()
-
-
-def local_names(model_dir: Path) -> tuple[str, ...]:
-    """Return the names of the models in ``model_dir``, sorted: folders inside it that have a ``config.json``.
-
-    A link that leads out of ``model_dir`` is no model of it.
-    """
-    root = model_dir.resolve()
-    return tuple(
-        sorted(
-            path.name
-            for path in root.iterdir()
-            if _NAME.fullmatch(path.name)
-            and (path / "config.json").is_file()
-            and (path / "config.json").resolve().is_relative_to(root)
-        )
-    )
 
 
 def load_folder(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 import time
 import zlib
@@ -18,12 +17,11 @@ from executor.runtime.acceleration import GraphedModule, acceleration_faults, co
 from executor.runtime.generation import KvMemory, LlamaSequences, LlamaSteps, can_generate, generation_facts
 from executor.runtime.generation_engine import GenerationEngine
 from executor.runtime.generation_group import GenerationGroup
-from executor.runtime.local_models import load_folder, local_names, quiet_transformers
+from executor.runtime.local_models import load_folder, quiet_transformers
 from executor.runtime.memory import held_bytes, keep_freed_memory, out_of_memory_named, peak_growth_bytes
+from executor.runtime.names import local_model, model_names, registered
 from executor.runtime.precision import cast
-from executor.runtime.protocol import GenerationFacts, InvalidTensor, TensorSpec, UnknownVariant, batch_of
-from executor.runtime.registry import REGISTRY, architecture_of
-from executor.runtime.sizes import split_size
+from executor.runtime.protocol import GenerationFacts, InvalidTensor, TensorSpec, batch_of
 from executor.runtime.transfer import DeviceTransfer
 from plans.errors import Fault, InvalidInput
 
@@ -86,7 +84,7 @@ class TorchRuntime:
 
     def names(self) -> tuple[str, ...]:
         """Names that `load` knows, sorted: the registry's and those of local folders."""
-        return tuple(sorted({*REGISTRY, *(local_names(self._model_dir) if self._model_dir else ())}))
+        return model_names(self._model_dir)
 
     def load(self, variant: str, max_batch: int) -> TorchModel:
         """Build or read ``variant``, move it to the device, and run it once.
@@ -145,16 +143,10 @@ class TorchRuntime:
             UnknownVariant: Neither the registry nor the folder has the model.
             InvalidInput: The model's folder is damaged.
         """
-        local = self._local(variant)
+        local = local_model(variant, self._model_dir)
         if self._model_dir is not None and local is not None:
             return load_folder(self._model_dir, *local)
-        found = architecture_of(variant)
-        if found is None:
-            close = difflib.get_close_matches(variant, self.names(), n=3)
-            remedy = f"did you mean {' or '.join(close)}?" if close else ""
-            expected = "one of " + ", ".join(self.names()) + "; at another input size, <name>-<size>"
-            raise UnknownVariant.of(expected, field="variant", found=repr(variant), remedy=remedy)
-        model, architecture = found
+        model, architecture = registered(variant, self._model_dir)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self._seed + zlib.crc32(model.encode()))
             module = architecture.build_as(self.dtype) if architecture.build_as else architecture.build()
@@ -162,11 +154,7 @@ class TorchRuntime:
 
     def reads_files(self, variant: str) -> bool:
         """Say whether ``variant`` is read from the folder of local models."""
-        return self._local(variant) is not None
-
-    def _local(self, variant: str) -> tuple[str, int | None] | None:
-        """Return the local model and the input size that ``variant`` names."""
-        return split_size(variant, local_names(self._model_dir)) if self._model_dir is not None else None
+        return local_model(variant, self._model_dir) is not None
 
     def _accelerated(self, module: torch.nn.Module, variant: str) -> Callable[..., Any]:
         run = compiled_module(module, variant) if self._compiled else module

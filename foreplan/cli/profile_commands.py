@@ -17,6 +17,7 @@ from foreplan.cli.output import Output, Step
 if TYPE_CHECKING:
     from foreplan.colocation import Slowdowns
     from foreplan.device import Device
+    from foreplan.resume import RowStore
     from profiles.document import Profile, ProfileMeta
     from profiles.group import Series
     from profiles.profiler import Progress
@@ -93,6 +94,7 @@ def run(
     seed: Seed = 0,
 ) -> None:
     """Measure latency, memory and load time of models on this machine."""
+    from executor.runtime.names import check_names
     from foreplan.device import Device
     from foreplan.measure import measure
     from foreplan.resume import RowStore
@@ -122,18 +124,18 @@ def run(
     if pairs:
         _check_pairs(models, where)
     stop = StopRule(point_s=point_seconds)
-    output.mkdir(parents=True, exist_ok=True)
+    check_names(models, model_dir)
+    profile_documents.make_folder(output)
     store = RowStore(output, where, grid, stop)
     if fresh:
         for model in models:
-            store.finish(model)
-    resumed = [model for model in models if store.rows(model)]
-    if resumed:
-        out.note(f"going on where an earlier run stopped: {', '.join(resumed)}")
-    done: list[Profile] = []
-    with out.progress(f"profiling {len(models)} models", total=len(models)) as step:
+            store.forget(model)
+    done = _finished(models, store, output, gpu_type)
+    left = [model for model in models if model not in {profile.model for profile in done}]
+    _say_what_is_known(out, [profile.model for profile in done], [model for model in left if store.rows(model)])
+    with out.progress(f"profiling {len(left)} models", total=len(models)) as step:
         for measured in measure(
-            models,
+            left,
             where,
             grid,
             stop,
@@ -148,9 +150,27 @@ def run(
             profile_documents.print_profile(out, profile)
         if copies or pairs:
             done = _add_slowdowns(out, output, done, where, copies, pairs, step)
+    for model in models:
+        store.forget(model)
     paths = [output / f"{profile.model}.{profile.gpu_type}.json" for profile in done]
     out.result({"profiles": [str(path) for path in paths]})
     out.say(f"wrote {len(paths)} profiles to {output}")
+
+
+def _say_what_is_known(out: Output, finished: list[str], begun: list[str]) -> None:
+    if finished:
+        out.note(f"measured already by a run that was interrupted (--fresh forgets it): {', '.join(finished)}")
+    if begun:
+        out.note(f"going on where an earlier run stopped: {', '.join(begun)}")
+
+
+def _finished(models: list[str], store: RowStore, output: Path, gpu_type: str) -> list[Profile]:
+    """Return the profiles that an interrupted run of the same command has written."""
+    from plans.documents import read_document
+    from profiles.document import Profile
+
+    paths = [output / f"{model}.{gpu_type}.json" for model in models if store.is_finished(model)]
+    return [read_document(path, Profile) for path in paths if path.exists()]
 
 
 def _check_pairs(models: list[str], where: Device) -> None:
@@ -176,6 +196,7 @@ def _at_sizes(models: list[str], sizes: str, model_dir: Path | None) -> list[str
     from executor.runtime.registry import REGISTRY
     from executor.runtime.sizes import sized_name
 
+    models = list(dict.fromkeys(models))
     if not sizes:
         return models
     registered = {model for model in models if model in REGISTRY and not (model_dir and (model_dir / model).is_dir())}
@@ -279,13 +300,15 @@ def estimate(
 ) -> None:
     """Write profiles of models that nobody measured, from their operations and bytes and the device's rates."""
     from executor.runtime.cost import count_costs
+    from executor.runtime.names import check_names
     from profiles.roofline import modelled_profile
 
     models = _at_sizes(models, input_size, model_dir)
     number = dtype or ("fp32" if gpu_type == "cpu" else "fp16")
-    known = _rates(out, gpu_type, rates, number, threads)
+    check_names(models, model_dir)
     grid = _numbers(batches, "--batches")
-    output.mkdir(parents=True, exist_ok=True)
+    known = _rates(out, gpu_type, rates, number, threads)
+    profile_documents.make_folder(output)
     written = []
     with out.progress(f"counting the operations of {len(models)} models", total=len(models)) as step:
         for position, model in enumerate(models):

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from profiles.holdout import ErrorSummary, HeldOut
     from profiles.importing import Imported
 
-__all__ = ["files_of", "print_profile", "register"]
+__all__ = ["files_of", "make_folder", "print_profile", "register"]
 
 EXIT_ERRORS_TOO_LARGE = 1
 
@@ -66,6 +66,20 @@ def files_of(folder: Path, model: str) -> dict[Path, Profile]:
     paths = sorted(path for path in folder.rglob("*.json") if path.is_file())
     read = {path: read_document(path, Profile) for path in paths}
     return {path: profile for path, profile in read.items() if profile.model == model}
+
+
+def make_folder(path: Path) -> None:
+    """Make the folder ``path`` where there is none.
+
+    Raises:
+        InvalidInput: It cannot be made.
+    """
+    from plans.errors import InvalidInput
+
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InvalidInput.of("a folder to write to", where=path, field="--output", found=error.strerror) from error
 
 
 def print_profile(out: Output, profile: Profile) -> None:
@@ -246,7 +260,7 @@ def import_(
             found=f"{len(imported.rejected)} of {imported.rows}: {reasons}",
             remedy="--max-rejected allows more",
         )
-    output.mkdir(parents=True, exist_ok=True)
+    make_folder(output)
     paths = [output / f"{profile.model}.{profile.gpu_type}.json" for profile in imported.profiles]
     for path, profile in zip(paths, imported.profiles, strict=True):
         write_document(path, profile)

@@ -118,6 +118,27 @@ def test_wrong_grids_are_refused_before_anything_runs(tmp_path: Path, arguments:
     assert not (tmp_path / "p").exists()
 
 
+def test_unknown_models_are_named_before_anything_runs(tmp_path: Path) -> None:
+    for what in (("run",), ("estimate", "--gpu-type", "l4-24gb")):
+        said = foreplan(tmp_path, *what, "bert-tiny-16", "resnet18", "vit-tiny-33", "-o", "p", code=1).stderr
+        assert "did you mean resnet-18" in said
+        assert "vit-tiny-33: input size: found 33" in said
+    assert not (tmp_path / "p").exists()
+
+
+def test_what_a_command_has_finished_is_not_measured_again_after_it_failed(tmp_path: Path) -> None:
+    (tmp_path / "models" / "damaged").mkdir(parents=True)
+    (tmp_path / "models" / "damaged" / "config.json").write_text("{}")
+    grid = ("--batches", "1", "--point-seconds", "0.05", "--model-dir", "models")
+    foreplan(tmp_path, "run", "bert-tiny-16", "damaged", "-o", "p", *grid, code=1)
+    before = (tmp_path / "p" / "bert-tiny-16.cpu.json").read_bytes()
+    again = foreplan(tmp_path, "run", "bert-tiny-16", "damaged", "-o", "p", *grid, code=1)
+    assert "measured already" in again.stderr
+    assert (tmp_path / "p" / "bert-tiny-16.cpu.json").read_bytes() == before
+    foreplan(tmp_path, "run", "bert-tiny-16", "-o", "p", *grid)  # goes to its end, and leaves nothing behind
+    assert [path.name for path in (tmp_path / "p").iterdir()] == ["bert-tiny-16.cpu.json"]
+
+
 def test_a_model_nobody_measured_is_estimated_and_flagged(tmp_path: Path) -> None:
     found = foreplan(tmp_path, "estimate", "bert-tiny-16", "--gpu-type", "l4-24gb", "-o", "p", "--batches", "1,8")
     assert "modelled, not measured" in found.stderr

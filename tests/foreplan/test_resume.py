@@ -21,9 +21,24 @@ def test_rows_survive_the_process_until_the_profile_is_written(tmp_path: Path) -
     first.add("m", row(2, 0.2))
     assert [each.batch for each in store(tmp_path).rows("m")] == [1, 2]
     assert store(tmp_path).rows("other") == ()
-    store(tmp_path).finish("m")
+    store(tmp_path).forget("m")
     assert store(tmp_path).rows("m") == ()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_model_is_finished_for_the_grid_that_was_measured(tmp_path: Path) -> None:
+    first = store(tmp_path, batches=(1, 2))
+    first.add("m", row(1, 0.1))
+    assert not store(tmp_path, batches=(1, 2)).is_finished("m")
+    first.finish("m")
+    again = store(tmp_path, batches=(1, 2))
+    assert again.is_finished("m")
+    assert [each.batch for each in again.rows("m")] == [1]
+    assert not again.is_finished("other")
+    assert not store(tmp_path, batches=(1, 2, 4)).is_finished("m")
+    assert not store(tmp_path, Device(gpu_type="cpu", dtype="bf16"), batches=(1, 2)).is_finished("m")
+    again.forget("m")
+    assert not again.is_finished("m")
 
 
 def test_more_batches_are_still_the_same_measurement(tmp_path: Path) -> None:

@@ -115,6 +115,6 @@ def test_a_model_that_looks_at_values_says_so(monkeypatch: pytest.MonkeyPatch) -
     looking = Architecture(
         build=Looking, inputs=(TensorSpec("image", "FP32", (8, 5, 5)),), outputs=(), description="looks at its input"
     )
-    monkeypatch.setattr("executor.runtime.cost.REGISTRY", {"looking": looking})
+    monkeypatch.setattr("executor.runtime.names.REGISTRY", {"looking": looking})
     with pytest.raises(InvalidInput, match="profile run"):
         count_costs("looking", (1,))
