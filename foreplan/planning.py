@@ -105,13 +105,24 @@ def make_plan(
             },
             "workflows": inputs.services.workflows,
             "transition": steps.steps,
-            "warnings": (*plan.warnings, *steps.warnings),
+            "warnings": (*_beyond_forecast(inputs.demand, settings.quantile), *plan.warnings, *steps.warnings),
         }
     )
     broken = verify(plan, inputs.cluster, inputs.services, inputs.profiles, inputs.demand)
     if broken:
         raise AssertionError("the plan breaks its promises: " + "; ".join(map(str, broken)))
     return result.with_plan(plan)
+
+
+def _beyond_forecast(demand: Demand, level: float) -> tuple[str, ...]:
+    """Return a warning for each service whose forecast states quantiles, but none as far out as ``level``."""
+    found = []
+    for one in demand.services:
+        stated = [float(key) for rate in one.rate_rps for key in rate.quantiles]
+        if stated and not min(stated) <= level <= max(stated):
+            nearest = max(stated) if level > max(stated) else min(stated)
+            found.append(f"{one.service}: quantile {level:g} is planned at {nearest:g}, the outermost that is forecast")
+    return tuple(found)
 
 
 def _predicted_by_simulation(plan: Plan, inputs: Inputs, seed: int) -> Plan:

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 
 from evaluator import Timeline
 from foreplan.report.content import Run
-from plans.documents import atomic_writer
+from plans.documents import atomic_writer, check_writable
 from plans.errors import InvalidInput
 from plans.plan import Plan
 from plans.service import Services
@@ -51,8 +51,9 @@ def check_table_name(path: Path) -> None:
     """Check that a table can be written to ``path``, before it takes long to make one.
 
     Raises:
-        InvalidInput: The suffix is neither .parquet nor .csv.
+        InvalidInput: The suffix is neither .parquet nor .csv, or the folder cannot be written.
     """
+    check_writable(path)
     if path.suffix not in (".parquet", ".csv"):
         raise InvalidInput.of("a file name that ends in .parquet or .csv", where=path, found=repr(path.name))
 

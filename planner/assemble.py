@@ -59,14 +59,15 @@ def assemble(
     )
 
 
-def digests_of(cluster: Cluster, services: Services, profiles: ProfileLibrary, demand: Demand) -> dict[str, str]:
-    """Return the digests by which a plan names what it was made from."""
+def digests_of(
+    cluster: Cluster, services: Services, profiles: ProfileLibrary, demand: Demand | None
+) -> dict[str, str]:
+    """Return the digests by which a plan names what it was made from; without the demand where that is not known."""
     return {
         "cluster": canonical_digest([cluster]),
         "services": canonical_digest([services]),
         "profiles": profiles.digest,
-        "demand": canonical_digest([demand]),
-    }
+    } | ({} if demand is None else {"demand": canonical_digest([demand])})
 
 
 def solver_report(

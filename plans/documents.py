@@ -28,6 +28,7 @@ __all__ = [
     "atomic_writer",
     "canonical_digest",
     "check_format_version",
+    "check_writable",
     "parse_document",
     "read_document",
     "write_document",
@@ -156,6 +157,20 @@ def write_text(path: Path, text: str) -> None:
         stream.write(text.encode())
 
 
+def check_writable(path: Path) -> None:
+    """Check that a file can be written to ``path``, before it takes long to make one.
+
+    Raises:
+        InvalidInput: It is a folder, or its folder does not exist or cannot be written.
+    """
+    if path.is_dir():
+        raise InvalidInput.of("the name of a file", where=path, found="a folder")
+    if not path.parent.is_dir():
+        raise InvalidInput.of("a writable folder", where=path.parent, found="no such folder")
+    if not os.access(path.parent, os.W_OK):
+        raise InvalidInput.of("a writable folder", where=path.parent, found="no permission to write")
+
+
 @contextmanager
 def atomic_writer(path: Path, *, mode: int = 0o644) -> Iterator[IO[bytes]]:
     """Yield a binary stream whose content replaces ``path`` when the block ends well, and vanishes otherwise.
@@ -165,6 +180,7 @@ def atomic_writer(path: Path, *, mode: int = 0o644) -> Iterator[IO[bytes]]:
     Raises:
         InvalidInput: The folder does not exist or cannot be written.
     """
+    check_writable(path)
     try:
         descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     except OSError as error:

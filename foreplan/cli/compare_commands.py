@@ -88,10 +88,12 @@ def compare(
     from foreplan.compare import regret as lost_against_hindsight
     from planner import Settings
     from plans.cluster import Cluster
-    from plans.documents import read_document, write_text
+    from plans.documents import check_writable, read_document, write_text
     from plans.service import Services, check_against_cluster
     from profiles.library import ProfileLibrary
 
+    if output is not None:
+        check_writable(output)
     inventory = read_document(cluster, Cluster)
     wanted = read_document(services, Services)
     check_against_cluster(wanted, inventory, where=str(services))

@@ -116,9 +116,12 @@ def make(
     from foreplan.what_if import changed, difference
     from planner import Settings, Solved
     from plans.codec import write_plan
+    from plans.documents import check_writable
     from plans.transition import transition
     from traces.files import read_request_trace
 
+    check_writable(output)
+    _check_options(objective, utility, drop_penalty, minimize, attainment)
     expected = read_demand(demand, trace, window, out)
     arrivals = read_request_trace(trace).value if trace is not None and polish > 0 else None
     inputs = Inputs.read(
@@ -176,6 +179,40 @@ def make(
     out.say(f"wrote {output}")
 
 
+def _check_options(
+    objective: Objective,
+    utility: Utility,
+    drop_penalty: DropPenalty,
+    minimize: Minimize | None,
+    attainment: float | None,
+) -> None:
+    """Check that no option would go unheard beside the others.
+
+    Raises:
+        InvalidInput: With one fault for each that would.
+    """
+    from plans.errors import Fault, InvalidInput
+
+    curves = (("--utility", utility, Utility.linear), ("--drop-penalty", drop_penalty, DropPenalty.none))
+    faults = [
+        Fault(where="command line", field=name, found=chosen.value, expected="--objective utility beside it")
+        for name, chosen, default in curves
+        if objective is not Objective.utility and chosen is not default
+    ]
+    if minimize is not None:
+        found, where = minimize.value, "command line"
+        if attainment is None:
+            remedy = "pass --attainment, such as 0.99: the share of every service's requests to serve"
+            faults.append(
+                Fault(where=where, field="--minimize", found=found, expected="--attainment beside it", remedy=remedy)
+            )
+        if objective is not Objective.goodput:
+            expected = f"either this or --objective {objective.value}"
+            faults.append(Fault(where=where, field="--minimize", found=found, expected=expected))
+    if faults:
+        raise InvalidInput(faults)
+
+
 _METHODS = {"direct": "one model over groups", "columns": "column generation over loadouts"}
 
 
@@ -213,8 +250,10 @@ def check(
     profiles: ProfilesDir,
     demand: DemandFile = None,
 ) -> None:
-    """Verify a plan from its documents alone, independently of the planner."""
+    """Verify a plan and its certificate from its documents alone, independently of the planner."""
     from foreplan.planning import verify
+    from foreplan.workflow_demand import with_stages
+    from planner.assemble import digests_of
     from plans.cluster import Cluster
     from plans.codec import read_plan
     from plans.demand import Demand
@@ -224,15 +263,15 @@ def check(
     from profiles.library import ProfileLibrary
 
     read = read_plan(plan)
-    expected = None if demand is None else read_document(demand, Demand)
-    faults = verify(
-        read,
-        read_document(cluster, Cluster),
-        read_document(services, Services),
-        ProfileLibrary.read(profiles),
-        expected,
-    )
-    out.result({"plan": str(plan), "sound": not faults, "faults": [str(fault) for fault in faults]})
+    wanted = read_document(services, Services)
+    inventory, library = read_document(cluster, Cluster), ProfileLibrary.read(profiles)
+    expected = None if demand is None else with_stages(read_document(demand, Demand), wanted)
+    faults = verify(read, inventory, wanted, library, expected)
+    given = digests_of(inventory, wanted, library, expected)
+    others = [name for name, digest in read.inputs.items() if given.get(name, digest) != digest]
+    out.result({"plan": str(plan), "sound": not faults, "faults": [str(fault) for fault in faults], "others": others})
+    for name in others:
+        out.warn(f"the plan was made from another {name} document; it is checked against the one given")
     if faults:
         raise InvalidInput(faults)
     out.say(f"{plan}: sound ({len(read.groups)} groups on {read.gpus_used} GPUs)")

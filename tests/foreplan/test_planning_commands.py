@@ -127,6 +127,39 @@ def test_a_tampered_plan_fails_the_check(planned, tmp_path):
     assert "of GPU memory" in result.stderr
 
 
+def test_a_check_against_other_documents_says_so(planned, tmp_path):
+    more = (planned.folder / "demand.json").read_text().replace('"mean": 8.0', '"mean": 9.0')
+    (tmp_path / "more.json").write_text(more)
+    result = planned.run("check", "plan.json", *planned.inputs, "--demand", tmp_path / "more.json", "--json")
+    assert json.loads(result.stdout)["others"] == ["demand"]
+    assert "made from another demand document" in result.stderr
+    assert "another" not in planned.run("check", "plan.json", *planned.inputs, "--demand", "demand.json").stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (("--utility", "step"), "--utility: found step, expected --objective utility beside it"),
+        (("--drop-penalty", "step", "--objective", "max-min"), "--drop-penalty: found step"),
+        (("--minimize", "cost"), "pass --attainment"),
+        (("--minimize", "gpus", "--attainment", "0.9", "--objective", "max-min"), "either this or --objective max-min"),
+        (("-o", "nowhere/x.json"), "no such folder"),
+        (("-o", "."), "found a folder, expected the name of a file"),
+    ],
+)
+def test_options_that_would_go_unheard_and_bad_destinations_are_refused_before_planning(planned, options, expected):
+    result = planned.run("plan", *planned.inputs, "--demand", "demand.json", "-o", "unheard.json", *options, code=1)
+    assert expected in result.stderr
+
+
+def test_a_quantile_beyond_the_forecast_is_a_warning(planned):
+    planned.change("demand.json", '"mean": 8.0', '"mean": 8.0, "quantiles": {"0.5": 8.0, "0.9": 9.0}')
+    result = planned.plan("--quantile", "0.99", "--json", output="beyond.json")
+    planned.change("demand.json", '"mean": 8.0, "quantiles": {"0.5": 8.0, "0.9": 9.0}', '"mean": 8.0')
+    (warning,) = [each for each in json.loads(result.stdout)["warnings"] if "quantile" in each]
+    assert warning == "slow: quantile 0.99 is planned at 0.9, the outermost that is forecast"
+
+
 def test_diff_says_what_changes_and_its_exit_code_can_be_detailed(planned):
     planned.change("demand.json", '"mean": 8.0', '"mean": 60.0')
     planned.plan("--current", "plan.json", output="more.json")
