@@ -144,3 +144,19 @@ def test_importing_the_planner_imports_no_solver() -> None:
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"
+
+
+@pytest.mark.parametrize("name", ["highs", "scip"])
+def test_prices_are_told_of_models_without_integers_only(name: Backend) -> None:
+    assert getattr(solver(name).solve(knapsack(), Budget(time_limit_s=10)), "prices", None) is None
+    relaxed = solver("highs").solve(knapsack().relaxed(), Budget(time_limit_s=10))
+    assert isinstance(relaxed, Solution)
+    assert relaxed.prices is not None
+    assert relaxed.prices.shape == (len(knapsack().rows),)
+
+
+def test_a_model_that_is_none_is_not_taken_for_one_without_answer() -> None:
+    model = knapsack()
+    broken = model.with_bounds(np.full(len(model.variables), np.nan), model.upper)
+    with pytest.raises(Exception, match="NaN"):
+        solver("highs").solve(broken, Budget(time_limit_s=1))
