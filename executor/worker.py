@@ -300,7 +300,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     configure_logging(options.log_level)
     if options.cores:
         pin_process(tuple(map(int, options.cores.split(","))))  # before the runtime starts threads of its own
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole terminal; the agent ends its workers
+    # Ctrl-C is the agent's to answer. A group of processes for that, and no session: Linux shares processors among
+    # sessions first, so what one does at low priority would take as much from the others.
+    os.setpgid(0, 0)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     with socket.socket(fileno=options.socket) as connection:
         try:
             # Importing torch takes a processor for seconds, which others need: nobody waits for this worker yet.

@@ -147,7 +147,6 @@ class WorkerLink(asyncio.Protocol):
                     pass_fds=(theirs.fileno(), link.segment.descriptor),
                     stdin=asyncio.subprocess.DEVNULL,
                     env=_environment(),
-                    start_new_session=True,  # Ctrl-C on the terminal is the agent's to answer
                 )
             ours.setblocking(False)
             await asyncio.get_running_loop().create_unix_connection(lambda: link, sock=ours)

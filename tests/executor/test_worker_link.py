@@ -223,6 +223,7 @@ def test_a_signal_of_the_terminal_does_not_reach_a_worker(tmp_path):
     async def scenario():
         async with started(tmp_path) as link:
             assert os.getpgid(link.process_id) != os.getpgid(0)
+            assert os.getsid(link.process_id) == os.getsid(0)  # or niceness would mean nothing between workers
 
     asyncio.run(scenario())
 
