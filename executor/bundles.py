@@ -7,22 +7,43 @@ first frame. No clock here: requests and the time go in, what enters the queue c
 
 from __future__ import annotations
 
-import dataclasses
 import heapq
 import itertools
+from dataclasses import dataclass
 
-from executor.dispatcher import Waiting
+from executor.dispatcher import Waiting, goes_before
 from executor.state import ReplicaKey
 
-__all__ = ["Bundles"]
+__all__ = ["Bundles", "Gathered"]
+
+_Place = tuple[ReplicaKey, str]
+"""A stream at a replica."""
+
+
+@dataclass(slots=True)
+class Gathered:
+    """How much gathers for one replica: frames, their items, and bytes of their inputs."""
+
+    frames: int = 0
+    items: int = 0
+    payload_bytes: int = 0
+
+
+@dataclass(slots=True)
+class _Bundle:
+    """Frames that gather, at least one; the bundle enters ``ahead_s`` before the deadline of the first."""
+
+    frames: list[Waiting]
+    ahead_s: float
 
 
 class Bundles:
     """The frames of one group's replicas that gather."""
 
     def __init__(self) -> None:
-        self._gathering: dict[tuple[ReplicaKey, str], list[Waiting]] = {}
-        self._due: list[tuple[float, int, tuple[ReplicaKey, str], int]] = []  # a heap; stale entries are passed over
+        self._gathering: dict[_Place, _Bundle] = {}
+        self._gathered: dict[ReplicaKey, Gathered] = {}
+        self._due: list[tuple[float, int, _Place, int]] = []  # a heap; stale entries are passed over
         self._order = itertools.count()
 
     def add(self, frame: Waiting, stream: str, *, most: int, largest_s: float, now_s: float) -> Waiting | None:
@@ -36,18 +57,35 @@ class Bundles:
             now_s: The time, on the clock of the deadlines.
         """
         place = (frame.key, stream)
-        frames = self._gathering.get(place)
-        if frames is None:
-            flush_s = frame.deadline_s - largest_s
-            if most <= 1 or flush_s <= now_s:
+        bundle = self._gathering.get(place)
+        if bundle is None:
+            if most <= 1 or frame.deadline_s - largest_s <= now_s:
                 return frame
-            self._gathering[place] = [frame]
-            heapq.heappush(self._due, (flush_s, next(self._order), place, frame.number))
+            bundle = self._gathering[place] = _Bundle([], largest_s)
+        bundle.frames.append(frame)
+        self._count(frame, 1)
+        if len(bundle.frames) == 1:
+            self._set_due(place, bundle)
             return None
-        frames.append(frame)
-        if sum(one.items for one in frames) < most:
+        if sum(one.items for one in bundle.frames) < most:
             return None
-        return _bundle(self._gathering.pop(place))
+        return Waiting.bundle(self._taken(place))
+
+    def remove(self, frame: Waiting) -> bool:
+        """Take ``frame`` out of its bundle; False when it does not gather any more. Cost is linear in the bundles."""
+        for place, bundle in self._gathering.items():
+            left = [one for one in bundle.frames if one.number != frame.number]
+            if len(left) == len(bundle.frames):
+                continue
+            self._count(frame, -1)
+            was_first = bundle.frames[0].number == frame.number
+            bundle.frames = left
+            if not left:
+                del self._gathering[place]
+            elif was_first:
+                self._set_due(place, bundle)
+            return True
+        return False
 
     def due(self, now_s: float) -> list[Waiting]:
         """Return the bundles whose time has come; they gather no more."""
@@ -56,7 +94,7 @@ class Bundles:
             stale = self._is_stale()
             _, _, place, _ = heapq.heappop(self._due)
             if not stale:
-                found.append(_bundle(self._gathering.pop(place)))
+                found.append(Waiting.bundle(self._taken(place)))
         return found
 
     def next_s(self) -> float | None:
@@ -68,24 +106,41 @@ class Bundles:
     def close(self, key: ReplicaKey | None = None) -> list[Waiting]:
         """Return every frame that gathers for ``key``, or for all replicas, and forget them."""
         places = [place for place in self._gathering if key in (None, place[0])]
-        return [frame for place in places for frame in self._gathering.pop(place)]
+        return [frame for place in places for frame in self._taken(place)]
 
-    def count(self, key: ReplicaKey) -> int:
-        """Return how many frames gather for ``key``."""
-        return sum(len(frames) for place, frames in self._gathering.items() if place[0] == key)
+    def gathered(self, key: ReplicaKey) -> Gathered:
+        """Return how much gathers for ``key``."""
+        return self._gathered.get(key) or Gathered()
+
+    def items_before(self, request: Waiting) -> int:
+        """Return the items that gather for the replica of ``request`` and go before it.
+
+        Cost is linear in the frames.
+        """
+        bundles = (bundle.frames for place, bundle in self._gathering.items() if place[0] == request.key)
+        return sum(one.items for frames in bundles if goes_before(frames[0], request) for one in frames)
+
+    def _set_due(self, place: _Place, bundle: _Bundle) -> None:
+        """Note when a bundle with a new first frame must enter."""
+        first = bundle.frames[0]
+        heapq.heappush(self._due, (first.deadline_s - bundle.ahead_s, next(self._order), place, first.number))
+
+    def _taken(self, place: _Place) -> list[Waiting]:
+        """Return the frames of a bundle, and forget it."""
+        frames = self._gathering.pop(place).frames
+        for frame in frames:
+            self._count(frame, -1)
+        return frames
+
+    def _count(self, frame: Waiting, sign: int) -> None:
+        gathered = self._gathered.setdefault(frame.key, Gathered())
+        gathered.frames += sign
+        gathered.items += sign * frame.items
+        gathered.payload_bytes += sign * frame.payload_bytes
+        if not gathered.frames:
+            del self._gathered[frame.key]
 
     def _is_stale(self) -> bool:
         _, _, place, number = self._due[0]
-        frames = self._gathering.get(place)
-        return frames is None or frames[0].number != number
-
-
-def _bundle(frames: list[Waiting]) -> Waiting:
-    if len(frames) == 1:
-        return frames[0]
-    return dataclasses.replace(
-        frames[0],
-        items=sum(frame.items for frame in frames),
-        payload_bytes=sum(frame.payload_bytes for frame in frames),
-        frames=tuple(frames),
-    )
+        bundle = self._gathering.get(place)
+        return bundle is None or bundle.frames[0].number != number

@@ -13,6 +13,7 @@ heads a batch, nor is one displaced for the sake of less urgent ones. What is le
 
 from __future__ import annotations
 
+import dataclasses
 import enum
 import heapq
 import itertools
@@ -35,6 +36,7 @@ __all__ = [
     "DropReason",
     "QueueLimits",
     "Waiting",
+    "goes_before",
 ]
 
 DEFAULT_PRIORITY = 5
@@ -90,6 +92,18 @@ class Waiting:
         """The frames of a bundle, or the request itself."""
         return self.frames or (self,)
 
+    @classmethod
+    def bundle(cls, frames: Sequence[Waiting]) -> Waiting:
+        """Return ``frames`` as a bundle, with the deadline of the first; one frame is none."""
+        if len(frames) == 1:
+            return frames[0]
+        return dataclasses.replace(
+            frames[0],
+            items=sum(frame.items for frame in frames),
+            payload_bytes=sum(frame.payload_bytes for frame in frames),
+            frames=tuple(frames),
+        )
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Batch:
@@ -119,10 +133,15 @@ class Decision:
 _Entry = tuple[int, float, int, Waiting]
 
 
+def goes_before(one: Waiting, other: Waiting) -> bool:
+    """Say whether ``one`` goes before ``other``, which comes now."""
+    return (one.priority, one.deadline_s) <= (other.priority, other.deadline_s)
+
+
 class _Queue:
     """Requests of one replica in a heap by (priority, deadline, order of arrival)."""
 
-    __slots__ = ("heap", "items", "items_at", "latency_s", "max_batch", "payload_bytes")
+    __slots__ = ("heap", "items", "items_at", "latency_s", "max_batch", "payload_bytes", "requests")
 
     def __init__(self, max_batch: int, latency_s: Sequence[float]) -> None:
         self.max_batch = max_batch
@@ -131,6 +150,7 @@ class _Queue:
         self.items = 0
         self.items_at = [0] * (LAST_PRIORITY + 1)
         self.payload_bytes = 0
+        self.requests = 0  # each frame of a bundle is one
 
     def push(self, request: Waiting, order: int) -> None:
         heapq.heappush(self.heap, (request.priority, request.deadline_s, order, request))
@@ -144,7 +164,7 @@ class _Queue:
     def keep(self, entries: list[_Entry]) -> None:
         heapq.heapify(entries)
         self.heap = entries
-        self.items = self.payload_bytes = 0
+        self.items = self.payload_bytes = self.requests = 0
         self.items_at = [0] * (LAST_PRIORITY + 1)
         for entry in entries:
             self._count(entry[3], 1)
@@ -153,6 +173,7 @@ class _Queue:
         self.items += sign * request.items
         self.items_at[request.priority] += sign * request.items
         self.payload_bytes += sign * request.payload_bytes
+        self.requests += sign * len(request.parts)
 
     def size_now(self, now_s: float) -> int:
         """Return the items to start now, or why to drop the head."""
@@ -175,12 +196,12 @@ class _Queue:
             room -= taken[-1].items
         return tuple(taken)
 
-    def work_s(self, until: Waiting | None = None) -> float:
+    def work_s(self, until: Waiting | None = None, more_items: int = 0) -> float:
         """Return the seconds that all waiting items take in full batches, or those that go before ``until``."""
         items = self.items
         if until is not None:
-            mark = (until.priority, until.deadline_s)
-            items = sum(entry[3].items for entry in self.heap if entry[:2] <= mark)
+            items = sum(entry[3].items for entry in self.heap if goes_before(entry[3], until))
+        items += more_items
         full, rest = divmod(items, self.max_batch)
         return full * self.latency_s[-1] + (self.latency_s[rest - 1] if rest else 0.0)
 
@@ -232,31 +253,54 @@ class Dispatcher:
             QueueFull: The replica's queue is at its limit.
             KeyError: The replica has no queue.
         """
+        self.check_room(request)
+        self._queues[request.key].push(request, next(self._arrivals))
+
+    def check_room(self, request: Waiting, *, requests: int = 0, payload_bytes: int = 0) -> None:
+        """Refuse a request for which there is no room beside what waits here, and what waits for the replica elsewhere.
+
+        Args:
+            request: The request.
+            requests: How many requests wait elsewhere.
+            payload_bytes: Bytes of their inputs.
+
+        Raises:
+            QueueFull: The replica's queue is at its limit.
+            KeyError: The replica has no queue.
+        """
         queue = self._queues[request.key]
+        requests, payload_bytes = requests + queue.requests, payload_bytes + queue.payload_bytes
         if not math.isfinite(request.deadline_s) or not 1 <= request.items <= queue.max_batch:
             raise ValueError(f"a finite deadline and 1 to {queue.max_batch} items: {request}")
         if not 1 <= request.priority <= LAST_PRIORITY:
             raise ValueError(f"a priority of 1 to {LAST_PRIORITY}: {request}")
-        if len(queue.heap) >= self._limits.requests:
-            raise QueueFull(f"{request.key}: {len(queue.heap)} requests wait already, its queue's limit; {TOO_MUCH}")
-        if queue.payload_bytes + request.payload_bytes > self._limits.payload_bytes:
-            waiting, limit = queue.payload_bytes, self._limits.payload_bytes
+        if requests + len(request.parts) > self._limits.requests:
+            raise QueueFull(f"{request.key}: {requests} requests wait already, its queue's limit; {TOO_MUCH}")
+        if payload_bytes + request.payload_bytes > self._limits.payload_bytes:
             raise QueueFull(
-                f"{request.key}: {waiting} bytes wait already, and {request.payload_bytes} more exceed its queue's "
-                f"limit of {limit}; {TOO_MUCH}"
+                f"{request.key}: {payload_bytes} bytes wait already, and {request.payload_bytes} more exceed its "
+                f"queue's limit of {self._limits.payload_bytes}; {TOO_MUCH}"
             )
-        queue.push(request, next(self._arrivals))
 
     def cancel(self, request: Waiting) -> bool:
-        """Take ``request`` out of its queue; False when it is not there any more. Cost is linear in the queue."""
+        """Take ``request`` out of its queue, or out of its bundle there; False when it is not there any more.
+
+        Cost is linear in the queue.
+        """
         queue = self._queues.get(request.key)
         if queue is None:
             return False
-        kept = [entry for entry in queue.heap if entry[3].number != request.number or entry[3].frames]
-        if len(kept) == len(queue.heap):
-            return False
-        queue.keep(kept)
-        return True
+        for position, (*_, order, waiting) in enumerate(queue.heap):
+            left = [part for part in waiting.parts if part.number != request.number]
+            if len(left) == len(waiting.parts):
+                continue
+            kept = [*queue.heap[:position], *queue.heap[position + 1 :]]
+            if left:
+                rest = Waiting.bundle(left)
+                kept.append((rest.priority, rest.deadline_s, order, rest))
+            queue.keep(kept)
+            return True
+        return False
 
     def decide(self, now_s: float) -> Decision:
         """Return what to drop and what to start now that the group is free, and take both out of the queues."""
@@ -292,16 +336,16 @@ class Dispatcher:
         queue = self._queues.get(key)
         return sum(len(entry[3].parts) for entry in queue.heap) if queue else 0
 
-    def work_before_s(self, request: Waiting) -> float:
+    def work_before_s(self, request: Waiting, more_items: int = 0) -> float:
         """Return the seconds of work in its own queue that goes before ``request``, in full batches.
 
-        Cost is linear in the queue.
+        ``more_items`` go before it as well. Cost is linear in the queue.
         """
-        return self._queues[request.key].work_s(request)
+        return self._queues[request.key].work_s(request, more_items)
 
-    def queue_work_s(self, key: ReplicaKey) -> float:
-        """Return the seconds of work in the queue of ``key``, in full batches."""
-        return self._queues[key].work_s()
+    def queue_work_s(self, key: ReplicaKey, more_items: int = 0) -> float:
+        """Return the seconds of work in the queue of ``key``, with ``more_items``, in full batches."""
+        return self._queues[key].work_s(None, more_items)
 
     def items(self, key: ReplicaKey) -> int:
         """Return how many items wait for ``key``."""

@@ -111,10 +111,13 @@ class WholeRequests:
     def queued(self, key: ReplicaKey) -> int:
         """Return how many requests of a replica wait."""
         alone = sum(pending.waiting.key == key for pending in self._alone)
-        return self._dispatcher.queued(key) + self._bundles.count(key) + alone
+        return self._dispatcher.queued(key) + self._bundles.gathered(key).frames + alone
 
     def work_s(self) -> float:
-        """Return the seconds for which what waits keeps the slowest stage busy, in full batches."""
+        """Return the seconds for which what is queued keeps the slowest stage busy, in full batches.
+
+        Frames that gather are not queued yet, as in the evaluator (docs/evaluator.md, section 5).
+        """
         return math.fsum(
             self._dispatcher.items(key) * rules.latency_s[-1] / (rules.max_batch * rules.stages)
             for key, rules in self._rules.items()
@@ -178,6 +181,8 @@ class WholeRequests:
         )
         try:
             self._check_hope(waiting, now_s)
+            gathered = self._bundles.gathered(key)
+            self._dispatcher.check_room(waiting, requests=gathered.frames, payload_bytes=gathered.payload_bytes)
             rules = self._rules[key]
             ready: Waiting | None = waiting
             if stream and rules.frames > 1 and items == 1:
@@ -197,7 +202,10 @@ class WholeRequests:
 
     def cancel(self, pending: Pending) -> None:
         """Forget a request whose client went away; one that runs already runs to its end."""
-        if self._dispatcher.cancel(pending.waiting):
+        if self._bundles.remove(pending.waiting):
+            self._pending.pop(pending.waiting.number, None)
+            self._set_flush()
+        elif self._dispatcher.cancel(pending.waiting):
             self._pending.pop(pending.waiting.number, None)
         if pending.waiting.key in self._counters:
             counters = self._counters[pending.waiting.key]
@@ -211,8 +219,9 @@ class WholeRequests:
             QueueFull: The work before it takes `HOPELESS_RATIO` times as long as it has.
         """
         left_s = waiting.deadline_s - now_s
-        if self._dispatcher.queue_work_s(waiting.key) > HOPELESS_RATIO * left_s:  # a first look, which costs nothing
-            wait_s = self._dispatcher.work_before_s(waiting)
+        all_s = self._dispatcher.queue_work_s(waiting.key, self._bundles.gathered(waiting.key).items)
+        if all_s > HOPELESS_RATIO * left_s:  # a first look, which costs nothing
+            wait_s = self._dispatcher.work_before_s(waiting, self._bundles.items_before(waiting))
             if wait_s > HOPELESS_RATIO * left_s:
                 raise QueueFull(
                     f"{waiting.key}: {wait_s:.3f} s of work wait before it in its queue, its deadline is in "

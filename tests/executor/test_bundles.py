@@ -6,8 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from executor.bundles import Bundles
-from executor.dispatcher import Dispatcher, DropReason, Waiting
+from executor.bundles import Bundles, Gathered
+from executor.dispatcher import Dispatcher, DropReason, QueueLimits, Waiting
+from executor.errors import QueueFull
 from executor.state import ReplicaKey
 
 KEY = ReplicaKey(group="g", service="video", variant="v")
@@ -32,7 +33,7 @@ def test_frames_of_one_stream_enter_together_when_the_bundle_is_full() -> None:
     full = add(bundles, frame(4, 12))
     assert [part.number for part in full.parts] == [1, 3, 4]
     assert (full.deadline_s, full.items, full.payload_bytes) == (10, 3, 9)
-    assert bundles.count(KEY) == 1
+    assert bundles.gathered(KEY).frames == 1
 
 
 def test_one_that_is_not_full_enters_when_waiting_longer_would_be_late() -> None:
@@ -103,6 +104,81 @@ def test_a_bundle_too_large_for_new_rules_comes_apart() -> None:
     batch = dispatcher.decide(0).batch
     assert batch is not None
     assert [one.number for one in batch.requests] == [1, 2]
+
+
+def test_what_gathers_is_counted_by_replica() -> None:
+    bundles = Bundles()
+    add(bundles, frame(1, 10))
+    add(bundles, frame(2, 10), "another")
+    add(bundles, frame(3, 10, key=OTHER))
+    assert bundles.gathered(KEY) == Gathered(frames=2, items=2, payload_bytes=6)
+    assert bundles.gathered(OTHER) == Gathered(frames=1, items=1, payload_bytes=3)
+    assert bundles.items_before(frame(4, 10)) == 2
+    assert bundles.items_before(frame(4, 9.9)) == bundles.items_before(frame(4, 99, priority=1)) == 0
+    bundles.due(100)
+    assert bundles.gathered(KEY) == Gathered()
+
+
+def test_a_frame_that_is_taken_back_gathers_no_more_and_the_others_keep_their_time() -> None:
+    bundles = Bundles()
+    for number, deadline_s in ((1, 10), (2, 11), (3, 12)):
+        add(bundles, frame(number, deadline_s), most=4)
+    assert bundles.remove(frame(2))
+    assert not bundles.remove(frame(2))
+    assert bundles.next_s() == 8
+    assert bundles.remove(frame(1))
+    assert bundles.next_s() == 10
+    assert bundles.remove(frame(3))
+    assert bundles.next_s() is None
+    assert bundles.gathered(KEY) == Gathered()
+    assert add(bundles, frame(4, 20), most=2) is None
+    assert [one.number for one in add(bundles, frame(5, 20), most=2).parts] == [4, 5]
+
+
+@given(st.lists(st.tuples(st.sampled_from("abc"), st.floats(0, 2), st.booleans()), max_size=40), st.integers(1, 5))
+def test_law_a_frame_comes_out_or_is_taken_back_and_the_counts_agree(
+    steps: list[tuple[str, float, bool]], most: int
+) -> None:
+    bundles, now_s, out, inside = Bundles(), 0.0, [], {}
+    for number, (stream, passed_s, is_taken_back) in enumerate(steps):
+        now_s += passed_s
+        if is_taken_back and inside:
+            gone = inside.pop(next(iter(inside)))
+            assert bundles.remove(gone)
+            found = bundles.due(now_s)
+        else:
+            one = inside[number] = frame(number, now_s + 3)
+            ready = add(bundles, one, stream, most=most, largest_s=1.0, now_s=now_s)
+            found = bundles.due(now_s) + ([ready] if ready else [])
+        for part in (part for bundle in found for part in bundle.parts):
+            del inside[part.number]
+            out.append(part.number)
+        assert bundles.gathered(KEY).frames == len(inside)
+    assert len(set(out)) == len(out)
+    assert sorted(part.number for one in bundles.due(1e9) for part in one.parts) == sorted(inside)
+
+
+def test_a_frame_in_a_queued_bundle_can_be_taken_back() -> None:
+    dispatcher = Dispatcher()
+    dispatcher.configure(KEY, 4, [1.0] * 4)
+    dispatcher.add(Waiting.bundle([frame(1, 5), frame(2, 6), frame(3, 7)]))
+    assert dispatcher.cancel(frame(1, 5))
+    assert not dispatcher.cancel(frame(1, 5))
+    assert (dispatcher.items(KEY), dispatcher.queued(KEY), dispatcher.next_deadline_s()) == (2, 2, 6)
+    assert dispatcher.cancel(frame(3, 7))
+    assert dispatcher.cancel(frame(2, 6))
+    assert dispatcher.decide(0).batch is None
+
+
+def test_each_frame_of_a_bundle_counts_against_the_limit() -> None:
+    dispatcher = Dispatcher(QueueLimits(requests=3))
+    dispatcher.configure(KEY, 4, [1.0] * 4)
+    dispatcher.add(Waiting.bundle([frame(1), frame(2)]))
+    with pytest.raises(QueueFull, match="2 requests"):
+        dispatcher.add(Waiting.bundle([frame(3), frame(4)]))
+    with pytest.raises(QueueFull, match="3 requests"):
+        dispatcher.check_room(frame(5), requests=1)
+    dispatcher.add(frame(5))
 
 
 class TestPriorities:
