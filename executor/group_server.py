@@ -14,6 +14,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import logging
+import math
 import time
 from collections.abc import Callable, Mapping
 
@@ -208,10 +209,13 @@ class GroupServer:
     def _dispatch(self) -> None:
         """Start the next batch or iteration, if the worker is free and something waits."""
         while self._running is None and self.worker.phase is WorkerPhase.READY:
-            lane = self._lanes.next(self._requests.next_deadline_s())
+            deadline_s = self._requests.next_deadline_s()
+            lane = self._lanes.next(deadline_s)
             if lane is not None:
                 self._iterate(lane)
                 continue
+            if deadline_s == math.inf:
+                return
             pending = self._requests.next()
             if not pending:
                 return

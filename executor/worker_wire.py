@@ -363,6 +363,8 @@ class FrameSplitter:
         Raises:
             FrameError: A frame is longer than `MAX_FRAME_BYTES`.
         """
+        if not self._held and len(data) >= _LENGTH.size and len(data) - _LENGTH.size == _LENGTH.unpack_from(data)[0]:
+            return [data[_LENGTH.size :]]  # one whole frame, which most reads bring
         self._held += data
         bodies = []
         start = 0
