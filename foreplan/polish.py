@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from foreplan.polish_arrivals import Sampler
+from foreplan.polish_engine import PlanEngine
 from foreplan.polish_scorers import PolishRouting, Served, judge_for, scorer_for, served_by
 from planner import PolishLimits, Problem, Refused, Scorer, ScoringTables, polish_plan
 from plans.errors import Fault, InvalidInput
@@ -22,6 +23,8 @@ from traces.table import RequestTrace
 __all__ = ["PolishSettings", "polished"]
 
 _NORMAL_95 = 1.96
+_WHOLE_TRACES, _WHOLE_REQUESTS = 6, 800
+"""Sampled traces, and least requests of each, where whole plans are simulated: some milliseconds each."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,6 +83,8 @@ def polished(
 
     def scorers(tables: ScoringTables) -> tuple[Scorer, Scorer]:
         kept.append(tables)
+        if tables.draft is not None:
+            return _engine(problem, tables, sampler, 0).scorer(1.0), _engine(problem, tables, sampler, 1).scorer(1.0)
         search, judge = (sampler.blocks(tables, settings.traces, purpose) for purpose in (0, 1))
         return scorer_for(tables, search, settings.routing), judge_for(tables, judge, settings.routing)
 
@@ -87,23 +92,38 @@ def polished(
     found = polish_plan(problem, plan, scorers, limits, clock=clock)
     if isinstance(found, Refused):
         return plan.model_copy(update={"warnings": (*plan.warnings, f"not polished: {found.reason}")})
-    held_out = sampler.blocks(kept[0], settings.traces, 2)
-    served = served_by(found.plan, problem.services, held_out)
+    better = found.plan
+    if kept[0].draft is not None and better is not plan:
+        # Rates follow from the fluid model there, so what was found is confirmed as it is planned.
+        confirm = _engine(problem, kept[0], sampler, 3)
+        better = better if confirm.score(better) >= confirm.score(plan) else plan
+    if kept[0].draft is None:
+        held_out = sampler.blocks(kept[0], settings.traces, 2)
+        served = served_by(better, problem.services, held_out)
+    else:
+        served = _engine(problem, kept[0], sampler, 2, settings.traces).outcome(better)
     record = PolishRecord(
         scorer=found.scorer if found.scorer == found.judge else f"{found.scorer}; chosen by {found.judge}",
         arrivals=sampler.name,
-        traces=len(held_out.first) - 1,
-        requests=len(held_out.arrival_s),
+        traces=len(served.offered),
+        requests=int(served.offered.sum()),
         candidates=found.outcome.candidates,
         start_attainment=min(1.0, found.outcome.start_score),
-        attainment=min(1.0, found.outcome.score),
+        attainment=min(1.0, found.outcome.score if better is found.plan else found.outcome.start_score),
         wall_s=clock() - began_s,
         objective=problem.settings.objective,
         moves=found.outcome.moves,
     )
     positions = {service.name: position for position, service in enumerate(problem.services.services)}
-    predicted = tuple(_prediction(each, served, positions[each.service]) for each in found.plan.predicted)
-    return found.plan.model_copy(update={"predicted": predicted, "polish": record})
+    predicted = tuple(_prediction(each, served, positions[each.service]) for each in better.predicted)
+    return better.model_copy(update={"predicted": predicted, "polish": record})
+
+
+def _engine(
+    problem: Problem, tables: ScoringTables, sampler: Sampler, purpose: int, traces: int = _WHOLE_TRACES
+) -> PlanEngine:
+    """Return a simulator of whole plans, on fewer and shorter traces than the compiled search takes."""
+    return PlanEngine(tables, problem, sampler.blocks(tables, traces, purpose, requests=_WHOLE_REQUESTS))
 
 
 def _prediction(before: Prediction, served: Served, service: int) -> Prediction:
@@ -113,12 +133,13 @@ def _prediction(before: Prediction, served: Served, service: int) -> Prediction:
     if not total:
         return before
     attainment = int(good.sum()) / total
+    p50_s, p99_s = served.p50_s[service], served.p99_s[service]
     return before.model_copy(
         update={
             "goodput_rps": attainment * before.offered_rps,
             "attainment": attainment,
             "attainment_interval": _interval(good, offered),
-            "latency_s": LatencyPercentiles(p50=served.p50_s[service], p99=served.p99_s[service]),
+            "latency_s": before.latency_s if None in (p50_s, p99_s) else LatencyPercentiles(p50=p50_s, p99=p99_s),
         }
     )
 

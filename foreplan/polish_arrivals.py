@@ -8,6 +8,7 @@ import numpy as np
 
 from evaluator.single_pass import SinglePassTrace
 from planner import Problem, ScoringTables
+from planner.problem import service_demands
 from traces.renewal import RenewalModel, looks_renewal
 from traces.table import RequestTrace
 
@@ -37,15 +38,20 @@ class Sampler:
             self._model = RenewalModel.fit(self._trace)
             self.name = "renewal processes fitted to the trace"
 
-    def blocks(self, tables: ScoringTables, count: int, purpose: int) -> SinglePassTrace:
-        """Return ``count`` sampled traces, services by position in ``tables``; fewer where they are large."""
+    def blocks(
+        self, tables: ScoringTables, count: int, purpose: int, *, requests: int | None = None
+    ) -> SinglePassTrace:
+        """Return ``count`` sampled traces, services by position in ``tables``; fewer where they are large.
+
+        Each has at least ``requests``, if given.
+        """
         model = self._model or self._forecast(tables)
         generator = np.random.default_rng([self._problem.settings.seed, purpose])
         rate_rps = float(model.rate_rps.sum())
         if self._trace is not None:
             rate_rps = len(self._trace) / self._trace.duration_s
         longest_s = float(tables.deadline_s[np.isfinite(tables.deadline_s)].max(initial=0.0))
-        requests = max(_REQUESTS, _REQUESTS_PER_SERVICE * len(tables.names))
+        requests = requests or max(_REQUESTS, _REQUESTS_PER_SERVICE * len(tables.names))
         duration_s = max(requests / max(rate_rps, 1e-9), _LEAST_DEADLINES * longest_s)
         count = max(min(_FEWEST_TRACES, count), min(count, int(_MOST_REQUESTS / max(duration_s * rate_rps, 1.0))))
         duration_s = min(duration_s, _MOST_REQUESTS / count / max(rate_rps, 1e-9))
@@ -77,7 +83,7 @@ class Sampler:
 
     def _forecast(self, tables: ScoringTables) -> RenewalModel:
         asked = [position for position, rate in enumerate(tables.offered_rps) if rate > 0]
-        demands = {each.service: each for each in self._problem.demand.services}
+        demands = service_demands(self._problem)
         return RenewalModel(
             services=tuple(tables.names[position] for position in asked),
             rate_rps=tables.offered_rps[asked],

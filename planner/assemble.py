@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
+from collections.abc import Iterable
 
 from planner.backend import Budget, solver
 from planner.lexicographic import TierOutcome
@@ -18,7 +20,7 @@ from plans.service import Services
 from profiles.generation import token_rules
 from profiles.library import ProfileLibrary
 
-__all__ = ["assemble", "digests_of", "solver_report"]
+__all__ = ["Drafts", "assemble", "digests_of", "solver_report"]
 
 
 def assemble(
@@ -100,10 +102,33 @@ def _prior(running: Plan | None) -> Prior | None:
     return Prior(generation=generation, digest=running.placement_digest)
 
 
-def _groups(space: PlanningSpace, placement: Placement) -> tuple[Group, ...]:
+class Drafts:
+    """Makes plans that hold what a simulation needs to know of a placement, and nothing else.
+
+    Replicas that share a group share its compute evenly; a service's rate goes by what its replicas then sustain.
+    """
+
+    def __init__(self, space: PlanningSpace, report: SolverReport) -> None:
+        self._space = space
+        self._report = report
+        self._idle: dict[int, LoadoutEntry] = {}
+
+    def __call__(self, pairs: Iterable[tuple[int, int]]) -> Plan:
+        """Return the plan of ``pairs`` (group, option)."""
+        chosen = sorted(pairs)
+        on_group = Counter(group for group, _ in chosen)
+        placement = tuple(Placed(group, option, 1.0 / on_group[group]) for group, option in chosen)
+        groups, routes = _groups(self._space, placement, self._idle), _routes(self._space, placement)
+        return Plan(solver=self._report, groups=groups, routes=routes)
+
+
+def _groups(
+    space: PlanningSpace, placement: Placement, idle: dict[int, LoadoutEntry] | None = None
+) -> tuple[Group, ...]:
+    """Return the groups of ``placement``; ``idle`` keeps entries without a rate, by option, from call to call."""
     loadouts: dict[int, list[LoadoutEntry]] = {}
     position_of = {name: index for index, name in enumerate(space.names)}
-    idle: dict[int, LoadoutEntry] = {}
+    idle = {} if idle is None else idle
     for placed in placement:
         if placed.option not in idle:
             idle[placed.option] = _idle_entry(space, placed.option)

@@ -8,9 +8,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from planner.assemble import assemble
+from planner.assemble import Drafts, assemble
 from planner.backend import Budget, solver
+from planner.balance import balance
+from planner.deadline_split import as_planned
+from planner.lexicographic import Search
 from planner.linear import Floats, Integers
+from planner.objective import tiers
 from planner.planning import method_for
 from planner.polish_limits import Pairs, PolishLimits, PolishOutcome
 from planner.prediction import latency_model
@@ -18,6 +22,7 @@ from planner.problem import Problem, check
 from planner.recourse import routed_in
 from planner.scoring import Scorer
 from planner.space import Placed, Placement, PlanningSpace, build_space
+from plans.demand import ServiceDemand
 from plans.plan import Plan
 
 if TYPE_CHECKING:
@@ -33,6 +38,9 @@ _SEARCH_SHARE = 0.1
 
 _LOSS_LIMIT_S = 10.0
 """For the linear program of one lost node; it takes milliseconds."""
+
+_RATES_LIMIT_S = 10.0
+"""For the linear program of the rates of one placement, likewise."""
 
 _BATCHING_GAIN = 1.15
 """Requests per second at the best batch over those of single requests from which on batches decide."""
@@ -52,6 +60,8 @@ class ScoringTables:
         offered_rps: Shape (service,): the rate that is planned for.
         gpus: GPUs of the cluster; groups are named by their first one.
         worth: What a simulation is worth under the objective.
+        draft: Makes a plan of (group, option) pairs, where only a simulation of whole plans knows what is served: of
+            tokens, and of services that call each other. None where stages and batches tell.
     """
 
     names: tuple[str, ...]
@@ -62,6 +72,7 @@ class ScoringTables:
     offered_rps: Floats
     gpus: int
     worth: Worth
+    draft: Callable[[Pairs], Plan] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,12 +114,15 @@ def polish_plan(
     from planner.polish import polish  # numba loads with it
 
     began_s = clock()
+    problem = as_planned(problem, plan)
     space = build_space(problem)
     reason = _refusal(space)
     if reason is not None:
         return Refused(reason=reason)
     start, candidates = _pairs_of(space, plan), _candidates(space)
     tables = scoring_tables(space, {*candidates, *(option for _, option in start)})
+    if _needs_whole_plans(space):
+        tables = replace(tables, draft=Drafts(space, plan.solver))
     search, judge = scorers(tables)
     prepared_s = clock() - began_s
     _compile(space, search)
@@ -125,13 +139,15 @@ def polish_plan(
         replace(limits, time_s=max(limits.time_s - spent_s, _SEARCH_SHARE * limits.time_s)),
         clock,
         others=others,
-        allowed=lambda pairs: not space.requirements.losses or _survives(space, _with_rates(space, pairs, judge)),
+        allowed=lambda pairs: _is_kept(space, pairs, judge, clock),
     )
     if outcome.pairs == start:
         return Polished(plan=plan, outcome=outcome, scorer=search.name, judge=judge.name)
+    placement = _rated(space, outcome.pairs, judge, clock)
+    assert placement is not None, "what is allowed has rates"
     better = assemble(
         space,
-        _with_rates(space, outcome.pairs, judge),
+        placement,
         plan.solver,
         shadow_prices=dict(plan.shadow_prices),
         warnings=check(problem),
@@ -154,7 +170,7 @@ def _corrections(
     """Return what the ILP plans once it knows how busy the groups of ``start`` could be; nothing for large problems."""
     from planner.correction import corrected, replanned  # numba loads with it
 
-    if not start or method_for(space) != "direct":
+    if not start or method_for(space) != "direct" or _needs_whole_plans(space):
         return ()
     time_s = min(space.problem.settings.time_limit_s, _REPLAN_SHARE * limits.time_s)
     found = replanned(corrected(space, start, search), clock, time_s)
@@ -173,18 +189,54 @@ def _survives(space: PlanningSpace, placement: Placement) -> bool:
 def _refusal(space: PlanningSpace) -> str | None:
     """Return why the search would break a promise or simulate something else; None when it does neither."""
     settings, needs = space.problem.settings, space.requirements
-    generation = [each.name for each in space.problem.services.services if each.request_class == "generation"]
-    if generation:
-        return f"its simulation does not generate tokens ({', '.join(generation)})"
+    unknown = [name for name in _generating(space) if not _has_tokens(space.problem.demand.of(name))]
+    if unknown:
+        return f"the demand does not state the tokens of {', '.join(unknown)}, which would be simulated"
     if settings.minimize is not None:
         return f"the plan is for fewest {settings.minimize}, and the search uses all that there are"
     if settings.attainment is not None:
         return "it does not keep a required attainment, which is one of rates"
-    if needs.couplings or needs.calls:
-        return "it does not keep the rates of workflows"
     if needs.scenarios:
         return "it samples one demand, and the plan is for several scenarios"
     return None
+
+
+def _generating(space: PlanningSpace) -> list[str]:
+    offered = dict(zip(space.names, space.offered_rps, strict=True))
+    services = space.problem.services.services
+    return [each.name for each in services if each.request_class == "generation" and offered[each.name] > 0]
+
+
+def _has_tokens(demand: ServiceDemand | None) -> bool:
+    return demand is not None and demand.input_tokens is not None and demand.output_tokens is not None
+
+
+def _needs_whole_plans(space: PlanningSpace) -> bool:
+    """Say whether only a simulation of whole plans tells what is served: of tokens, and of services in workflows."""
+    return bool(_generating(space) or space.problem.services.workflows)
+
+
+def _is_kept(space: PlanningSpace, pairs: Pairs, judge: Scorer, clock: Callable[[], float]) -> bool:
+    """Say whether ``pairs`` can be given rates that keep every promise of the plan."""
+    if not space.requirements.losses and not _needs_whole_plans(space):
+        return True
+    placement = _rated(space, pairs, judge, clock)
+    return placement is not None and (not space.requirements.losses or _survives(space, placement))
+
+
+def _rated(space: PlanningSpace, pairs: Pairs, judge: Scorer, clock: Callable[[], float]) -> Placement | None:
+    """Return ``pairs`` with the rates to plan for: those simulated, or where rates depend on each other the fluid ones.
+
+    The latter keep the ratios along workflows, and leave tokens their time (4.22); None where no rates do.
+    """
+    if not _needs_whole_plans(space):
+        return _with_rates(space, pairs, judge)
+    best = Search(space, clock, clock() + _RATES_LIMIT_S).best_rates(list(pairs), tiers(space)[0], ())
+    if best is None:
+        return None
+    settings = space.problem.settings
+    budget = Budget(time_limit_s=_RATES_LIMIT_S, seed=settings.seed)
+    return balance(space, best, solver(settings.backend), budget)
 
 
 def scoring_tables(space: PlanningSpace, wanted: Collection[int] | None = None) -> ScoringTables:

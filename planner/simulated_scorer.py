@@ -33,8 +33,14 @@ class SimulatedScorer:
         offered: Integers,
         simulated_s: float,
         simulate: Callable[[Arrangement, int], Integers],
+        *,
+        work: int | None = None,
     ) -> None:
-        """Take the objective, and a function from an arrangement and a block to what `Scorer.good` tells of it."""
+        """Take the objective, and a function from an arrangement and a block to what `Scorer.good` tells of it.
+
+        A walk returns once ``work`` requests are simulated, a number that suits a fast simulator unless given.
+        """
+        self._work = _WORK if work is None else work
         self.name = name
         self.offered = offered
         self.simulated_s = simulated_s
@@ -58,7 +64,7 @@ class SimulatedScorer:
     def walk(self, arrangement: Arrangement, temperature: float, moves: int) -> tuple[int, int]:
         """See `Scorer`."""
         made = tried = work = 0
-        while made < moves and work < _WORK:
+        while made < moves and work < self._work:
             made += 1
             mark = arrangement.mark
             needed = temperature * math.log(1.0 - arrangement.draw())
