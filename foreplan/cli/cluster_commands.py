@@ -34,7 +34,7 @@ def status(
 ) -> None:
     """Show what is live, replica by replica, and the reason for each difference from the plan in force.
 
-    Peers that do not answer are shown with the reason; when none answers, that is an error (exit 1).
+    Peers that do not tell their state are shown with the reason; when none does, that is an error (exit 1).
     """
     from executor.cluster_status import status as observe
     from plans.cluster import Cluster
@@ -66,8 +66,10 @@ def status(
         ],
     )
     if not heard:
-        remedy = "start them (`foreplan agent`, `foreplan gateway`), or correct the addresses or the certificates"
-        raise RemoteFailure(str(cluster), f"no agent or gateway answers; {remedy}", retryable=True)
+        remedy = (
+            "start them (`foreplan agent`, `foreplan gateway`), or give an operator's certificate (--grpc-client-cert)"
+        )
+        raise RemoteFailure(str(cluster), f"no agent or gateway tells its state; {remedy}", retryable=True)
 
 
 NodeName = Annotated[str, typer.Argument(metavar="NODE", help="A node of the cluster.")]

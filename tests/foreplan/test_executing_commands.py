@@ -126,7 +126,7 @@ def test_a_plan_for_another_cluster_is_refused(live):
 def test_a_status_that_nobody_answers_is_an_error_and_says_who_was_asked(tmp_path):
     workspace = Workspace.make(tmp_path)
     result = workspace.run("status", *where(workspace), code=1)
-    assert "no agent or gateway answers; start them" in result.stderr
+    assert "no agent or gateway tells its state; start them" in result.stderr
     table = result.stdout + result.stderr
     assert workspace.gateway in table
     assert "node-a" in table
