@@ -1,40 +1,53 @@
-"""Why no placement satisfies the hard limits: a smallest conflicting set, and the least relaxation.
+"""Why no placement satisfies the hard limits: an irreducible conflicting set of what the user stated.
 
-A limit is something that a user stated: a minimum of replicas, a budget, a pin, a required attainment. GPUs, memory and
-deadlines are not: they are what the limits conflict over. The set is irreducible: it cannot be satisfied, and without
-any one of its members it can (U. Junker, "QuickXplain: preferred explanations and relaxations for over-constrained
-problems", AAAI 2004).
+The set is irreducible: it cannot be satisfied, and without any one of its members it can. It is found by deletion: a
+limit without which the rest still conflicts is dropped (J. W. Chinneck and E. W. Dravnieks, "Locating minimal
+infeasible constraint sets in linear programs", ORSA J. Computing 3, 1991). What is left conflicts at any time, so that
+time running out costs irreducibility alone. First the services are tried one by one, then the linear relaxation.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+import textwrap
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
-from planner.backend import Budget, InfeasibleModel, Solution, solver_for
+from planner.backend import Solution
 from planner.formulation import Formulation
-from planner.linear import Floats, Integers, LinearModel
+from planner.limits import LOSS, Elastic, Limit, LimitModels, forces, joined, limits, loosened, services_of
+from planner.linear import Floats
 from planner.problem import Problem
+from planner.relaxation import Relaxation, least_relaxation
 from planner.space import PlanningSpace, build_space
 from planner.unserved import binding
-from plans.service import Service
 
-__all__ = ["Conflict", "Relaxation", "explain_infeasible", "find_conflicts", "least_relaxation", "limits", "only"]
+__all__ = ["Conflict", "Conflicts", "Infeasibility", "explain_infeasible", "find_conflicts"]
 
-Limit = tuple[str, str]
-"""(service or workflow, field); the name is empty for a setting that holds for all."""
+_CONFLICT_SHARE = 0.6
+"""Share of the time that finding the conflict may take; the rest is for the least relaxation."""
 
-_FIELDS: dict[str, object] = {
-    "min_replicas": 0,
-    "max_gpus": None,
-    "pin": (),
-    "forbid": (),
-    "min_accuracy": 0.0,
-    "spread": None,
-}
-"""Fields of a service that limit it, and what they are when they do not."""
+_ALONE_SHARE = 0.3
+"""Share of that which trying services one by one may take."""
+
+_LINEAR_SHARE = 0.5
+"""Share of what is left then that narrowing the conflict down in the linear relaxation may take."""
+
+_LEAST_LINEAR_S = 1.0
+"""Seconds that the first linear relaxation may take also when time is over: without it nothing is known."""
+
+_MOST_DESCRIBED = 6
+"""Members of a conflict up to which it is worked out how much of each would be possible."""
+
+_APART = 3
+"""Members with one field that are still listed one by one."""
+
+_SCREEN_LINES, _SCREEN_COLUMNS = 40, 116
+"""Lines of a screen, and columns but for the indent."""
+
+_MOST_STEPS = 12
+"""Steps of a relaxation that are listed."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,173 +63,211 @@ class Conflict:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Relaxation:
-    """One step of the least relaxation: ``field`` of ``service`` from what is asked to what can be had."""
+class Conflicts:
+    """Limits that cannot be kept together; ``minimal`` says whether without any one of them the others are known to."""
 
-    service: str
-    field: str
-    stated: float
-    possible: float
+    members: tuple[Conflict, ...]
+    minimal: bool
 
-    def __str__(self) -> str:
-        return f"{self.service}.{self.field}: {self.stated:.4g} -> {self.possible:.4g}"
+    @property
+    def title(self) -> str:
+        """What the members are, in words."""
+        if self.minimal:
+            return "these limits cannot be kept together; without any one of them the others can:"
+        return "these limits cannot be kept together (time ran out: the set may be larger than needed):"
 
-
-def limits(problem: Problem) -> tuple[Limit, ...]:
-    """Return every limit that ``problem`` states, those that force something first."""
-    services = problem.services.services
-    forcing = [(service.name, "min_replicas") for service in services if service.min_replicas]
-    if problem.settings.attainment is not None:
-        forcing += [(service.name, "attainment") for service in services]
-    if problem.settings.keep_after_loss > 0:
-        forcing.append(("", "keep_after_loss"))
-    others = [
-        (service.name, field)
-        for service in services
-        for field, free in _FIELDS.items()
-        if field != "min_replicas" and getattr(service, field) != free
-    ]
-    others += [(each.name, "affinity") for each in problem.services.workflows if each.affinity == "require"]
-    return (*forcing, *others)
+    def lines(self) -> Iterator[str]:
+        """Yield the members as text that fits a screen: many with one field share an entry."""
+        fields = list(dict.fromkeys(each.field for each in self.members))
+        texts = [text for field in fields for text in _grouped([each for each in self.members if each.field == field])]
+        found = [line for text in texts for line in textwrap.wrap(text, _SCREEN_COLUMNS, subsequent_indent="    ")]
+        yield from found if len(found) < _SCREEN_LINES else [*found[: _SCREEN_LINES - 2], "..."]
 
 
-def only(problem: Problem, kept: Iterable[Limit]) -> PlanningSpace:
-    """Return the space of ``problem`` with the limits ``kept`` alone."""
-    keep = set(kept)
-    services = tuple(_freed(service, keep) for service in problem.services.services)
-    workflows = tuple(
-        each
-        if (each.name, "affinity") in keep or each.affinity != "require"
-        else each.model_copy(update={"affinity": "none"})
-        for each in problem.services.workflows
-    )
-    loss = problem.settings.keep_after_loss if ("", "keep_after_loss") in keep else 0.0
-    space = build_space(
-        replace(
-            problem,
-            services=problem.services.model_copy(update={"services": services, "workflows": workflows}),
-            settings=replace(problem.settings, keep_after_loss=loss),
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Infeasibility:
+    """Why a problem has no plan, and what to relax.
+
+    Attributes:
+        conflicts: Limits that conflict; None when nothing is proven to.
+        relaxation: The least change of numbers that helps; empty when there is none, or none was found in time.
+        least: Whether it is proven that no smaller change helps.
+        everywhere: Whether it is worked out for the whole problem; otherwise for the services of the conflict alone.
+    """
+
+    conflicts: Conflicts | None
+    relaxation: tuple[Relaxation, ...] = ()
+    least: bool = True
+    everywhere: bool = True
+
+    def lines(self) -> Iterator[str]:
+        """Yield the answer as lines of text that fit a screen: at most 40 of at most 120 characters."""
+        if self.conflicts is None:
+            yield "nothing is proven to conflict: these limits can be kept, or the time did not suffice to tell"
+            return
+        steps = [str(step) for step in self.relaxation]
+        shown = (
+            steps
+            if len(steps) <= _MOST_STEPS
+            else [*steps[: _MOST_STEPS - 1], f"and {len(steps) + 1 - _MOST_STEPS} more"]
         )
-    )
-    asked = np.array([(name, "attainment") in keep for name in space.names])
-    least = np.where(asked, space.requirements.least_rps, 0.0)
-    return replace(space, requirements=replace(space.requirements, least_rps=least))
+        members = list(self.conflicts.lines())
+        most = _SCREEN_LINES - len(shown) - 2
+        yield self.conflicts.title
+        yield from (f"  {line}" for line in (members if len(members) <= most else [*members[: most - 1], "..."]))
+        if shown:
+            what = "the least change" if self.least else "a change, not proven to be the least,"
+            yield f"{what} of numbers that helps{'' if self.everywhere else ' these services'}:"
+            yield from (f"  {step}" for step in shown)
 
 
-def find_conflicts(space: PlanningSpace, clock: Callable[[], float], ends_at_s: float) -> tuple[Conflict, ...]:
-    """Return an irreducible set of limits that cannot hold together.
-
-    When the time runs out the set may be larger than it has to be: what is not proven to conflict is taken to fit.
-    """
-    problem = space.problem
-
-    def conflicting(kept: Sequence[Limit]) -> bool:
-        return clock() < ends_at_s and _proven_infeasible(only(problem, kept), ends_at_s - clock())
-
-    found = _quick_explain((), False, limits(problem), conflicting)
-    return tuple(_described(problem, limit, found, clock, ends_at_s) for limit in found)
-
-
-def explain_infeasible(
-    problem: Problem, *, clock: Callable[[], float], time_limit_s: float
-) -> tuple[tuple[Conflict, ...], tuple[Relaxation, ...]]:
-    """Return an irreducible conflict of ``problem`` and its least relaxation; both empty when it is feasible."""
+def explain_infeasible(problem: Problem, *, clock: Callable[[], float], time_limit_s: float) -> Infeasibility:
+    """Return an irreducible conflict of ``problem`` and its least relaxation, in ``time_limit_s`` but for building."""
     space = build_space(problem)
-    ends_at_s = clock() + time_limit_s
-    if not _proven_infeasible(space, time_limit_s):
-        return (), ()
-    return find_conflicts(space, clock, ends_at_s), least_relaxation(space, max(1.0, ends_at_s - clock()))
+    started_s = clock()
+    found = _conflicting_limits(space, clock, started_s + _CONFLICT_SHARE * time_limit_s)
+    if found is None:
+        return Infeasibility(conflicts=None)
+    chosen, minimal = found
+    conflicts = _described_all(problem, chosen, minimal, clock, started_s + _CONFLICT_SHARE * time_limit_s)
+    relaxation, least, everywhere = least_relaxation(problem, chosen, clock, started_s + time_limit_s)
+    return Infeasibility(conflicts=conflicts, relaxation=relaxation, least=least, everywhere=everywhere)
 
 
-def least_relaxation(space: PlanningSpace, time_limit_s: float) -> tuple[Relaxation, ...]:
-    """Return which numbers to relax, by how much: the least sum of changes, each as a share of what is asked.
+def find_conflicts(space: PlanningSpace, clock: Callable[[], float], ends_at_s: float) -> Conflicts:
+    """Return limits of ``space``, which is known to be infeasible, that cannot be kept together."""
+    problem = space.problem
+    chosen, minimal = _conflicting_limits(space, clock, ends_at_s) or (limits(problem), False)
+    return _described_all(problem, chosen, minimal, clock, ends_at_s)
 
-    Minimum replicas and domains and required rates may fall, budgets may grow. Empty when nothing of that helps, or no
-    answer was found in time.
+
+def _conflicting_limits(
+    space: PlanningSpace, clock: Callable[[], float], ends_at_s: float
+) -> tuple[tuple[Limit, ...], bool] | None:
+    """Return limits that are proven to conflict, and whether they are irreducible; None when nothing is proven."""
+    problem, stated = space.problem, _by_importance(space)
+    elastic = Elastic(problem)
+    # Like building, one linear program is worth its time even when that is over.
+    short = elastic.shortfall(stated, max(_LEAST_LINEAR_S, ends_at_s - clock()))
+    alone = _alone(problem, stated, short or {}, clock, clock() + _ALONE_SHARE * (ends_at_s - clock()), ends_at_s)
+    if alone is not None:
+        return alone
+    if short:
+        narrow = _narrowed(problem, stated, elastic, clock, clock() + _LINEAR_SHARE * (ends_at_s - clock()))
+        models = LimitModels(problem, narrow, clock, ends_at_s)
+        if (verdict := models.conflicting(narrow)) is not False:
+            return _irreducible(narrow, models.conflicting) if verdict else (narrow, False)
+    models = LimitModels(problem, stated, clock, ends_at_s)
+    if models.conflicting(stated):
+        return _irreducible(stated, models.conflicting)
+    return (stated, False) if short else None
+
+
+def _by_importance(space: PlanningSpace) -> tuple[Limit, ...]:
+    """Return the limits, those first that ask for most: dropped last, they make the smallest sets."""
+    best_rps = np.full(len(space.names), 1e-12)
+    np.maximum.at(best_rps, space.service_of, space.sustained_rps / np.array([each.gpus for each in space.options]))
+    gpus = space.offered_rps / best_rps
+    size = {
+        (name, field): amount
+        for service, name in enumerate(space.names)
+        for field, amount in (("attainment", gpus[service]), ("min_replicas", float(space.min_replicas[service])))
+    }
+    return tuple(sorted(limits(space.problem), key=lambda limit: -float(size.get(limit, 0.0))))
+
+
+def _alone(
+    problem: Problem,
+    stated: Sequence[Limit],
+    short: Collection[Limit],
+    clock: Callable[[], float],
+    until_s: float,
+    ends_at_s: float,
+) -> tuple[tuple[Limit, ...], bool] | None:
+    """Return a conflict of services that workflows join, mostly of a single one; None when there is none, or no time.
+
+    Where some are ``short`` of what they ask for in the linear relaxation, it is mostly one of those, and shows there.
     """
-    formulation = Formulation(space, space.singles)
-    model = formulation.model
-    rows = {name: row for row, name in enumerate(model.rows)}
-    elastic: list[tuple[int, float, float, str, str]] = []
-    for index, service in enumerate(space.problem.services.services):
-        asked = float(space.requirements.least_rps[index])
-        for name, field, sign, size in (
-            (f"replicas.{service.name}", "min_replicas", 1.0, float(service.min_replicas)),
-            (f"domains.{service.name}", "spread.min_domains", 1.0, float(getattr(service.spread, "min_domains", 0))),
-            (f"budget.{service.name}", "max_gpus", -1.0, float(service.max_gpus or 1)),
-            (f"attain.{service.name}", "attainment", 1.0, asked),
-        ):
-            if name in rows:
-                elastic.append((rows[name], sign, max(size, 1e-9), service.name, field))
-    loosened, slack = _with_slack(model, elastic)
-    settings = space.problem.settings
-    budget = Budget(time_limit_s=max(0.05, time_limit_s), seed=settings.seed)
-    answer = solver_for(settings).solve(loosened, budget)
-    if not isinstance(answer, Solution):
-        return ()
-    offered = dict(zip(space.names, space.offered_rps.tolist(), strict=True))
-    found = []
-    for column, (row, sign, _, named, field) in zip(slack, elastic, strict=True):
-        amount = float(answer.values[column])
-        if amount > 1e-6:
-            stated = float(model.row_lower[row] if sign > 0 else model.row_upper[row])
-            scale = 1.0 / offered[named] if field == "attainment" else 1.0
-            # Shares are rounded down to what is surely possible.
-            possible = (stated - sign * amount) * scale - (1e-6 if field == "attainment" else 0.0)
-            found.append(Relaxation(service=named, field=field, stated=stated * scale, possible=possible))
-    return tuple(found)
+    suspected = services_of(problem, short)
+    for names in joined(problem):
+        mine = [limit for limit in stated if services_of(problem, [limit]) <= names]
+        if (suspected and not names & suspected) or not any(forces(problem, limit) for limit in mine):
+            continue
+        if clock() >= until_s:
+            return None
+        models = LimitModels(problem, mine, clock, ends_at_s)
+        if models.conflicting(mine, linear=bool(suspected)):
+            return _irreducible(mine, models.conflicting)
+    return None
 
 
-def _freed(service: Service, keep: set[Limit]) -> Service:
-    dropped = {field: free for field, free in _FIELDS.items() if (service.name, field) not in keep}
-    return service.model_copy(update=dropped)
-
-
-def _quick_explain(
-    background: tuple[Limit, ...],
-    grown: bool,
-    candidates: tuple[Limit, ...],
-    conflicting: Callable[[Sequence[Limit]], bool],
+def _narrowed(
+    problem: Problem, stated: Sequence[Limit], elastic: Elastic, clock: Callable[[], float], until_s: float
 ) -> tuple[Limit, ...]:
-    """Return the members of ``candidates`` in a smallest conflict with ``background``, which may have ``grown``."""
-    if grown and conflicting(background):
-        return ()
-    if len(candidates) <= 1:
-        return candidates
-    middle = len(candidates) // 2
-    left, right = candidates[:middle], candidates[middle:]
-    needed_right = _quick_explain((*background, *left), bool(left), right, conflicting)
-    needed_left = _quick_explain((*background, *needed_right), bool(needed_right), left, conflicting)
-    return (*needed_left, *needed_right)
+    """Return what of ``stated`` conflicts in the linear relaxation, with what else is stated for those services."""
+
+    def conflicting(kept: Sequence[Limit]) -> bool | None:
+        left_s = until_s - clock()
+        short = elastic.shortfall(kept, left_s) if left_s > 0 else None
+        return None if short is None else bool(short)
+
+    in_rows = [limit for limit in stated if limit in elastic.limits]
+    found, _ = _irreducible(in_rows, conflicting)
+    services = services_of(problem, found)
+    others = [limit for limit in stated if limit not in elastic.limits]
+    near = [limit for limit in others if limit == LOSS or services_of(problem, [limit]) <= services]
+    return (*found, *near)
 
 
-def _proven_infeasible(space: PlanningSpace, time_limit_s: float) -> bool:
-    """Say whether a solver proves that nothing satisfies ``space``, over classes or over groups."""
-    settings = space.problem.settings
-    budget = Budget(time_limit_s=max(0.05, time_limit_s), seed=settings.seed)
-    linear = solver_for(settings)
-    return any(
-        isinstance(linear.solve(Formulation(space, classes).model, budget), InfeasibleModel)
-        for classes in (space.classes, space.singles)
+def _irreducible(
+    candidates: Sequence[Limit], conflicting: Callable[[Sequence[Limit]], bool | None]
+) -> tuple[tuple[Limit, ...], bool]:
+    """Return which of ``candidates``, which conflict, cannot be left out, and whether that is known of each.
+
+    Drops as many at a time as goes well: twice as many after a success, half as many after a failure.
+    """
+    left, needed = list(candidates), list[Limit]()
+    known, step = True, max(1, len(left) // 2)
+    while left:
+        step = min(step, len(left))
+        verdict = conflicting([*left[:-step], *needed])
+        if verdict:
+            del left[-step:]
+            step *= 2
+        elif step > 1:
+            step //= 2
+        else:
+            known = known and verdict is False
+            needed.insert(0, left.pop())
+    return tuple(needed), known
+
+
+def _described_all(
+    problem: Problem, chosen: Sequence[Limit], minimal: bool, clock: Callable[[], float], ends_at_s: float
+) -> Conflicts:
+    models = LimitModels(problem, chosen, clock, ends_at_s)
+    worked_out = minimal and len(chosen) <= _MOST_DESCRIBED
+    return Conflicts(
+        members=tuple(_described(problem, limit, chosen, models if worked_out else None) for limit in chosen),
+        minimal=minimal,
     )
 
 
-def _described(
-    problem: Problem, limit: Limit, together: Sequence[Limit], clock: Callable[[], float], ends_at_s: float
-) -> Conflict:
+def _described(problem: Problem, limit: Limit, together: Sequence[Limit], models: LimitModels | None) -> Conflict:
+    """Say what ``limit`` asks for, and with ``models`` what would be possible beside the others, if time allows."""
     name, field = limit
     others = [each for each in together if each != limit]
     if field == "min_replicas":
         service = problem.services.service(name)
         detail = f"needs {service.min_replicas} replicas"
-        most = _most_replicas(only(problem, others), name, ends_at_s - clock())
+        most = None if models is None else _most_replicas(models, others, name)
         if most is not None:
             detail += f"; at most {most[0]} fit" + (
                 f", because: {most[1]}" if not others else " beside the others named"
             )
     elif field == "attainment":
         detail = f"asks for {problem.settings.attainment:.2%} of the rate to be served"
-        most_share = _most_share(only(problem, others), name, ends_at_s - clock())
+        most_share = None if models is None else _most_share(models, others, name)
         detail += "" if most_share is None else f"; at most {most_share:.2%} can be"
     elif field == "keep_after_loss":
         detail = f"asks that {problem.settings.keep_after_loss:.0%} of every rate survive the loss of any node"
@@ -233,56 +284,57 @@ def _described(
     return Conflict(service=name, field=field, detail=detail)
 
 
-def _most_replicas(space: PlanningSpace, name: str, time_limit_s: float) -> tuple[int, str] | None:
-    """Return how many replicas of a service fit, and what stops the next; None when that is not known in time."""
-    formulation = Formulation(space, space.singles)
-    service = space.names.index(name)
-    mine = np.flatnonzero(space.service_of[formulation.pair_option] == service)
-    objective = np.zeros(len(formulation.model.variables))
-    objective[formulation.run[mine]] = 1.0
-    answer = _optimum(formulation, objective, time_limit_s)
-    if answer is None:
+def _most_replicas(models: LimitModels, others: Sequence[Limit], name: str) -> tuple[int, str] | None:
+    """Return how many replicas of a service fit beside ``others``, and what stops the next; None when not in time."""
+
+    def replicas(formulation: Formulation) -> Floats:
+        service = formulation.space.names.index(name)
+        objective = np.zeros(len(formulation.model.variables))
+        objective[formulation.run[formulation.space.service_of[formulation.pair_option] == service]] = 1.0
+        return objective
+
+    found = _optimum(models, others, replicas)
+    if found is None:
         return None
-    return round(answer.objective), binding(space, formulation.decode(answer.values), service).detail
+    formulation, answer = found
+    space = formulation.space
+    detail = binding(space, formulation.decode(answer.values), space.names.index(name)).detail
+    return round(answer.objective), detail
 
 
-def _most_share(space: PlanningSpace, name: str, time_limit_s: float) -> float | None:
-    formulation = Formulation(space, space.singles)
-    service = space.names.index(name)
-    objective = np.zeros(len(formulation.model.variables))
-    objective[formulation.served[service]] = 1.0 / max(float(space.offered_rps[service]), 1e-12)
-    answer = _optimum(formulation, objective, time_limit_s)
-    return None if answer is None else answer.objective
+def _most_share(models: LimitModels, others: Sequence[Limit], name: str) -> float | None:
+    def share(formulation: Formulation) -> Floats:
+        service = formulation.space.names.index(name)
+        objective = np.zeros(len(formulation.model.variables))
+        objective[formulation.served[service]] = 1.0 / max(float(formulation.space.offered_rps[service]), 1e-12)
+        return objective
+
+    found = _optimum(models, others, share)
+    return None if found is None else found[1].objective
 
 
-def _optimum(formulation: Formulation, objective: Floats, time_limit_s: float) -> Solution | None:
-    settings = formulation.space.problem.settings
-    budget = Budget(time_limit_s=max(0.5, time_limit_s), seed=settings.seed)
-    answer = solver_for(settings).solve(formulation.model.with_objective(objective, maximise=True), budget)
-    return answer if isinstance(answer, Solution) else None
+def _optimum(
+    models: LimitModels, kept: Sequence[Limit], objective: Callable[[Formulation], Floats]
+) -> tuple[Formulation, Solution] | None:
+    """Return the proven optimum over single groups with ``kept`` alone; None when it takes too long."""
+    if models.left_s <= 0:
+        return None
+    built = models.built(kept)
+    if not built.is_small:
+        return None
+    formulation = built.over_groups
+    model = loosened(formulation, kept).with_objective(objective(formulation), maximise=True)
+    answer = models.solve(model)
+    return (formulation, answer) if isinstance(answer, Solution) and answer.stopped == "optimal" else None
 
 
-def _with_slack(
-    model: LinearModel, elastic: Sequence[tuple[int, float, float, str, str]]
-) -> tuple[LinearModel, Integers]:
-    """Give each row a variable that loosens it, integer except for rates, and minimise their sum over their sizes."""
-    first, count = len(model.variables), len(elastic)
-    columns = np.arange(first, first + count, dtype=np.int64)
-    whole = np.array([field != "attainment" for *_, field in elastic], dtype=bool)
-    objective = np.concatenate([np.zeros(first), [1.0 / size for _, _, size, _, _ in elastic]])
-    order = np.argsort(np.concatenate([model.row_of, [row for row, *_ in elastic]]).astype(np.int64), kind="stable")
-    return (
-        replace(
-            model,
-            variables=(*model.variables, *(f"loosen[{service}.{field}]" for *_, service, field in elastic)),
-            lower=np.concatenate([model.lower, np.zeros(count)]),
-            upper=np.concatenate([model.upper, np.full(count, 1e6)]),
-            integer=np.concatenate([model.integer, whole]),
-            row_of=np.concatenate([model.row_of, [row for row, *_ in elastic]]).astype(np.int64)[order],
-            column_of=np.concatenate([model.column_of, columns])[order],
-            value_of=np.concatenate([model.value_of, [sign for _, sign, *_ in elastic]])[order],
-            objective=objective,
-            maximise=False,
-        ),
-        columns,
-    )
+def _grouped(alike: Sequence[Conflict]) -> Iterator[str]:
+    """Yield the conflicts of one field one by one, or as one where there are many."""
+    if len(alike) <= _APART:
+        yield from (str(each) for each in alike)
+        return
+    details = dict.fromkeys(each.detail for each in alike)
+    for detail in details if len(details) <= _APART else ["they ask for different amounts"]:
+        named = [each.service for each in alike if len(details) > _APART or each.detail == detail]
+        shown = ", ".join(named[:8]) + (f" and {len(named) - 8} more" if len(named) > 8 else "")
+        yield f"{alike[0].field} of {len(named)} services ({shown}): {detail}"

@@ -10,7 +10,7 @@ from typing import Literal
 from planner.assemble import assemble, solver_report
 from planner.backend import Budget, solver
 from planner.balance import balance
-from planner.conflict import Conflict, find_conflicts
+from planner.conflict import Conflicts, find_conflicts
 from planner.deadline_split import Split, best_split, tight_workflows
 from planner.formulation import Formulation
 from planner.lexicographic import LARGEST_EXACT_MODEL, Exhausted, Outcome, Search, Unsatisfiable
@@ -71,9 +71,9 @@ class Solved:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Infeasible:
-    """Proven: no plan satisfies the hard constraints; ``conflicts`` cannot hold together."""
+    """Proven: no plan satisfies the hard constraints; those of ``conflicts`` cannot hold together."""
 
-    conflicts: tuple[Conflict, ...]
+    conflicts: Conflicts
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

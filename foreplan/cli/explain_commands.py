@@ -129,21 +129,17 @@ def _explain_infeasible(out: Output, problem: Problem, time_limit_s: float) -> N
 
     from planner import explain_infeasible
 
-    conflicts, relaxation = explain_infeasible(problem, clock=time.monotonic, time_limit_s=time_limit_s)
+    found = explain_infeasible(problem, clock=time.monotonic, time_limit_s=time_limit_s)
+    conflicts = found.conflicts
     out.result(
         {
-            "infeasible": bool(conflicts),
-            "conflicts": [asdict(each) for each in conflicts],
-            "relaxation": [asdict(each) for each in relaxation],
+            "infeasible": conflicts is not None,
+            "conflicts": [] if conflicts is None else [asdict(each) for each in conflicts.members],
+            "minimal": conflicts is not None and conflicts.minimal,
+            "relaxation": [asdict(each) for each in found.relaxation],
+            "least": found.least,
+            "everywhere": found.everywhere,
         }
     )
-    if not conflicts:
-        out.say("nothing is proven to conflict: these limits can be kept, or the time did not suffice to tell")
-        return
-    out.say("these limits cannot be kept together; without any one of them the others can:")
-    for conflict in conflicts:
-        out.say(f"  {conflict}")
-    if relaxation:
-        out.say("the least change of numbers that helps:")
-        for step in relaxation:
-            out.say(f"  {step}")
+    for line in found.lines():
+        out.say(line)

@@ -224,9 +224,9 @@ def _no_plan(out: Output, result: Infeasible | NoPlanFound) -> NoReturn:
     from planner import Infeasible
 
     if isinstance(result, Infeasible):
-        out.error("no plan can keep all hard constraints:")
-        for conflict in result.conflicts:
-            out.note(f"  {conflict}")
+        out.error(f"no plan can keep all hard constraints; {result.conflicts.title}")
+        for line in result.conflicts.lines():
+            out.note(f"  {line}")
         out.note("`foreplan explain --infeasible` says what to relax")
     else:
         out.error(f"no plan found in time: {result.detail}; raise --time-limit")

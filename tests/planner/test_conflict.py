@@ -1,19 +1,25 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from planner import Infeasible, NoPlanFound, Problem, Settings, Solved, solve
-from planner.backend import Budget, Solution, solver
-from planner.conflict import explain_infeasible, only
+from planner import limits as limits_module
+from planner import relaxation as relaxation_module
+from planner.backend import Budget, InfeasibleModel, Solution, solver
+from planner.conflict import Conflict, Conflicts, Infeasibility, explain_infeasible
 from planner.formulation import Formulation
 from planner.greedy import greedy
-from planner.space import build_space
+from planner.groups import GroupClass
+from planner.limits import LimitModels, only
+from planner.relaxation import Relaxation
+from planner.space import PlanningSpace, build_space
 from plans.service import Services, Spread
-from tests.planner.problems import QUIET, cluster, demand, latency_service, problem, profile
+from tests.planner.problems import QUIET, cluster, demand, generated, latency_service, problem, profile
 
 
 def conflicts(*services, nodes: int = 2, profiles=None, **rates: float) -> tuple:  # type: ignore[no-untyped-def]
@@ -25,7 +31,8 @@ def conflicts(*services, nodes: int = 2, profiles=None, **rates: float) -> tuple
     )
     result = solve(wanted)
     assert isinstance(result, Infeasible), result
-    return result.conflicts
+    assert result.conflicts.minimal
+    return result.conflicts.members
 
 
 def test_a_service_that_cannot_have_its_replicas_alone_is_named_with_the_limit() -> None:
@@ -105,11 +112,19 @@ def over_constrained(name: str) -> Problem:
     elif name == "loss":
         settings = replace(QUIET, attainment=0.9, keep_after_loss=0.9)
         fields = {"max_gpus": 1}
-    services = [latency_service("s", ("m", 0.9), **fields), latency_service("t", ("m", 0.9))]
-    return problem(cluster(*nodes), services, [profile("m")], demand(s=rate, t=1.0), settings=settings)
+    elif name == "variant":
+        fields = {"min_accuracy": 0.92, "min_replicas": 1}
+    services = [latency_service("s", ("huge", 0.95), ("m", 0.9), **fields), latency_service("t", ("m", 0.9))]
+    return problem(
+        cluster(*nodes),
+        services,
+        [profile("m"), profile("huge", weights_gib=40.0)],
+        demand(s=rate, t=1.0),
+        settings=settings,
+    )
 
 
-CASES = ("budget", "forbid", "accuracy", "spread", "attainment", "loss")
+CASES = ("budget", "forbid", "accuracy", "spread", "attainment", "loss", "variant")
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -117,7 +132,8 @@ def test_the_set_conflicts_and_without_any_member_it_does_not(name: str) -> None
     wanted = over_constrained(name)
     result = solve(wanted)
     assert isinstance(result, Infeasible)
-    found = [(each.service, each.field) for each in result.conflicts]
+    found = [(each.service, each.field) for each in result.conflicts.members]
+    assert result.conflicts.minimal
     assert found
 
     def feasible(kept: list[tuple[str, str]]) -> bool:
@@ -130,25 +146,28 @@ def test_the_set_conflicts_and_without_any_member_it_does_not(name: str) -> None
         assert feasible([each for each in found if each != member]), member
 
 
-@pytest.mark.parametrize("name", ["budget", "attainment"])
+@pytest.mark.parametrize("name", ["budget", "attainment", "loss", "variant"])
 def test_what_the_least_relaxation_leaves_can_be_planned(name: str) -> None:
     wanted = over_constrained(name)
-    conflict, relaxation = explain_infeasible(wanted, clock=time.monotonic, time_limit_s=20.0)
-    assert conflict
-    assert relaxation
+    found = explain_infeasible(wanted, clock=time.monotonic, time_limit_s=20.0)
+    assert found.conflicts is not None
+    assert found.relaxation
+    assert found.least
     services, settings = list(wanted.services.services), wanted.settings
-    for each in relaxation:
-        if each.field == "attainment":
-            settings = replace(settings, attainment=each.possible)
+    for each in found.relaxation:
+        if not each.service:
+            settings = replace(settings, **{each.field: each.possible})
         else:
             position = next(i for i, service in enumerate(services) if service.name == each.service)
-            services[position] = services[position].model_copy(update={each.field: round(each.possible)})
+            services[position] = services[position].model_copy(
+                update={each.field: each.possible if each.field == "min_accuracy" else round(each.possible)}
+            )
     relaxed = replace(wanted, services=Services(services=tuple(services)), settings=settings)
     assert isinstance(solve(relaxed), Solved)
 
 
 def test_the_relaxation_is_as_small_as_it_can_be() -> None:
-    (step,) = explain_infeasible(over_constrained("budget"), clock=time.monotonic, time_limit_s=20.0)[1]
+    (step,) = explain_infeasible(over_constrained("budget"), clock=time.monotonic, time_limit_s=20.0).relaxation
     # One replica of two less is half of what is asked; one GPU more is as much again as the budget.
     assert (step.field, step.stated, step.possible) == ("min_replicas", 2.0, 1.0)
     assert str(step) == "s.min_replicas: 2 -> 1"
@@ -156,4 +175,159 @@ def test_the_relaxation_is_as_small_as_it_can_be() -> None:
 
 def test_a_feasible_problem_has_nothing_to_relax() -> None:
     wanted = problem(cluster(("a", "gpu", 1)), [latency_service("s", ("m", 1.0))], [profile("m")], demand(s=1.0))
-    assert explain_infeasible(wanted, clock=time.monotonic, time_limit_s=5.0) == ((), ())
+    assert explain_infeasible(wanted, clock=time.monotonic, time_limit_s=5.0) == Infeasibility(conflicts=None)
+
+
+def crowded(services: int = 6, **fields: object) -> Problem:
+    """Return more demand, for an attainment of 95 %, than two GPUs serve; ``fields`` are those of the first service."""
+    return problem(
+        cluster(("n0", "gpu", 1), ("n1", "gpu", 1)),
+        [latency_service(f"s{index}", ("m", 0.9), **({} if index else fields)) for index in range(services)],
+        [profile("m")],
+        demand(**{f"s{index}": 100.0 for index in range(services)}),
+        settings=replace(QUIET, attainment=0.95),
+    )
+
+
+class Clock:
+    """A clock that moves on by a second whenever it is read."""
+
+    def __init__(self) -> None:
+        self.now_s = 0.0
+
+    def __call__(self) -> float:
+        self.now_s += 1.0
+        return self.now_s
+
+
+@pytest.mark.parametrize("seconds", [2.0, 20.0, 40.0, 80.0])
+def test_when_time_runs_out_what_is_named_still_conflicts_and_is_not_called_irreducible(
+    seconds: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted, clock, left = crowded(min_replicas=1, max_gpus=1), Clock(), []
+    solve_in_time = LimitModels.solve
+
+    def recorded(models: LimitModels, *rest: float) -> object:
+        left.append(models.left_s)
+        return solve_in_time(models, *rest)
+
+    monkeypatch.setattr(LimitModels, "solve", recorded)
+    found = explain_infeasible(wanted, clock=clock, time_limit_s=seconds).conflicts
+    assert found is not None
+    assert not found.minimal
+    assert "time ran out: the set may be larger than needed" in found.title
+    space = only(wanted, [(each.service, each.field) for each in found.members])
+    answer = solver("scip").solve(Formulation(space, space.singles).model, Budget(time_limit_s=20))
+    assert isinstance(answer, InfeasibleModel)
+    # No model is solved any more when time is over; reading the clock in between takes two of these seconds.
+    assert all(each > -3.0 for each in left)
+
+
+def test_with_time_the_same_set_is_irreducible() -> None:
+    found = explain_infeasible(crowded(), clock=time.monotonic, time_limit_s=20.0).conflicts
+    assert found is not None
+    assert found.minimal
+    assert {each.field for each in found.members} == {"attainment"}
+    assert len(found.members) < 6
+
+
+def test_a_service_that_cannot_have_what_it_asks_for_alone_is_named_before_a_crowd() -> None:
+    found = explain_infeasible(crowded(min_replicas=3), clock=time.monotonic, time_limit_s=20.0).conflicts
+    assert found is not None
+    assert [(each.service, each.field) for each in found.members] == [("s0", "min_replicas")]
+
+
+def over_classes_alone(space: PlanningSpace, classes: Sequence[GroupClass]) -> Formulation:
+    assert classes is space.classes, "built over groups"
+    return Formulation(space, classes)
+
+
+def test_no_model_over_groups_is_built_beyond_the_largest_exact_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (limits_module, relaxation_module):
+        monkeypatch.setattr(module, "LARGEST_EXACT_MODEL", 0)
+        monkeypatch.setattr(module, "Formulation", over_classes_alone)
+    found = explain_infeasible(over_constrained("budget"), clock=time.monotonic, time_limit_s=20.0)
+    assert found.conflicts is not None
+    assert {each.field for each in found.conflicts.members} == {"min_replicas", "max_gpus"}
+    # What fits over classes need not fit on single groups.
+    assert not found.conflicts.minimal
+    assert found.relaxation == ()
+
+
+@pytest.mark.parametrize("members", [3, 60, 300])
+def test_an_answer_fits_a_screen_whatever_it_names(members: int) -> None:
+    named = [f"a-service-with-quite-a-long-name-{index}" for index in range(members)]
+    conflicts = Conflicts(
+        members=tuple(
+            Conflict(service=name, field=field, detail=f"needs {index} of something that takes a few words to say")
+            for field in ("min_replicas", "attainment", "max_gpus", "pin", "forbid", "min_accuracy", "spread")
+            for index, name in enumerate(named)
+        ),
+        minimal=False,
+    )
+    steps = tuple(Relaxation(service=name, field="min_replicas", stated=2.0, possible=1.0) for name in named)
+    lines = list(Infeasibility(conflicts=conflicts, relaxation=steps).lines())
+    assert len(lines) <= 40
+    assert max(map(len, lines)) <= 120
+    assert sum("services (" in line for line in lines) == (7 if members > 3 else 0)
+
+
+def test_a_required_share_is_relaxed_as_the_one_number_that_it_is_and_never_below_nothing() -> None:
+    wanted = problem(
+        cluster(("n0", "gpu", 1)),
+        [latency_service("s", ("huge", 0.9)), latency_service("t", ("m", 0.9))],
+        [profile("m"), profile("huge", weights_gib=40.0)],
+        demand(s=1.0, t=1.0),
+        settings=replace(QUIET, attainment=0.8),
+    )
+    (step,) = explain_infeasible(wanted, clock=time.monotonic, time_limit_s=20.0).relaxation
+    assert (step.service, step.field, step.stated, step.possible) == ("", "attainment", 0.8, 0.0)
+    assert str(step) == "attainment: 0.8 -> 0"
+
+
+def test_what_the_relaxation_says_is_possible_is_what_the_conflict_says_is_possible() -> None:
+    wanted = over_constrained("attainment")
+    wanted = replace(wanted, demand=demand(s=1000.0))
+    found = explain_infeasible(wanted, clock=time.monotonic, time_limit_s=20.0)
+    (step,) = found.relaxation
+    assert found.conflicts is not None
+    (conflict,) = found.conflicts.members
+    assert f"at most {step.possible:.2%} can be" in conflict.detail
+
+
+def test_a_number_is_printed_no_higher_than_it_is_possible() -> None:
+    assert (
+        str(Relaxation(service="", field="attainment", stated=0.95, possible=0.91766)) == "attainment: 0.95 -> 0.9176"
+    )
+
+
+def test_a_skew_grows_as_far_as_it_has_to() -> None:
+    wanted = problem(
+        cluster(("n0", "gpu", 2), ("n1", "gpu", 1)),
+        [
+            latency_service("s", ("m", 0.9), min_replicas=2, spread=Spread(over="node", max_skew=1)),
+            latency_service("t", ("fat", 0.9), min_replicas=1, pin=("n1",)),
+        ],
+        [profile("m", weights_gib=8.0), profile("fat", weights_gib=10.0)],
+        demand(s=1.0, t=1.0),
+    )
+    (step,) = explain_infeasible(wanted, clock=time.monotonic, time_limit_s=20.0).relaxation
+    assert step.field in ("spread.max_skew", "min_replicas")
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_set_of_a_generated_problem_is_irreducible(seed: int) -> None:
+    wanted = generated(seed, services=4, nodes=3, load=6.0)
+    wanted = replace(wanted, settings=replace(wanted.settings, attainment=0.99))
+    found = explain_infeasible(wanted, clock=time.monotonic, time_limit_s=30.0).conflicts
+    assert found is not None
+    assert found.minimal
+    named = [(each.service, each.field) for each in found.members]
+
+    def answer(kept: list[tuple[str, str]]) -> object:
+        space = only(wanted, kept)
+        return solver("scip").solve(Formulation(space, space.singles).model, Budget(time_limit_s=20))
+
+    assert isinstance(answer(named), InfeasibleModel)
+    for member in named:
+        assert isinstance(answer([each for each in named if each != member]), Solution), member
