@@ -2,7 +2,9 @@
 
 A timed model at the whole capacity of its one replica and a deadline of four batches of 1, so that a part of the
 requests misses it whatever happens; on the way a plan is applied. And bert-small-16 (torch, real workers) from one
-device to a tensor-parallel group of two (gloo) and back, at 90 % of the capacity of the slower and a like deadline.
+device to a tensor-parallel group of two (gloo) and back: at 30 % of the capacity of the slower and a deadline of eight
+batches of 1, since on a machine of two cores the two ranks take what gateway and client need, and what is predicted
+from an idle machine holds with room to spare only.
 
 To reach: 0 failed requests, and attainment during the transition (from the begin of the apply to its end, two seconds
 at least) within 2 points of the evaluator's prediction for the same arrivals. The prediction is made from what is
@@ -40,6 +42,7 @@ BEFORE_S, AFTER_S = 3.0, 3.0
 SLOW, FAST = "timed-40-4-4", "timed-10-2-4"
 LEAST_S = 2.0
 REAL, TORCH, REAL_BATCH = "bert-small-16", "executor.runtime.group_runtime:TorchGroupRuntime", 4
+REAL_LOAD, REAL_DEADLINE = 0.3, 8  # of the capacity of the slower; in batches of 1 of the slower
 
 
 @dataclass
@@ -76,13 +79,14 @@ def timed_changes() -> float:
     """Changes of a timed model; returns the largest difference, points."""
     with running_site(devices=2) as site:
         tables = {one: latency_measured_s(site, "a/0", one, TimedRuntime().load(one, 8)) for one in (SLOW, FAST)}
+        sharded = {SLOW: latency_measured_s(site, "a/0-1", SLOW, TimedRuntime().load(SLOW, 8))}
         deadline_s = 4 * tables[SLOW][0]
 
         def plan(groups: Mapping[str, str], max_batch: int = 8) -> Plan:
             return planned(groups, tables, deadline_s, max_batch)
 
         full, half = (batch / tables[SLOW][batch - 1] for batch in (8, 4))
-        one = plan({"a/0": SLOW})
+        one, two = plan({"a/0": SLOW}), planned({"a/0-1": SLOW}, sharded, deadline_s, 8)
         changes = {
             "move to another device": Change(one, plan({"a/1": SLOW}), full),
             "smaller batches": Change(one, plan({"a/0": SLOW}, 4), half),
@@ -91,6 +95,8 @@ def timed_changes() -> float:
             "another variant, slower": Change(plan({"a/0": FAST}), one, full),
             "a second replica": Change(one, plan({"a/0": SLOW, "a/1": SLOW}), full),
             "one replica less": Change(plan({"a/0": SLOW, "a/1": SLOW}), one, full),
+            "tp 1 -> 2": Change(one, two, full),
+            "tp 2 -> 1": Change(two, one, full),
         }
         return measured_changes(site, changes, services_of("m", deadline_s=deadline_s, variants=[SLOW, FAST]))
 
@@ -100,10 +106,10 @@ def tensor_parallel_changes() -> float:
     model = TorchRuntime(threads=1).load(REAL, REAL_BATCH)
     with running_site(devices=2, runtime=TORCH) as site:
         tables = {group: latency_measured_s(site, group, REAL, model) for group in ("a/0", "a/0-1")}
-        deadline_s = 4 * max(table[0] for table in tables.values())
-        rate_rps = 0.9 * REAL_BATCH / max(table[-1] for table in tables.values())
+        deadline_s = REAL_DEADLINE * max(table[0] for table in tables.values())
+        rate_rps = REAL_LOAD * REAL_BATCH / max(table[-1] for table in tables.values())
         one, two = (planned({group: REAL}, {REAL: tables[group]}, deadline_s, REAL_BATCH) for group in tables)
-        changes = {"tp 1 -> 2": Change(one, two, rate_rps), "tp 2 -> 1": Change(two, one, rate_rps)}
+        changes = {f"{REAL}, tp 1 -> 2": Change(one, two, rate_rps), f"{REAL}, tp 2 -> 1": Change(two, one, rate_rps)}
         return measured_changes(site, changes, services_of("m", deadline_s=deadline_s, variants=[REAL]))
 
 

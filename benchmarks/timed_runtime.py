@@ -1,12 +1,13 @@
 """A runtime whose models take a stated time and no processor: ``timed-<base ms>-<ms per item>-<floats per item>``.
 
-What is measured around it is what gateway, agent and worker cost, on a machine too small for a real model beside them.
+Over several devices, tensor parallel, a model takes as many times less. What is measured around it is what gateway,
+agent and worker cost, on a machine too small for a real model beside them.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,10 +62,10 @@ def latency_table_s(variant: str, max_batch: int) -> tuple[tuple[float], ...]:
 
 
 class TimedRuntime:
-    """Takes the keywords of the torch runtime and needs none of them."""
+    """Takes the keywords of the torch runtime, and needs only the devices."""
 
-    def __init__(self, **_: Any) -> None:
-        pass
+    def __init__(self, devices: Sequence[str] = ("cpu",), **_: Any) -> None:
+        self._devices = len(devices)
 
     def names(self) -> tuple[str, ...]:
         """Return the models there are."""
@@ -76,6 +77,5 @@ class TimedRuntime:
             raise UnknownVariant.of(f"one of {', '.join(NAMES)}", field="variant", found=repr(variant))
         _, base, item, floats = variant.split("-")
         spec = TensorSpec("x", "FP32", (int(floats),))
-        return TimedModel(
-            name=variant, max_batch=max_batch, base_s=float(base) / 1000, item_s=float(item) / 1000, inputs=(spec,)
-        )
+        base_s, item_s = (float(ms) / 1000 / self._devices for ms in (base, item))
+        return TimedModel(name=variant, max_batch=max_batch, base_s=base_s, item_s=item_s, inputs=(spec,))
