@@ -11,7 +11,7 @@ from plotly.offline import get_plotlyjs
 from plotly.subplots import make_subplots
 
 from foreplan.report.placement import PALETTE
-from profiles.document import Profile, Row
+from profiles.document import Phase, Profile, Row
 from profiles.latency import LatencyModel
 from profiles.library import ProfileLibrary
 
@@ -23,11 +23,18 @@ _LEAST_SHARE = 0.05
 _BEYOND = 1.25
 """The fit is drawn this far beyond the largest batch measured."""
 
+_UNITS: Mapping[Phase, tuple[str, str]] = {
+    "whole": ("batch", "items"),
+    "prefill": ("prefill", "prompts"),
+    "decode": ("decode step", "tokens"),
+}
+"""By phase: what takes the time, and what comes out of it; each phase has axes of its own."""
+
 _STYLE = """
 body{font:15px/1.5 system-ui,sans-serif;color:#1d2733;background:#f4f6f8;margin:0}
 main{max-width:1180px;margin:0 auto;padding:24px 20px 60px} h1{font-size:26px;margin:0 0 4px}
 h2{font-size:19px;margin:30px 0 4px} p{margin:0 0 10px;color:#51606f}
-.card{background:#fff;border:1px solid #dfe5ea;border-radius:8px;padding:12px 14px}
+.card{background:#fff;border:1px solid #dfe5ea;border-radius:8px;padding:12px 14px;margin:0 0 10px}
 """
 
 
@@ -38,8 +45,11 @@ def profile_page(profiles: Iterable[Profile], title: str = "Profiles") -> str:
     sections = []
     for model in models:
         shown = [profile for profile in library if profile.model == model]
-        html = to_html(profile_figure(shown), include_plotlyjs=False, full_html=False, config={"displayModeBar": False})
-        sections.append(f'<h2>{escape(model)}</h2><p>{escape(_facts(shown))}</p><div class="card">{html}</div>')
+        sections.append(f"<h2>{escape(model)}</h2><p>{escape(_facts(shown))}</p>")
+        for phase in _UNITS:
+            figure = profile_figure(shown, phase)
+            html = to_html(figure, include_plotlyjs=False, full_html=False, config={"displayModeBar": False})
+            sections.append(f'<div class="card">{html}</div>' if figure.data else "")
     lead = (
         "Dots are rows with the way up to their p99; the line is the latency model, and its band the error that it "
         "states. Where the line is dotted, nothing was measured."
@@ -51,13 +61,17 @@ def profile_page(profiles: Iterable[Profile], title: str = "Profiles") -> str:
     )
 
 
-def profile_figure(profiles: Sequence[Profile]) -> Any:
-    """Return latency, throughput and memory against the batch: a colour for each series of each profile."""
-    titles = ("Latency of a batch (ms)", "Throughput (items/s)", "Peak memory per GPU (MiB)")
+def profile_figure(profiles: Sequence[Profile], phase: Phase = "whole") -> Any:
+    """Return latency, throughput and memory of ``phase`` against the batch: a colour for each series of each profile.
+
+    It holds no data where no profile has rows of that phase.
+    """
+    what, unit = _UNITS[phase]
+    titles = (f"Latency of a {what} (ms)", f"Throughput ({unit}/s)", "Peak memory per GPU (MiB)")
     figure = make_subplots(rows=1, cols=3, subplot_titles=titles, horizontal_spacing=0.06)
     position = 0
     for profile in profiles:
-        for name, rows in _series(profile):
+        for name, rows in _series(profile, phase):
             _draw(figure, profile, name, rows, PALETTE[position % len(PALETTE)])
             position += 1
     figure.update_xaxes(title_text="batch", rangemode="tozero")
@@ -71,9 +85,9 @@ def profile_figure(profiles: Sequence[Profile]) -> Any:
     return figure
 
 
-def _series(profile: Profile) -> Iterable[tuple[str, list[Row]]]:
+def _series(profile: Profile, phase: Phase) -> Iterable[tuple[str, list[Row]]]:
     found: dict[tuple[object, ...], list[Row]] = {}
-    for row in sorted(profile.rows, key=lambda row: row.key):
+    for row in sorted((row for row in profile.rows if row.phase == phase), key=lambda row: row.key):
         found.setdefault(row.key[:-1], []).append(row)
     for rows in found.values():
         yield f"{profile.gpu_type}{_label(rows[0])}", rows

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
-from plans.errors import InvalidInput
-from profiles.document import Profile
+from collections.abc import Sequence
+from typing import Any
 
-__all__ = ["merge_profiles"]
+from plans.errors import InvalidInput
+from profiles.document import Profile, Row, Source
+
+__all__ = ["add_rows", "check_trust", "merge_profiles"]
+
+_TRUST: tuple[Source, ...] = ("modelled", "imported", "measured")
+"""Sources, the least trustworthy first."""
 
 
 def merge_profiles(old: Profile, new: Profile) -> Profile:
@@ -17,23 +23,59 @@ def merge_profiles(old: Profile, new: Profile) -> Profile:
     Raises:
         InvalidInput: They are of different models or GPU types.
     """
-    if (old.model, old.gpu_type) != (new.model, new.gpu_type):
-        found = f"{old.model} on {old.gpu_type}"
-        raise InvalidInput.of(f"a profile of {new.model} on {new.gpu_type}", field="model", found=found)
+    _check_same(old, new)
     if (old.source, old.meta.dtype) != (new.source, new.meta.dtype):
         return new
     measured = {(row.phase, row.tp, row.pp) for row in new.rows}
     kept = [row for row in old.rows if (row.phase, row.tp, row.pp) not in measured]
-    moved = tuple(
-        row if row.origin is None else row.model_copy(update={"origin": row.origin + len(new.origins)}) for row in kept
-    )
-    return new.model_copy(
-        update={
-            "rows": (*new.rows, *moved),
-            "origins": (*new.origins, *old.origins),
-            "kv_bytes_per_token": new.kv_bytes_per_token or old.kv_bytes_per_token,
-            "interference": new.interference or old.interference,
-            "neighbours": new.neighbours or old.neighbours,
-            "accuracy": new.accuracy or old.accuracy,
-        }
-    )
+    return new.model_copy(update=_joined(old, new, kept))
+
+
+def add_rows(old: Profile, new: Profile) -> Profile:
+    """Return ``new`` with the rows of ``old`` that it does not repeat: many tools write a file for each point.
+
+    A less trustworthy profile, or one of another type of number, gives way whole.
+
+    Raises:
+        InvalidInput: They are of different models or GPU types, or ``old`` is more trustworthy.
+    """
+    _check_same(old, new)
+    check_trust(old, new.source)
+    if (old.source, old.meta.dtype) != (new.source, new.meta.dtype):
+        return new
+    keys = {row.key for row in new.rows}
+    return new.model_copy(update=_joined(old, new, [row for row in old.rows if row.key not in keys]))
+
+
+def check_trust(old: Profile, source: Source) -> None:
+    """Check that a profile of ``source`` may take the place of ``old``.
+
+    Raises:
+        InvalidInput: ``old`` is more trustworthy.
+    """
+    if _TRUST.index(old.source) > _TRUST.index(source):
+        found = f"a profile that was {old.source}, and this one is {source}"
+        expected = "no more trustworthy profile in its place"
+        remedy = "write to another folder, or delete the file"
+        raise InvalidInput.of(expected, where=f"{old.model} on {old.gpu_type}", found=found, remedy=remedy)
+
+
+def _check_same(old: Profile, new: Profile) -> None:
+    if (old.model, old.gpu_type) != (new.model, new.gpu_type):
+        found = f"{old.model} on {old.gpu_type}"
+        raise InvalidInput.of(f"a profile of {new.model} on {new.gpu_type}", field="model", found=found)
+
+
+def _joined(old: Profile, new: Profile, kept: Sequence[Row]) -> dict[str, Any]:
+    """Return the fields of ``new`` with the rows ``kept`` of ``old``, their origins, and what only ``old`` says."""
+    used = sorted({row.origin for row in kept if row.origin is not None})
+    places = {origin: len(new.origins) + position for position, origin in enumerate(used)}
+    moved = (row if row.origin is None else row.model_copy(update={"origin": places[row.origin]}) for row in kept)
+    return {
+        "rows": (*new.rows, *moved),
+        "origins": (*new.origins, *(old.origins[origin] for origin in used)),
+        "kv_bytes_per_token": new.kv_bytes_per_token or old.kv_bytes_per_token,
+        "interference": new.interference or old.interference,
+        "neighbours": new.neighbours or old.neighbours,
+        "accuracy": new.accuracy or old.accuracy,
+    }

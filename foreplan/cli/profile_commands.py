@@ -307,6 +307,8 @@ def estimate(
     number = dtype or ("fp32" if gpu_type == "cpu" else "fp16")
     check_names(models, model_dir)
     grid = _numbers(batches, "--batches")
+    kind = gpu_type if rates is None else _read_rates(rates).gpu_type
+    _check_places([output / f"{model}.{kind}.json" for model in models])
     known = _rates(out, gpu_type, rates, number, threads)
     profile_documents.make_folder(output)
     written = []
@@ -322,13 +324,30 @@ def estimate(
     out.result({"profiles": written, "rates": known.model_dump(mode="json")})
 
 
+def _read_rates(path: Path) -> DeviceRates:
+    from plans.documents import read_document
+    from profiles.roofline import DeviceRates
+
+    return read_document(path, DeviceRates)
+
+
+def _check_places(paths: list[Path]) -> None:
+    """Refuse to estimate what was measured."""
+    from plans.documents import read_document
+    from profiles.document import Profile
+    from profiles.merging import check_trust
+
+    for path in paths:
+        if path.exists():
+            check_trust(read_document(path, Profile), "modelled")
+
+
 def _rates(out: Output, gpu_type: str, path: Path | None, dtype: str, threads: int) -> DeviceRates:
     from executor.runtime.cost import measure_rates
-    from plans.documents import read_document
-    from profiles.roofline import DeviceRates, datasheet_rates
+    from profiles.roofline import datasheet_rates
 
     if path is not None:
-        return read_document(path, DeviceRates)
+        return _read_rates(path)
     if gpu_type == "cpu":
         out.note("measuring the rates of this processor")
         return measure_rates(gpu_type, dtype, threads)

@@ -234,10 +234,15 @@ def import_(
     output_buckets: Annotated[str, typer.Option(help="Answer tokens of its columns (melange).")] = "",
     max_rejected: Annotated[float, typer.Option(help="Most rows that may be rejected, percent.", min=0)] = 50.0,
 ) -> None:
-    """Import profiles that another tool measured; say of every row whether it was taken, and why not."""
-    from plans.documents import write_document
+    """Import profiles that another tool measured; say of every row whether it was taken, and why not.
+
+    Rows are added to those of the same model and GPU type that were imported before.
+    """
+    from plans.documents import read_document, write_document
     from plans.errors import InvalidInput
+    from profiles.document import Profile
     from profiles.importing import ImportOptions, import_profiles
+    from profiles.merging import add_rows
 
     options = ImportOptions(
         model=model,
@@ -262,7 +267,9 @@ def import_(
         )
     make_folder(output)
     paths = [output / f"{profile.model}.{profile.gpu_type}.json" for profile in imported.profiles]
-    for path, profile in zip(paths, imported.profiles, strict=True):
+    known = [read_document(path, Profile) if path.exists() else None for path in paths]
+    joined = [new if old is None else add_rows(old, new) for old, new in zip(known, imported.profiles, strict=True)]
+    for path, profile in zip(paths, joined, strict=True):
         write_document(path, profile)
     _report_import(out, imported, paths)
 

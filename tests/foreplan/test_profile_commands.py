@@ -146,6 +146,9 @@ def test_a_model_nobody_measured_is_estimated_and_flagged(tmp_path: Path) -> Non
     assert (profile.source, profile.meta.dtype) == ("modelled", "fp16")
     assert profile.error_ratio is not None
     assert profile.rows[0].latency_s.mean < profile.rows[1].latency_s.mean
+    write_document(tmp_path / "p" / "bert-tiny-16.l4-24gb.json", curve({1: 0.1}, model="bert-tiny-16"))
+    refused = foreplan(tmp_path, "estimate", "bert-tiny-16", "--gpu-type", "l4-24gb", "-o", "p", code=1)
+    assert "was measured, and this one is modelled" in refused.stderr
 
 
 @pytest.mark.slow
@@ -181,6 +184,20 @@ def test_an_import_accounts_for_every_row(tmp_path: Path) -> None:
     )
     assert "1 of 3" in refused.stderr
     assert not (tmp_path / "q").exists()
+
+
+def test_files_of_a_tool_add_up_and_never_replace_what_was_measured(tmp_path: Path) -> None:
+    lines = PROTEUS.splitlines()[:3]
+    for name, line in (("one.csv", lines[1]), ("two.csv", lines[2])):
+        (tmp_path / name).write_text(f"{lines[0]}\n{line}\n")
+        foreplan(tmp_path, "import", "proteus", name, "-o", "p", "--weights", "10MiB")
+    profile = read_document(tmp_path / "p" / "tiny.toy.json", Profile)
+    assert sorted(row.batch for row in profile.rows) == [1, 2]
+    assert {origin.file for origin in profile.origins} == {"one.csv", "two.csv"}
+    write_document(tmp_path / "p" / "tiny.toy.json", curve({1: 0.1}, model="tiny", gpu_type="toy"))
+    refused = foreplan(tmp_path, "import", "proteus", "one.csv", "-o", "p", "--weights", "10MiB", code=1)
+    assert "tiny on toy: found a profile that was measured" in refused.stderr
+    assert read_document(tmp_path / "p" / "tiny.toy.json", Profile).source == "measured"
 
 
 def test_profiles_are_drawn_and_the_catalogue_is_listed(tmp_path: Path) -> None:

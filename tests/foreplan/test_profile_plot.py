@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 
 from foreplan.profile_plot import profile_figure, profile_page
+from profiles.document import Phase
 from tests.profiles.documents import curve, profile, row
 
 
@@ -29,9 +30,23 @@ def test_throughput_counts_copies_and_memory_is_in_mebibytes() -> None:
 
 def test_series_are_drawn_apart_and_named() -> None:
     rows = [row(batch, 0.1, phase="decode", input_tokens=tokens) for batch in (1, 2) for tokens in (64, 128)]
-    figure = profile_figure([profile(row(1, 0.1), *rows)])
-    names = {trace.name for trace in figure.data if trace.mode == "markers"}
-    assert names == {"cpu", "cpu (decode, 64 tokens)", "cpu (decode, 128 tokens)"}
+    shown = [profile(row(1, 0.1), *rows)]
+
+    def names(phase: Phase) -> set[str]:
+        return {trace.name for trace in profile_figure(shown, phase).data if trace.mode == "markers"}
+
+    assert names("decode") == {"cpu (decode, 64 tokens)", "cpu (decode, 128 tokens)"}
+    assert names("whole") == {"cpu"}
+    assert names("prefill") == set()
+
+
+def test_each_phase_has_axes_of_its_own() -> None:
+    rows = [row(batch, 0.1, phase="decode", input_tokens=64) for batch in (1, 2)]
+    page = profile_page([profile(row(1, 10.0), *rows)])
+    assert page.count('<div class="card">') == 2
+    assert "Latency of a decode step (ms)" in page
+    assert "Throughput (tokens\\u002fs)" in page
+    assert "Latency of a prefill" not in page
 
 
 def test_the_page_needs_no_network_and_escapes_names() -> None:

@@ -3,8 +3,8 @@ from __future__ import annotations
 import pytest
 
 from plans.errors import InvalidInput
-from profiles.document import Accuracy, Origin, Profile
-from profiles.merging import merge_profiles
+from profiles.document import Accuracy, Origin, Profile, Row, Source
+from profiles.merging import add_rows, check_trust, merge_profiles
 from tests.profiles.documents import curve, profile, row
 
 
@@ -47,3 +47,36 @@ def test_numbers_of_another_kind_are_not_mixed() -> None:
 def test_other_models_are_refused() -> None:
     with pytest.raises(InvalidInput, match="model"):
         merge_profiles(profile(row(1, 0.1), model="other"), profile(row(1, 0.1)))
+
+
+def imported(*rows: Row, file: str = "a", source: Source = "imported") -> Profile:
+    return Profile(model="m", gpu_type="g", source=source, rows=rows, origins=(Origin(file=file),))
+
+
+def test_files_of_one_point_each_add_up() -> None:
+    whole = imported(row(1, 0.1, origin=0), file="one")
+    for name, each in (("two", row(2, 0.2, origin=0)), ("again", row(1, 0.15, origin=0)), ("four", row(4, 0.4))):
+        whole = add_rows(whole, imported(each, file=name))
+    assert sorted((each.batch, each.latency_s.mean) for each in whole.rows) == [(1, 0.15), (2, 0.2), (4, 0.4)]
+    files = {each.batch: whole.origins[each.origin].file for each in whole.rows if each.origin is not None}
+    assert files == {1: "again", 2: "two"}
+    assert "one" not in {origin.file for origin in whole.origins}  # nothing of it is left
+    assert Profile.model_validate(whole.model_dump()) == whole
+
+
+def test_adding_the_same_file_twice_changes_nothing() -> None:
+    old, new = imported(row(1, 0.1, origin=0), file="one"), imported(row(2, 0.2, origin=0), file="two")
+    once = add_rows(old, new)
+    assert add_rows(once, new) == once
+
+
+@pytest.mark.parametrize(("old", "new"), [("measured", "imported"), ("measured", "modelled"), ("imported", "modelled")])
+def test_what_is_more_trustworthy_is_not_replaced(old: Source, new: Source) -> None:
+    known = imported(row(1, 0.1), source=old)
+    with pytest.raises(InvalidInput, match=f"was {old}, and this one is {new}"):
+        add_rows(known, imported(row(2, 0.1), source=new))
+    check_trust(known, old)
+
+
+def test_what_is_less_trustworthy_gives_way_whole() -> None:
+    assert len(add_rows(imported(row(1, 0.1), source="modelled"), imported(row(2, 0.1))).rows) == 1

@@ -128,6 +128,7 @@ def test_a_model_that_cannot_be_recorded_is_named_and_a_full_device_stays_one(mo
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")  # torch's own, when it imports inductor
 def test_a_compiled_model_answers_as_the_plain_one():
     plain, compiled = (TorchRuntime(compiled=flag).load("bert-tiny-16", 2) for flag in (False, True))
     for batch in (1, 2):
