@@ -82,11 +82,11 @@ def begin(w: Any, r: int) -> tuple[int, float]:
         tokens += context
     takes_s = 0.0
     if generator.starting > 0:
-        takes_s = generation.prefill_time_s(w, row, tokens)
+        takes_s = generation.prefill_time_s(w, row, tokens) + w.iteration_overhead_s
     elif generator.running > 0:
         while generator.running > 1 and generator.context + generator.running > generator.kv_limit_tokens:
             enqueue(w, generation.preempt(w, row))
-        takes_s = generation.decode_time_s(w, row)
+        takes_s = generation.decode_time_s(w, row) + w.iteration_overhead_s
     group_at(w, replica.group).generating += generator.running - before
     return int64(generator.newest), takes_s
 

@@ -124,6 +124,7 @@ class Run:
             "batch_delay_s",
             "overhead_s",
             "response_s",
+            "iteration_overhead_s",
             "credit_increase",
             "credit_decrease",
             "warmup_s",

@@ -50,7 +50,7 @@ _MOST_CONCURRENCY = 1024
 class Settings:
     """How to simulate; docs/evaluator.md says exactly what each setting means.
 
-    The defaults are what the executor does, but for what it costs (`overhead_s`, `response_s`) and for the routing:
+    The defaults are what the executor does, but for what it costs (``overhead_s`` and the two after) and for routing:
     that of gateways is `GATEWAY_ROUTING`, which takes another admission than ``arrival``.
 
     Attributes:
@@ -65,6 +65,8 @@ class Settings:
         latency: Where the latency of a batch comes from.
         overhead_s: Seconds between arrival and queue (gateway, transport).
         response_s: Seconds from the end of a batch to the answer at the client.
+        iteration_overhead_s: Seconds that an iteration of a service that generates takes beyond its profile: its agent
+            and its worker tell each other sequences and tokens in between.
         credit_target: Requests that may wait at a replica without its credit falling.
         credit_increase: Added to a credit after a batch.
         credit_decrease: Factor on a credit after a batch that left more than the target waiting, in (0, 1].
@@ -89,6 +91,7 @@ class Settings:
     latency: Latency = "mean"
     overhead_s: float = 0.0
     response_s: float = 0.0
+    iteration_overhead_s: float = 0.0
     credit_target: int = 4
     credit_increase: float = 0.1
     credit_decrease: float = 0.7

@@ -213,6 +213,7 @@ _FIELDS: Final[list[tuple[str, Any]]] = [
     ("margin_s", _f8),
     ("overhead_s", _f8),
     ("response_s", _f8),
+    ("iteration_overhead_s", _f8),
     ("credit_increase", _f8),
     ("credit_decrease", _f8),
     ("warmup_s", _f8),

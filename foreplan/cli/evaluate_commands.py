@@ -112,6 +112,9 @@ def evaluate(
     ] = "mean",
     overhead: Annotated[float, typer.Option(help="Seconds that gateway and transport add before the queue.")] = 0.0,
     response: Annotated[float, typer.Option(help="Seconds from the end of a batch to the client.")] = 0.0,
+    iteration_overhead: Annotated[
+        float, typer.Option(help="Seconds that agent and worker add to each iteration of a service that generates.")
+    ] = 0.0,
     warmup: Annotated[float, typer.Option(help="Seconds whose requests are not counted.", min=0)] = 0.0,
     until: Annotated[float | None, typer.Option(help="End of the run, seconds; what runs then is in flight.")] = None,
     then: Annotated[
@@ -172,6 +175,7 @@ def evaluate(
             latency=latency,
             overhead_s=overhead,
             response_s=response,
+            iteration_overhead_s=iteration_overhead,
             warmup_s=warmup,
             until_s=until,
         ),

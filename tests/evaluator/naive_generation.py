@@ -46,7 +46,7 @@ class Generation(State):
     def start_iteration(self, replica: Replica, sequences: list[Request], takes_s: float) -> None:
         group = replica.group
         factor = self.factor(replica, len(sequences), iteration=True)
-        end_s = max(self.now, *group.stage_free_s) + takes_s * factor
+        end_s = max(self.now, *group.stage_free_s) + (takes_s + self.told.iteration_overhead_s) * factor
         group.stage_free_s = [end_s] * group.pp
         self.start(Batch(replica=replica, requests=sequences, end_s=end_s, iteration=True))
 

@@ -104,6 +104,7 @@ class Scenario:
     ratios: Mapping[tuple[str, str], Sequence[tuple[float, float, float]]] = field(default_factory=dict)
     overhead_s: float = 0.0
     response_s: float = 0.0
+    iteration_overhead_s: float = 0.0
     admission: str = "dispatch"
     admission_margin_s: float = 0.0
     credit_increase: float = 0.1

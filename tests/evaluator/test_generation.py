@@ -155,6 +155,12 @@ def test_the_way_back_counts_for_the_first_token():
     assert found["outcome"] == "late"
 
 
+def test_what_agent_and_worker_add_counts_in_every_iteration():
+    plain, found = (run([(0.0, 100, 3)], iteration_overhead_s=s).iloc[0] for s in (0.0, 0.002))
+    assert found["ttft_s"] == pytest.approx(plain["ttft_s"] + 0.002)
+    assert found["tpot_s"] == pytest.approx(plain["tpot_s"] + 0.002)
+
+
 def test_tokens_that_the_trace_does_not_state_are_128():
     found = run([(0.0, None, None)], services=chat(ttft=10, tpot=10)).iloc[0]
     assert found["ttft_s"] == pytest.approx(0.128)
