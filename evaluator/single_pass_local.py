@@ -37,6 +37,7 @@ class Traffic(NamedTuple):
         arrival_s: Shape (request,): seconds since the start of the block, sorted within each.
         service: Shape (request,): position of the service.
         first: Shape (block + 1,): block b is requests first[b] to first[b + 1].
+        counted: Shape (block,): the first request of each block that counts; those before warm it up.
         deadline_s: Shape (service,): seconds from arrival within which a request is good.
         stage_s: Shape (option, largest batch, stage): seconds that a batch of b + 1 holds each stage.
         stages: Shape (option,): its stages.
@@ -47,6 +48,7 @@ class Traffic(NamedTuple):
     arrival_s: Floats
     service: Indices
     first: Integers
+    counted: Integers
     deadline_s: Floats
     stage_s: Floats
     stages: Indices
@@ -220,7 +222,7 @@ def serve_again(  # noqa: C901 - one loop over the arrivals, with nothing called
         chooses: Shape (service,): whether its requests choose anew; all of its groups are ``within``.
         within: Shape (slot,): the groups that are simulated.
         value: Shape (option,): what a request served in time counts.
-        good: Shape (service,): the change of requests served in time is added here.
+        good: Shape (service,): the change of requests served in time is added here, of those that count.
         worth: Shape (service,): the change of what they count is added here.
         changed: Shape (request, 4): request, slot, option and whether accepted, of all that were served again.
         changes: Where in it to go on.
@@ -228,7 +230,7 @@ def serve_again(  # noqa: C901 - one loop over the arrivals, with nothing called
     arrival_s, service, deadline_s, stages, stage_s = t.arrival_s, t.service, t.deadline_s, t.stages, t.stage_s
     old_slot, old_option, old_good, tail_s = s.slot, s.option, s.good, c.tail_s
     batching, least_finish = stage_s.shape[1] > 1, t.least_finish[0] > 0
-    last = tail_s.shape[1] - 1
+    last, counted = tail_s.shape[1] - 1, t.counted[block]
     for each in range(len(within)):
         if within[each]:
             for stage in range(last + 1):
@@ -261,9 +263,10 @@ def serve_again(  # noqa: C901 - one loop over the arrivals, with nothing called
         if accepted:
             # The last stage's clock is that of the whole group, however many stages its options have.
             tail_s[there, last] = tail_s[there, stages[what] - 1]
-            good[name] += 1
-            worth[name] += value[what]
-        if old_good[i]:
+            if i >= counted:
+                good[name] += 1
+                worth[name] += value[what]
+        if old_good[i] and i >= counted:
             good[name] -= 1
             worth[name] -= value[old_option[i]]
         changed[changes, 0], changed[changes, 1] = i, there

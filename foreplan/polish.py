@@ -23,6 +23,8 @@ from traces.table import RequestTrace
 __all__ = ["PolishSettings", "polished"]
 
 _NORMAL_95 = 1.96
+_HELD_OUT_REQUESTS = 1_600_000
+"""Requests of the prediction at most: simulated once, so longer traces than the search's, for large clusters."""
 _WHOLE_TRACES, _WHOLE_REQUESTS = 6, 800
 """Sampled traces, and least requests of each, where whole plans are simulated: some milliseconds each."""
 
@@ -98,7 +100,7 @@ def polished(
         confirm = _engine(problem, kept[0], sampler, 3)
         better = better if confirm.score(better) >= confirm.score(plan) else plan
     if kept[0].draft is None:
-        held_out = sampler.blocks(kept[0], settings.traces, 2)
+        held_out = sampler.blocks(kept[0], settings.traces, 2, most_requests=_HELD_OUT_REQUESTS)
         served = served_by(better, problem.services, held_out)
     else:
         served = _engine(problem, kept[0], sampler, 2, settings.traces).outcome(better)

@@ -12,7 +12,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 import evaluator
-from evaluator.single_pass import SinglePassTrace
+from foreplan.polish_arrivals import Sample
 from foreplan.polish_scorers import Served
 from foreplan.workflow_demand import mean_calls
 from planner import Problem, Scorer, ScoringTables
@@ -46,7 +46,7 @@ class PlanEngine:
 
     name = "event simulation of whole plans"
 
-    def __init__(self, tables: ScoringTables, problem: Problem, blocks: SinglePassTrace) -> None:
+    def __init__(self, tables: ScoringTables, problem: Problem, blocks: Sample) -> None:
         self._tables = tables
         self._problem = problem
         generates = any(each.request_class == "generation" for each in problem.services.services)
@@ -54,13 +54,15 @@ class PlanEngine:
         self._calls = _calls_of(tables, problem.services)
         direct = _direct_shares(tables, problem.services)
         generator = np.random.default_rng(problem.settings.seed)
+        self._warmup_s = blocks.warmup_s
         self._traces: list[RequestTrace | None] = []
         offered = []
         for first, last in zip(blocks.first[:-1], blocks.first[1:], strict=True):
             frame = _frame(tables.names, blocks, int(first), int(last), problem)
             frame = _with_instances(frame, problem.services, direct, generator)
-            self._traces.append(RequestTrace(frame) if len(frame) else None)
-            offered.append(self._counted(frame["service"].value_counts()))
+            warm = len(frame) and frame["arrival_s"].iloc[-1] >= self._warmup_s
+            self._traces.append(RequestTrace(frame) if warm else None)
+            offered.append(self._counted(frame["service"][frame["arrival_s"] >= self._warmup_s].value_counts()))
         self.offered: Integers = np.array(offered, dtype=np.int64).reshape(len(offered), len(tables.names))
 
     def scorer(self, simulated_s: float) -> Scorer:
@@ -101,14 +103,16 @@ class PlanEngine:
         trace = self._traces[block]
         if trace is None or not plan.groups:
             return pd.DataFrame({"service": [], "outcome": [], "latency_s": []})
-        return evaluator.evaluate(
+        settings = evaluator.Settings(routing=evaluator.GATEWAY_ROUTING, warmup_s=self._warmup_s)
+        requests = evaluator.evaluate(
             plan,
             self._problem.services,
             trace,
-            settings=evaluator.Settings(routing=evaluator.GATEWAY_ROUTING),
+            settings=settings,
             cluster=self._problem.cluster,
             profiles=self._profiles,
         ).requests
+        return requests[trace.arrival_s >= self._warmup_s]
 
     def score(self, plan: Plan) -> float:
         """Return what ``plan`` is worth in all blocks."""
@@ -128,7 +132,7 @@ class PlanEngine:
         return rounded
 
 
-def _frame(names: tuple[str, ...], blocks: SinglePassTrace, first: int, last: int, problem: Problem) -> pd.DataFrame:
+def _frame(names: tuple[str, ...], blocks: Sample, first: int, last: int, problem: Problem) -> pd.DataFrame:
     """Return the rows of a block with the tokens that the demand states, on average, for each service."""
     service = np.array(names, dtype=object)[blocks.service[first:last]].astype(str)
     frame = pd.DataFrame({"arrival_s": blocks.arrival_s[first:last], "service": service})

@@ -10,8 +10,8 @@ import pandas as pd
 from numpy.typing import NDArray
 
 import evaluator
-from evaluator.single_pass import SinglePassTrace
 from evaluator.single_pass_local import Traffic
+from foreplan.polish_arrivals import Sample
 from foreplan.polish_walk import CompiledScorer
 from planner import Scorer, ScoringTables
 from planner.arranged import Arrangement
@@ -31,13 +31,14 @@ Floats = NDArray[np.float64]
 Integers = NDArray[np.int64]
 
 
-def scorer_for(tables: ScoringTables, blocks: SinglePassTrace, routing: PolishRouting) -> CompiledScorer:
+def scorer_for(tables: ScoringTables, blocks: Sample, routing: PolishRouting) -> CompiledScorer:
     """Return the scorer that guides the search: the single pass, with batches where they matter."""
     stage_s = tables.stage_s[:, None, :] if tables.batch_stage_s is None else tables.batch_stage_s
     traffic = Traffic(
         arrival_s=blocks.arrival_s,
         service=blocks.service,
         first=blocks.first,
+        counted=blocks.counted,
         deadline_s=tables.deadline_s,
         stage_s=np.ascontiguousarray(stage_s),
         stages=_stages(tables),
@@ -47,7 +48,7 @@ def scorer_for(tables: ScoringTables, blocks: SinglePassTrace, routing: PolishRo
     return CompiledScorer(tables.worth, traffic, blocks.offered(len(tables.names)), _duration_s(blocks), tables.gpus)
 
 
-def judge_for(tables: ScoringTables, blocks: SinglePassTrace, routing: PolishRouting) -> Scorer:
+def judge_for(tables: ScoringTables, blocks: Sample, routing: PolishRouting) -> Scorer:
     """Return the scorer that has the last word: the event engine where batches matter."""
     if tables.batch_stage_s is None:
         return scorer_for(tables, blocks, routing)
@@ -70,7 +71,7 @@ class _EventEngine:
 
     name = "event engine (earliest deadline first, dynamic batches)"
 
-    def __init__(self, tables: ScoringTables, batch_stage_s: Floats, blocks: SinglePassTrace) -> None:
+    def __init__(self, tables: ScoringTables, batch_stage_s: Floats, blocks: Sample) -> None:
         self._tables = tables
         self._batch_stage_s = batch_stage_s
         self._stages = _stages(tables)
@@ -78,7 +79,7 @@ class _EventEngine:
         self._deadlines = evaluator.Deadlines(
             allowed_s=tables.deadline_s, per_token_s=np.zeros(services), sticky=np.zeros(services, dtype=np.bool_)
         )
-        self._settings = evaluator.Settings(routing="least-finish")
+        self._settings = evaluator.Settings(routing="least-finish", warmup_s=blocks.warmup_s)
         self._arrivals = [
             evaluator.Arrivals(
                 arrival_s=blocks.arrival_s[first:last],
@@ -136,21 +137,22 @@ class Served:
     p99_s: tuple[float | None, ...]
 
 
-def served_by(plan: Plan, services: Services, blocks: SinglePassTrace) -> Served:
+def served_by(plan: Plan, services: Services, blocks: Sample) -> Served:
     """Return what ``plan`` does on ``blocks`` where nodes serve it and gateways route as they do by default."""
     names = np.array([service.name for service in services.services], dtype=object)
-    settings = evaluator.Settings(routing=evaluator.GATEWAY_ROUTING)
+    settings = evaluator.Settings(routing=evaluator.GATEWAY_ROUTING, warmup_s=blocks.warmup_s)
     good: list[Integers] = []
     latencies, served = [np.zeros(0)], [np.zeros(0, dtype=np.int32)]
     for first, last in zip(blocks.first[:-1], blocks.first[1:], strict=True):
         service = blocks.service[first:last]
-        if last == first:
+        counts = blocks.counts[first:last]
+        if not counts.any():
             good.append(np.zeros(len(names), dtype=np.int64))
             continue
         frame = pd.DataFrame({"arrival_s": blocks.arrival_s[first:last], "service": names[service].astype(str)})
         requests = evaluator.evaluate(plan, services, RequestTrace(frame), settings=settings).requests
-        good.append(np.bincount(service[requests["outcome"] == "good"], minlength=len(names)))
-        finished = requests["latency_s"].notna().to_numpy()
+        good.append(np.bincount(service[counts & (requests["outcome"] == "good")], minlength=len(names)))
+        finished = requests["latency_s"].notna().to_numpy() & counts
         latencies.append(requests["latency_s"].to_numpy()[finished])
         served.append(service[finished])
     latency_s, of = np.concatenate(latencies), np.concatenate(served)
@@ -164,10 +166,10 @@ def served_by(plan: Plan, services: Services, blocks: SinglePassTrace) -> Served
     )
 
 
-def _duration_s(blocks: SinglePassTrace) -> float:
-    """Return the seconds up to the last arrival of each block, together."""
+def _duration_s(blocks: Sample) -> float:
+    """Return the seconds from the end of the warm-up to the last arrival of each block, together."""
     ends = blocks.first[1:][np.diff(blocks.first) > 0]
-    return max(float(blocks.arrival_s[ends - 1].sum()), 1e-9)
+    return max(float(np.maximum(blocks.arrival_s[ends - 1] - blocks.warmup_s, 0.0).sum()), 1e-9)
 
 
 def _shared_out(deployment: Layout, good: Integers) -> Integers:

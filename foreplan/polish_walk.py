@@ -263,7 +263,10 @@ class CompiledScorer:
         """See `planner.Scorer`; what was simulated stands afterwards."""
         self.settle(arrangement, None)
         found: Integers = np.zeros(arrangement.now.slot.shape, dtype=np.int64)
-        slot, service = self._standing.slot[self._standing.good], self._traffic.service[self._standing.good]
+        traffic = self._traffic
+        counted = np.repeat(traffic.counted, np.diff(traffic.first)) <= np.arange(len(traffic.service))
+        served_in_time = self._standing.good & counted
+        slot, service = self._standing.slot[served_in_time], traffic.service[served_in_time]
         served = np.zeros(arrangement.now.worth.shape, dtype=np.int64)
         np.add.at(served, (slot, service), 1)
         for name, count in enumerate(arrangement.now.replicas):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ import pytest
 from evaluator.single_pass import Hosts, SinglePassTrace, compile_hosts, count_good
 from foreplan.planning import Inputs, make_plan, verify
 from foreplan.polish import PolishSettings, polished
-from foreplan.polish_arrivals import Sampler
+from foreplan.polish_arrivals import Sample, Sampler
 from foreplan.polish_scorers import judge_for, scorer_for
 from foreplan.polish_walk import CompiledScorer
 from planner import Problem, Settings
@@ -178,6 +179,74 @@ def test_a_settled_arrangement_is_scored_as_the_evaluators_single_pass_does(rout
     expected = np.array(by_single_pass(tables, blocks, arrangement, routing))
     assert scorer.good(arrangement).sum(axis=1).tolist() == expected.sum(axis=0).tolist()
     assert scorer.score == pytest.approx((expected * tables.worth.value[0]).sum(axis=1))
+
+
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_what_comes_in_the_warm_up_is_served_and_not_counted(seed):
+    """Law: what counts is what a whole trace serves in time, less what its beginning does."""
+    _, tables, blocks, arrangement, _ = scored(seed=seed)
+    warm = replace(blocks, warmup_s=0.4 * float(blocks.arrival_s[-1]))
+    scorer = scorer_for(tables, warm, "earliest-free")
+    scorer.settle(arrangement, None)
+    early = ~warm.counts
+    beginnings = [early[first:last].sum() for first, last in zip(blocks.first[:-1], blocks.first[1:], strict=True)]
+    beginning = replace(
+        blocks,
+        arrival_s=blocks.arrival_s[early],
+        service=blocks.service[early],
+        first=np.cumsum([0, *beginnings]),
+    )
+    expected = np.array(by_single_pass(tables, blocks, arrangement))
+    expected -= np.array(by_single_pass(tables, beginning, arrangement))
+    assert early.any()
+    assert scorer.good(arrangement).sum(axis=1).tolist() == expected.sum(axis=0).tolist()
+    assert scorer.score == pytest.approx((expected * tables.worth.value[0]).sum(axis=1))
+    services = len(tables.names)
+    assert (warm.offered(services) == blocks.offered(services) - beginning.offered(services)).all()
+    for _ in range(5):
+        scorer.walk(arrangement, 0.0, 40)
+        told = scorer.score.copy()
+        arrangement.forget()
+        scorer.settle(arrangement, None)
+        assert scorer.score.sum() == pytest.approx(told.sum(), rel=0.02)
+
+
+def test_traces_cut_short_by_their_number_of_requests_warm_up_and_others_need_not():
+    space, tables, blocks, _, _ = scored()
+    short = Sampler(space.problem, None).blocks(tables, 3, 0, most_requests=600)
+    assert blocks.warmup_s == 0.0
+    assert (blocks.counted == blocks.first[:-1]).all()
+    assert 0 < short.warmup_s <= 0.5 * short.arrival_s.max() * 1.2
+    assert (short.arrival_s[short.counted] >= short.warmup_s).all()
+    assert (short.arrival_s[short.counted - 1] < short.warmup_s).all()
+
+
+def test_warm_traces_flatter_less_than_such_that_start_idle():
+    """Short traces under load, against one that is long: idle queues at their start serve more than there will be."""
+    _, tables, _, arrangement, _ = scored()
+    rng = np.random.default_rng(1)
+    deadline_s = float(tables.deadline_s.max())
+    slowest_s = {group: tables.stage_s[option].max() for group, option in arrangement.pairs()}
+    rate_rps = 1.3 * sum(1 / each for each in slowest_s.values())
+
+    def uniform(count, duration_s, warmup_s=0.0):
+        sizes = rng.poisson(rate_rps * duration_s, count)
+        return Sample(
+            arrival_s=np.concatenate([np.sort(rng.uniform(0, duration_s, size)) for size in sizes]),
+            service=rng.choice(np.flatnonzero(arrangement.now.replicas), sizes.sum()).astype(np.int32),
+            first=np.cumsum([0, *sizes]),
+            warmup_s=warmup_s,
+        )
+
+    def share(blocks):
+        scorer = scorer_for(tables, blocks, "earliest-free")
+        return scorer.good(arrangement).sum() / blocks.offered(len(tables.names)).sum()
+
+    true = share(uniform(3, 1000 * deadline_s))
+    short = uniform(300, 3 * deadline_s)
+    idle, warm = share(short), share(replace(short, warmup_s=1.5 * deadline_s))
+    assert idle > true + 0.05
+    assert abs(warm - true) < 0.5 * (idle - true)
 
 
 def test_walking_accepts_moves_and_its_score_is_that_of_simulating_what_stands_in_full():
