@@ -48,7 +48,10 @@ class ParallelGroup:
             InvalidInput: The point is no whole request.
         """
         if point.series != Series():
-            raise InvalidInput.of("whole requests", field="series", found=repr(point.series))
+            series = point.series
+            found = f"{series.phase} of {series.input_tokens} tokens on {self.tp * self.pp} devices"
+            remedy = "measure prefill and decode on one device"
+            raise InvalidInput.of("whole requests", where=self.loaded.name, field="series", found=found, remedy=remedy)
         inputs = self.loaded.example(point.batch)
         return lambda: self.loaded.run(inputs)
 

@@ -8,7 +8,7 @@ from typing import Any
 from plans.errors import InvalidInput
 from profiles.document import Profile, Row, Source
 
-__all__ = ["add_rows", "check_trust", "merge_profiles"]
+__all__ = ["add_rows", "check_trust", "is_same_way", "merge_profiles"]
 
 _TRUST: tuple[Source, ...] = ("modelled", "imported", "measured")
 """Sources, the least trustworthy first."""
@@ -18,13 +18,13 @@ def merge_profiles(old: Profile, new: Profile) -> Profile:
     """Return ``new`` with the rows of ``old`` at parallelisms and phases that ``new`` has none of.
 
     What belongs to the whole model (key-value bytes, slow-downs, accuracy) is kept where ``new`` does not say it. A
-    profile that was not measured the same way (source, or type of number) gives way whole.
+    profile that was not measured the same way (source, type of number, or options) gives way whole.
 
     Raises:
         InvalidInput: They are of different models or GPU types.
     """
     _check_same(old, new)
-    if (old.source, old.meta.dtype) != (new.source, new.meta.dtype):
+    if not is_same_way(old, new):
         return new
     measured = {(row.phase, row.tp, row.pp) for row in new.rows}
     kept = [row for row in old.rows if (row.phase, row.tp, row.pp) not in measured]
@@ -41,7 +41,7 @@ def add_rows(old: Profile, new: Profile) -> Profile:
     """
     _check_same(old, new)
     check_trust(old, new.source)
-    if (old.source, old.meta.dtype) != (new.source, new.meta.dtype):
+    if not is_same_way(old, new):
         return new
     keys = {row.key for row in new.rows}
     return new.model_copy(update=_joined(old, new, [row for row in old.rows if row.key not in keys]))
@@ -58,6 +58,11 @@ def check_trust(old: Profile, source: Source) -> None:
         expected = "no more trustworthy profile in its place"
         remedy = "write to another folder, or delete the file"
         raise InvalidInput.of(expected, where=f"{old.model} on {old.gpu_type}", found=found, remedy=remedy)
+
+
+def is_same_way(old: Profile, new: Profile) -> bool:
+    """Return whether both came about in the same way, so that their rows may stand beside each other."""
+    return (old.source, old.meta.dtype, old.meta.options) == (new.source, new.meta.dtype, new.meta.options)
 
 
 def _check_same(old: Profile, new: Profile) -> None:

@@ -143,7 +143,7 @@ def run(
             known=store.rows,
             on_row=store.add,
         ):
-            profile = _merged(output, measured)
+            profile = _merged(out, output, measured)
             _write(output, profile)
             store.finish(profile.model)
             done.append(profile)
@@ -207,14 +207,19 @@ def _at_sizes(models: list[str], sizes: str, model_dir: Path | None) -> list[str
     ]
 
 
-def _merged(output: Path, profile: Profile) -> Profile:
+def _merged(out: Output, output: Path, profile: Profile) -> Profile:
     """Return ``profile`` with what the document on disk knows of other parallelisms and phases."""
     from plans.documents import read_document
     from profiles.document import Profile
-    from profiles.merging import merge_profiles
+    from profiles.merging import is_same_way, merge_profiles
 
     path = output / f"{profile.model}.{profile.gpu_type}.json"
-    return merge_profiles(read_document(path, Profile), profile) if path.exists() else profile
+    if not path.exists():
+        return profile
+    old = read_document(path, Profile)
+    if not is_same_way(old, profile):
+        out.warn(f"{path}: what it held was not measured the same way (source, dtype or options), and is replaced")
+    return merge_profiles(old, profile)
 
 
 def _numbers(text: str, option: str, least: int = 1, most: int = 4096) -> tuple[int, ...]:

@@ -87,7 +87,7 @@ def test_copies_and_pairs_are_measured_beside_each_other(tmp_path: Path) -> None
 @pytest.mark.slow
 def test_copies_of_a_model_measured_by_phase_give_factors_and_no_rows(tmp_path: Path) -> None:
     grid = ("--batches", "1,2", "--prompt-tokens", "8", "--context-tokens", "16", "--point-seconds", "0.05")
-    foreplan(tmp_path, "run", "llama-tiny", "-o", "p", *grid, "--concurrency", "2", "--pairs")
+    foreplan(tmp_path, "run", "llama-tiny", "-o", "p", *grid, "--concurrency", "2")
     profile = read_document(tmp_path / "p" / "llama-tiny.cpu.json", Profile)
     assert profile.interference[2] >= 1.0
     assert {(row.phase, row.concurrency) for row in profile.rows} == {("prefill", 1), ("decode", 1)}

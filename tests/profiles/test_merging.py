@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from plans.errors import InvalidInput
-from profiles.document import Accuracy, Origin, Profile, Row, Source
+from profiles.document import Accuracy, Origin, Profile, ProfileMeta, Row, Source
 from profiles.merging import add_rows, check_trust, merge_profiles
 from tests.profiles.documents import curve, profile, row
 
@@ -42,6 +44,14 @@ def test_origins_of_kept_rows_still_point_at_their_file() -> None:
 def test_numbers_of_another_kind_are_not_mixed() -> None:
     assert merge_profiles(curve({1: 0.1}, source="modelled"), profile(row(1, 0.3, tp=2))).rows[0].tp == 2
     assert len(merge_profiles(curve({1: 0.1}, source="modelled"), profile(row(1, 0.3, tp=2))).rows) == 1
+
+
+@pytest.mark.parametrize(
+    "meta", [{"dtype": "bf16"}, {"options": {"threads": "2"}}, {"options": {"compile": "default"}}]
+)
+def test_rows_that_were_measured_otherwise_give_way(meta: dict[str, Any]) -> None:
+    old = profile(row(1, 0.1)).model_copy(update={"meta": ProfileMeta(**meta)})
+    assert {each.tp for each in merge_profiles(old, profile(row(1, 0.3, tp=2))).rows} == {2}
 
 
 def test_other_models_are_refused() -> None:
