@@ -15,8 +15,10 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from plans.catalogue import catalogue
 from plans.errors import InvalidInput
 from profiles.document import Accuracy, LatencyStatistics, Origin, Profile, ProfileMeta, Row, Source
+from profiles.roofline import REACHED_BANDWIDTH
 
 __all__ = ["ImportOptions", "Imported", "Ledger", "Rejected", "csv_rows", "json_value", "number"]
 
@@ -224,6 +226,7 @@ class Ledger:
         pp = fields.setdefault("pp", self.options.pp)
         fields.setdefault("tp", self.options.tp)
         weights, peaks = self._memory(weight_bytes, peak_bytes, pp)
+        fields.setdefault("load_s", self._load_s(key[1], max(weights)))
         row = Row(
             latency_s=_statistics(mean_s, p50_s, p95_s, p99_s),
             stage_latency_s=stage_s or (mean_s / pp,) * pp,
@@ -245,6 +248,15 @@ class Ledger:
         if not kind:
             raise ValueError("the GPU type is not named: pass --gpu-type")
         return _as_name(name), _as_name(kind)
+
+    def _load_s(self, gpu_type: str, weight_bytes: int) -> float:
+        """Return the seconds that the weights of a GPU take from the host, as the roofline counts them, or 0."""
+        entry = catalogue().get(gpu_type)
+        if entry is None:
+            self.note(f"loads count as 0 s: no file states them, and the catalogue has no GPU type {gpu_type}")
+            return 0.0
+        self.note("loads are weights over the bandwidth between host and GPU: no file states them")
+        return weight_bytes / (REACHED_BANDWIDTH * entry.host_bandwidth)
 
     def _memory(
         self, weights: tuple[int, ...] | None, peaks: tuple[int, ...] | None, pp: int

@@ -5,9 +5,11 @@ from pathlib import Path
 
 import pytest
 
+from plans.catalogue import catalogue
 from plans.errors import InvalidInput
 from profiles.importing import FORMATS, ImportOptions, import_profiles
 from profiles.importing.ledger import Ledger, number
+from profiles.roofline import REACHED_BANDWIDTH
 
 
 def ledger(path: Path, **options: object) -> Ledger:
@@ -119,3 +121,15 @@ def test_values_of_another_shape_reject_the_row(tmp_path: Path, value: object) -
     path.write_text(json.dumps(value))
     with pytest.raises(InvalidInput, match=r"malformed|no row"):
         import_profiles("alpaserve", path, ImportOptions(gpu_type="g"))
+
+
+def test_a_load_is_as_long_as_the_weights_take_from_the_host_to_a_type_of_the_catalogue(tmp_path: Path) -> None:
+    loads = {}
+    for gpu_type in ("l4-24gb", "nobody-knows"):
+        path = tmp_path / "p.csv"
+        path.write_text(f"Model,Accel,batchsize,avg_latency(ms)\ntiny,{gpu_type},1,4.0\n")
+        imported = import_profiles("proteus", path, ImportOptions(weight_bytes=10**9))
+        loads[gpu_type] = imported.profiles[0].rows[0].load_s
+        assert any(note.startswith("loads ") for note in imported.notes)
+    expected = 10**9 / (REACHED_BANDWIDTH * catalogue()["l4-24gb"].host_bandwidth)
+    assert loads == {"l4-24gb": pytest.approx(expected), "nobody-knows": 0.0}
