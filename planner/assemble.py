@@ -41,8 +41,9 @@ def assemble(
     offered = dict(zip(space.names, space.offered_rps, strict=True))
     notes = [*warnings, *_warnings(space, placement)]
     notes += [
-        f"{each.service}: {each.rate_rps:.4g} of {offered[each.service]:.4g} rps are not served ({each.reason}): "
-        f"{each.detail}"
+        f"{each.service}: {each.rate_rps:.4g} of {offered[each.service]:.4g} rps are "
+        f"{'not served' if each.rate_rps >= offered[each.service] else 'beyond the planned utilisation'} "
+        f"({each.reason}): {each.detail}"
         for each in left_out
     ]
     return Plan(
@@ -61,9 +62,7 @@ def assemble(
     )
 
 
-def digests_of(
-    cluster: Cluster, services: Services, profiles: ProfileLibrary, demand: Demand | None
-) -> dict[str, str]:
+def digests_of(cluster: Cluster, services: Services, profiles: ProfileLibrary, demand: Demand | None) -> dict[str, str]:
     """Return the digests by which a plan names what it was made from; without the demand where that is not known."""
     return {
         "cluster": canonical_digest([cluster]),

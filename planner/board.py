@@ -76,6 +76,10 @@ class Board:
         """Return the groups none of whose GPUs is in another used group, shape (group,)."""
         return self._open.copy()
 
+    def budget_left(self, service: int) -> float:
+        """Return how many GPUs of its budget ``service`` (by position) has left; infinite without one."""
+        return float(self._budget_left[service])
+
     def memory_left(self) -> Floats:
         """Return the share of memory that is free on the fullest stage of each group, shape (group,)."""
         left: Floats = 1.0 - self._memory_used.max(axis=1)

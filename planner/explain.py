@@ -12,10 +12,10 @@ import numpy as np
 from planner.backend import Budget, solver
 from planner.board import Board
 from planner.deadline_split import as_planned
-from planner.option import Option
+from planner.option import Option, Rejection
 from planner.problem import Problem, check
 from planner.space import Placed, Placement, PlanningSpace, build_space
-from planner.unserved import binding
+from planner.unserved import binding, closest
 from planner.whynot import budget_price, price_of
 from plans.errors import InvalidInput
 from plans.plan import Confidence, Plan
@@ -64,14 +64,15 @@ class Explanation:
     Attributes:
         service: Name of the service.
         offered_rps: Rate that was planned for.
-        served_rps: Rate that the plan serves.
+        served_rps: Rate that the plan serves within the utilisation that it is planned for.
+        predicted_rps: Rate that the plan predicts to be served in time, simulated where it was; it may be more.
         binding: What keeps the service from more; ``served in full`` when nothing does.
         replicas: Where it runs.
         parallelisms: The other parallelisms, and why not those.
         places: The nodes and GPU types where it does not run, and why not there.
         variants: The other variants, and why not those.
         confidence: The least trustworthy profile that the answer rests on; None when the service runs nowhere.
-        shadow_prices: Weighted requests per second that one more GPU of each type is worth.
+        shadow_prices: Weighted requests per second that one more GPU of each type adds to the linear relaxation.
         budget_price: The same for one more GPU of ``max_gpus``; None without one.
         solved_again: What the node that was asked for, and the next smaller and larger parallelism, would cost.
     """
@@ -79,6 +80,7 @@ class Explanation:
     service: str
     offered_rps: float
     served_rps: float
+    predicted_rps: float
     binding: str
     replicas: tuple[Replica, ...]
     parallelisms: tuple[Alternative, ...]
@@ -103,7 +105,10 @@ class Explanation:
 
     def _texts(self, shown: int) -> Iterator[str]:
         """Yield the explanation with at most ``shown`` entries of each kind, one text each."""
-        yield f"{self.service}: {self.served_rps:.4g} of {self.offered_rps:.4g} rps are served"
+        yield (
+            f"{self.service}: {self.served_rps:.4g} of {self.offered_rps:.4g} rps are served within the planned "
+            f"utilisation; {self.predicted_rps:.4g} rps are predicted to be in time"
+        )
         yield f"what binds: {self.binding}"
         for replica in self.replicas[:shown]:
             yield (
@@ -123,10 +128,13 @@ class Explanation:
                 yield f"{title}:"
                 yield from (f"  {each.what}: {each.why_not}" for each in alternatives[:shown])
         if self.budget_price is not None:
-            yield f"one more GPU of max_gpus is worth {self.budget_price:.4g} weighted rps"
+            yield f"one more GPU of max_gpus adds {self.budget_price:.4g} weighted rps to the relaxation's goodput"
         if self.shadow_prices:
             prices = ", ".join(f"{gpu_type} {price:.4g}" for gpu_type, price in sorted(self.shadow_prices.items()))
-            yield f"one more GPU is worth, in weighted rps: {prices}"
+            yield (
+                f"one more GPU adds to the relaxation's goodput, in weighted rps: {prices} "
+                "(whole plans gain in steps: `plan --add` solves again)"
+            )
         if self.confidence is not None:
             yield f"this rests on profiles that are {self.confidence}"
 
@@ -174,11 +182,12 @@ def explain(
         service=service,
         offered_rps=offered,
         served_rps=served,
+        predicted_rps=next((each.goodput_rps for each in plan.predicted if each.service == service), 0.0),
         binding="served in full" if full else _binding(space, placement, index),
         replicas=tuple(_replica(space, placement, placed) for placed in mine),
-        parallelisms=_parallelisms(space, index, running),
+        parallelisms=_parallelisms(space, index, running, full),
         places=_places(space, placement, index, mine, first=node),
-        variants=_variants(space, service, running),
+        variants=_variants(space, index, running, full),
         confidence=worst(*(option.confidence for option in running)) if running else None,
         shadow_prices=dict(plan.shadow_prices),
         budget_price=_budget_price(space, index),
@@ -204,6 +213,7 @@ def _solved_again(
     used = {(option.gpus, option.tp, option.pp) for option in running}
     smaller = [shape for shape in shapes if used and shape < min(used)][-1:]
     larger = [shape for shape in shapes if used and shape > max(used)][:1]
+    hosts = {space.groups[placed.group].node for placed in placement if int(space.service_of[placed.option]) == service}
     asked: list[tuple[str, str | None, tuple[int, int] | None]] = []
     if node is not None:
         asked.append((node, node, None))
@@ -211,6 +221,9 @@ def _solved_again(
     found = []
     for what, place, shape in asked:
         part_s = time_limit_s / len(asked)
+        if place is not None and place in hosts:
+            found.append(Alternative(what=what, why_not="it runs there already"))
+            continue
         price = price_of(space, placement, service, node=place, parallelism=shape, time_limit_s=part_s)
         why = f"no answer within {part_s:.2g} s" if price is None else str(price)
         found.append(Alternative(what=what, why_not=why))
@@ -264,31 +277,59 @@ def _replica(space: PlanningSpace, placement: Placement, placed: Placed) -> Repl
     )
 
 
-def _parallelisms(space: PlanningSpace, service: int, running: list[Option]) -> tuple[Alternative, ...]:
-    """Compare the rate per GPU of every parallelism that is not used with the best one that is."""
-    mine = [option for option in space.options if space.names[service] == option.service]
+def _parallelisms(
+    space: PlanningSpace, service: int, running: list[Option], served_in_full: bool
+) -> tuple[Alternative, ...]:
+    """Compare every parallelism that is not used with what is: the same variant where it has it."""
+    name = space.names[service]
+    mine = list(space.catalogue.of(name))
     used = {(option.gpu_type, option.tp, option.pp) for option in running}
-    best = max((option.sustained_rps / option.gpus for option in running), default=None)
+    offered = {(option.gpu_type, option.tp, option.pp) for option in mine}
+    variants = {option.variant for option in running}
     found = []
-    for kind in sorted({(option.gpu_type, option.tp, option.pp) for option in mine} - used):
-        option = max((each for each in mine if (each.gpu_type, each.tp, each.pp) == kind), key=_rate_per_gpu)
-        rate = f"{_rate_per_gpu(option):.4g} rps per GPU ({option.variant}, batch {option.batch})"
-        why = rate if best is None else f"{rate} against {best:.4g} as placed"
+    for kind in sorted(offered - used):
+        there = [each for each in mine if (each.gpu_type, each.tp, each.pp) == kind]
+        option = max(there, key=lambda each: (each.variant in variants, _rate_per_gpu(each)))
+        why = _against(space, service, option, running, served_in_full)
         found.append(Alternative(what=f"tp {kind[1]}, pp {kind[2]} on {kind[0]}", why_not=why))
-    rejected = {
-        (each.gpu_type, each.tp, each.pp): each
-        for each in space.catalogue.rejections
-        if each.service in space.names and each.service == space.names[service]
-    }
-    for kind, rejection in sorted(rejected.items()):
-        if kind not in used and kind not in {(option.gpu_type, option.tp, option.pp) for option in mine}:
-            found.append(
-                Alternative(
-                    what=f"tp {kind[1]}, pp {kind[2]} on {kind[0]}",
-                    why_not=f"no option works: {_short(rejection.reason, rejection.needed, rejection.available)}",
-                )
-            )
+    rejected = [each for each in space.catalogue.rejections if each.service == name]
+    for kind in sorted({(each.gpu_type, each.tp, each.pp) for each in rejected} - used - offered):
+        nearest = closest([each for each in rejected if (each.gpu_type, each.tp, each.pp) == kind])
+        why = f"no option works: {_short(nearest)}"
+        found.append(Alternative(what=f"tp {kind[1]}, pp {kind[2]} on {kind[0]}", why_not=why))
     return tuple(found[:_MOST_LINES])
+
+
+def _against(space: PlanningSpace, service: int, option: Option, running: list[Option], served_in_full: bool) -> str:
+    """Compare ``option`` with the best one that runs, of the same variant and GPU type where there is one."""
+    rate = f"{_rate_per_gpu(option):.4g} rps per GPU ({option.variant}, batch {option.batch})"
+    if not running:
+        return rate
+    placed = max(
+        running,
+        key=lambda each: (each.variant == option.variant, each.gpu_type == option.gpu_type, _rate_per_gpu(each)),
+    )
+    text = f"{rate} against {_rate_per_gpu(placed):.4g} as placed ({placed.variant} on {placed.gpu_type})"
+    return f"{text}; {_decided_by(space, service, option, placed, served_in_full)}"
+
+
+def _decided_by(space: PlanningSpace, service: int, option: Option, placed: Option, served_in_full: bool) -> str:
+    """Say what speaks for ``placed`` and against ``option``: a limit, or the first objective that tells them apart."""
+    first = "goodput" if space.problem.settings.minimize is None else f"fewest {space.problem.settings.minimize}"
+    if option.gpus > space.max_gpus[service]:
+        return f"max_gpus {space.max_gpus[service]:.0f} is below its {option.gpus} GPUs"
+    if served_in_full and option.accuracy < placed.accuracy:
+        return f"its accuracy {option.accuracy:.4g} is below {placed.accuracy:.4g}, and accuracy comes before GPU cost"
+    prices = space.problem.cluster.gpu_types
+    cost = prices[option.gpu_type].cost_per_hour / _rate_per_gpu(option)
+    cost_placed = prices[placed.gpu_type].cost_per_hour / _rate_per_gpu(placed)
+    if served_in_full and option.accuracy == placed.accuracy and cost > cost_placed * (1 + 1e-9):
+        return f"GPU cost decides: {cost:.4g} per hour for each rps against {cost_placed:.4g}"
+    if _rate_per_gpu(option) < _rate_per_gpu(placed):
+        return f"{first} decides: GPUs used so serve less"
+    if served_in_full:
+        return "served in full as placed"
+    return f"it takes {option.gpus} GPUs of one node at once, which serve more otherwise"
 
 
 def _places(
@@ -315,28 +356,36 @@ def _places(
         elif not homes:
             why = f"no option works on {node.gpus.type}"
         else:
-            why = _in_the_way(space, board, homes, options)
+            why = _in_the_way(space, board, homes, options.tolist())
         found.append(Alternative(what=node.name, why_not=why))
     return tuple(found[:_MOST_LINES])
 
 
-def _in_the_way(space: PlanningSpace, board: Board, homes: list[int], options: np.ndarray) -> str:
-    left = float(board.compute_left[homes].max())
-    room = float(board.memory_left()[homes].max())
-    needed = float(space.memory[options].max(axis=1).min())
+def _in_the_way(space: PlanningSpace, board: Board, homes: list[int], options: list[int]) -> str:
+    free = [home for home in homes if board.open_groups()[home]]
+    if not free:
+        return "its GPUs work in groups of another parallelism"
+    left = float(board.compute_left[free].max())
     if left < 0.01:
         return "its GPUs are planned to their limit of utilisation"
+    spare = [home for home in free if board.compute_left[home] >= 0.01]
+    room = float(board.memory_left()[spare].max())
+    needed = float(space.memory[options].max(axis=1).min())
     if room < needed:
         return f"{room:.0%} of memory free at most, the smallest option needs {needed:.0%}"
-    if not any(board.fits(int(option))[homes].any() for option in options):
-        return "what runs there would block it, or be blocked by it, beyond a deadline; or max_gpus is reached"
+    service = int(space.service_of[options[0]])
+    if min(len(space.groups[home].gpus) for home in spare) > board.budget_left(service):
+        return f"max_gpus {space.max_gpus[service]:.0f} is reached"
+    if not any(board.fits(option)[spare].any() for option in options):
+        return "what runs there would block it, or be blocked by it, beyond a deadline"
     return f"not needed: {left:.0%} of its compute would be free"
 
 
-def _variants(space: PlanningSpace, service: str, running: list[Option]) -> tuple[Alternative, ...]:
+def _variants(space: PlanningSpace, index: int, running: list[Option], served_in_full: bool) -> tuple[Alternative, ...]:
+    service = space.names[index]
     used = {option.variant for option in running}
+    types = {option.gpu_type for option in running}
     document = space.problem.services.service(service)
-    best = max((option.sustained_rps / option.gpus for option in running), default=None)
     found = []
     for variant in document.variants:
         if variant.model in used:
@@ -346,12 +395,10 @@ def _variants(space: PlanningSpace, service: str, running: list[Option]) -> tupl
             each for each in space.catalogue.rejections if each.service == service and each.variant == variant.model
         ]
         if options:
-            option = max(options, key=_rate_per_gpu)
-            why = f"accuracy {variant.accuracy:.4g}, {_rate_per_gpu(option):.4g} rps per GPU"
-            why += "" if best is None else f" against {best:.4g} as placed"
+            option = max(options, key=lambda each: (each.gpu_type in types, _rate_per_gpu(each)))
+            why = f"accuracy {variant.accuracy:.4g}, {_against(space, index, option, running, served_in_full)}"
         elif rejected:
-            closest = min(rejected, key=lambda each: each.needed / max(each.available, 1e-12))
-            why = _short(closest.reason, closest.needed, closest.available)
+            why = _short(closest(rejected))
         else:
             why = "dominated by another option, or without a profile on the GPU types present"
         found.append(Alternative(what=variant.model, why_not=why))
@@ -362,9 +409,11 @@ def _rate_per_gpu(option: Option) -> float:
     return option.sustained_rps / option.gpus
 
 
-def _short(reason: str, needed: float, available: float) -> str:
-    if reason == "memory":
-        return f"memory: {format_bytes(needed)} needed, {format_bytes(available)} usable per GPU"
-    if reason == "latency":
-        return f"latency: {format_seconds(needed)} against a deadline of {format_seconds(available)}"
-    return f"accuracy: {available:.4g} is below min_accuracy {needed:.4g}"
+def _short(rejection: Rejection) -> str:
+    needed, available = rejection.needed, rejection.available
+    which = f"{rejection.variant} at batch {rejection.batch}"
+    if rejection.reason == "memory":
+        return f"memory: {which} needs {format_bytes(needed)}, {format_bytes(available)} usable per GPU"
+    if rejection.reason == "latency":
+        return f"latency: {which} takes {format_seconds(needed)} against a deadline of {format_seconds(available)}"
+    return f"accuracy: {available:.4g} of {rejection.variant} is below min_accuracy {needed:.4g}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -14,7 +15,7 @@ from planner.space import Placement, PlanningSpace
 from plans.plan import Unserved
 from plans.units import format_bytes, format_seconds
 
-__all__ = ["Binding", "binding", "unserved"]
+__all__ = ["Binding", "binding", "closest", "unserved"]
 
 Reason = Literal["memory", "compute", "latency", "budget", "accuracy"]
 
@@ -126,10 +127,17 @@ def _no_option(space: PlanningSpace, name: str) -> Binding:
         return Binding(
             reason="budget", detail="no parallelism of its profiles is allowed by the settings and the nodes"
         )
-    # What min_accuracy rules out was asked for; it is named only where nothing else stands in the way.
+    nearest = closest(rejections)
+    return Binding(reason=nearest.reason, detail=_of_rejection(nearest, len(rejections)))
+
+
+def closest(rejections: Sequence[Rejection]) -> Rejection:
+    """Return the one of ``rejections`` that came closest to working.
+
+    What min_accuracy rules out was asked for; it is named only where nothing else stands in the way.
+    """
     order = {"latency": 0, "memory": 1, "accuracy": 2}
-    closest = min(rejections, key=lambda each: (order[each.reason], each.needed / max(each.available, 1e-12)))
-    return Binding(reason=closest.reason, detail=_of_rejection(closest, len(rejections)))
+    return min(rejections, key=lambda each: (order[each.reason], each.needed / max(each.available, 1e-12)))
 
 
 def _of_rejection(rejection: Rejection, count: int) -> str:

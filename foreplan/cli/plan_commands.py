@@ -44,7 +44,7 @@ from foreplan.cli.plan_options import (
 
 if TYPE_CHECKING:
     from planner import Infeasible, NoPlanFound, Report
-    from plans.plan import Plan, Prediction
+    from plans.plan import Plan, Prediction, Unserved
 
 __all__ = ["register"]
 
@@ -293,6 +293,17 @@ def _attainment(prediction: Prediction) -> str:
     return f"{prediction.attainment:.2%} ({low:.2%} to {high:.2%})"
 
 
+def _left_out(left: Unserved, predicted: Prediction | None) -> str:
+    """Say what of a service is not planned for; queueing and simulation may well predict that some of it is served."""
+    text = f"{left.service} {left.rate_rps:.4g} rps ({left.reason}): {left.detail}"
+    planned_rps = 0.0 if predicted is None else predicted.offered_rps - left.rate_rps
+    if predicted is None or planned_rps <= 1e-6 * predicted.offered_rps:
+        return f"unserved: {text}"
+    more = predicted.goodput_rps > planned_rps * (1 + 1e-3)
+    beside = f"; predicted in time all the same: {predicted.goodput_rps:.4g} rps in all" if more else ""
+    return f"beyond the planned utilisation: {text}{beside}"
+
+
 def _print_plan(out: Output, plan: Plan) -> None:
     from plans.units import format_bytes, format_seconds
 
@@ -346,10 +357,11 @@ def _print_plan(out: Output, plan: Plan) -> None:
         ],
         title="Predicted",
     )
+    predicted = {each.service: each for each in plan.predicted}
     for left in plan.unserved:
-        out.say(f"unserved: {left.service} {left.rate_rps:.4g} rps ({left.reason}): {left.detail}")
+        out.say(_left_out(left, predicted.get(left.service)))
     for gpu_type, price in plan.shadow_prices.items():
-        out.say(f"one more {gpu_type} is worth {price:.4g} rps (weighted)")
+        out.say(f"one more {gpu_type} adds {price:.4g} weighted rps to the relaxation's goodput")
     if plan.contingencies:
         worst = min(plan.contingencies, key=lambda each: each.goodput_rps / max(each.offered_rps, 1e-12))
         mean = sum(each.goodput_rps for each in plan.contingencies) / len(plan.contingencies)
