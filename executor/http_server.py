@@ -14,6 +14,9 @@ from plans.errors import InvalidInput
 
 __all__ = ["http_server", "metrics_application", "role_check"]
 
+_GRACE_S = 5.0
+"""How long requests may go on once the server is told to stop."""
+
 _METRICS = "text/plain; version=0.0.4; charset=utf-8"
 
 
@@ -44,7 +47,8 @@ async def http_server(
     host, _, port = address.rpartition(":")
     if not (host and port.isdigit() and int(port) < 65536):
         raise InvalidInput.of("host:port, such as 127.0.0.1:8000", where=where, found=repr(address))
-    runner = web.AppRunner(application, access_log=None, shutdown_timeout=5.0, handler_cancellation=True)
+    # aiohttp lets requests go on for this time twice, the second time without reading more of them.
+    runner = web.AppRunner(application, access_log=None, shutdown_timeout=_GRACE_S / 2, handler_cancellation=True)
     await runner.setup()
     try:
         site = web.TCPSite(
