@@ -16,8 +16,8 @@ from executor.infer_header import LONGEST_DEADLINE_S
 from executor.node import Node
 from executor.proto import open_inference_pb2 as pb
 from executor.request_head import RequestHead
-from executor.routing import NodeView, view_of
-from executor.state import AgentState, RoutingTable
+from executor.routing import NodeView
+from executor.state import Phase, RoutingTable
 from executor.statistics import Counters
 from executor.tensors import Buffer, TensorLimits, decode_inputs, decode_raw, encode_response, parameter
 from executor.tls import Dialer
@@ -239,6 +239,14 @@ class Workflows:
         return pb.ModelMetadataResponse.FromString(await place.peer.metadata(ask, place.group, _ASK_S))
 
     def _own_view(self) -> NodeView:
-        node = self._node
-        name = node.settings.node
-        return view_of(name, AgentState(node=name, version="", replicas=node.states(), drained=node.drained))
+        """Return what gateways would know about this node, without what only reports need: every call asks."""
+        upkeep = self._node.upkeep
+        if self._node.drained:
+            return NodeView(problem="its node is drained; `foreplan undrain` takes it back")
+        return NodeView(
+            replicas={
+                key: "" if replica.phase is Phase.SERVING else f"it is {replica.phase.value}: {replica.reason}"
+                for key, replica in upkeep.replicas.items()
+            },
+            waits_s={group: server.expected_wait_s() for group, server in upkeep.groups.items()},
+        )
