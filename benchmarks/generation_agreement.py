@@ -4,7 +4,9 @@
 
 The whole path, by the commands that a user has: profile prefill and decode, plan, start an agent and a gateway, apply,
 replay a trace of prompts and answers of mixed lengths, and evaluate the same plan on the same trace. Prints attainment,
-TTFT, TPOT and latency of both. A CPU that others use makes profile and run differ, so run it on an idle machine.
+TTFT, TPOT and latency of both. What client, gateway and agent add to a first token, and agent and worker to every
+iteration, is measured before, on requests that come alone, and put into the simulation, as for whole requests. A CPU
+that others use makes profile and run differ, so run it on an idle machine.
 """
 
 from __future__ import annotations
@@ -36,6 +38,7 @@ SERVICES = {
         }
     ]
 }
+ALONE_TOKENS, ALONE_ANSWER = 64, 32
 GRID = ("--batches", "1,2,4,8,16", "--prompt-tokens", "16,64,256", "--context-tokens", "32,128,256")
 
 
@@ -66,11 +69,13 @@ def main() -> None:
             children.start("agent", [*agent, "--state-dir", str(folder / "agent")])
             children.start("gateway", ["gateway", "--listen", gateway, "--state-dir", str(folder / "gateway")])
             _foreplan(folder, "apply", "plan.json", "--cluster", "cluster.yaml", "--gateway", gateway)
-            replayed = ("--trace", "trace.parquet", "--services", "services.yaml", "--requests", "measured.parquet")
-            live = _foreplan(folder, "load", "--gateway", gateway, *replayed)
-        simulated = _foreplan(
-            folder, "evaluate", "plan.json", *inputs, "--trace", "trace.parquet", "--requests", "simulated.parquet"
-        )
+            _replayed(folder, gateway, _alone(), "alone")
+            overhead_s, iteration_s = _overheads_s(folder)
+            live = _replayed(folder, gateway, _trace(chosen.rate, chosen.requests), "measured")
+        added = ("--overhead", str(overhead_s), "--iteration-overhead", str(iteration_s))
+        evaluated = ("--trace", "trace.parquet", "--requests", "simulated.parquet", *added)
+        simulated = _foreplan(folder, "evaluate", "plan.json", *inputs, *evaluated)
+        print(f"added to a first token: {1000 * overhead_s:.1f} ms; to every iteration: {1000 * iteration_s:.2f} ms")
         _print(folder, {"measured": live, "simulated": simulated})
 
 
@@ -85,6 +90,37 @@ def _trace(rate_rps: float, count: int) -> pd.DataFrame:
             "output_tokens": generator.integers(8, 64, count),
         }
     )
+
+
+def _alone() -> pd.DataFrame:
+    """Requests that meet no other: prompts of a length that is in the profile, after pauses as the trace has."""
+    fields = {"service": "chat", "input_tokens": ALONE_TOKENS, "output_tokens": ALONE_ANSWER}
+    return pd.DataFrame({"arrival_s": np.arange(30) * 0.25, **fields})
+
+
+def _replayed(folder: Path, gateway: str, trace: pd.DataFrame, label: str) -> Any:
+    """Replay ``trace``; the requests then are in ``<label>.parquet``."""
+    trace.to_parquet(folder / f"{label}-trace.parquet")
+    where = ("--trace", f"{label}-trace.parquet", "--requests", f"{label}.parquet")
+    return _foreplan(folder, "load", "--gateway", gateway, "--services", "services.yaml", *where)
+
+
+def _overheads_s(folder: Path) -> tuple[float, float]:
+    """Return by how much longer than profiled the requests alone took: to the first token, and each iteration."""
+    (profile,) = (json.loads(path.read_text()) for path in (folder / "profiles").glob("*.json"))
+    means_s = {
+        phase: {
+            row["input_tokens"]: row["latency_s"]["mean"]
+            for row in profile["rows"]
+            if (row["phase"], row["batch"]) == (phase, 1)
+        }
+        for phase in ("prefill", "decode")
+    }
+    decode_s = np.interp(ALONE_TOKENS + ALONE_ANSWER / 2, list(means_s["decode"]), list(means_s["decode"].values()))
+    alone = pd.read_parquet(folder / "alone.parquet")
+    iteration_s = max(0.0, float(alone["tpot_s"].median() - decode_s))
+    first_s = float(alone["ttft_s"].median()) - means_s["prefill"][ALONE_TOKENS]
+    return max(0.0, first_s - iteration_s), iteration_s
 
 
 def _foreplan(folder: Path, *arguments: str) -> Any:
