@@ -11,7 +11,6 @@ import grpc
 import grpc.aio
 from google.protobuf.message import DecodeError
 
-from executor.dispatcher import HOPELESS_RATIO
 from executor.errors import TOO_MUCH
 from executor.first_tries import GivenUp
 from executor.forwarding import CallFailed
@@ -124,7 +123,6 @@ class InferenceFrontDoor:
         self.metrics.begin()
         code = _Code.CANCELLED
         try:
-            self._check_hope(service, timeout_s)
             answered = await self._forward(service, request, Peer.infer, arrival_s + timeout_s, header.stream)
             code = _Code.OK
             return answered
@@ -149,7 +147,6 @@ class InferenceFrontDoor:
         self.metrics.begin()
         code = _Code.CANCELLED
         try:
-            self._check_hope(service, timeout_s)
             for is_last_try in (False, True):
                 target = self._router.choose(service, without=without, stream=header.stream)
                 peer = self._switchboard.peer(target.node) if target else None
@@ -209,24 +206,6 @@ class InferenceFrontDoor:
             problem = f"{self.metrics.in_flight} requests are in flight at this gateway, its limit; {TOO_MUCH}"
             raise CallFailed(_Code.RESOURCE_EXHAUSTED, problem)
         return header, timeout_s
-
-    def _check_hope(self, service: str, timeout_s: float) -> None:
-        """Refuse a request before which work waits at every replica for `HOPELESS_RATIO` times as long as it has.
-
-        Where answers are generated, what it has is the time to the first token.
-
-        Raises:
-            CallFailed: It is so.
-        """
-        first_token_s = self._routes(service).first_token_s
-        limit_s = timeout_s if first_token_s is None else min(timeout_s, first_token_s)
-        wait_s = self._router.least_wait_s(service)
-        if wait_s > HOPELESS_RATIO * limit_s:
-            problem = (
-                f"{service!r}: {wait_s:.3f} s of work wait at every replica, the deadline is in {limit_s:.3f} s, and "
-                f"at most {HOPELESS_RATIO:g} times that may wait; {TOO_MUCH}"
-            )
-            raise CallFailed(_Code.RESOURCE_EXHAUSTED, problem)
 
     async def describe(self, request: bytes, time_remaining_s: float | None) -> bytes:
         """Return the answer to a serialised ``ModelMetadataRequest``.

@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
+from executor.dispatcher import HOPELESS_RATIO
 from executor.errors import TOO_MUCH, Hopeless, QueueFull, ReplicaUnavailable, RequestRefused
 from executor.runtime.generation_queue import Finished, GenerationQueue, prefill_curve
 from executor.runtime.iteration import Decode, IterationLimits, Prefill
@@ -165,10 +166,16 @@ class Lane:
         """Let a sequence wait.
 
         Raises:
-            QueueFull: Too many wait already.
+            QueueFull: Too many wait already, or the first token would take `HOPELESS_RATIO` times as long as it may.
             InvalidInput: The request is not what the model takes, or could never fit.
         """
         assert self._rules is not None
+        if self.work_s() > HOPELESS_RATIO * self._rules.ttft_s:
+            self._counters.dropped += 1
+            raise QueueFull(
+                f"{self.key}: {self.work_s():.3f} s of work wait before it, its first token is due in "
+                f"{self._rules.ttft_s:.3f} s, and at most {HOPELESS_RATIO:g} times that may wait; {TOO_MUCH}"
+            )
         if self._queue.waiting >= self._most_waiting:
             self._counters.dropped += 1
             raise QueueFull(f"{self.key}: {self._queue.waiting} requests wait already, its queue's limit; {TOO_MUCH}")

@@ -124,10 +124,6 @@ class _Rotation:
             ]
         return next_replica(usable, self.credit)
 
-    def least_wait_s(self, waits: GroupWaits) -> float:
-        pairs = zip(self.routes.targets, self.weights, strict=True)
-        return min((waits.wait_s(target.group) for target, weight in pairs if weight > 0), default=0.0)
-
 
 class Router:
     """The table in force with the rotation, health and counters of its targets.
@@ -206,11 +202,6 @@ class Router:
     def wait_s(self, group: str) -> float:
         """Return the seconds that a request sent to ``group`` now is expected to wait; 0 while nothing is known."""
         return self._waits.wait_s(group)
-
-    def least_wait_s(self, service: str) -> float:
-        """Return the shortest expected wait, in seconds, of the usable targets of ``service``; 0 without any."""
-        rotation = self._rotations.get(service)
-        return rotation.least_wait_s(self._waits) if rotation else 0.0
 
     def suspect(self, service: str, group: str, problem: str) -> None:
         """Take a target out of the rotation until its node is observed again, and count a failure against it."""

@@ -77,6 +77,10 @@ class ReplicaRules:
         return self.latency_s[min(items, self.max_batch) - 1]
 
 
+_LATE_TIMER_S = 0.005
+"""Bundles enter their queue earlier by this than they must, since timers ring late and a moment later is too late."""
+
+
 class WholeRequests:
     """The requests of one group that wait.
 
@@ -186,7 +190,7 @@ class WholeRequests:
             rules = self._rules[key]
             ready: Waiting | None = waiting
             if stream and rules.frames > 1 and items == 1:
-                largest_s = rules.latency_s[-1]
+                largest_s = rules.latency_s[-1] + self.overrun.expected_s + _LATE_TIMER_S
                 ready = self._bundles.add(waiting, stream, most=rules.frames, largest_s=largest_s, now_s=now_s)
             if ready is not None:
                 self._dispatcher.add(ready)

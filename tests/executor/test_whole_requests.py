@@ -17,17 +17,17 @@ KEY = ReplicaKey(group="g", service="video", variant="v")
 
 
 class Queue:
-    """The requests of one replica that bundles four frames, on a clock that stands still."""
+    """The requests of one replica that bundles four frames, on a clock of its own."""
 
     def __init__(self, *, largest_s: float = 0.01, **limits: int) -> None:
         rules = {KEY: ReplicaRules(max_batch=8, latency_s=(largest_s,) * 8, frames=4, stages=1, generation=None)}
         self.counters = Counters()
-        self.ready = 0
-        self.requests = WholeRequests(rules, {KEY: self.counters}, QueueLimits(**limits), lambda: 0.0, self._on_ready)
+        self.now_s = 0.0
+        self.ready = asyncio.Event()
+        limit = QueueLimits(**limits)
+        self.requests = WholeRequests(rules, {KEY: self.counters}, limit, lambda: self.now_s, self.ready.set)
         self.requests.configure(KEY)
-
-    def _on_ready(self) -> None:
-        self.ready += 1
+        self.ready.clear()
 
     def submit(self, stream: str = "", *, deadline_s: float = 1e3, priority: int = 5, size_bytes: int = 4) -> Pending:
         inputs = {"x": np.zeros((1, size_bytes), np.uint8)}
@@ -77,6 +77,16 @@ async def test_work_that_gathers_before_a_request_can_make_it_hopeless() -> None
     with pytest.raises(QueueFull, match=r"3\.000 s of work wait before it"):
         queue.submit(deadline_s=1.4, priority=9)
     queue.submit(deadline_s=1.4)  # all of it has more time than this one
+
+
+@inside_a_loop
+async def test_a_bundle_that_is_not_full_enters_while_its_first_frame_can_still_be_served() -> None:
+    queue = Queue(largest_s=9.99)
+    frame = queue.submit("a", deadline_s=10.0)
+    queue.now_s = 0.009
+    async with asyncio.timeout(60):
+        await queue.ready.wait()
+    assert queue.requests.next() == [frame]
 
 
 @inside_a_loop
