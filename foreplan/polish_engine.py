@@ -104,7 +104,7 @@ class PlanEngine:
         if trace is None or not plan.groups:
             return pd.DataFrame({"service": [], "outcome": [], "latency_s": []})
         settings = evaluator.Settings(routing=evaluator.GATEWAY_ROUTING, warmup_s=self._warmup_s)
-        requests = evaluator.evaluate(
+        return evaluator.evaluate(
             plan,
             self._problem.services,
             trace,
@@ -112,7 +112,6 @@ class PlanEngine:
             cluster=self._problem.cluster,
             profiles=self._profiles,
         ).requests
-        return requests[trace.arrival_s >= self._warmup_s]
 
     def score(self, plan: Plan) -> float:
         """Return what ``plan`` is worth in all blocks."""

@@ -144,17 +144,17 @@ def served_by(plan: Plan, services: Services, blocks: Sample) -> Served:
     good: list[Integers] = []
     latencies, served = [np.zeros(0)], [np.zeros(0, dtype=np.int32)]
     for first, last in zip(blocks.first[:-1], blocks.first[1:], strict=True):
-        service = blocks.service[first:last]
-        counts = blocks.counts[first:last]
+        service, counts = blocks.service[first:last], blocks.counts[first:last]
         if not counts.any():
             good.append(np.zeros(len(names), dtype=np.int64))
             continue
         frame = pd.DataFrame({"arrival_s": blocks.arrival_s[first:last], "service": names[service].astype(str)})
         requests = evaluator.evaluate(plan, services, RequestTrace(frame), settings=settings).requests
-        good.append(np.bincount(service[counts & (requests["outcome"] == "good")], minlength=len(names)))
-        finished = requests["latency_s"].notna().to_numpy() & counts
+        counted = service[counts]  # what came in the warm-up is not told of
+        good.append(np.bincount(counted[requests["outcome"] == "good"], minlength=len(names)))
+        finished = requests["latency_s"].notna().to_numpy()
         latencies.append(requests["latency_s"].to_numpy()[finished])
-        served.append(service[finished])
+        served.append(counted[finished])
     latency_s, of = np.concatenate(latencies), np.concatenate(served)
     order = np.lexsort((latency_s, of))
     sorted_s = np.split(latency_s[order], np.searchsorted(of[order], np.arange(1, len(names))))

@@ -12,7 +12,7 @@ from evaluator.single_pass import Hosts, SinglePassTrace, compile_hosts, count_g
 from foreplan.planning import Inputs, make_plan, verify
 from foreplan.polish import PolishSettings, polished
 from foreplan.polish_arrivals import Sample, Sampler
-from foreplan.polish_scorers import judge_for, scorer_for
+from foreplan.polish_scorers import judge_for, scorer_for, served_by
 from foreplan.polish_walk import CompiledScorer
 from planner import Problem, Settings
 from planner.arranged import Arrangement, Operation
@@ -209,6 +209,19 @@ def test_what_comes_in_the_warm_up_is_served_and_not_counted(seed):
         arrangement.forget()
         scorer.settle(arrangement, None)
         assert scorer.score.sum() == pytest.approx(told.sum(), rel=0.02)
+
+
+def test_a_prediction_does_not_count_the_warm_up():
+    """The same requests, some of them before the warm-up ends: offered and served are those of the rest."""
+    inputs = toy()
+    plan = make_plan(inputs, SETTINGS).plan
+    _, tables, blocks, _, _ = scored()
+    warm = replace(blocks, warmup_s=0.4 * float(blocks.arrival_s[-1]))
+    found, whole = (served_by(plan, inputs.services, each) for each in (warm, blocks))
+    assert (found.offered == warm.offered(len(tables.names))).all()
+    assert (found.good <= found.offered).all()
+    assert (found.good <= whole.good).all()
+    assert 0 < found.good.sum() < whole.good.sum()
 
 
 def test_traces_cut_short_by_their_number_of_requests_warm_up_and_others_need_not():

@@ -144,6 +144,19 @@ def test_a_plan_that_runs_nothing_serves_nothing_and_more_replicas_serve_more() 
     assert (engine.served(plans[2], 0) <= engine.offered[0]).all()
 
 
+def test_what_comes_in_the_warm_up_is_simulated_and_not_counted() -> None:
+    wanted = flow()
+    tables = scoring_tables(build_space(wanted))
+    blocks = Sampler(wanted, None).blocks(tables, 3, 0, requests=600)
+    warm = replace(blocks, warmup_s=0.4 * float(blocks.arrival_s.max()))
+    plan = planned(wanted)
+    counted, all_of_it = (PlanEngine(tables, wanted, each) for each in (warm, blocks))
+    assert (counted.offered < all_of_it.offered).all()
+    for block in range(3):
+        assert (counted.served(plan, block) <= np.minimum(counted.offered, all_of_it.served(plan, block))[block]).all()
+        assert counted.served(plan, block).sum() > 0
+
+
 def test_a_generation_service_whose_tokens_nobody_states_is_not_polished() -> None:
     wanted = chat()
     unknown = wanted.demand.services[0].model_copy(update={"input_tokens": None, "output_tokens": None})

@@ -53,7 +53,7 @@ def best_of_all_orders(before, after):
 
 
 def test_the_worst_share_is_that_of_the_best_order_nearly_always():
-    """Greedy against all orders of three replicas: the service that falls most falls as little in 99 of 100 problems."""
+    """Greedy against all orders of three replicas: the service that falls most falls as little in 99 of 100."""
     worse = 0
     for seed in range(300):
         before, after = tiny(seed)
