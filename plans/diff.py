@@ -64,7 +64,7 @@ class PlanDiff:
     @property
     def changes_placement(self) -> bool:
         """Whether anything would change on a node or a gateway."""
-        return bool(self.groups or self.routes)
+        return bool(self.groups or self.routes or "workflows" in self.record)
 
 
 def diff(before: Plan, after: Plan) -> PlanDiff:

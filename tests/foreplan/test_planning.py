@@ -14,7 +14,7 @@ from foreplan.planning import Inputs, make_plan
 from foreplan.polish import PolishSettings
 from planner import Problem, Solved, solve
 from plans.plan import Plan
-from tests.planner.problems import QUIET, generated
+from tests.planner.problems import QUIET, featured, generated
 from tests.planner.test_generation import chat
 
 
@@ -50,6 +50,12 @@ def test_a_generation_service_of_unknown_tokens_keeps_the_bound() -> None:
     bound = solve(unknown)
     assert isinstance(bound, Solved)
     assert made(unknown).predicted == bound.plan.predicted
+
+
+def test_a_plan_carries_the_workflows_that_agents_shall_run() -> None:
+    wanted = featured(generated(3), "workflow")
+    assert wanted.services.workflows
+    assert made(wanted).workflows == wanted.services.workflows
 
 
 def test_predictions_are_routed_as_gateways_route_by_default(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@ from __future__ import annotations
 from hypothesis import given
 
 from plans import apply_diff, diff
+from plans.service import Workflow
 from tests.plans.strategies import entry, group, plan, plans
 
 
@@ -51,6 +52,15 @@ def test_a_new_batch_size_needs_no_load_and_a_new_variant_does():
     changes = {change.service: change for change in diff(before, after).entries}
     assert (changes["detect"].action, changes["detect"].reloads) == ("update", False)
     assert (changes["segment"].action, changes["segment"].reloads) == ("update", True)
+
+
+def test_another_workflow_changes_what_runs():
+    before = plan([group("node-0", (0,), [entry("detect"), entry("read")])])
+    edges = [{"from": "detect", "to": "read"}]
+    flow = Workflow.model_validate({"name": "plates", "slo": {"deadline": "1s"}, "edges": edges})
+    after = before.model_copy(update={"workflows": (flow,)})
+    assert diff(before, after).changes_placement
+    assert before.placement_digest != after.placement_digest
 
 
 def test_a_group_that_is_cut_otherwise_reloads_everything():
