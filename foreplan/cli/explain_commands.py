@@ -9,16 +9,20 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from foreplan.cli.command import command
-from foreplan.cli.options import ClusterFile, DemandFile, ProfilesDir, ServicesFile, TraceFile, read_demand
+from foreplan.cli.options import ClusterFile, DemandFile, ProfilesDir, Seed, ServicesFile, TraceFile, read_demand
 from foreplan.cli.output import Output
 from foreplan.cli.plan_options import (
     AddNodes,
     Attainment,
+    Blocking,
+    BlockingCharge,
     Headroom,
     KeepAfterLoss,
     Quantile,
     RemoveNodes,
     ScaleDemand,
+    Solver,
+    SolverName,
     Window,
 )
 
@@ -49,7 +53,9 @@ def explain(
     time_limit: Annotated[float, typer.Option(help="Seconds for solving again; 0 leaves it out.", min=0.0)] = 5.0,
     demand: DemandFile = None,
     trace: TraceFile = None,
+    solver: SolverName = Solver.highs,
     quantile: Quantile = 0.9,
+    blocking: BlockingCharge = Blocking.expected,
     headroom: Headroom = 0.05,
     attainment: Attainment = None,
     keep_after_loss: KeepAfterLoss = 0.0,
@@ -57,12 +63,13 @@ def explain(
     remove: RemoveNodes = None,
     scale_demand: ScaleDemand = 1.0,
     window: Window = 60.0,
+    seed: Seed = 1,
 ) -> None:
     """Say why a service is placed as it is: what binds, and why not otherwise; or why there is no plan at all.
 
-    A plan is explained with the settings it was made with; --quantile, --headroom, --attainment and --keep-after-loss
-    are for --infeasible, which has no plan to take them from. A plan made with --add, --remove or --scale-demand is
-    explained with the same.
+    A plan is explained with the settings it was made with; --solver, --quantile, --blocking, --headroom, --attainment,
+    --keep-after-loss and --seed are for --infeasible, which has no plan to take them from. A plan made with --add,
+    --remove or --scale-demand is explained with the same.
     """
     from foreplan.planning import Inputs, settings_of
     from foreplan.what_if import changed
@@ -81,7 +88,13 @@ def explain(
     problem = Problem(cluster=inputs.cluster, services=inputs.services, profiles=inputs.profiles, demand=inputs.demand)
     if service is None:
         settings = Settings(
-            quantile=quantile, headroom_ratio=headroom, attainment=attainment, keep_after_loss=keep_after_loss
+            seed=seed,
+            backend=solver.value,
+            quantile=quantile,
+            blocking=blocking.value,
+            headroom_ratio=headroom,
+            attainment=attainment,
+            keep_after_loss=keep_after_loss,
         )
         _explain_infeasible(out, replace(problem, settings=settings), max(time_limit, 1.0))
         return

@@ -19,7 +19,28 @@ from foreplan.cli.options import (
     read_demand,
 )
 from foreplan.cli.output import Output
-from foreplan.cli.plan_options import Attainment, KeepAfterLoss, Minimize, Objective, Quantile, Window
+from foreplan.cli.plan_options import (
+    AddNodes,
+    Attainment,
+    Blocking,
+    BlockingCharge,
+    DropPenalties,
+    DropPenalty,
+    FirstObjective,
+    Headroom,
+    KeepAfterLoss,
+    Minimized,
+    Objective,
+    Quantile,
+    RemoveNodes,
+    ScaleDemand,
+    Scenarios,
+    Utility,
+    UtilityCurve,
+    UtilityExponent,
+    Window,
+    check_together,
+)
 
 __all__ = ["register"]
 
@@ -47,20 +68,32 @@ def export(
     trace: TraceFile = None,
     current: CurrentFile = None,
     quantile: Quantile = 0.9,
-    objective: Annotated[Objective, typer.Option(help="What to maximise.")] = Objective.goodput,
-    minimize: Annotated[
-        Minimize | None, typer.Option(help="Fewest GPUs or least cost for --attainment, in place of --objective.")
-    ] = None,
+    blocking: BlockingCharge = Blocking.expected,
+    headroom: Headroom = 0.05,
+    objective: FirstObjective = Objective.goodput,
+    utility: UtilityCurve = Utility.linear,
+    utility_exponent: UtilityExponent = 4.0,
+    drop_penalty: DropPenalties = DropPenalty.none,
+    minimize: Minimized = None,
     attainment: Attainment = None,
     keep_after_loss: KeepAfterLoss = 0.0,
+    scenarios: Scenarios = 0,
+    add: AddNodes = None,
+    remove: RemoveNodes = None,
+    scale_demand: ScaleDemand = 1.0,
     window: Window = 60.0,
 ) -> None:
-    """Write the exact model with its first objective, for any solver that reads LP or MPS."""
+    """Write the exact model with its first objective, for any solver that reads LP or MPS.
+
+    The model is that of `plan` with the same options.
+    """
     from foreplan.planning import Inputs
+    from foreplan.what_if import changed
     from planner import Problem, Settings, exact_model
     from planner.export import mps_text
     from plans.documents import write_text
 
+    check_together(objective, utility, drop_penalty, minimize, attainment)
     inputs = Inputs.read(
         cluster=cluster,
         services=services,
@@ -68,6 +101,7 @@ def export(
         demand=read_demand(demand, trace, window, out),
         current=current,
     )
+    inputs = changed(inputs, add=add or (), remove=remove or (), scale_demand=scale_demand)
     model = exact_model(
         Problem(
             cluster=inputs.cluster,
@@ -77,10 +111,16 @@ def export(
             current=inputs.current,
             settings=Settings(
                 quantile=quantile,
+                blocking=blocking.value,
+                headroom_ratio=headroom,
                 objective=objective.value,
+                utility=utility.value,
+                utility_exponent=utility_exponent,
+                drop_penalty=drop_penalty.value,
                 minimize=None if minimize is None else minimize.value,
                 attainment=attainment,
                 keep_after_loss=keep_after_loss,
+                scenarios=scenarios,
             ),
         )
     )

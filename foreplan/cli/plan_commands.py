@@ -28,18 +28,26 @@ from foreplan.cli.plan_options import (
     AddNodes,
     Attainment,
     Blocking,
+    BlockingCharge,
+    DropPenalties,
     DropPenalty,
+    FirstObjective,
     Headroom,
     KeepAfterLoss,
     Method,
-    Minimize,
+    Minimized,
     Objective,
     Quantile,
     RemoveNodes,
     ScaleDemand,
+    Scenarios,
     Solver,
+    SolverName,
     Utility,
+    UtilityCurve,
+    UtilityExponent,
     Window,
+    check_together,
 )
 
 if TYPE_CHECKING:
@@ -80,23 +88,21 @@ def make(
     trace: TraceFile = None,
     current: CurrentFile = None,
     time_limit: Annotated[float, typer.Option(help="Seconds for the ILP solve.", min=0.1)] = 10.0,
-    solver: Annotated[Solver, typer.Option(help="MILP solver.")] = Solver.highs,
+    solver: SolverName = Solver.highs,
     method: Annotated[
         Method, typer.Option(help="One model over all groups, column generation, or by the size of the problem.")
     ] = Method.auto,
     quantile: Quantile = 0.9,
-    blocking: Annotated[Blocking, typer.Option(help="Charge for sharing a group.")] = Blocking.expected,
+    blocking: BlockingCharge = Blocking.expected,
     headroom: Headroom = 0.05,
-    objective: Annotated[Objective, typer.Option(help="What to maximise first.")] = Objective.goodput,
-    utility: Annotated[Utility, typer.Option(help="Curve of --objective utility.")] = Utility.linear,
-    utility_exponent: Annotated[float, typer.Option(help="Exponent of the power curve.", min=0.01)] = 4.0,
-    drop_penalty: Annotated[DropPenalty, typer.Option(help="Penalty of --objective utility.")] = DropPenalty.none,
-    minimize: Annotated[
-        Minimize | None, typer.Option(help="Fewest GPUs or least cost for --attainment, in place of --objective.")
-    ] = None,
+    objective: FirstObjective = Objective.goodput,
+    utility: UtilityCurve = Utility.linear,
+    utility_exponent: UtilityExponent = 4.0,
+    drop_penalty: DropPenalties = DropPenalty.none,
+    minimize: Minimized = None,
     attainment: Attainment = None,
     keep_after_loss: KeepAfterLoss = 0.0,
-    scenarios: Annotated[int, typer.Option(help="Demand scenarios to average over; 0: the quantile.", min=0)] = 0,
+    scenarios: Scenarios = 0,
     add: AddNodes = None,
     remove: RemoveNodes = None,
     scale_demand: ScaleDemand = 1.0,
@@ -121,7 +127,7 @@ def make(
     from traces.files import read_request_trace
 
     check_writable(output)
-    _check_options(objective, utility, drop_penalty, minimize, attainment)
+    check_together(objective, utility, drop_penalty, minimize, attainment)
     expected = read_demand(demand, trace, window, out)
     arrivals = read_request_trace(trace).value if trace is not None and polish > 0 else None
     inputs = Inputs.read(
@@ -177,40 +183,6 @@ def make(
         out.table(["what", "as it is", "what if", "change"], [list(row) for row in found.rows()], title="What if")
         out.note("this plan is for the changed inputs, not for the cluster and the demand as they are")
     out.say(f"wrote {output}")
-
-
-def _check_options(
-    objective: Objective,
-    utility: Utility,
-    drop_penalty: DropPenalty,
-    minimize: Minimize | None,
-    attainment: float | None,
-) -> None:
-    """Check that no option would go unheard beside the others.
-
-    Raises:
-        InvalidInput: With one fault for each that would.
-    """
-    from plans.errors import Fault, InvalidInput
-
-    curves = (("--utility", utility, Utility.linear), ("--drop-penalty", drop_penalty, DropPenalty.none))
-    faults = [
-        Fault(where="command line", field=name, found=chosen.value, expected="--objective utility beside it")
-        for name, chosen, default in curves
-        if objective is not Objective.utility and chosen is not default
-    ]
-    if minimize is not None:
-        found, where = minimize.value, "command line"
-        if attainment is None:
-            remedy = "pass --attainment, such as 0.99: the share of every service's requests to serve"
-            faults.append(
-                Fault(where=where, field="--minimize", found=found, expected="--attainment beside it", remedy=remedy)
-            )
-        if objective is not Objective.goodput:
-            expected = f"either this or --objective {objective.value}"
-            faults.append(Fault(where=where, field="--minimize", found=found, expected=expected))
-    if faults:
-        raise InvalidInput(faults)
 
 
 _METHODS = {"direct": "one model over groups", "columns": "column generation over loadouts"}
