@@ -44,11 +44,14 @@ LARGEST_EXACT_MODEL = 40_000
 _SMALL_EXACT_MODEL = 600
 """Pairs up to which the exact model is solved at once; larger ones are searched locally first."""
 
-_NEIGHBOURHOOD_PAIRS = 100
-"""Pairs that one neighbourhood decides about: mostly solved in tens of milliseconds."""
+_EXACT_MODEL_S = 1e-4
+"""Seconds per pair that building and reducing the exact model may take before its solver looks at the clock."""
 
 _FREED_PAIRS = (100, 160, 250, 400)
-"""Pairs of the neighbourhoods that are solved on their own: larger ones after a few rounds without a gain."""
+"""Pairs that one neighbourhood decides about, mostly within tens of milliseconds: more after rounds without a gain."""
+
+_GROWS_AFTER = 4
+"""Such rounds in a row after which neighbourhoods grow."""
 
 _NEIGHBOURHOOD_NODES = 50
 """Nodes of the search tree for one neighbourhood; a limit in seconds would make the plan depend on the machine."""
@@ -68,11 +71,8 @@ _FIRST_ROUNDS = 200
 _LATER_ROUNDS = 10
 """Neighbourhoods for an objective after the first."""
 
-_STALLED_ROUNDS = 4
+_STALLED_ROUNDS = 30
 """Neighbourhoods without a gain after which an objective is left as it is."""
-
-_STALLED_SMALL_ROUNDS = 30
-"""The same for neighbourhoods that are solved on their own."""
 
 _FIRST_STALLED_ROUNDS = 12
 """The same before whole counts over classes are known."""
@@ -139,7 +139,8 @@ class Search:
         self._classes_model: Formulation | None = None
         self._exact: Formulation | None = None
         self._guidance = Guidance()
-        self._apart = _separable(space) and _pair_count(space) > _SMALL_EXACT_MODEL
+        self._large = _pair_count(space) > _SMALL_EXACT_MODEL
+        self._apart = self._large and _separable(space)
 
     @property
     def _over_classes(self) -> Formulation:
@@ -259,31 +260,31 @@ class Search:
             self._solve_groups(tier, self._promising(tier, targets), proves=False)
         if self._closed(tier):
             return False
-        pairs = _pair_count(self._space)
-        if pairs > _SMALL_EXACT_MODEL and tier.best is not None:
+        if self._large and tier.best is not None:
             self._search_neighbourhoods(tier)
             good_enough = bool(tier.kept) or self._closed(tier, _STALLED_GAPS * self._settings.gap)
-            if good_enough or pairs > LARGEST_EXACT_MODEL or self._clock() >= tier.ends_at_s:
+            if good_enough or not self._time_for_groups(tier):
                 tier.open = not self._closed(tier)
                 return False
         return self._solve_groups(tier, None, proves=True)
 
-    def _search_neighbourhoods(self, tier: Tier, *, most_stalled: int | None = None) -> None:
+    def _time_for_groups(self, tier: Tier) -> bool:
+        """Whether the exact model is worth building: solvers look at the clock only after they reduced it."""
+        pairs = _pair_count(self._space)
+        return pairs <= LARGEST_EXACT_MODEL and tier.ends_at_s - self._clock() > _EXACT_MODEL_S * pairs
+
+    def _search_neighbourhoods(self, tier: Tier, *, most_stalled: int = _STALLED_ROUNDS) -> None:
         """Free a few groups at a time and solve them exactly, until nothing was gained for some rounds."""
         generator = np.random.default_rng(self._settings.seed)
         target = _LATER_GAP if tier.kept else 0.0
         most_rounds = _LATER_ROUNDS if tier.kept else _FIRST_ROUNDS
-        if most_stalled is None:
-            most_stalled = _STALLED_SMALL_ROUNDS if self._apart else _STALLED_ROUNDS
         rounds = stalled = 0
         while tier.best is not None and stalled < most_stalled and rounds < most_rounds:
             if self._closed(tier, target):
                 return
             best = tier.best
             options = self._options_to_consider(best, generator, everything=stalled % 3 == 2)
-            most_pairs = _NEIGHBOURHOOD_PAIRS
-            if self._apart:
-                most_pairs = _FREED_PAIRS[min(stalled // _STALLED_ROUNDS, len(_FREED_PAIRS) - 1)]
+            most_pairs = _FREED_PAIRS[min(stalled // _GROWS_AFTER, len(_FREED_PAIRS) - 1)]
             for free, stays in neighbourhoods(self._space, best, options, generator, most_pairs=most_pairs):
                 if self._clock() >= tier.ends_at_s:
                     return
@@ -362,12 +363,14 @@ class Search:
         """Bound ``tier`` over classes; return what to pack, or None when even this relaxation is infeasible."""
         over = self._over_classes
         model = with_kept(over, tier.objective, tier.kept)
+        if self._apart:
+            self._bound_by_relaxation(tier, model)
         time_limit_s = max(0.05, 0.4 * (tier.ends_at_s - self._clock()))
         budget = Budget(time_limit_s=time_limit_s, gap=self._settings.gap / 4, seed=self._settings.seed)
         answer = self._solver.solve(model, budget)
         if isinstance(answer, InfeasibleModel):
             return None
-        if not isinstance(answer, Solution) or answer.stopped == "limit":
+        if not self._apart and (not isinstance(answer, Solution) or answer.stopped == "limit"):
             self._bound_by_relaxation(tier, model)
         tier.tighten(answer.bound)
         return _targets(over, answer.values) if isinstance(answer, Solution) else []
@@ -392,7 +395,7 @@ class Search:
             packed = pack(self._space, targets, order)
             if packed is not None:
                 self._offer(tier, self.best_rates(_pairs(packed), tier.objective, tier.kept))
-            if self._closed(tier):
+            if self._closed(tier) or (tier.best is not None and self._clock() >= tier.ends_at_s):
                 return
 
     def _promising(self, tier: Tier, targets: list[Target]) -> list[tuple[int, int]]:
@@ -543,8 +546,13 @@ def _apart(space: PlanningSpace, targets: list[Target]) -> list[Redundant]:
 
 
 def _by(space: PlanningSpace, wanted: list[Redundant], order: Order) -> list[Redundant]:
-    """Return ``wanted`` with the largest first: by memory or by share."""
+    """Return ``wanted`` with the largest first, by memory or by share, after those of which replicas are required."""
     size = space.memory.max(axis=1) if len(space.options) else np.zeros(0)
-    if order == "memory":
-        return sorted(wanted, key=lambda each: (-size[each.option], -each.share, each.option))
-    return sorted(wanted, key=lambda each: (-each.share, -size[each.option], each.option))
+    optional = space.min_replicas == 0
+
+    def key(each: Redundant) -> tuple[bool, float, float, int]:
+        by_size, by_share = -float(size[each.option]), -each.share
+        first, second = (by_size, by_share) if order == "memory" else (by_share, by_size)
+        return bool(optional[space.service_of[each.option]]), first, second, each.option
+
+    return sorted(wanted, key=key)

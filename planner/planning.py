@@ -30,6 +30,9 @@ _SEARCH_SHARE = 0.9
 _SPLIT_SHARE = 0.6
 """Share of the search that may go into how the end-to-end deadlines of workflows are split."""
 
+_LEAST_PRICING_S = 0.2
+"""Seconds that shadow prices may take also when time is over; most problems need a fraction of it."""
+
 _AFTERWARDS_S = 0.003
 """Seconds per group that rates, predictions and the document take on top; at most half the time limit in all."""
 
@@ -144,7 +147,7 @@ def solve(
     if method == "columns":
         prices = shadow_prices_of_loadouts(space, clock, ends_at_s)
     else:
-        prices = shadow_prices(space, linear, replace(budget, time_limit_s=max(0.5, ends_at_s - clock())))
+        prices = shadow_prices(space, linear, clock, max(ends_at_s, clock() + _LEAST_PRICING_S))
     plan = assemble(
         space,
         placement,

@@ -32,7 +32,11 @@ class Redundant:
 
 
 def redundant_starts(space: PlanningSpace) -> list[Placement]:
-    """Return placements in which every service, those worth most per GPU first, runs on several nodes."""
+    """Return placements in which every service, those worth most per GPU first, runs on several nodes.
+
+    Services with a minimum of replicas come before all others: these have to serve something, (4.12), so one replica
+    of them that no other node can stand in for makes a placement useless.
+    """
     return [placed_apart(space, _wanted(space, fewest)) for fewest in _FEWEST_NODES]
 
 
@@ -43,7 +47,8 @@ def _wanted(space: PlanningSpace, fewest: int) -> list[Redundant]:
     density = space.weight[space.service_of] * space.sustained_rps / gpus if len(gpus) else np.zeros(0)
     wanted: list[Redundant] = []
     seen: set[int] = set()
-    for option in np.lexsort((np.arange(len(gpus)), -density)).tolist():
+    optional = space.min_replicas[space.service_of] == 0 if len(gpus) else np.zeros(0, dtype=bool)
+    for option in np.lexsort((np.arange(len(gpus)), -density, optional)).tolist():
         service = int(space.service_of[option])
         if service in seen or space.offered_rps[service] <= 0:
             continue

@@ -15,19 +15,29 @@ from planner.space import PlanningSpace
 __all__ = ["shadow_prices", "shadow_prices_of_loadouts"]
 
 
-def shadow_prices(space: PlanningSpace, solver: Solver, budget: Budget) -> dict[str, float]:
+def shadow_prices(
+    space: PlanningSpace, solver: Solver, clock: Callable[[], float], ends_at_s: float
+) -> dict[str, float]:
     """Return, per GPU type, the weighted requests per second that one more GPU of it adds to the linear relaxation.
 
     The relaxation is solved again with one more GPU (and one more group of every class of that type), rather than
     read off the duals: those are not unique at a degenerate optimum, and a difference means the same everywhere. A
     type for which a solver has no answer in time is left out.
     """
-    base = _relaxation(space, solver, budget, None)
+    seed = space.problem.settings.seed
+
+    def relaxation(extra_gpu_type: str | None) -> float | None:
+        left_s = ends_at_s - clock()
+        return (
+            _relaxation(space, solver, Budget(time_limit_s=left_s, seed=seed), extra_gpu_type) if left_s > 0 else None
+        )
+
+    base = relaxation(None)
     if base is None:
         return {}
     prices = {}
     for gpu_type in sorted({each.gpu_type for each in space.classes}):
-        more = _relaxation(space, solver, budget, gpu_type)
+        more = relaxation(gpu_type)
         if more is not None:
             gain = max(0.0, more - base)
             prices[gpu_type] = gain if gain > 1e-7 * max(1.0, base) else 0.0

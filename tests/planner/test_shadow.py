@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import time
 from dataclasses import replace
 
 import pytest
@@ -37,11 +39,19 @@ def with_one_more(wanted: Problem, gpu_type: str) -> Problem:
 @pytest.mark.parametrize("seed", range(6))
 def test_a_gpu_of_each_type_is_worth_what_the_relaxation_gains_with_one_more_in_the_cluster(seed: int) -> None:
     wanted = generated(seed, services=3, nodes=3, types=2, load=(1.5, 4.0)[seed % 2])
-    prices = shadow_prices(build_space(wanted), solver("highs"), BUDGET)
+    prices = shadow_prices(build_space(wanted), solver("highs"), time.monotonic, time.monotonic() + 10.0)
     assert set(prices) == set(wanted.cluster.gpu_types)
     base = relaxed(wanted)
     for gpu_type, price in prices.items():
         assert price == pytest.approx(relaxed(with_one_more(wanted, gpu_type)) - base, rel=1e-5, abs=1e-5)
+
+
+def test_types_that_time_does_not_suffice_for_are_left_out() -> None:
+    space = build_space(generated(1, services=3, nodes=3, types=2, load=4.0))
+    for looks, priced in ((1, 0), (2, 1), (3, 2)):
+        ticks = itertools.count()
+        prices = shadow_prices(space, solver("highs"), lambda ticks=ticks: float(next(ticks)), looks - 0.5)  # type: ignore[misc]
+        assert len(prices) == priced
 
 
 @pytest.mark.parametrize("seed", range(4))
