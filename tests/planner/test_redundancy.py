@@ -120,3 +120,12 @@ def test_column_generation_keeps_the_rates_after_any_loss(seed: int) -> None:
         left = served_in(space, outcome.placement, block, solver("highs"), Budget(time_limit_s=10.0))
         assert (left >= served * (1 - 1e-6) - 1e-6).all()
     assert outcome.tiers[0].bound >= outcome.tiers[0].value
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_services_that_need_a_replica_are_placed_to_outlive_a_loss_before_memory_is_gone(seed: int) -> None:
+    """Each of their replicas must serve something, (4.12), so one that nothing stands in for makes a start useless."""
+    base = generated(seed, services=12, nodes=8, load=8.0, batches=(1, 4))
+    assert any(service.min_replicas for service in base.services.services)
+    space = build_space(replace(base, settings=replace(base.settings, keep_after_loss=1.0)))
+    assert any(search.best_rates(pairs, GOODPUT, ()) is not None for search, pairs in _starts(space))
