@@ -13,7 +13,7 @@ __all__ = ["ParallelGroup"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ParallelGroup:
-    """A model that the parallel runtime loaded: whole requests on tp x pp devices.
+    """A model that the parallel runtime loaded on tp x pp devices: whole requests, and the phases of generation.
 
     What the first device takes beside its weights stands for every stage: only its process can be looked into, and the
     first stage has the largest activations of most models.
@@ -23,7 +23,12 @@ class ParallelGroup:
     memory: MemoryProbe
     tp: int
     pp: int
-    kv_bytes_per_token: int | None = None
+
+    @property
+    def kv_bytes_per_token(self) -> int | None:
+        """Bytes of key-value cache of one token over all devices; None where nothing is generated."""
+        facts = getattr(self.loaded, "generation", None)
+        return None if facts is None else int(facts.kv_bytes_per_token)
 
     @property
     def weight_bytes(self) -> tuple[int, ...]:
@@ -45,22 +50,35 @@ class ParallelGroup:
         """Return what runs one batch of ``point``.
 
         Raises:
-            InvalidInput: The point is no whole request.
+            InvalidInput: The model has no such phase, or the context is longer than it can hold.
         """
-        if point.series != Series():
-            series = point.series
-            found = f"{series.phase} of {series.input_tokens} tokens on {self.tp * self.pp} devices"
-            remedy = "measure prefill and decode on one device"
-            raise InvalidInput.of("whole requests", where=self.loaded.name, field="series", found=found, remedy=remedy)
+        series = point.series
+        if series.phase != "whole" and series.input_tokens is not None and series.output_tokens is None:
+            return self._phase(series.phase, point.batch, series.input_tokens)
+        if series != Series():
+            raise InvalidInput.of("whole requests", where=self.loaded.name, field="series", found=repr(series))
         inputs = self.loaded.example(point.batch)
         return lambda: self.loaded.run(inputs)
 
+    def _phase(self, phase: str, batch: int, tokens: int) -> Pass:
+        """Return what runs a prefill or decode of ``batch`` sequences of ``tokens`` tokens."""
+        facts = getattr(self.loaded, "generation", None)
+        if facts is None or tokens > facts.max_context:
+            found = f"{phase} of {tokens} tokens on {self.tp} x {self.pp} devices"
+            expected = "whole requests" if facts is None else f"at most {facts.max_context} tokens"
+            remedy = "measure prefill and decode of a Llama, without pipeline" if facts is None else ""
+            raise InvalidInput.of(expected, where=self.loaded.name, field="series", found=found, remedy=remedy)
+        run: Pass = self.loaded.phase_pass(phase, batch, tokens)
+        return run
+
     def activation_bytes(self, run: Pass, /) -> tuple[int, ...]:
-        """Run once and return the most bytes held beside the weights; shape (pp,)."""
-        return (self.memory(run),) * self.pp
+        """Run once and return the most bytes held beside the weights, key-value memory included; shape (pp,)."""
+        return (self.memory(run) + getattr(run, "kv_bytes", 0),) * self.pp
 
     def stage_s(self, run: Pass, /) -> tuple[float, ...]:
-        """Run once and return the seconds that each stage computed; shape (pp,)."""
+        """Run once and return the seconds that each stage computed; shape (pp,), or empty for one stage."""
+        if hasattr(run, "kv_bytes"):  # a phase: not cut into stages
+            return ()
         run()
         stages: tuple[float, ...] = self.loaded.stage_run_s()
         return stages

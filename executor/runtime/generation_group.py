@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,18 +11,46 @@ from executor.runtime.memory import out_of_memory_named, peak_growth_bytes
 from plans.errors import InvalidInput
 from profiles.group import Measurable, Pass, Point, SingleDevice
 
-__all__ = ["GenerationGroup"]
+__all__ = ["GenerationGroup", "PhasePass"]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Pass:
-    """One batch, and the key-value memory that it works on."""
+class PhasePass:
+    """A prefill or a decode of one batch on this device, to be run again and again at the same places in memory.
 
-    act: Callable[[], object]
-    kv_bytes: int = 0
+    Args:
+        module: A `LlamaForCausalLM`, or this device's shard of one.
+        phase: ``prefill`` or ``decode``.
+        batch: Sequences.
+        tokens: Of each: those of its prompt, or of its context.
+        device: Where the module is.
+        name: Of the model.
+        shards: Devices that share its heads.
+
+    Attributes:
+        kv_bytes: Key-value memory that it holds on this device.
+
+    Raises:
+        OutOfDeviceMemory: The device cannot hold it.
+    """
+
+    def __init__(
+        self, module: Any, phase: str, batch: int, tokens: int, device: torch.device, name: str, shards: int = 1
+    ) -> None:
+        with out_of_memory_named(name, batch):
+            memory = KvMemory(module.config, batch * tokens, device, module.dtype, shards)
+        self.kv_bytes = memory.data.nbytes
+        self._is_prefill, self._batch, self._name = phase == "prefill", batch, name
+        self._steps = LlamaSteps(module, memory)
+        self._places = [memory.take(tokens) for _ in range(batch)]
+        self._newest = [(7 * number) % self._steps.vocabulary for number in range(batch * tokens)]
+        self._prompts = [self._newest[start : start + tokens] for start in range(0, len(self._newest), tokens)]
 
     def __call__(self) -> object:
-        return self.act()
+        """Run it once."""
+        with out_of_memory_named(self._name, self._batch):
+            if self._is_prefill:
+                return self._steps.prefill(self._prompts, self._places)
+            return self._steps.decode(self._newest[: self._batch], self._places)
 
 
 class GenerationGroup:
@@ -60,30 +86,17 @@ class GenerationGroup:
         """
         series = point.series
         if series.phase == "whole":
-            return _Pass(act=self._whole.prepare(point))
+            return self._whole.prepare(point)
         tokens, longest = series.input_tokens, int(self._module.config.max_position_embeddings)
         if tokens is None or tokens > longest or series.output_tokens is not None:
             found = f"{series.phase} with {tokens} tokens in and {series.output_tokens} out"
             expected = f"1 to {longest} tokens in, and none out"
             raise InvalidInput.of(expected, where=self._name, field="series", found=found)
-        with out_of_memory_named(self._name, point.batch):
-            memory = KvMemory(self._module.config, point.batch * tokens, self._device, self._dtype)
-        steps = LlamaSteps(self._module, memory)
-        places = [memory.take(tokens) for _ in range(point.batch)]
-        newest = [(7 * number) % steps.vocabulary for number in range(point.batch * tokens)]
-        prompts = [newest[start : start + tokens] for start in range(0, len(newest), tokens)]
-
-        def act() -> object:
-            with out_of_memory_named(self._name, point.batch):
-                if series.phase == "prefill":
-                    return steps.prefill(prompts, places)
-                return steps.decode(newest[: point.batch], places)
-
-        return _Pass(act=act, kv_bytes=memory.data.nbytes)
+        return PhasePass(self._module, series.phase, point.batch, tokens, self._device, self._name)
 
     def activation_bytes(self, run: Pass, /) -> tuple[int, ...]:
         """Run once and return the most bytes held beside the weights, key-value memory included."""
-        held = run.kv_bytes if isinstance(run, _Pass) else 0
+        held = run.kv_bytes if isinstance(run, PhasePass) else 0
         return (peak_growth_bytes(run, self._device) + held,)
 
     def stage_s(self, run: Pass, /) -> tuple[float, ...]:

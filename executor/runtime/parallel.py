@@ -32,7 +32,7 @@ from numpy.typing import NDArray
 
 from executor.runtime.generation import can_generate
 from executor.runtime.mesh import World, receive
-from executor.runtime.parallel_generation import ParallelSequences
+from executor.runtime.parallel_generation import ParallelPass, ParallelSequences
 from executor.runtime.protocol import DevicesLost, GenerationFacts, TensorSpec, batch_of
 from executor.runtime.stage_model import Cut, StageModel, cut
 from executor.runtime.torch_runtime import TorchRuntime, check_tokens, random_inputs, to_tensor
@@ -276,6 +276,18 @@ class ParallelGeneratingModel(ParallelModel):
         with self._runtime.turn() as tell:
             tell(do="sequences", model=self._number, kv_tokens=kv_tokens, name=self.name)
         return ParallelSequences(own, self._number, self._runtime.turn)
+
+    def phase_pass(self, phase: str, batch: int, tokens: int) -> ParallelPass:
+        """Return a prefill or decode over all ranks, to be run again and again; one at a time, for the profiler.
+
+        Raises:
+            OutOfDeviceMemory: The first device cannot hold it.
+            DevicesLost: Another one cannot.
+        """
+        own = self._stage.phase_pass(phase, batch, tokens, self.name)
+        with self._runtime.turn() as tell:
+            tell(do="prepare", model=self._number, phase=phase, batch=batch, tokens=tokens, name=self.name)
+        return ParallelPass(own, self._number, self._runtime.turn)
 
 
 _NUMBERS = itertools.count(1)

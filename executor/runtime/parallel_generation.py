@@ -12,9 +12,12 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 from executor.runtime.generation import LlamaSequences
+from executor.runtime.generation_group import PhasePass
 from executor.runtime.protocol import DevicesLost, GenerationFacts, OutOfDeviceMemory
 
-__all__ = ["ParallelSequences", "follow"]
+__all__ = ["ParallelPass", "ParallelSequences", "follow"]
+
+_Turn = Callable[[], AbstractContextManager[Callable[..., None]]]
 
 
 class ParallelSequences:
@@ -26,9 +29,7 @@ class ParallelSequences:
         turn: Lets one thread at a time tell the ranks what to do, and do its own part.
     """
 
-    def __init__(
-        self, own: LlamaSequences, model: int, turn: Callable[[], AbstractContextManager[Callable[..., None]]]
-    ) -> None:
+    def __init__(self, own: LlamaSequences, model: int, turn: _Turn) -> None:
         self._own = own
         self._model = model
         self._turn = turn
@@ -68,6 +69,31 @@ class ParallelSequences:
                 return act()
             except OutOfDeviceMemory as error:  # the others are in the middle of it
                 raise DevicesLost(f"rank 0 has no memory left for an iteration: {error}") from error
+
+
+class ParallelPass:
+    """A prefill or decode over the ranks, on rank 0; see `executor.runtime.generation_group.PhasePass`.
+
+    Args:
+        own: Rank 0's part.
+        model: Number of the model on the ranks.
+        turn: As for `ParallelSequences`.
+
+    Attributes:
+        kv_bytes: Key-value memory that it holds on each device.
+    """
+
+    def __init__(self, own: PhasePass, model: int, turn: _Turn) -> None:
+        self.kv_bytes = own.kv_bytes
+        self._own = own
+        self._model = model
+        self._turn = turn
+
+    def __call__(self) -> object:
+        """Run it once."""
+        with self._turn() as tell:
+            tell(do="pass", model=self._model)
+            return self._own()
 
 
 def follow(own: LlamaSequences, command: Mapping[str, Any]) -> None:

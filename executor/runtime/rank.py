@@ -24,6 +24,7 @@ from executor.cores import at_low_priority
 
 if TYPE_CHECKING:
     from executor.runtime.generation import LlamaSequences
+    from executor.runtime.generation_group import PhasePass
     from executor.runtime.stage_model import Built, StageModel
 
 __all__ = ["main"]
@@ -49,6 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     world.join()
     models: dict[int, StageModel] = {}
     sequences: dict[int, LlamaSequences] = {}
+    passes: dict[int, PhasePass] = {}
     building: dict[int, tuple[str, Future[Built]]] = {}
     builder = ThreadPoolExecutor(max_workers=1)
     while True:
@@ -74,9 +76,16 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         elif command["do"] == "sequences":
             facts = models[number].facts()
             sequences[number] = models[number].sequences(command["kv_tokens"], facts, command["name"])
+        elif command["do"] == "prepare":
+            passes[number] = models[number].phase_pass(
+                command["phase"], command["batch"], command["tokens"], command["name"]
+            )
+        elif command["do"] == "pass":
+            passes[number]()
         elif command["do"] == "iterate":
             follow(sequences[number], command)
         else:
+            passes.pop(number, None)
             sequences.pop(number, None)
             models.pop(number, None)
             building.pop(number, None)

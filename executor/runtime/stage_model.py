@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from executor.runtime.generation import KvMemory, LlamaSequences, LlamaSteps, generation_facts
+from executor.runtime.generation_group import PhasePass
 from executor.runtime.memory import out_of_memory_named
 from executor.runtime.mesh import Mesh, receive, send
 from executor.runtime.precision import cast
@@ -164,6 +165,14 @@ class StageModel:
         with out_of_memory_named(name, 1):
             memory = KvMemory(module.config, kv_tokens, self._mesh.device, module.dtype, self._mesh.tp)
         return LlamaSequences(LlamaSteps(module, memory), facts, name)
+
+    def phase_pass(self, phase: str, batch: int, tokens: int, name: str) -> PhasePass:
+        """Return this rank's part of a prefill or decode that is run again and again; see `PhasePass`.
+
+        Raises:
+            OutOfDeviceMemory: The device cannot hold it.
+        """
+        return PhasePass(self._module, phase, batch, tokens, self._mesh.device, name, self._mesh.tp)
 
     def gather_times(self) -> tuple[float, ...]:
         """Return the seconds that each stage computed for its last batch, shape (pp,); every rank calls it at once."""

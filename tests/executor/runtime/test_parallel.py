@@ -11,6 +11,7 @@ from executor.runtime.protocol import DevicesLost, GeneratesTokens, InvalidTenso
 from executor.runtime.stage_model import cut
 from executor.runtime.torch_runtime import TorchRuntime
 from plans.errors import InvalidInput
+from profiles.group import Point, Series
 
 TOLERANCE = 1e-4
 """Largest relative error of outputs against a single process, in fp32."""
@@ -166,6 +167,16 @@ def test_ranks_that_generate_refuse_what_one_process_refuses_and_go_on(two):
         runner.free([1])
         found.append(tokens + runner.prefill([(2, (9,) * 15)]))
     assert found[0] == found[1]
+    model.close()
+
+
+@pytest.mark.parametrize("phase", ["prefill", "decode"])
+def test_ranks_run_a_phase_again_and_again_with_the_result_of_one_process(two, phase):
+    single, model = TorchRuntime().load("llama-tiny", 2), two.load("llama-tiny", 2, (2, 1))
+    point = Point(batch=2, series=Series(phase=phase, input_tokens=9))
+    one, several = single.as_group().prepare(point), model.phase_pass(phase, 2, 9)
+    assert [several() for _ in range(2)] == [one() for _ in range(2)]
+    assert 2 * several.kv_bytes == one.kv_bytes
     model.close()
 
 
