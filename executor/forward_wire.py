@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 __all__ = [
     "Answer",
@@ -93,11 +93,14 @@ def decode_requests(message: bytes) -> list[Request]:
         BadFrame: It is none.
     """
     requests, start = [], 0
-    while start < len(message):
-        number, timeout_s, body_bytes, group_bytes, trace_bytes = _head(_REQUEST, message, start)
-        group, start = _text(message, start + _REQUEST.size, group_bytes)
-        traceparent, start = _text(message, start, trace_bytes)
-        requests.append(Request(number, group, timeout_s, body_bytes, traceparent))
+    try:
+        while start < len(message):
+            number, timeout_s, body_bytes, group_bytes, trace_bytes = _REQUEST.unpack_from(message, start)
+            group, start = _text(message, start + _REQUEST.size, group_bytes)
+            traceparent, start = _text(message, start, trace_bytes) if trace_bytes else ("", start)
+            requests.append(Request(number, group, timeout_s, body_bytes, traceparent))
+    except struct.error as error:
+        raise BadFrame(str(error)) from error
     return requests
 
 
@@ -117,18 +120,15 @@ def decode_answers(message: bytes) -> list[Answer]:
         BadFrame: It is none.
     """
     answers, start = [], 0
-    while start < len(message):
-        number, expected_wait_s, held_s, body_bytes, status, length = _head(_ANSWER, message, start)
-        details, start = _text(message, start + _ANSWER.size, length)
-        answers.append(Answer(number, body_bytes, status, details, expected_wait_s, held_s))
-    return answers
-
-
-def _head(shape: struct.Struct, message: bytes, start: int) -> tuple[Any, ...]:
     try:
-        return shape.unpack_from(message, start)
+        while start < len(message):
+            number, expected_wait_s, held_s, body_bytes, status, length = _ANSWER.unpack_from(message, start)
+            start += _ANSWER.size
+            details, start = _text(message, start, length) if length else ("", start)
+            answers.append(Answer(number, body_bytes, status, details, expected_wait_s, held_s))
     except struct.error as error:
         raise BadFrame(str(error)) from error
+    return answers
 
 
 def _text(message: bytes, start: int, length: int) -> tuple[str, int]:
