@@ -149,11 +149,11 @@ def _conflicting_limits(
     elastic = Elastic(problem)
     # Like building, one linear program is worth its time even when that is over.
     short = elastic.shortfall(stated, max(_LEAST_LINEAR_S, ends_at_s - clock()))
-    alone = _alone(problem, stated, short or {}, clock, clock() + _ALONE_SHARE * (ends_at_s - clock()), ends_at_s)
+    alone = _alone(problem, stated, short or (), clock, clock() + _ALONE_SHARE * (ends_at_s - clock()), ends_at_s)
     if alone is not None:
         return alone
     if short:
-        narrow = _narrowed(problem, stated, elastic, clock, clock() + _LINEAR_SHARE * (ends_at_s - clock()))
+        narrow = _narrowed(problem, stated, short, elastic, clock, clock() + _LINEAR_SHARE * (ends_at_s - clock()))
         models = LimitModels(problem, narrow, clock, ends_at_s)
         if (verdict := models.conflicting(narrow)) is not False:
             return _irreducible(narrow, models.conflicting) if verdict else (narrow, False)
@@ -186,7 +186,7 @@ def _alone(
 ) -> tuple[tuple[Limit, ...], bool] | None:
     """Return a conflict of services that workflows join, mostly of a single one; None when there is none, or no time.
 
-    Where some are ``short`` of what they ask for in the linear relaxation, it is mostly one of those, and shows there.
+    Where some are ``short`` in the linear relaxation, it is mostly one of those, and shows there.
     """
     suspected = services_of(problem, short)
     for names in joined(problem):
@@ -202,17 +202,21 @@ def _alone(
 
 
 def _narrowed(
-    problem: Problem, stated: Sequence[Limit], elastic: Elastic, clock: Callable[[], float], until_s: float
+    problem: Problem,
+    stated: Sequence[Limit],
+    short: Collection[Limit],
+    elastic: Elastic,
+    clock: Callable[[], float],
+    until_s: float,
 ) -> tuple[Limit, ...]:
-    """Return what of ``stated`` conflicts in the linear relaxation, with what else is stated for those services."""
+    """Return what of ``short`` conflicts in the linear relaxation, with what else is stated for those services."""
 
     def conflicting(kept: Sequence[Limit]) -> bool | None:
         left_s = until_s - clock()
-        short = elastic.shortfall(kept, left_s) if left_s > 0 else None
-        return None if short is None else bool(short)
+        found = elastic.shortfall(kept, left_s) if left_s > 0 else None
+        return None if found is None else bool(found)
 
-    in_rows = [limit for limit in stated if limit in elastic.limits]
-    found, _ = _irreducible(in_rows, conflicting)
+    found, _ = _irreducible([limit for limit in stated if limit in short], conflicting)
     services = services_of(problem, found)
     others = [limit for limit in stated if limit not in elastic.limits]
     near = [limit for limit in others if limit == LOSS or services_of(problem, [limit]) <= services]
@@ -336,5 +340,8 @@ def _grouped(alike: Sequence[Conflict]) -> Iterator[str]:
     details = dict.fromkeys(each.detail for each in alike)
     for detail in details if len(details) <= _APART else ["they ask for different amounts"]:
         named = [each.service for each in alike if len(details) > _APART or each.detail == detail]
+        if len(named) == 1:
+            yield f"{named[0]}.{alike[0].field}: {detail}"
+            continue
         shown = ", ".join(named[:8]) + (f" and {len(named) - 8} more" if len(named) > 8 else "")
         yield f"{alike[0].field} of {len(named)} services ({shown}): {detail}"

@@ -43,6 +43,9 @@ _ROWS = {"replicas": "min_replicas", "budget": "max_gpus", "attain": "attainment
 _CLASSES_SHARE = 0.2
 """Share of the time left that whole counts over classes may take before single groups are tried."""
 
+_PRICED = 1e-9
+"""Price of a row, times the largest activity in it, from which on it counts as one."""
+
 _CONFLICTING = 1e-5
 """Shortfall, as a share of what is asked for, from which on a linear relaxation counts as broken."""
 
@@ -234,6 +237,7 @@ class Elastic:
         column_of, row_of = np.append(model.column_of, columns), np.append(model.row_of, rows)
         scale = np.full(len(model.rows), 1e-9)
         np.maximum.at(scale, row_of, np.abs(value_of) * np.minimum(upper, 1e6)[column_of])
+        self._scale = scale
         self._program = LinearProgram(
             model.row_lower,
             model.row_upper,
@@ -252,10 +256,11 @@ class Elastic:
         """The limits that can be dropped here."""
         return tuple(self._rows)
 
-    def shortfall(self, kept: Collection[Limit], time_limit_s: float) -> dict[Limit, float] | None:
-        """Return by which share what ``kept`` asks for falls short, where it does; None when that is not known.
+    def shortfall(self, kept: Collection[Limit], time_limit_s: float) -> frozenset[Limit] | None:
+        """Return which of ``kept`` conflict in this relaxation; empty when they do not, None when that is not known.
 
-        Empty when this relaxation keeps all of it. What the other rows of the problem ask for stays.
+        These are the rows with a price where as little as possible falls short: the prices prove that the others can be
+        left out (duality). What the other rows of the problem ask for stays.
         """
         keep = set(kept)
         low, high = self._model.row_lower.copy(), self._model.row_upper.copy()
@@ -266,7 +271,10 @@ class Elastic:
         found = self._program.solve(time_limit_s)
         if found is None:
             return None
-        return {limit: short for limit, at in self._slack.items() if (short := float(found.values[at])) > _CONFLICTING}
+        if max((float(found.values[at]) for at in self._slack.values()), default=0.0) <= _CONFLICTING:
+            return frozenset()
+        priced = np.abs(found.duals) * self._scale > _PRICED
+        return frozenset(limit for limit, rows in self._rows.items() if limit in keep and priced[rows].any())
 
 
 def services_of(problem: Problem, chosen: Iterable[Limit]) -> frozenset[str]:
