@@ -17,7 +17,7 @@ from executor import agent, gateway
 from executor.load import replay
 from executor.proto import open_inference_pb2 as pb
 from executor.roles import Role
-from executor.tensors import encode_request
+from executor.tensors import decode_outputs, encode_request
 from executor.tracing import Spans
 from plans.plan import Plan, Route
 from plans.service import Services
@@ -46,6 +46,9 @@ def test_a_chain_over_two_agents_answers_with_the_outputs_of_its_end(tmp_path: P
             counted = await site.inference.ModelStatistics(pb.ModelStatisticsRequest(name=stage))
             assert counted.model_stats[0].inference_stats.success.count == 3
         assert (await site.inference.ModelReady(pb.ModelReadyRequest(name="flow"))).ready
+        stream = site.inference.ModelStreamInfer(iter([encode_request("flow", {"x": ROW}, request_id="1")]))
+        (answer,) = [part.infer_response async for part in stream]
+        assert (answer.id, decode_outputs(answer)["last.y"].tolist()) == ("1", (8 * ROW).tolist())
 
     on_site(tmp_path, scenario)
 
