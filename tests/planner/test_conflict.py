@@ -223,6 +223,21 @@ def test_when_time_runs_out_what_is_named_still_conflicts_and_is_not_called_irre
     assert all(each > -3.0 for each in left)
 
 
+def test_even_without_time_a_conflict_of_two_limits_among_many_is_told_from_the_others() -> None:
+    services = [latency_service(f"s{index}", ("m", 0.9), min_replicas=1) for index in range(12)]
+    services.append(latency_service("odd", ("m", 0.9), min_replicas=3, max_gpus=2))
+    wanted = problem(
+        cluster(*((f"n{index}", "gpu", 1) for index in range(4))),
+        services,
+        [profile("m")],
+        demand(**{service.name: 1.0 for service in services}),
+    )
+    found = explain_infeasible(wanted, clock=Clock(), time_limit_s=1.0).conflicts
+    assert found is not None
+    assert {(each.service, each.field) for each in found.members} == {("odd", "min_replicas"), ("odd", "max_gpus")}
+    assert not found.minimal
+
+
 def test_with_time_the_same_set_is_irreducible() -> None:
     found = explain_infeasible(crowded(), clock=time.monotonic, time_limit_s=20.0).conflicts
     assert found is not None
@@ -293,6 +308,23 @@ def test_what_the_relaxation_says_is_possible_is_what_the_conflict_says_is_possi
     assert found.conflicts is not None
     (conflict,) = found.conflicts.members
     assert f"at most {step.possible:.2%} can be" in conflict.detail
+
+
+def test_one_number_of_two_that_are_multiplied_is_relaxed_where_that_changes_less() -> None:
+    """What has to survive a loss is a share of what has to be served: the relaxation of both is not linear."""
+    wanted = problem(
+        cluster(("n0", "gpu", 1), ("n1", "gpu", 1)),
+        [latency_service("s", ("m", 0.9))],
+        [profile("m")],
+        demand(s=480.0),
+        settings=replace(QUIET, attainment=0.97, keep_after_loss=0.9),
+    )
+    most_rps = max(build_space(wanted).sustained_rps)
+    found = explain_infeasible(wanted, clock=time.monotonic, time_limit_s=20.0)
+    (step,) = found.relaxation
+    # Of two nodes with one GPU each one is left, and serves 0.9 times what is required.
+    assert step.field == "attainment"
+    assert step.possible == pytest.approx(most_rps / 0.9 / 480.0, abs=1e-4)
 
 
 def test_a_number_is_printed_no_higher_than_it_is_possible() -> None:
