@@ -191,11 +191,13 @@ class Search:
     def _certified(self, outcome: TierOutcome, placement: Placement) -> TierOutcome:
         """Return ``outcome`` with the value of the final ``placement``, which later objectives may have lowered.
 
-        A bound may fall short of it by the rounding of the solver only.
+        A bound may fall short of it by the rounding of the solver only. Where `gap_of` says that both are equal, they
+        are stated as equal, so that whoever divides anew finds no gap between two roundings of nothing.
         """
         value = outcome.objective.value(self._space, placement)
         worst = max if outcome.objective.maximise else min
-        return replace(outcome, value=value, bound=worst(outcome.bound, value))
+        bound = worst(outcome.bound, value)
+        return replace(outcome, value=value, bound=bound if gap_of(value, bound) > 0 else value)
 
     def tier_value(self, placement: Placement) -> tuple[float, ...]:
         """Return the value of every objective for ``placement``, larger is better."""
