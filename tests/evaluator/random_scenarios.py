@@ -254,8 +254,8 @@ class _Drawer:
             "batch_delay_s": self.time_s(1, 6) if self.has("batching") else 0.0,
             "overhead_s": self.time_s(0, 2) if rng.random() < 0.3 else 0.0,
             "response_s": self.time_s(0, 2) if rng.random() < 0.3 else 0.0,
-            "iteration_overhead_s": self.time_s(0, 2) if self.has("generation") and rng.random() < 0.5 else 0.0,
-            "seed": rng.randrange(2**31),
+            "seed": (seed := rng.randrange(2**31)),
+            "iteration_overhead_s": seed % 3 / 1024,  # counts where something is generated
         }
         policies = ["weighted-random", "round-robin", "shortest-queue", "least-finish", "corrected", "credits"]
         told["routing"] = rng.choice(policies) if self.has("routing", "streams", "workflows") else "weighted"
