@@ -15,7 +15,7 @@ from graphlib import TopologicalSorter
 from planner.backend import Budget, InfeasibleModel, Solution, solver_for
 from planner.deadlines import longest_through, parts_of, stages, time_for_stages_s
 from planner.formulation import Formulation
-from planner.lexicographic import Outcome, Search
+from planner.lexicographic import Outcome, Search, Unsatisfiable
 from planner.objective import Objective, tiers, with_kept
 from planner.problem import Problem, service_demands
 from planner.space import Placement, PlanningSpace, build_space
@@ -187,6 +187,8 @@ def _best_of(space: PlanningSpace, workflow: Workflow, clock: Callable[[], float
             if not late or best.placement is None:
                 limit_s = max(_LEAST_S, _SOLVE_SHARE * (ends_at_s - clock()))
                 outcome = Search(candidate.space, clock, clock() + limit_s).run()
+                if isinstance(outcome, Unsatisfiable):
+                    continue  # a split without any plan bounds none
                 if isinstance(outcome, Outcome):
                     solved = outcome.tiers[: len(objectives)]
                     value = tuple(sign * each.value for sign, each in zip(signs, solved, strict=True))
