@@ -272,7 +272,8 @@ def _described(problem: Problem, limit: Limit, together: Sequence[Limit], models
     elif field == "attainment":
         detail = f"asks for {problem.settings.attainment:.2%} of the rate to be served"
         most_share = None if models is None else _most_share(models, others, name)
-        detail += "" if most_share is None else f"; at most {most_share:.2%} can be"
+        if most_share is not None:
+            detail += f"; at most {most_share:.2%} can be" + (" beside the others named" if others else "")
     elif field == "keep_after_loss":
         detail = f"asks that {problem.settings.keep_after_loss:.0%} of every rate survive the loss of any node"
     elif field == "affinity":

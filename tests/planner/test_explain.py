@@ -422,7 +422,8 @@ def follows(wanted: Problem, plan: Plan, service: str, text: str, kind: tuple[st
         rf"GPU cost decides: {NUMBER} per hour for each rps against {NUMBER}": tuple(costs),
         r"goodput decides: GPUs used so serve less": (),
         r"served in full as placed": (),
-        rf"it takes {NUMBER} GPUs of one node at once, which serve more otherwise": (close[0][1] * close[0][2],),
+        rf"goodput decides: its {NUMBER} GPUs of one node serve more otherwise": (close[0][1] * close[0][2],),
+        r"goodput decides: its GPU serves more otherwise": (),
     }
     (decided,) = (
         (hit, values) for pattern, values in decisions.items() if (hit := re.fullmatch(pattern, match[7])) is not None
@@ -555,6 +556,20 @@ def test_a_parallelism_is_compared_with_the_same_variant_and_the_deciding_limit_
     assert other.why_not.endswith("as placed (m on gpu); max_gpus 1 is below its 2 GPUs")
     (variant,) = found.variants
     assert variant.why_not.endswith("its accuracy 0.5 is below 0.9, and accuracy comes before GPU cost")
+
+
+def test_the_objective_that_the_plan_was_made_for_is_the_one_that_decides() -> None:
+    wanted = problem(
+        cluster(("a", "gpu", 2)),
+        [latency_service("s", ("m", 1.0)), latency_service("t", ("m", 1.0))],
+        [profile("m", parallelisms=((1, 1), (2, 1)))],
+        demand(s=300.0, t=300.0),
+        settings=replace(QUIET, objective="max-min"),
+    )
+    result = solve(wanted)
+    assert isinstance(result, Solved)
+    (other,) = explain(wanted, result.plan, "s").parallelisms
+    assert "max-min fairness decides" in other.why_not
 
 
 def test_an_explanation_says_what_is_planned_and_what_is_predicted_and_that_prices_are_of_the_relaxation() -> None:
