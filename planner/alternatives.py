@@ -93,28 +93,31 @@ def places(
         board.place(placed.group, placed.option, placed.share)
     hosts = {space.groups[placed.group].node for placed in mine}
     document = space.problem.services.service(space.names[service])
-    options = np.flatnonzero(space.service_of == service)
-    found = []
+    options = np.flatnonzero(space.service_of == service).tolist()
+    its_options = set(options)
+    able: dict[str, list[int]] = {}
+    for index, group in enumerate(space.groups):
+        if not its_options.isdisjoint(group.options):
+            able.setdefault(group.node, []).append(index)
+    found: list[Alternative] = []
     for node in sorted(space.problem.cluster.nodes, key=lambda each: each.name != first):
         if node.name in hosts:
             continue
-        homes = [
-            index
-            for index, group in enumerate(space.groups)
-            if group.node == node.name and set(group.options) & set(options.tolist())
-        ]
+        if len(found) == MOST_LINES:
+            break
         if not any(document.allows(node.name, (gpu,)) for gpu in range(node.gpus.count)):
             why = "pin or forbid rules it out"
-        elif not homes:
+        elif node.name not in able:
             why = f"no option works on {node.gpus.type}"
         else:
-            why = _in_the_way(space, board, homes, options.tolist())
+            why = _in_the_way(space, board, able[node.name], options)
         found.append(Alternative(what=node.name, why_not=why))
-    return tuple(found[:MOST_LINES])
+    return tuple(found)
 
 
 def _in_the_way(space: PlanningSpace, board: Board, homes: list[int], options: list[int]) -> str:
-    free = [home for home in homes if board.open_groups()[home]]
+    is_open = board.open_groups()
+    free = [home for home in homes if is_open[home]]
     if not free:
         return "its GPUs work in groups of another parallelism"
     left = float(board.compute_left[free].max())

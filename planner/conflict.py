@@ -189,8 +189,9 @@ def _alone(
     Where some are ``short`` in the linear relaxation, it is mostly one of those, and shows there.
     """
     suspected = services_of(problem, short)
+    named = {limit: services_of(problem, [limit]) for limit in stated}
     for names in joined(problem):
-        mine = [limit for limit in stated if services_of(problem, [limit]) <= names]
+        mine = [limit for limit in stated if named[limit] <= names]
         if (suspected and not names & suspected) or not any(forces(problem, limit) for limit in mine):
             continue
         if clock() >= until_s:
