@@ -97,7 +97,7 @@ def tight_workflows(problem: Problem) -> tuple[Workflow, ...]:
 def grid(workflow: Workflow) -> tuple[dict[str, float], ...]:
     """Return shares of the time per stage: whole parts of it, those of any path at most 1 together, none to be raised.
 
-    It is cut in 20 parts, or in fewer where that makes more than 64 splits. Nothing for workflows of so many stages
+    (3.11), cut in 20 parts, or in fewer where that makes more than 64 splits. Nothing for workflows of so many stages
     beside each other that not even the coarsest grid can be listed.
     """
     names = stages(workflow)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import ast
 import re
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -113,6 +114,13 @@ def test_code_and_document_cite_the_same_inequalities() -> None:
     cited = {each for path in (root / "planner").glob("*.py") for each in numbers(path.read_text())}
     assert sorted(cited - stated) == []
     assert sorted(stated - cited) == []
+
+
+def test_the_document_states_every_number_once() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "formulation.md").read_text()
+    stated = re.findall(r"^ {4}\((\d+\.\d+)\)", text, re.MULTILINE)
+    assert len(stated) > 50
+    assert [number for number, times in Counter(stated).items() if times > 1] == []
 
 
 @pytest.mark.parametrize("module", CONSTRAINTS)
