@@ -74,11 +74,17 @@ _LATER_ROUNDS = 10
 _STALLED_ROUNDS = 30
 """Neighbourhoods without a gain after which an objective is left as it is."""
 
-_FIRST_STALLED_ROUNDS = 12
+_FIRST_STALLED_ROUNDS = 10
 """The same before whole counts over classes are known."""
 
 LEAST_RELAXATION_S = 0.5
 """Seconds that a linear relaxation may take also when time is over, so that no objective is left without a bound."""
+
+_COUNTING_SHARE = 0.4
+"""Share of the time left to an objective that whole counts over classes may take."""
+
+_COUNTING_SHARE_APART = 0.6
+"""The same where neighbourhoods were searched before: where these stalled, the counts are what leads on."""
 
 _FIXED = ("gpus", "gpu-cost", "bytes-moved")
 """Objectives that rates alone do not change."""
@@ -367,7 +373,8 @@ class Search:
         model = with_kept(over, tier.objective, tier.kept)
         if self._apart:
             self._bound_by_relaxation(tier, model)
-        time_limit_s = max(0.05, 0.4 * (tier.ends_at_s - self._clock()))
+        share = _COUNTING_SHARE_APART if self._apart and not tier.kept else _COUNTING_SHARE
+        time_limit_s = max(0.05, share * (tier.ends_at_s - self._clock()))
         budget = Budget(time_limit_s=time_limit_s, gap=self._settings.gap / 4, seed=self._settings.seed)
         answer = self._solver.solve(model, budget)
         if isinstance(answer, InfeasibleModel):
