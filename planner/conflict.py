@@ -25,7 +25,7 @@ from planner.unserved import binding
 
 __all__ = ["Conflict", "Conflicts", "Infeasibility", "explain_infeasible", "find_conflicts"]
 
-_CONFLICT_SHARE = 0.6
+_CONFLICT_SHARE = 0.75
 """Share of the time that finding the conflict may take; the rest is for the least relaxation."""
 
 _ALONE_SHARE = 0.3
