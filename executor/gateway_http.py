@@ -5,7 +5,8 @@ Every call becomes the one that gRPC would have made, so that routing, deadlines
 
 from __future__ import annotations
 
-import json
+import asyncio
+import reprlib
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -16,10 +17,11 @@ from google.protobuf import json_format
 from executor.forwarding import CallFailed
 from executor.gateway_inference import InferenceFrontDoor
 from executor.http_server import role_check
-from executor.http_tensors import answer_to_http, request_from_http
+from executor.http_tensors import answer_to_http, parsed_json, request_from_http
 from executor.proto import open_inference_pb2 as messages
 from executor.roles import Guard
 from executor.tensors import TensorLimits
+from executor.tracing import join_trace
 from plans.errors import InvalidInput
 
 __all__ = ["gateway_application"]
@@ -37,6 +39,10 @@ _STATUS = {
     _Code.DEADLINE_EXCEEDED: 504,
 }
 _HEADER_LENGTH = "Inference-Header-Content-Length"
+_LONGEST_NUMBER = 15
+_LONG_BYTES = 1 << 18
+"""An answer that is larger is written by another thread."""
+
 _METHOD = "/inference.GRPCInferenceService/"
 
 _Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
@@ -86,6 +92,10 @@ def _answering_errors(guard: Guard | None) -> Any:
             return _problem(failed.code, failed.details)
         except InvalidInput as error:
             return _problem(_Code.INVALID_ARGUMENT, str(error))
+        except web.RequestPayloadError:
+            answer = _problem(_Code.INVALID_ARGUMENT, "request: the body cannot be read: it is not encoded as it says")
+            answer.force_close()  # where the next request would begin is not known
+            return answer
         except web.HTTPException as error:
             return web.json_response({"error": error.reason}, status=error.status)
 
@@ -124,17 +134,18 @@ class _Routes:
         return _message(await self._door.statistics_of(*_asked(request), None))
 
     async def infer(self, request: web.Request) -> web.Response:
-        length = request.headers.get(_HEADER_LENGTH)
-        if length is not None and not length.isdigit():
-            raise InvalidInput.of("a number of bytes", where=_HEADER_LENGTH, found=repr(length))
-        asked = request_from_http(
-            *_asked(request),
-            await request.read(),
-            None if length is None else int(length),
-            self._limits,
-        )
+        model, version = _asked(request)
+        self._door.check_admission(model)  # before its body costs anything
+        length = _json_bytes(request)
+        asked = request_from_http(model, version, await request.read(), length, self._limits)
+        join_trace(request.headers.get("traceparent", ""))  # for this request: each has a task of its own
         answer = await self._door.answer(asked.message.SerializeToString(), None)
-        body, header_bytes = answer_to_http(messages.ModelInferResponse.FromString(answer), asked)
+        found = messages.ModelInferResponse.FromString(answer)
+        # What takes long to write is written beside the requests of others.
+        if len(answer) > _LONG_BYTES:
+            body, header_bytes = await asyncio.to_thread(answer_to_http, found, asked)
+        else:
+            body, header_bytes = answer_to_http(found, asked)
         headers = {"Content-Type": "application/json"}
         if header_bytes is not None:
             headers = {"Content-Type": "application/octet-stream", _HEADER_LENGTH: str(header_bytes)}
@@ -142,10 +153,7 @@ class _Routes:
 
     async def index(self, request: web.Request) -> web.Response:
         text = await request.read()
-        try:
-            wanted = json.loads(text) if text else {}
-        except ValueError as error:
-            raise InvalidInput.of("a JSON object", where="request", found=str(error)) from error
+        wanted = parsed_json(text, self._limits) if text else {}
         only_ready = isinstance(wanted, dict) and wanted.get("ready") is True
         return web.json_response(
             [
@@ -161,6 +169,16 @@ class _Routes:
     async def unload(self, request: web.Request) -> web.Response:
         self._door.repository.check_unload(request.match_info["model"])
         return web.Response()
+
+
+def _json_bytes(request: web.Request) -> int | None:
+    """Return how long the JSON part of a request is said to be; None when nothing is said."""
+    length = request.headers.get(_HEADER_LENGTH)
+    if length is None:
+        return None
+    if not (length.isascii() and length.isdigit() and len(length) <= _LONGEST_NUMBER):
+        raise InvalidInput.of("a number of bytes", where=_HEADER_LENGTH, found=reprlib.repr(length))
+    return int(length)
 
 
 def _asked(request: web.Request) -> tuple[str, str]:

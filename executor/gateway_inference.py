@@ -192,20 +192,29 @@ class InferenceFrontDoor:
         """
         try:
             header = self._header(request)
-            routes = self._routes(header.service)
         except InvalidInput as error:
             self.metrics.refused("", _Code.INVALID_ARGUMENT)
             raise CallFailed(_Code.INVALID_ARGUMENT, str(error)) from error
+        routes = self.check_admission(header.service)
+        default_s = routes.deadline_s if routes.first_token_s is None else LONGEST_DEADLINE_S
+        return header, _timeout_s(time_remaining_s, header.deadline_s, default_s)
+
+    def check_admission(self, service: str) -> ServiceRoutes:
+        """Return the routes of ``service``; refuse a request for it, whatever it holds, that cannot be taken now.
+
+        Raises:
+            CallFailed: The plan has no such service, or too much is under way.
+        """
+        try:
+            routes = self._routes(service)
         except CallFailed as failed:
             self.metrics.refused("", failed.code)
             raise
-        default_s = routes.deadline_s if routes.first_token_s is None else LONGEST_DEADLINE_S
-        timeout_s = _timeout_s(time_remaining_s, header.deadline_s, default_s)
         if self.metrics.in_flight >= self._max_in_flight:
-            self.metrics.refused(header.service, _Code.RESOURCE_EXHAUSTED)
+            self.metrics.refused(service, _Code.RESOURCE_EXHAUSTED)
             problem = f"{self.metrics.in_flight} requests are in flight at this gateway, its limit; {TOO_MUCH}"
             raise CallFailed(_Code.RESOURCE_EXHAUSTED, problem)
-        return header, timeout_s
+        return routes
 
     async def describe(self, request: bytes, time_remaining_s: float | None) -> bytes:
         """Return the answer to a serialised ``ModelMetadataRequest``.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
@@ -17,6 +18,7 @@ __all__ = ["http_server", "metrics_application", "role_check"]
 _GRACE_S = 5.0
 """How long requests may go on once the server is told to stop."""
 
+_log = logging.getLogger("executor.http")
 _METRICS = "text/plain; version=0.0.4; charset=utf-8"
 
 
@@ -48,7 +50,9 @@ async def http_server(
     if not (host and port.isdigit() and int(port) < 65536):
         raise InvalidInput.of("host:port, such as 127.0.0.1:8000", where=where, found=repr(address))
     # aiohttp lets requests go on for this time twice, the second time without reading more of them.
-    runner = web.AppRunner(application, access_log=None, shutdown_timeout=_GRACE_S / 2, handler_cancellation=True)
+    runner = web.AppRunner(
+        application, access_log=None, logger=_log, shutdown_timeout=_GRACE_S / 2, handler_cancellation=True
+    )
     await runner.setup()
     try:
         site = web.TCPSite(
@@ -68,6 +72,14 @@ async def http_server(
         yield int(sockets[0][1])
     finally:
         await runner.cleanup()
+
+
+def _is_ours(record: logging.LogRecord) -> bool:
+    """Say whether a problem is the server's: a body that cannot be read is the client's, who was told."""
+    return not (record.exc_info and isinstance(record.exc_info[1], web.RequestPayloadError))
+
+
+_log.addFilter(_is_ours)
 
 
 def metrics_application(render: Callable[[], bytes]) -> web.Application:

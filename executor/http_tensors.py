@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+import reprlib
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 
@@ -21,9 +22,12 @@ from executor.runtime.protocol import NUMPY_TYPES
 from executor.tensors import TensorLimits, parameter, set_parameter
 from plans.errors import InvalidInput
 
-__all__ = ["HttpRequest", "answer_to_http", "request_from_http"]
+__all__ = ["HttpRequest", "answer_to_http", "parsed_json", "request_from_http"]
 
 _BINARY_SIZE = "binary_data_size"
+_IN_BINARY = "send tensors in binary, with parameters.binary_data_size and Inference-Header-Content-Length"
+_PIECE = 1 << 14
+"""Numbers that are written at once, a few milliseconds of work: between pieces other threads run."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,8 +58,8 @@ def request_from_http(
             f"a length of at most {len(body)}", where="Inference-Header-Content-Length", found=header_bytes
         )
     end = len(body) if header_bytes is None else header_bytes
-    document = _object(_parsed(body[:end]), "request")
     bounds = limits or TensorLimits()
+    document = _object(parsed_json(memoryview(body)[:end], bounds), "request")
     message = pb.ModelInferRequest(model_name=service, model_version=version, id=_text(document.get("id", ""), "id"))
     parameters = dict(_object(document.get("parameters", {}), "parameters"))
     binary_default = parameters.pop("binary_data_output", False) is True
@@ -78,7 +82,7 @@ def request_from_http(
 
 def answer_to_http(answer: pb.ModelInferResponse, request: HttpRequest) -> tuple[bytes, int | None]:
     """Return the body for ``answer``, and the length of its JSON part when raw bytes follow it."""
-    outputs = []
+    outputs: list[str] = []
     raw: list[bytes] = []
     for tensor, content in zip(answer.outputs, answer.raw_output_contents, strict=True):
         described: dict[str, Any] = {
@@ -88,27 +92,33 @@ def answer_to_http(answer: pb.ModelInferResponse, request: HttpRequest) -> tuple
         }
         if request.binary.get(tensor.name, request.binary_default):
             described["parameters"] = {_BINARY_SIZE: len(content)}
+            outputs.append(_written(described))
             raw.append(content)
         else:
-            described["data"] = _numbers(content, tensor.datatype)
-        outputs.append(described)
+            numbers = ",".join(_numbers(content, tensor.datatype))
+            outputs.append(f'{_written(described)[:-1]},"data":[{numbers}]}}')
     document: dict[str, Any] = {"model_name": answer.model_name, "model_version": answer.model_version}
     if answer.id:
         document["id"] = answer.id
     if answer.parameters:
         document["parameters"] = {name: parameter(answer.parameters, name) for name in answer.parameters}
-    document["outputs"] = outputs
-    header = json.dumps(document, separators=(",", ":")).encode()
+    header = f'{_written(document)[:-1]},"outputs":[{",".join(outputs)}]}}'.encode()
     return (b"".join((header, *raw)), len(header)) if raw else (header, None)
 
 
-def _numbers(content: bytes, datatype: str) -> list[Any]:
-    """Return the values as JSON has them; what is no number there (NaN, infinities) becomes null."""
+def _written(value: Any) -> str:
+    return json.dumps(value, separators=(",", ":"))
+
+
+def _numbers(content: bytes, datatype: str) -> Iterator[str]:
+    """Yield the values as JSON has them, in pieces; what is no number there (NaN, infinities) becomes null."""
     array = np.frombuffer(content, dtype=NUMPY_TYPES[datatype])
-    values: list[Any] = array.tolist()
-    if array.dtype.kind == "f" and not np.isfinite(array).all():
-        return [value if math.isfinite(value) else None for value in values]
-    return values
+    for start in range(0, array.size, _PIECE):
+        piece = array[start : start + _PIECE]
+        values: list[Any] = piece.tolist()
+        if piece.dtype.kind == "f" and not np.isfinite(piece).all():
+            values = [value if math.isfinite(value) else None for value in values]
+        yield _written(values)[1:-1]
 
 
 def _input(
@@ -119,9 +129,11 @@ def _input(
     datatype = _text(tensor.get("datatype"), f"{where}.datatype")
     shape = _list(tensor.get("shape"), f"{where}.shape", limits.dimensions)
     if datatype not in NUMPY_TYPES:
-        raise InvalidInput.of(f"one of {', '.join(NUMPY_TYPES)}", field=f"{where}.datatype", found=repr(datatype))
+        raise InvalidInput.of(
+            f"one of {', '.join(NUMPY_TYPES)}", field=f"{where}.datatype", found=reprlib.repr(datatype)
+        )
     if not shape or not all(type(size) is int and 1 <= size < 2**31 for size in shape):
-        raise InvalidInput.of("dimensions of at least 1", field=f"{where}.shape", found=shape)
+        raise InvalidInput.of("dimensions of at least 1", field=f"{where}.shape", found=reprlib.repr(shape))
     if math.prod(shape) * NUMPY_TYPES[datatype].itemsize > limits.total_bytes:
         raise InvalidInput.of(f"at most {limits.total_bytes} bytes", field=f"{where}.shape", found=shape)
     parameters = dict(_object(tensor.get("parameters", {}), f"{where}.parameters"))
@@ -132,7 +144,7 @@ def _input(
         return rest
     if type(size_bytes) is not int or not 0 <= size_bytes <= len(rest):
         expected = f"at most the {len(rest)} bytes that follow"
-        raise InvalidInput.of(expected, field=f"{where}.parameters.{_BINARY_SIZE}", found=size_bytes)
+        raise InvalidInput.of(expected, field=f"{where}.parameters.{_BINARY_SIZE}", found=reprlib.repr(size_bytes))
     message.raw_input_contents.append(bytes(rest[:size_bytes]))
     return rest[size_bytes:]
 
@@ -150,19 +162,35 @@ def _content(data: Any, datatype: str, shape: list[int], where: str) -> bytes:
             if given.min() < limit.min or given.max() > limit.max:
                 found = f"{given.min()} to {given.max()}"
                 raise InvalidInput.of(f"values from {limit.min} to {limit.max}", field=where, found=found)
-        array = given.astype(dtype)
-    except (ValueError, OverflowError) as error:
+        with np.errstate(over="ignore"):
+            array = given.astype(dtype)
+        if dtype.kind == "f" and np.isinf(array).any():
+            most = np.finfo(dtype).max
+            raise InvalidInput.of(f"values from {-most} to {most}", field=where, found="more", remedy=_IN_BINARY)
+    except (ValueError, OverflowError, RecursionError) as error:
         raise InvalidInput.of(f"numbers of {datatype}", field=where, found=str(error)) from error
     if array.size != math.prod(shape):
         raise InvalidInput.of(f"{math.prod(shape)} values for shape {shape}", field=where, found=f"{array.size} values")
     return array.astype(dtype.newbyteorder("<")).tobytes()
 
 
-def _parsed(text: bytes) -> Any:
+def parsed_json(text: bytes | memoryview, limits: TensorLimits) -> Any:
+    """Return the value in ``text``, which is short enough not to hold up the requests of others.
+
+    Raises:
+        InvalidInput: It is longer, or is no JSON; NaN and infinities are none.
+    """
+    if len(text) > limits.json_bytes:
+        expected = f"at most {limits.json_bytes} bytes of JSON"
+        raise InvalidInput.of(expected, where="request", found=f"{len(text)} bytes", remedy=_IN_BINARY)
     try:
-        return json.loads(text)
+        return json.loads(bytes(text), parse_constant=_no_number)
     except (ValueError, RecursionError) as error:
         raise InvalidInput.of("a JSON object", where="request", found=str(error)) from error
+
+
+def _no_number(text: str) -> NoReturn:
+    raise ValueError(f"{text}, which JSON does not have; {_IN_BINARY}")
 
 
 def _object(value: Any, where: str) -> Mapping[str, Any]:
@@ -181,11 +209,18 @@ def _list(value: Any, where: str, most: int) -> list[Any]:
 def _text(value: Any, where: str) -> str:
     if not isinstance(value, str):
         raise InvalidInput.of("a text", field=where, found=type(value).__name__)
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:  # JSON may hold one half of a surrogate pair without the other
+        raise InvalidInput.of("whole characters", field=where, found=reprlib.repr(value)) from error
     return value
 
 
 def _set_parameters(target: Any, parameters: Mapping[str, Any], where: str) -> None:
     for name, value in parameters.items():
         if not isinstance(value, bool | int | float | str) or (type(value) is int and abs(value) >= 2**63):
-            raise InvalidInput.of("a number, a text, true or false", field=f"{where}.{name}", found=repr(value))
-        set_parameter(target[name], value)
+            expected = "a number, a text, true or false"
+            raise InvalidInput.of(expected, field=f"{where}.{name}", found=reprlib.repr(value))
+        if isinstance(value, str):
+            _text(value, f"{where}.{name}")
+        set_parameter(target[_text(name, where)], value)

@@ -68,11 +68,12 @@ _TYPED_FIELDS = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TensorLimits:
-    """What one message may hold: number of tensors, dimensions of each, and bytes of all together."""
+    """What one message may hold: number of tensors, dimensions of each, bytes of all together, and bytes of JSON."""
 
     tensors: int = 64
     dimensions: int = 16
     total_bytes: int = 256 * 2**20
+    json_bytes: int = 4 * 2**20
 
 
 def datatype_of(array: Array) -> str:

@@ -4,7 +4,7 @@ The standard variables choose the exporter, as the OpenTelemetry conventions say
 on, ``OTEL_EXPORTER_OTLP_ENDPOINT`` says where to, ``OTEL_SERVICE_NAME`` under which name. Needs the extra ``tracing``.
 
 One request is one trace: who calls says which span it calls from (W3C Trace Context, ``traceparent``), a client or a
-gateway in the metadata of its call, a gateway in the frames that it forwards too.
+gateway in the metadata of its call or the headers of its HTTP request, a gateway in the frames that it forwards too.
 """
 
 from __future__ import annotations

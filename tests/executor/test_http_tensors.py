@@ -91,6 +91,15 @@ def test_what_json_cannot_say_becomes_null() -> None:
         (body(parameters={"binary_data_size": -1}), "binary_data_size"),
         (json.dumps({"parameters": {"x": [1]}}).encode(), "parameters"),
         (json.dumps({"outputs": [{}]}).encode(), "name"),
+        (body(datatype="FP16", data=[1e6, 0]), "values from -6.*send tensors in binary"),
+        (body(data=[1e300, 0]), "values from -3.4.*send tensors in binary"),
+        (body(data=["NaN", 0]).replace(b'"NaN"', b"NaN"), "NaN, which JSON does not have"),
+        (body(datatype="FP64", data=["X", 0]).replace(b'"X"', b"1e999"), "values from"),
+        (body(name="\ud800"), r"inputs\[0\].name: found .*whole characters"),
+        (json.dumps({"id": "\udfff"}).encode(), "id: found .*whole characters"),
+        (json.dumps({"parameters": {"\ud800": 1}}).encode(), "parameters: found .*whole characters"),
+        (json.dumps({"parameters": {"x": "\ud800"}}).encode(), "parameters.x: found .*whole characters"),
+        (json.dumps({"outputs": [{"name": "\ud800"}]}).encode(), r"outputs\[0\].name: found .*whole characters"),
     ],
 )
 def test_what_is_no_request_is_refused_by_name(found: bytes, named: str) -> None:
@@ -106,27 +115,74 @@ def test_bytes_that_belong_to_no_tensor_are_refused() -> None:
         request_from_http("m", "", whole, len(whole) + 1)
 
 
+def test_a_json_part_that_would_hold_up_others_is_refused_and_the_same_in_binary_is_not() -> None:
+    limits = TensorLimits(total_bytes=1 << 20, json_bytes=1 << 10)
+    values = np.ones(400, np.float32)
+    with pytest.raises(
+        InvalidInput, match=r"found \d{4} bytes, expected at most 1024 bytes of JSON; send tensors in b"
+    ):
+        request_from_http("m", "", body(shape=[400], data=values.tolist()), None, limits)
+    described = {"name": "x", "datatype": "FP32", "shape": [400], "parameters": {"binary_data_size": 1600}}
+    header = json.dumps({"inputs": [described]}).encode()
+    request = request_from_http("m", "", header + values.tobytes(), len(header), limits)
+    np.testing.assert_array_equal(decode_inputs(request.message)["x"], values)
+
+
+def test_long_answers_are_the_same_json_as_short_ones() -> None:
+    request = request_from_http("m", "", b'{"id": "4", "inputs": []}', None)
+    values = np.arange(100_000, dtype=np.float32)
+    values[[3, 99_999]] = np.nan
+    answer = encode_response("m", {"y": values, "none": np.zeros((0, 3), np.int8)}, request_id="4")
+    found, _ = answer_to_http(answer, request)
+    first, second = json.loads(found)["outputs"]
+    assert first["data"] == [None if position in (3, 99_999) else position for position in range(100_000)]
+    assert second == {"name": "none", "datatype": "INT8", "shape": [0, 3], "data": []}
+
+
+_TEXT = st.text(st.characters() | st.characters(categories=["Cs"]), max_size=5)
 _JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
-    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=9), inner, max_size=4),
+    st.none() | st.booleans() | st.integers() | st.floats() | _TEXT,
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(_TEXT, inner, max_size=4),
     max_leaves=12,
 )
-_NAMES = st.sampled_from(["name", "datatype", "shape", "data", "parameters", "binary_data_size"])
+_NUMBERS = st.lists(st.integers(-(2**70), 2**70) | st.floats() | st.booleans(), max_size=4)
+_TENSOR = st.fixed_dictionaries(
+    {"name": _TEXT | _JSON, "datatype": st.sampled_from(sorted(NUMPY_TYPES))},
+    optional={
+        "shape": st.lists(st.integers(0, 4), max_size=3) | _JSON,
+        "data": _NUMBERS | st.lists(_NUMBERS, max_size=3) | _JSON,
+        "parameters": st.dictionaries(st.just("binary_data_size") | _TEXT, st.integers(-1, 20) | _JSON, max_size=2),
+    },
+)
 
 
 @given(
     st.fixed_dictionaries(
         {},
         optional={
-            "inputs": _JSON | st.lists(st.dictionaries(_NAMES, _JSON), max_size=3),
-            "outputs": _JSON,
-            "parameters": _JSON,
-            "id": _JSON,
+            "inputs": st.lists(_TENSOR, max_size=3) | _JSON,
+            "outputs": st.lists(st.fixed_dictionaries({"name": _TEXT}), max_size=2) | _JSON,
+            "parameters": st.dictionaries(_TEXT, _JSON, max_size=3) | _JSON,
+            "id": _TEXT | _JSON,
         },
     ),
     st.binary(max_size=20),
-    st.none() | st.integers(-5, 300),
+    st.booleans() | st.integers(-5, 300),
 )
-def test_law_anything_is_a_request_or_refused_by_name(document: Any, rest: bytes, length: int | None) -> None:
+def test_law_anything_is_a_request_that_can_be_sent_or_refused_by_name(document: Any, rest: bytes, length: int) -> None:
+    """A length that is true is that of the JSON part, and false stands for none."""
+    header = json.dumps(document).encode()
+    said = (len(header) if length else None) if isinstance(length, bool) else length
     with contextlib.suppress(InvalidInput):
-        request_from_http("m", "", json.dumps(document).encode() + rest, length)
+        request_from_http("m", "", header + rest, said).message.SerializeToString()
+
+
+@given(
+    st.sampled_from(sorted(NUMPY_TYPES)), st.lists(st.integers(-(2**65), 2**65) | st.floats(), min_size=1, max_size=4)
+)
+def test_law_numbers_arrive_as_they_are_or_are_refused(datatype: str, values: list[float]) -> None:
+    with contextlib.suppress(InvalidInput):
+        request = request_from_http("m", "", body(datatype=datatype, shape=[len(values)], data=values), None)
+        (decoded,) = decode_inputs(request.message).values()
+        assert np.isfinite(decoded).all()
+        np.testing.assert_allclose(decoded.astype(np.float64), values, rtol=1e-3, atol=1e-7)

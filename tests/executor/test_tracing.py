@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import aiohttp
 import grpc
 import grpc.aio
 import numpy as np
@@ -24,6 +25,7 @@ from executor.tensors import encode_request
 from executor.tracing import NoSpans, Spans, current_traceparent, join_trace, start_tracing
 from plans.errors import InvalidInput
 from tests.executor.running_agent import WAIT_S, desired, eventually, replica, running_agent
+from tests.free_port import free_port
 
 
 def test_spans_nest_and_carry_what_went_wrong() -> None:
@@ -102,7 +104,8 @@ def test_a_request_is_one_trace_from_client_to_batch(tmp_path: Path, monkeypatch
                 backends=(Backend(node="node-a", address=f"127.0.0.1:{client.port}"),),
                 services=(ServiceRoutes(service="s", deadline_s=20.0, targets=(target,)),),
             )
-            config = gateway.GatewayConfig(listen="127.0.0.1:0", state_dir=tmp_path / "g", grace_s=0.0)
+            http = f"127.0.0.1:{free_port()}"
+            config = gateway.GatewayConfig(listen="127.0.0.1:0", state_dir=tmp_path / "g", grace_s=0.0, http=http)
             async with gateway.running_gateway(config) as address, grpc.aio.insecure_channel(address) as channel:
                 await GatewayClient(channel, address).set_routes(table, timeout_s=5)
                 stub: Any = open_inference_pb2_grpc.GRPCInferenceServiceStub(channel)
@@ -119,6 +122,11 @@ def test_a_request_is_one_trace_from_client_to_batch(tmp_path: Path, monkeypatch
                 assert [answer.error_message async for answer in call] == [""]
                 request.parameters["padding"].string_param = "x" * (2 << 20)
                 await stub.ModelInfer(request, metadata=from_client, timeout=WAIT_S)
+                tensor = {"name": "x", "datatype": "FP32", "shape": [1, 4], "data": [1, 2, 3, 4]}
+                asked = {"json": {"inputs": [tensor]}, "headers": dict(from_client)}
+                url = f"http://{http}/v2/models/s/infer"
+                async with aiohttp.ClientSession() as session, session.post(url, **asked) as answer:
+                    assert answer.status == 200
 
     asyncio.run(scenario())
     spans = exporter.get_finished_spans()
@@ -135,7 +143,7 @@ def test_a_request_is_one_trace_from_client_to_batch(tmp_path: Path, monkeypatch
         if span.name == "agent.batch":
             paths.append(path)
     whole = ["agent.batch", "agent.infer", "gateway.forward"]
-    assert paths == [whole, ["agent.batch", "agent.infer", "gateway.stream"], whole]
+    assert paths == [whole, ["agent.batch", "agent.infer", "gateway.stream"], whole, whole]
 
 
 @pytest.mark.parametrize("traceparent", ["", "nonsense", "00-0-0-01"])

@@ -1,0 +1,117 @@
+from __future__ import annotations
+
+import asyncio
+import io
+import json
+import logging
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import pytest
+
+from tests.executor.fake_agent import FakeAgent
+from tests.executor.test_gateway import agents, door, run, table
+from tests.free_port import free_port
+
+INPUT = {"name": "x", "datatype": "FP32", "shape": [1], "data": [0.5]}
+EMPTY = b'{"inputs": []}'
+
+
+@asynccontextmanager
+async def served(folder: Path, **options: Any) -> AsyncIterator[tuple[FakeAgent, aiohttp.ClientSession]]:
+    """An agent that serves "chat", and a session with the HTTP form of a gateway before it."""
+    address = f"127.0.0.1:{free_port()}"
+    async with agents("a") as (agent,), door(folder, http=address, **options) as front:
+        await front.control.set_routes(table(agent), timeout_s=5)
+        async with aiohttp.ClientSession(f"http://{address}") as session:
+            yield agent, session
+
+
+async def posted(session: aiohttp.ClientSession, data: bytes, service: str = "chat", **headers: str) -> tuple[int, str]:
+    """Send a body; return the status and what the JSON of the answer says is wrong."""
+    named = {name.replace("_", "-"): value for name, value in headers.items()}
+    async with session.post(f"/v2/models/{service}/infer", data=io.BytesIO(data), headers=named) as answer:
+        assert answer.content_type == "application/json"
+        return answer.status, (await answer.json()).get("error", "")
+
+
+def body(**changed: Any) -> bytes:
+    return json.dumps({"inputs": [INPUT | changed]}).encode()
+
+
+@pytest.mark.parametrize(
+    ("data", "headers", "named"),
+    [
+        (body(), {"Inference_Header_Content_Length": "²"}, "a number of bytes"),
+        (body(), {"Inference_Header_Content_Length": "-1"}, "a number of bytes"),
+        (body(), {"Inference_Header_Content_Length": "9" * 5000}, "a number of bytes"),
+        (body(), {"Inference_Header_Content_Length": "9" * 9}, "a length of at most"),
+        (body(), {"Content_Encoding": "gzip"}, "the body cannot be read"),
+        (body(), {"Content_Encoding": "deflate"}, "the body cannot be read"),
+        (body(name="\ud800"), {}, "inputs[0].name"),
+        (json.dumps({"inputs": [], "parameters": {"\udc00": 1}}).encode(), {}, "parameters"),
+        (json.dumps({"inputs": [], "id": "\udc00"}).encode(), {}, "id"),
+        (body(data=[1e300]), {}, "inputs[0].data"),
+        (b"[" * 5_000_000, {}, "at most 4194304 bytes of JSON"),
+        (b"\xff", {}, "a JSON object"),
+    ],
+)
+def test_whatever_a_client_sends_is_answered_and_fills_no_log(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, data: bytes, headers: dict[str, str], named: str
+) -> None:
+    async def scenario() -> None:
+        async with served(tmp_path) as (agent, session):
+            status, problem = await posted(session, data, **headers)
+            assert (status, named in problem) == (400, True), problem
+            assert not agent.served
+            assert (await posted(session, EMPTY))[0] == 200
+
+    run(scenario())
+    assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
+
+
+def test_what_cannot_be_taken_is_refused_before_its_body_is_looked_at(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with served(tmp_path, max_in_flight=1) as (agent, session):
+            assert (await posted(session, b"no json", service="nobody"))[0] == 404
+            agent.infer_waits_for = asyncio.Event()
+            held = asyncio.create_task(posted(session, EMPTY))
+            while not agent.served:
+                await asyncio.sleep(0)
+            status, problem = await posted(session, b"no json")
+            assert (status, "1 requests are in flight at this gateway, its limit" in problem) == (429, True)
+            agent.infer_waits_for.set()
+            assert (await held)[0] == 200
+
+    run(scenario())
+
+
+@pytest.mark.parametrize("path", ["/v2/models/%ff/infer", "/v2/models/%ed%a0%80/infer", "/v2/models/%00/infer"])
+def test_a_name_that_is_no_text_is_no_service(tmp_path: Path, path: str, caplog: pytest.LogCaptureFixture) -> None:
+    async def scenario() -> None:
+        async with served(tmp_path) as (_, session), session.post(path, data=body()) as answer:
+            assert (answer.status, answer.content_type) == (404, "application/json")
+
+    run(scenario())
+    assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
+
+
+def test_a_broken_body_of_a_request_that_was_refused_already_fills_no_log(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def scenario() -> None:
+        address = f"127.0.0.1:{free_port()}"
+        async with door(tmp_path, http=address):
+            reader, writer = await asyncio.open_connection(*address.split(":"))
+            writer.write(b"POST /v2/models/nobody/infer HTTP/1.1\r\nHost: x\r\nContent-Encoding: gzip\r\n")
+            writer.write(b"Content-Length: 9\r\n\r\n")
+            assert (await reader.readline()).startswith(b"HTTP/1.1 404 ")
+            writer.write(b"no gzip..")
+            await reader.read()
+            writer.close()
+
+    run(scenario())
+    assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
