@@ -8,6 +8,7 @@ module kept is the one that runs, and a variant loaded again for other batches s
 from __future__ import annotations
 
 import copy
+import threading
 from collections import OrderedDict
 from pathlib import Path
 
@@ -25,7 +26,7 @@ Recipe = tuple[torch.nn.Module, tuple[TensorSpec, ...], tuple[str, ...]]
 
 
 class HostCache:
-    """Modules by variant, within a budget; the one whose last use is longest ago goes first.
+    """Modules by variant, within a budget; the one whose last use is longest ago goes first. Threads may share it.
 
     Args:
         budget_bytes: Of all parameters and buffers together. A larger module is not kept.
@@ -34,29 +35,36 @@ class HostCache:
     def __init__(self, budget_bytes: int) -> None:
         self._budget_bytes = budget_bytes
         self._kept: OrderedDict[str, tuple[Recipe, int]] = OrderedDict()
+        self._changing = threading.Lock()
 
     @property
     def held_bytes(self) -> int:
         """Bytes of all modules that are kept."""
-        return sum(size for _, size in self._kept.values())
+        with self._changing:
+            return self._held_bytes()
 
     def get(self, variant: str) -> Recipe | None:
         """Return what is kept of ``variant``, as used now."""
-        if variant not in self._kept:
-            return None
-        self._kept.move_to_end(variant)
-        return self._kept[variant][0]
+        with self._changing:
+            if variant not in self._kept:
+                return None
+            self._kept.move_to_end(variant)
+            return self._kept[variant][0]
 
     def put(self, variant: str, recipe: Recipe) -> bool:
         """Keep ``recipe``, in the place of others where needed; say whether it is kept."""
-        self._kept.pop(variant, None)
         size = size_bytes(recipe[0])
-        if size > self._budget_bytes:
-            return False
-        while self.held_bytes + size > self._budget_bytes:
-            self._kept.popitem(last=False)
-        self._kept[variant] = recipe, size
-        return True
+        with self._changing:
+            self._kept.pop(variant, None)
+            if size > self._budget_bytes:
+                return False
+            while self._held_bytes() + size > self._budget_bytes:
+                self._kept.popitem(last=False)
+            self._kept[variant] = recipe, size
+            return True
+
+    def _held_bytes(self) -> int:
+        return sum(size for _, size in self._kept.values())
 
 
 class CachingTorchRuntime(TorchRuntime):

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -125,3 +127,24 @@ def test_on_a_gpu_the_kept_weights_are_pinned_and_the_model_runs_from_a_copy() -
     assert all(parameter.is_pinned() for parameter in kept[0].parameters())
     del first
     np.testing.assert_array_equal(runtime.load("bert-tiny-16", 2).run(inputs)["logits"], wanted)
+
+
+def test_threads_may_share_a_cache() -> None:
+    """Loads have their own thread, and batches read a model anew that did not fit: each puts while the other gets."""
+    recipes = [(torch.nn.Linear(4, 4, bias=False), (), ()) for _ in range(60)]
+    cache = HostCache(64 * 40)
+
+    def use(step: int) -> None:
+        for number in range(0, 4000 * step, step):
+            name = number % 60
+            if cache.get(f"v{name}") is None:
+                cache.put(f"v{name}", recipes[name])
+
+    before_s = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(3) as threads:
+            list(threads.map(use, (1, 7, 11)))
+    finally:
+        sys.setswitchinterval(before_s)
+    assert cache.held_bytes == 64 * 40
