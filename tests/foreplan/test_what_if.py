@@ -85,7 +85,7 @@ def test_fewest_gpus_for_an_attainment(planned):
 
 
 def test_minimize_without_an_attainment_is_an_error(planned):
-    assert "an attainment to keep beside it" in planned.plan("--minimize", "gpus", output="no.json", code=1).stderr
+    assert "expected --attainment beside it" in planned.plan("--minimize", "gpus", output="no.json", code=1).stderr
 
 
 @pytest.mark.parametrize("objective", ["fair-sum"])
