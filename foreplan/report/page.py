@@ -124,14 +124,10 @@ def _certificate(content: Content) -> str:
         f"{solver.status}, proven by {solver.name} in {format_seconds(solver.wall_s)}. The bound is what no placement "
         "of this model of the problem can exceed; the gap is how far this plan may be from it."
     )
-    left = "".join(
-        f'<div class="remark">unserved: {escape(u.service)} {u.rate_rps:.3g} rps ({u.reason}): {escape(u.detail)}</div>'
-        for u in content.plan.unserved
-    )
     warnings = "".join(f'<div class="remark">{escape(warning)}</div>' for warning in content.plan.warnings)
     drawn = table(["objective", "value", "bound", "gap"], rows, text_columns=1)
     head = f'<h2>How good the plan provably is</h2><p class="lead">{escape(text)}</p>'
-    return f'{head}<div class="card">{drawn}</div>{left}{warnings}'
+    return f'{head}<div class="card">{drawn}</div>{warnings}'
 
 
 def _ms(latency_s: float | None) -> str:
