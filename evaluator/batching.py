@@ -211,7 +211,7 @@ def _iterate(w: Any, g: int, r: int, now: float) -> None:
         free_of(w, g)[stage] = end_s
         record_busy(w, g, stage, start_s, end_s)
     group.started += 1
-    append_running(w, g, lead, end_s, now)
+    append_running(w, g, lead, end_s)
 
 
 @compiled
@@ -289,12 +289,15 @@ def reserve(w: Any, g: int, r: int, lead: int, size: int, now: float) -> None:
         free_of(w, g)[stage] = time_s
         if group.concurrency == 1:
             record_busy(w, g, stage, start_s, time_s)
+    if group.concurrency > 1:
+        record_busy(w, g, 0, max(now, group.busy_until_s), time_s)
+        group.busy_until_s = max(group.busy_until_s, time_s)
     group.started += 1
-    append_running(w, g, lead, time_s, now)
+    append_running(w, g, lead, time_s)
 
 
 @compiled
-def append_running(w: Any, g: int, lead: int, end_s: float, now: float) -> None:
+def append_running(w: Any, g: int, lead: int, end_s: float) -> None:
     """Put a batch among those that run, in the order of their ends."""
     group = group_at(w, g)
     slot_at(w, lead).end_s = end_s
@@ -303,7 +306,6 @@ def append_running(w: Any, g: int, lead: int, end_s: float, now: float) -> None:
         group.running = lead
         group.running_last = lead
         group.end_s = end_s
-        group.busy_from_s = now
     elif slot_at(w, group.running_last).end_s <= end_s:
         slot_at(w, group.running_last).batch_after = lead
         group.running_last = lead
@@ -331,10 +333,9 @@ def _complete(w: Any, g: int) -> None:
     if group.running == NOWHERE:
         group.running_last = NOWHERE
         group.end_s = np.inf
-        if group.concurrency > 1:
-            record_busy(w, g, 0, group.busy_from_s, end_s)
     else:
         group.end_s = slot_at(w, group.running).end_s
+    w.last_s = max(w.last_s, end_s)
     r = int64(slot_at(w, lead).replica)
     if _generates(w, r):
         _end_iteration(w, r, end_s)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
@@ -109,6 +110,7 @@ class Course:
         self._interval_s = interval_s
         self._agenda: list[tuple[float, int, Callable[[float], None]]] = []
         self._created = 0
+        self._failures = sorted((c for c in changes if isinstance(c, Failure)), key=lambda failure: failure.at_s)
         self._in_transition = False
         self._waiting: Plan | None = None
         self._since_s = 0.0
@@ -118,6 +120,7 @@ class Course:
             self._at(change.at_s, self._action_of(change))
         if controller is not None:
             self._at(interval_s, lambda now: self._ask(1, now))
+        self._foresee(range(len(fleet.groups)), -math.inf)
 
     def finish(self) -> None:
         """Let the run go on to its end, with everything that happens on the way."""
@@ -203,7 +206,9 @@ class Course:
         place = {id(replica): position for position, (_, replica) in enumerate(self._fleet.replicas())}
         moved = np.array([place[id(replica)] for _, replica in before], dtype=np.int64)
         replicas, features = self._inventory.replicas(self._fleet), self._inventory.features(self._fleet)
+        known = len(self._run.world.array("groups"))
         self._run.replace(replicas, features, moved, now_s=now, new_limits=new_limits)
+        self._foresee(range(known, len(self._fleet.groups)), now)
 
     # Failures ------------------------------------------------------------------------------------------------------
 
@@ -251,10 +256,19 @@ class Course:
         def come_back(now: float) -> None:
             if group.failed and group.outages == outages:
                 group.failed = group.known = False
+                self._foresee([position], now)
                 self._operate(operations.RESTART, position, now)
                 self._set_weights()
 
         self._at(time_s, come_back)
+
+    def _foresee(self, positions: Iterable[int], now: float) -> None:
+        """Let groups know when they fail next after ``now``: what they hold is counted until then."""
+        groups = self._run.world.array("groups")
+        for position in positions:
+            group = self._fleet.groups[position]
+            later = (failure.at_s for failure in self._failures if failure.at_s > now and group.hit_by(failure))
+            groups["fails_s"][position] = next(later, math.inf)
 
     def _set_weights(self) -> None:
         world = self._run.world

@@ -16,7 +16,7 @@ from evaluator.calls import lose_call
 from evaluator.extras import ORPHANED, TRANSIT, call_at, small_of
 from evaluator.memory import compiled, int64
 from evaluator.queues import free_slot, pop, set_head_key
-from evaluator.recording import record, record_busy
+from evaluator.recording import record
 from evaluator.state import LOST, NOWHERE
 
 __all__ = ["clear_group", "restart_group", "retry", "stop_group"]
@@ -26,8 +26,9 @@ __all__ = ["clear_group", "restart_group", "retry", "stop_group"]
 def stop_group(w: Any, g: int, now: float) -> None:
     """Let group ``g`` start and end nothing from now on. What runs stays where it is, to be found by `clear_group`."""
     group = group_at(w, g)
-    if group.concurrency > 1 and group.running != NOWHERE:
-        record_busy(w, g, 0, group.busy_from_s, now)
+    if group.running != NOWHERE:
+        w.last_s = max(w.last_s, now)
+    group.busy_until_s = now
     group.stopped = 1
     group.end_s = np.inf
     group.dispatch_s = np.inf

@@ -58,6 +58,10 @@ class FleetGroup:
         """Its devices."""
         return frozenset((self.planned.node, gpu) for gpu in self.planned.gpus)
 
+    def hit_by(self, change: Failure | Recovery) -> bool:
+        """Say whether it has a GPU of what fails or recovers."""
+        return self.planned.node == change.node and (change.gpu is None or change.gpu in self.planned.gpus)
+
 
 class Fleet:
     """All groups and replicas, in the order of their positions.
@@ -124,11 +128,7 @@ class Fleet:
 
     def hit_by(self, change: Failure | Recovery) -> list[tuple[int, FleetGroup]]:
         """Return the groups, with their positions, that have a GPU of what fails or recovers."""
-        return [
-            (position, group)
-            for position, group in enumerate(self.groups)
-            if group.planned.node == change.node and (change.gpu is None or change.gpu in group.planned.gpus)
-        ]
+        return [(position, group) for position, group in enumerate(self.groups) if group.hit_by(change)]
 
     def note_failure(self, failure: Failure) -> None:
         """Remember that devices failed, for groups that come later."""

@@ -227,15 +227,22 @@ def summary_of(run: Run, hosts: Hosts, services: Services, held_s: Callable[[flo
                 **ended,
             )
         )
-    busy_s = run.world.array("busy_s")
-    busiest: dict[str, float] = {}
-    for g, group in enumerate(hosts.groups):
-        busiest[group.id] = busiest.get(group.id, 0.0) + float(busy_s[g, : group.pp].max())
     return RunSummary(
         wall_s=wall_s,
         gpu_hours=held_s(run.settings.warmup_s, run.settings.warmup_s + wall_s) / 3600,
         services=tuple(found),
-        groups=tuple(GroupSummary(group=name, utilisation=busy / wall_s) for name, busy in busiest.items()),
+        groups=_group_summaries(run, hosts, wall_s),
+    )
+
+
+def _group_summaries(run: Run, hosts: Hosts, wall_s: float) -> tuple[GroupSummary, ...]:
+    """Return how busy each group was: its busiest stage; cuts of a group that plans change between count together."""
+    busy_s: dict[str, list[float]] = {}
+    for stages_s, group in zip(run.world.array("busy_s"), hosts.groups, strict=True):
+        busy_s.setdefault(group.id, []).append(float(stages_s[: group.pp].max()))
+    return tuple(
+        GroupSummary(group=name, utilisation=(min(sum(cuts_s), wall_s) if len(cuts_s) > 1 else cuts_s[0]) / wall_s)
+        for name, cuts_s in busy_s.items()
     )
 
 

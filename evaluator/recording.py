@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from evaluator.access import floats, integers, replica_at, row_of, short, small, tiny
+from evaluator.access import floats, group_at, integers, replica_at, row_of, short, small, tiny
 from evaluator.memory import compiled
 from evaluator.state import CELLS, COUNTED, GOOD, LATE, NOWHERE
 
@@ -67,9 +67,12 @@ def record(
 
 @compiled
 def record_busy(w: Any, g: int, stage: int, start_s: float, end_s: float) -> None:
-    """Write down that a stage is held from ``start_s`` to ``end_s``; what lies outside the time counted is left out."""
+    """Write down that a stage is held from ``start_s`` to ``end_s``, or until its group fails.
+
+    What lies outside the time counted is left out.
+    """
     from_s = max(start_s, w.warmup_s)
-    held_s = min(end_s, w.until_s) - from_s
+    held_s = min(end_s, group_at(w, g).fails_s, w.until_s) - from_s
     if held_s > 0.0:
         row_of(w.busy_s, g, w.most_stages)[stage] += held_s
         if stage == 0 and w.busy_timeline_s != 0:

@@ -170,7 +170,7 @@ class Run:
         records["largest_s"] = total_s[np.arange(count), max_batch - 1]
         records["share_s"] = full.max(axis=1, initial=0.0) / max_batch
         groups = np.zeros(group_count, GROUP)
-        groups["dispatch_s"] = groups["end_s"] = groups["flush_s"] = np.inf
+        groups["dispatch_s"] = groups["end_s"] = groups["flush_s"] = groups["fails_s"] = np.inf
         groups["running"] = groups["running_last"] = NOWHERE
         groups["stages"] = replicas.stages
         groups["concurrency"] = np.where(replicas.stages == 1, settings.concurrency, 1)

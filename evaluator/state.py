@@ -106,7 +106,8 @@ GROUP: Final = np.dtype(
         ("end_s", _f8),  # when the first of its running batches ends; inf: none runs
         ("flush_s", _f8),  # when the first of its gathering bundles must enter; inf: none gathers
         ("work_s", _f8),  # sum of the shares of what is queued
-        ("busy_from_s", _f8),  # with concurrency: since when at least one batch runs
+        ("busy_until_s", _f8),  # with concurrency: until when it is held by what has started
+        ("fails_s", _f8),  # when it fails next; inf: it does not
         ("first", _i4),  # its replicas are first to last - 1
         ("last", _i4),
         ("stages", _i4),
@@ -203,7 +204,7 @@ _FIELDS: Final[list[tuple[str, Any]]] = [
     ("free", _i8),  # first free slot of the pool
     ("in_use", _i8),  # slots in use
     ("most_in_use", _i8),
-    ("last_s", _f8),  # the latest end of a request so far
+    ("last_s", _f8),  # the latest end of a request or a batch so far
     # The settings (`evaluator.settings.Settings`); constant.
     ("seed", np.uint64),
     ("routing", _i8),

@@ -86,7 +86,12 @@ def _change(change: NewPlan | NaiveFailure | naive.Recovery) -> PlanChange | Fai
 
 
 def naive_run(case: Case) -> list[Result | None]:
-    """Return what the naive simulator makes of the case, with token costs as the engine reads them from profiles."""
+    """Return what the naive simulator makes of the case's rows."""
+    return simulation_of(case).run()
+
+
+def simulation_of(case: Case) -> naive.Simulation:
+    """Return the naive simulation of the case, with token costs as the engine reads them from profiles."""
     library = ProfileLibrary(case.profiles)
     told = with_fresh_controller(case.scenario)
 
@@ -104,13 +109,13 @@ def naive_run(case: Case) -> list[Result | None]:
             kv_limit_tokens=found.kv_limit_tokens,
         )
 
-    return naive.run(dataclasses.replace(told, costs=costs))
+    return naive.Simulation(dataclasses.replace(told, costs=costs))
 
 
 def disagreements(case: Case) -> list[str]:
-    """Return one line for each row of which the two say different things."""
-    evaluation = engine_run(case)
-    frame, expected = evaluation.requests, naive_run(case)
+    """Return one line for each row, stream and group of which the two say different things."""
+    evaluation, simulation = engine_run(case), simulation_of(case)
+    frame, expected = evaluation.requests, simulation.run()
     offered = [(row, end) for row, end in zip(case.scenario.rows, expected, strict=True) if end is not None]
     if len(frame) != len(offered):
         return [f"{len(frame)} requests are offered, not {len(offered)}"]
@@ -126,6 +131,10 @@ def disagreements(case: Case) -> list[str]:
         for stream, told in measured.items()
         if not np.allclose(np.array(found[stream], dtype=float), told, rtol=1e-9, atol=1e-12, equal_nan=True)
     ]
+    utilised = {group.group: group.utilisation for group in evaluation.summary.groups}
+    if evaluation.summary.wall_s != simulation.wall_s or utilised != simulation.utilisation():
+        lines.append(f"busy {utilised}, naive: {simulation.utilisation()}")
+    lines += [f"{group} is busy {ratio} of the run" for group, ratio in utilised.items() if not 0 <= ratio <= 1 + 1e-9]
     return lines + [
         f"request {number} ({row.name} at {row.arrival_s!r}): {what}"
         for number, (got, (row, end)) in enumerate(zip(frame.to_dict("records"), offered, strict=True))

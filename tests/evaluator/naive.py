@@ -23,7 +23,7 @@ from tests.evaluator.naive_streams import streams
 from tests.evaluator.naive_workflow import Instance
 from traces.table import RequestTrace
 
-__all__ = ["Row", "Scenario", "run", "run_trace", "streams"]
+__all__ = ["Row", "Scenario", "Simulation", "run", "run_trace", "streams"]
 
 
 def run(scenario: Scenario) -> list[Result | None]:
@@ -70,6 +70,24 @@ class Simulation(Routing, Queues, Generation, Calls, Changes):
                 self.now = dispatch_s
                 self.dispatch(group)
         return [self.result_of(position) for position in range(len(self.told.rows))]
+
+    # Section 12: what is counted -------------------------------------------------------------------------------------
+
+    @property
+    def wall_s(self) -> float:
+        """How long the run is; nothing at all counts as a millisecond."""
+        end_s = max(self.told.rows[-1].arrival_s, self.last_s) if self.told.until_s == math.inf else self.told.until_s
+        return max(end_s, 0.001)
+
+    def utilisation(self) -> dict[str, float]:
+        """How busy each group is."""
+        cuts_s: dict[str, list[float]] = {}
+        for group in self.groups:
+            cuts_s.setdefault(group.id, []).append(group.busy_s(self.told.until_s))
+        return {
+            name: (busy_s[0] if len(busy_s) == 1 else min(sum(busy_s), self.wall_s)) / self.wall_s
+            for name, busy_s in cuts_s.items()
+        }
 
     def result_of(self, position: int) -> Result | None:
         if position in self.ends:
@@ -126,7 +144,7 @@ class Simulation(Routing, Queues, Generation, Calls, Changes):
             ttft_s = request.first_s + self.told.response_s - request.arrival_s
             tpot_s = (self.now - request.first_s) / (request.output - 1) if request.output > 1 else 0.0
             good = ttft_s <= slo.ttft_s and tpot_s <= slo.tpot_s
-        self.ends[request.position] = Result(
+        result = Result(
             outcome="good" if good else "late",
             finish_s=finish_s,
             group=batch.replica.group.id,
@@ -135,6 +153,7 @@ class Simulation(Routing, Queues, Generation, Calls, Changes):
             ttft_s=ttft_s,
             tpot_s=tpot_s,
         )
+        self.note_end(request.position, result)
 
     def end(self, request: Request, outcome: str, reason: str) -> None:
         """Drop or fail a request that is in no queue."""
@@ -145,6 +164,6 @@ class Simulation(Routing, Queues, Generation, Calls, Changes):
             request.replica.outstanding -= 1
         if request.instance is None:
             group = request.replica.group.id if request.replica is not None else None
-            self.ends[request.position] = Result(outcome=outcome, reason=reason, group=group)
+            self.note_end(request.position, Result(outcome=outcome, reason=reason, group=group))
         elif not request.instance.ended and request.instance.lose(request):
             self.end_instance(request.instance, Result(outcome=outcome, reason=reason))

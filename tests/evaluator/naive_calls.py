@@ -79,7 +79,7 @@ class Calls(State):
     def end_instance(self, instance: Instance, result: Result) -> None:
         """Note the end; calls that wait or are under way end with it, those that run do so without effect."""
         instance.ended = True
-        self.ends[instance.position] = result
+        self.note_end(instance.position, result)
         for call in [call for calls in instance.calls.values() for call in calls if not call.ended]:
             if call.replica is not None and self.runs(call):
                 continue

@@ -46,6 +46,7 @@ class Changes(State):
         if group is None:
             group = Group(planned.id, planned.node, planned.gpus, planned.tp, planned.pp, len(self.groups))
             group.stage_free_s, group.reserved_s = [0.0] * planned.pp, [0.0] * planned.pp
+            group.held = [[] for _ in range(planned.pp)]
             group.failed = group.known_failed = any((planned.node, gpu) in self.failed_gpus for gpu in planned.gpus)
             self.groups.append(group)
         same = [r for r in group.replicas if (r.entry.service, r.entry.variant) == (entry.service, entry.variant)]
@@ -161,12 +162,10 @@ class Changes(State):
         for group in self.hit(failure):
             group.outages += 1
             if not group.failed:
-                group.failed = True
+                if group.running:
+                    self.last_s = max(self.last_s, self.now)
+                group.fail(self.now)
                 group.detection_s = detection_s
-                group.lost = group.running
-                group.running = []
-                for batch in group.lost:
-                    batch.lost = True
         self.at(detection_s, CHANGE, lambda: self.detect(failure))
 
     def detect(self, failure: Failure) -> None:

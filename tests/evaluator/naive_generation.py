@@ -46,7 +46,10 @@ class Generation(State):
     def start_iteration(self, replica: Replica, sequences: list[Request], takes_s: float) -> None:
         group = replica.group
         factor = self.factor(replica, len(sequences), iteration=True)
-        end_s = max(self.now, *group.stage_free_s) + (takes_s + self.told.iteration_overhead_s) * factor
+        start_s = max(self.now, *group.stage_free_s)
+        end_s = start_s + (takes_s + self.told.iteration_overhead_s) * factor
+        for held in group.held:
+            held.append((start_s, end_s))
         group.stage_free_s = [end_s] * group.pp
         self.start(Batch(replica=replica, requests=sequences, end_s=end_s, iteration=True))
 

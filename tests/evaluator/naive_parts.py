@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 
@@ -275,6 +275,8 @@ class Group:
     known_failed: bool = False
     outages: int = 0
     detection_s: float = 0.0
+    held: list[list[tuple[float, float]]] = field(default_factory=list)
+    """For each stage from when to when it is held by what."""
 
     def slots(self, concurrency: int) -> int:
         """How many batches may run at once, for groups of one stage."""
@@ -288,5 +290,32 @@ class Group:
         ends = sorted(batch.end_s for batch in self.running + self.lost if batch.end_s > now)
         return ends[0] if len(ends) >= slots else now
 
+    def fail(self, now: float) -> None:
+        """What runs is lost, and holds nothing any more."""
+        self.failed = True
+        self.lost, self.running = self.running, []
+        for batch in self.lost:
+            batch.lost = True
+        for stage, held in enumerate(self.held):
+            self.held[stage] = [(start_s, min(end_s, now)) for start_s, end_s in held if start_s < now]
+
+    def busy_s(self, until_s: float) -> float:
+        """Section 12: how long the busiest stage is held, by one batch or several."""
+        stages_s = []
+        for held in self.held:
+            total_s = 0.0
+            for start_s, end_s in without_overlap(held):
+                total_s += max(0.0, min(end_s, until_s) - start_s)
+            stages_s.append(total_s)
+        return max(stages_s)
+
     def shares_a_gpu_with(self, other: Group) -> bool:
         return self.node == other.node and bool(set(self.gpus) & set(other.gpus))
+
+
+def without_overlap(held: Sequence[tuple[float, float]]) -> Iterator[tuple[float, float]]:
+    """Yield the spans, in the order of their starts, each from where those before it have ended."""
+    upto_s = 0.0
+    for start_s, end_s in held:
+        yield max(start_s, upto_s), end_s
+        upto_s = max(upto_s, end_s)

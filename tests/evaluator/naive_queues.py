@@ -140,7 +140,9 @@ class Queues(State):
         if group.slots(self.told.concurrency) > 1:
             group.stage_free_s = [self.now]
         for stage, stage_s in enumerate(replica.entry.stage_latency_s[len(frames) - 1]):
-            clock = max(clock, group.stage_free_s[stage]) + stage_s * factor
+            start_s = max(clock, group.stage_free_s[stage])
+            clock = start_s + stage_s * factor
+            group.held[stage].append((start_s, clock))
             group.stage_free_s[stage] = clock
         self.start(Batch(replica=replica, requests=frames, end_s=clock))
 
@@ -170,6 +172,7 @@ class Queues(State):
     def complete(self, batch: Batch) -> None:
         if batch.lost:
             return
+        self.last_s = max(self.last_s, self.now)
         replica = batch.replica
         replica.group.running.remove(batch)
         if batch.iteration:

@@ -39,11 +39,16 @@ class State:
         self.failed_gpus: set[tuple[str, int]] = set()
         self.requests: list[Request | Instance] = []
         self.ends: dict[int, Result] = {}
+        self.last_s = 0.0
         self.arrived: dict[str, int] = defaultdict(int)
         self.plan = scenario.plan
         self.in_transition = False
         self.waiting_plan: Plan | None = None
         self.tails = {name: tails_of(w, scenario.plan) for name, w in self.workflows.items()}
+
+    def note_end(self, position: int, result: Result) -> None:
+        self.ends[position] = result
+        self.last_s = max(self.last_s, self.now if result.finish_s is None else result.finish_s)
 
     def at(self, time_s: float, priority: int, action: Callable[[], None], group: Group | None = None) -> None:
         position = group.position if group else 0

@@ -27,6 +27,7 @@ def cases_of(feature: str) -> dict[int, Case]:
 def test_every_request_ends_as_in_the_naive_simulator(feature):
     """Law: outcome, reason, group, batch and finish of every request are those of the page, whoever reads it.
 
+    So is how busy each group is, to the bit, and no group is busy for longer than the run.
     See `comparison.reduced` for a way from a failing seed to a small scenario.
     """
     cases = cases_of(feature)

@@ -207,6 +207,16 @@ def test_a_failure_loses_what_runs_and_it_enters_again_when_it_is_known():
     assert (lost["outcome"], lost["reason"]) == ("failed", "lost with its node")
 
 
+def test_a_group_is_busy_until_it_fails_and_not_until_what_it_ran_would_have_ended():
+    """0.4 s from 0 on, and 0.1 s from the recovery at 2 s on; each batch would have taken 1 s."""
+    first = plan([quick("detect", latency_s=1.0, load_s=0.0)])
+    down = [Failure(at_s=0.4, node="node-0"), Recovery(at_s=2.0, node="node-0"), Failure(at_s=2.1, node="node-0")]
+    for concurrency in (1, 2):
+        found = run(first, [0.0, 2.0], down, detection_s=0.1, retries=0, concurrency=concurrency).summary
+        (group,) = found.groups
+        assert group.utilisation * found.wall_s == pytest.approx(0.5)
+
+
 def test_what_is_routed_to_a_dead_group_before_it_is_known_waits_with_the_rest():
     alone = plan([quick("detect")])
     found = run(alone, [0.1, 2.0], [Failure(at_s=0.0, node="node-0", gpu=0)], detection_s=1.0).requests
