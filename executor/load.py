@@ -53,6 +53,7 @@ class LoadOptions:
         max_message_bytes: Largest request and answer.
         on_progress: Told now and then how far the run is.
         tls: Certificate, key and authorities; without them in the clear.
+        stop: Ends the run when it is set: what is under way is given up, and nothing more is sent.
     """
 
     speed: float = 1.0
@@ -64,6 +65,7 @@ class LoadOptions:
     max_message_bytes: int = 64 * 2**20
     on_progress: Callable[[LoadProgress], None] = lambda _: None
     tls: TlsFiles | None = None
+    stop: asyncio.Event = field(default_factory=asyncio.Event)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,10 +73,11 @@ class LoadResult:
     """What became of the requests.
 
     Attributes:
-        requests: One row per request, in the order of the trace: service, scheduled_s and sent_s (from the start of the
-            run), latency_s (from ``scheduled_s``; NaN for what was neither good nor late), outcome, status (name of the
-            gRPC status), batch_size, run_s (of the batch), variant, accuracy, group, ttft_s (from ``scheduled_s``) and
-            tpot_s (both NaN where no tokens were streamed). It is an outcome frame as in `traces.outcomes`.
+        requests: One row per request that was sent, in the order of the trace: service, scheduled_s and sent_s (from
+            the start of the run), latency_s (from ``scheduled_s``; NaN for what was neither good nor late), outcome,
+            status (name of the gRPC status), batch_size, run_s (of the batch), variant, accuracy, group, ttft_s (from
+            ``scheduled_s``) and tpot_s (both NaN where no tokens were streamed). It is an outcome frame as in
+            `traces.outcomes`; only a run that was stopped has requests in flight, with an empty status.
         summary: Counts and percentiles.
         send_lag_p99_s: 99th percentile of ``sent_s - scheduled_s``.
         warnings: What makes the figures less than they should be.
@@ -131,7 +134,11 @@ async def _replayed(
         schedule = replace(schedule, tokens=_token_load(trace, services, built.generating))
         if how.processes == 1:
             run = LoadRun(schedule, bodies, channels, how.on_progress)
-            wall_s = await run.replay()
+            stopping = asyncio.create_task(_stop_when_told(run, how.stop))
+            try:
+                wall_s = await run.replay()
+            finally:
+                stopping.cancel()
             return schedule, run.frame(), wall_s
     finally:
         await asyncio.gather(*(channel.close(None) for channel in channels))
@@ -139,9 +146,14 @@ async def _replayed(
         gateway=gateway, connections=how.connections, max_message_bytes=how.max_message_bytes, tls=how.tls
     )
     frame, wall_s = await asyncio.to_thread(
-        replay_in_processes, schedule, bodies, target, how.processes, how.on_progress
+        replay_in_processes, schedule, bodies, target, how.processes, how.on_progress, how.stop.is_set
     )
     return schedule, frame, wall_s
+
+
+async def _stop_when_told(run: LoadRun, stop: asyncio.Event) -> None:
+    await stop.wait()
+    run.stop()
 
 
 def _token_load(trace: RequestTrace, services: Services, generating: frozenset[str]) -> TokenLoad | None:
@@ -254,7 +266,9 @@ def _frame(trace: RequestTrace, schedule: Schedule, notes: pd.DataFrame, service
         "scheduled_s": schedule.due_s,
         "sent_s": notes["sent_s"].to_numpy(),
         "latency_s": np.where(answered, latency_s, math.nan),
-        "outcome": np.select([answered & in_time, answered, dropped], ["good", "late", "dropped"], "failed"),
+        "outcome": np.select(
+            [answered & in_time, answered, dropped, status == ""], ["good", "late", "dropped", "in_flight"], "failed"
+        ),
         "status": list(status),
         "batch_size": notes["batch_size"].to_numpy(),
         "run_s": notes["run_s"].to_numpy(),
@@ -264,4 +278,5 @@ def _frame(trace: RequestTrace, schedule: Schedule, notes: pd.DataFrame, service
         "ttft_s": ttft_s,
         "tpot_s": tpot_s,
     }
-    return pd.DataFrame(columns)
+    frame = pd.DataFrame(columns)
+    return frame[frame["sent_s"].notna()].reset_index(drop=True)

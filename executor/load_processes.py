@@ -6,13 +6,16 @@ One Python process sends some thousand requests per second; beyond that the load
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import io
 import multiprocessing
 import multiprocessing.connection
+import signal
 import struct
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 
 import numpy as np
@@ -20,7 +23,7 @@ import pandas as pd
 
 from executor.control_client import channel_options
 from executor.latency_histogram import LatencyHistogram
-from executor.load_run import LoadProgress, LoadRun, Schedule
+from executor.load_run import SHORTEST_S, LoadProgress, LoadRun, Schedule
 from executor.tls import Credentials, Dialer, TlsFiles
 from plans.errors import ForeplanError, RemoteFailure
 
@@ -28,7 +31,9 @@ __all__ = ["LoadTarget", "replay_in_processes"]
 
 _READY, _PROGRESS, _RESULT, _FAILED = b"A", b"P", b"R", b"F"
 _COUNTS = struct.Struct("<QQ")
+_STOP = b"S"
 _START_S = 60.0
+_WAIT_S = 0.2
 _LEAD_S = 0.2
 """How long after the last process is ready the run starts."""
 
@@ -49,26 +54,34 @@ def replay_in_processes(
     target: LoadTarget,
     processes: int,
     on_progress: Callable[[LoadProgress], None] = lambda _: None,
+    is_stopped: Callable[[], bool] = lambda: False,
 ) -> tuple[pd.DataFrame, float]:
     """Send ``schedule`` from ``processes`` processes; return what `LoadRun.frame` says of all requests, and seconds.
+
+    ``is_stopped`` is asked now and then whether to end the run early. A Ctrl-C goes to this process only.
 
     Raises:
         RemoteFailure: A process of the load client failed; says how.
     """
     context = multiprocessing.get_context("spawn")
+    resource_tracker.ensure_running()  # its start would let Ctrl-C through again
     children = []
     for index in range(processes):
         ours, theirs = context.Pipe()
         child = context.Process(
             target=_child, args=(schedule.part(index, processes), list(bodies), target, theirs), daemon=True
         )
-        child.start()
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])  # children begin with it
+        try:
+            child.start()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         theirs.close()
         children.append((child, ours))
     try:
         start_s = _started([ours for _, ours in children])
-        parts = _collected([ours for _, ours in children], len(schedule), on_progress)
-        wall_s = time.monotonic() - start_s
+        parts = _collected([ours for _, ours in children], len(schedule), on_progress, is_stopped)
+        wall_s = max(SHORTEST_S, time.monotonic() - start_s)
     finally:
         for child, ours in children:
             ours.close()
@@ -93,15 +106,24 @@ def _started(connections: Sequence[Connection]) -> float:
 
 
 def _collected(
-    connections: Sequence[Connection], total: int, on_progress: Callable[[LoadProgress], None]
+    connections: Sequence[Connection],
+    total: int,
+    on_progress: Callable[[LoadProgress], None],
+    is_stopped: Callable[[], bool],
 ) -> list[pd.DataFrame]:
     """Pass progress on until every process has sent its result; return those."""
+    told = False
     found: dict[int, pd.DataFrame] = {}
     latest: dict[int, tuple[int, int, LatencyHistogram]] = {}
     index_of = {id(connection): index for index, connection in enumerate(connections)}
     waiting = list(connections)
     while waiting:
-        for ready in multiprocessing.connection.wait(waiting):
+        if is_stopped() and not told:
+            told = True
+            for connection in waiting:
+                with contextlib.suppress(OSError):  # it has just ended, well or not
+                    connection.send_bytes(_STOP)
+        for ready in multiprocessing.connection.wait(waiting, _WAIT_S):
             assert isinstance(ready, Connection)
             index = index_of[id(ready)]
             kind, body = _received(ready, index)
@@ -112,7 +134,8 @@ def _collected(
             done, good = _COUNTS.unpack_from(body)
             counts = np.frombuffer(body, dtype=np.int64, offset=_COUNTS.size).copy()
             latest[index] = (done, good, LatencyHistogram(counts))
-        on_progress(_sum(latest, total))
+        if latest:
+            on_progress(_sum(latest, total))
     return [found[index] for index in range(len(connections))]
 
 
@@ -141,6 +164,8 @@ def _child(schedule: Schedule, bodies: list[bytes], target: LoadTarget, parent: 
         uvloop.run(_replay(schedule, bodies, target, parent))
     except ForeplanError as error:
         parent.send_bytes(_FAILED + str(error).encode())
+    except (BrokenPipeError, ConnectionResetError, EOFError):
+        return  # the parent is gone: there is nobody to tell
 
 
 async def _replay(schedule: Schedule, bodies: list[bytes], target: LoadTarget, parent: Connection) -> None:
@@ -155,7 +180,9 @@ async def _replay(schedule: Schedule, bodies: list[bytes], target: LoadTarget, p
         parent.send_bytes(_READY)
         (start_s,) = struct.unpack("<d", await asyncio.to_thread(parent.recv_bytes))
         run = LoadRun(schedule, bodies, channels, tell)
+        asyncio.get_running_loop().add_reader(parent.fileno(), run.stop)  # told so, or the parent is gone
         await run.replay(start_s)
+        asyncio.get_running_loop().remove_reader(parent.fileno())
     finally:
         await asyncio.gather(*(channel.close(None) for channel in channels))
     stream = io.BytesIO()

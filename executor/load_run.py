@@ -21,11 +21,13 @@ from executor.load_requests import position_field
 from executor.load_tokens import TokenLoad, stream_answer, token_fields
 from plans.errors import InvalidInput
 
-__all__ = ["LoadProgress", "LoadRun", "Schedule"]
+__all__ = ["SHORTEST_S", "LoadProgress", "LoadRun", "Schedule"]
 
 _NOTHING = AnswerHeader(batch_size=None, run_s=None, variant=None, group=None)
 _TICK_S = 0.2
 _SPIN_S = 0.0005
+SHORTEST_S = 0.001
+"""The length of a run that was stopped before it began."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,34 +109,50 @@ class LoadRun:
         self._latency = LatencyHistogram()
         self._done = self._good = 0
         self._start_s = 0.0
+        self._sending: asyncio.Task[None] | None = None
+        self._is_stopped = False
 
     async def replay(self, start_s: float | None = None) -> float:
-        """Send everything, wait for every end, and return the length of the run in seconds.
+        """Send everything, wait for every end or for `stop`, and return the length of the run in seconds.
 
         Args:
             start_s: When the run starts, on the clock of ``time.monotonic``; now when left out.
         """
         self._start_s = time.monotonic() if start_s is None else start_s
         ticker = asyncio.create_task(self._tick())
+        self._sending = asyncio.create_task(self._send_all())
         try:
-            async with asyncio.TaskGroup() as group:
-                for position, due_s in enumerate(self._schedule.due_s.tolist()):
-                    wait_s = self._start_s + due_s - time.monotonic()
-                    if wait_s > _SPIN_S:
-                        await asyncio.sleep(wait_s)
-                    elif position % 64 == 0:
-                        await asyncio.sleep(0)  # behind schedule: answers must still be read
-                    group.create_task(self._one(position))
-                await asyncio.sleep(self._start_s + self._schedule.duration_s - time.monotonic())
+            await self._sending
+        except asyncio.CancelledError:
+            if not self._is_stopped:
+                raise
         finally:
             ticker.cancel()
         self._on_progress(self._progress())
-        return time.monotonic() - self._start_s
+        return max(SHORTEST_S, time.monotonic() - self._start_s)
+
+    def stop(self) -> None:
+        """End the run: nothing more is sent, and what is under way is given up and keeps no end."""
+        if self._sending is not None:
+            self._is_stopped = True
+            self._sending.cancel()
+
+    async def _send_all(self) -> None:
+        async with asyncio.TaskGroup() as group:
+            for position, due_s in enumerate(self._schedule.due_s.tolist()):
+                wait_s = self._start_s + due_s - time.monotonic()
+                if wait_s > _SPIN_S:
+                    await asyncio.sleep(wait_s)
+                elif position % 64 == 0:
+                    await asyncio.sleep(0)  # behind schedule: answers must still be read
+                group.create_task(self._one(position))
+            await asyncio.sleep(self._start_s + self._schedule.duration_s - time.monotonic())
 
     def frame(self) -> pd.DataFrame:
         """Return what became of each request, in their order.
 
-        Columns: sent_s and ended_s (seconds from the start), status (name of the gRPC status), batch_size, run_s,
+        Columns: sent_s and ended_s (seconds from the start; of a run that was stopped, NaN for what was not sent and
+        had no end), status (name of the gRPC status, empty without an end), batch_size, run_s,
         variant and group (of the answer, missing without one), ttft_s (from when it was due) and tpot_s (NaN where no
         tokens were streamed).
         """

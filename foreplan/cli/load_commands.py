@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import signal
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from foreplan.cli.command import command
+from foreplan.cli.command import EXIT_INTERRUPTED, command
 from foreplan.cli.evaluate_commands import RequestsFile, print_summary
 from foreplan.cli.options import Seed, ServicesFile, read_requests
 from foreplan.cli.output import Output, Step
 from foreplan.cli.tls_options import ClientCert, ClientKey, Insecure, RootCert, client_dialer
 
 if TYPE_CHECKING:
-    from executor.load import LoadProgress
+    from executor.load import LoadOptions, LoadProgress, LoadResult
+    from plans.service import Services
+    from traces.table import RequestTrace
 
 __all__ = ["register"]
 
@@ -41,15 +44,20 @@ def load(
     root_cert: RootCert = None,
     insecure: Insecure = False,
 ) -> None:
-    """Replay a trace against a live gateway, open loop, and count what became of every request."""
-    from executor.load import LoadOptions, replay
-    from foreplan.runs import write_requests
+    """Replay a trace against a live gateway, open loop, and count what became of every request.
+
+    Ctrl-C ends the run early: what was sent is written and counted all the same. A second one ends the command.
+    """
+    from executor.load import LoadOptions
+    from foreplan.runs import check_table_name, write_requests
     from plans.documents import read_document
     from plans.service import Services
 
+    if requests is not None:
+        check_table_name(requests)
     dialer = client_dialer([gateway], client_cert, client_key, root_cert, insecure=insecure)
     arrivals = read_requests(trace, out)
-    with out.progress(f"replaying {len(arrivals)} requests", total=len(arrivals)) as step:
+    with out.progress(f"replaying {len(arrivals)} requests", total=len(arrivals), in_lines=True) as step:
         how = LoadOptions(
             speed=speed,
             processes=processes,
@@ -59,13 +67,35 @@ def load(
             on_progress=lambda progress: _show(step, progress),
             tls=dialer.credentials.files if dialer.credentials else None,
         )
-        result = asyncio.run(replay(arrivals, gateway, read_document(services, Services), how))
+        result = asyncio.run(_replay(arrivals, gateway, read_document(services, Services), how))
     for warning in result.warnings:
         out.warn(warning)
     if requests is not None:
         write_requests(requests, [result.requests])
     out.result(result.summary.to_json())
     print_summary(out, result.summary)
+    if how.stop.is_set():
+        out.error(
+            f"interrupted: only {len(result.requests)} of {len(arrivals)} requests were sent, and are counted here"
+        )
+        raise typer.Exit(EXIT_INTERRUPTED)
+
+
+async def _replay(arrivals: RequestTrace, gateway: str, services: Services, how: LoadOptions) -> LoadResult:
+    """Replay; a Ctrl-C ends the run, and the next one everything."""
+    from executor.load import replay
+
+    loop = asyncio.get_running_loop()
+
+    def stop() -> None:
+        loop.remove_signal_handler(signal.SIGINT)
+        how.stop.set()
+
+    loop.add_signal_handler(signal.SIGINT, stop)
+    try:
+        return await replay(arrivals, gateway, services, how)
+    finally:
+        loop.remove_signal_handler(signal.SIGINT)
 
 
 def _show(step: Step, progress: LoadProgress) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,11 +21,31 @@ _UNCUT = 100_000
 
 
 class Step:
-    """A running progress bar; `update` moves it."""
+    """A running progress bar; `update` moves it.
 
-    def __init__(self, progress: Progress, task: Any) -> None:
+    Args:
+        progress: The bars.
+        task: Which of them it is.
+        tell: Told how far it is, now and then; None where nobody is.
+        every_s: How often, seconds.
+        clock: The time in seconds.
+    """
+
+    def __init__(
+        self,
+        progress: Progress,
+        task: Any,
+        tell: Callable[[str], None] | None = None,
+        *,
+        every_s: float = 5.0,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._progress = progress
         self._task = task
+        self.tell = tell
+        self._every_s = every_s
+        self._clock = clock
+        self._told_s = clock()
 
     def update(self, done: float, *, total: float | None = None, text: str | None = None) -> None:
         """Set how much is done, and optionally of how much and what is going on."""
@@ -34,6 +55,9 @@ class Step:
         if text is not None:
             fields["description"] = text
         self._progress.update(self._task, **fields)
+        if self.tell is not None and self._clock() - self._told_s >= self._every_s:
+            self._told_s = self._clock()
+            self.tell(f"{done:g} of {total:g}: {text}" if text and total is not None else text or f"{done:g}")
 
 
 class Output:
@@ -96,14 +120,18 @@ class Output:
         self._stdout.print(table)
 
     @contextmanager
-    def progress(self, text: str, total: float | None = None) -> Iterator[Step]:
-        """Show a progress bar on stderr for as long as the block runs; off a terminal only its title."""
+    def progress(self, text: str, total: float | None = None, *, in_lines: bool = False) -> Iterator[Step]:
+        """Show a progress bar on stderr for as long as the block runs.
+
+        Off a terminal there is its title, not with ``--json``; and where ``in_lines`` is wanted, a line every 5 s.
+        """
         columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
         terminal = self._stderr.is_terminal
         if not terminal and not self.as_json:
             self.note(text)
         with Progress(*columns, console=self._stderr, transient=True, disable=not terminal) as progress:
-            yield Step(progress, progress.add_task(text, total=total))
+            tell = self.note if in_lines and not terminal else None
+            yield Step(progress, progress.add_task(text, total=total), tell)
 
 
 def _cell(value: object) -> str:

@@ -240,6 +240,41 @@ class TestOutcomes:
         run(scenario())
 
 
+@pytest.mark.parametrize("processes", [1, 2])
+class TestStopped:
+    def test_what_was_sent_is_told_and_what_was_under_way_has_no_end(self, tmp_path: Path, processes: int) -> None:
+        async def scenario() -> None:
+            async with Bench(tmp_path) as bench:
+                how = LoadOptions(processes=processes)
+                task = asyncio.create_task(replay(requests(100_000, gap_s=0.01), bench.address, SERVICES, how))
+                while len(bench.agent.served) < 10:
+                    await asyncio.sleep(0)
+                bench.agent.infer_waits_for = asyncio.Event()
+                while len(bench.agent.served) < 20:
+                    await asyncio.sleep(0)
+                how.stop.set()
+                result = await task
+                counts = result.requests["outcome"].value_counts()
+                assert counts["good"] >= 9
+                assert counts["in_flight"] >= 1
+                assert counts["good"] + counts["in_flight"] == len(result.requests) < 100_000
+                assert result.summary.requests == len(result.requests)
+                assert np.isfinite(result.requests["sent_s"]).all()
+                assert 0 < result.summary.wall_s < 1000
+
+        run(scenario())
+
+    def test_before_anything_was_sent_there_is_an_empty_table(self, tmp_path: Path, processes: int) -> None:
+        async def scenario() -> None:
+            async with Bench(tmp_path) as bench:
+                how = LoadOptions(processes=processes)
+                how.stop.set()
+                result = await replay(trace((50.0, "chat"), (60.0, "chat")), bench.address, SERVICES, how)
+                assert (len(result.requests), result.summary.requests) == (0, 0)
+
+        run(scenario())
+
+
 class TestRefused:
     def test_a_gateway_that_is_not_there_is_named_at_the_start(self, tmp_path: Path) -> None:
         async def scenario() -> None:

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
+import time
 
 import psutil
 import pytest
@@ -89,6 +91,45 @@ def test_a_plan_is_applied_served_replaced_and_rolled_back(live):
     assert status["generation"] == 3
     digest = json.loads(live.run("apply", "plan.json", *where(live), "--json").stdout)["placement_digest"]
     assert digest == status["placement_digest"]
+
+
+def test_a_requests_file_that_cannot_be_written_is_told_before_anything_is_sent(tmp_path):
+    workspace = Workspace.make(tmp_path)
+    flags = ["--trace", "no-trace.csv", "--services", "services.yaml", "--gateway", "127.0.0.1:1"]
+    assert "ends in .parquet or .csv" in workspace.run("load", *flags, "--requests", "m.txt", code=1).stderr
+    assert "nowhere" in workspace.run("load", *flags, "--requests", "nowhere/m.csv", code=1).stderr
+
+
+@pytest.mark.parametrize("processes", ["1", "2"])
+def test_an_interrupted_replay_keeps_what_it_has_and_says_so(live, processes):
+    """Ctrl-C reaches every process of the terminal's group, whatever it has come to."""
+    flags = [
+        "--services",
+        "services.yaml",
+        "--gateway",
+        live.gateway,
+        "--requests",
+        "cut.csv",
+        "--processes",
+        processes,
+    ]
+    command = [sys.executable, "-m", "foreplan", "load", "--trace", "t.csv", "--speed", "0.01", *flags]
+    with subprocess.Popen(
+        command, cwd=live.folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    ) as load:
+        assert "replaying" in load.stderr.readline()
+        of_it, port = psutil.Process(load.pid), int(live.gateway.rpartition(":")[2])
+        while not (of_it.children() or any(one.raddr and one.raddr.port == port for one in of_it.net_connections())):
+            time.sleep(0.01)
+        while processes == "2" and not of_it.children():
+            time.sleep(0.01)
+        os.killpg(load.pid, signal.SIGINT)
+        out, told = load.communicate(timeout=120)
+    assert load.returncode == 130, told
+    assert "interrupted: only" in told
+    assert "Traceback" not in out + told
+    assert "requests in" in out
+    assert (live.folder / "cut.csv").read_text().startswith("service,scheduled_s,")
 
 
 def test_a_port_in_use_is_named(live):

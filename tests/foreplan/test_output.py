@@ -1,0 +1,25 @@
+from __future__ import annotations
+
+import io
+
+from rich.console import Console
+from rich.progress import Progress
+
+from foreplan.cli.output import Output, Step
+
+
+def test_off_a_terminal_a_step_tells_how_far_it_is_every_few_seconds():
+    now_s, told = [0.0], []
+    with Progress(console=Console(file=io.StringIO()), disable=True) as progress:
+        step = Step(progress, progress.add_task("x"), told.append, every_s=5.0, clock=lambda: now_s[0])
+        for now_s[0] in (0.1, 4.9, 5.0, 5.1, 9.9, 10.2, 11.0):
+            step.update(now_s[0] * 10, total=200, text="all in time")
+    assert told == ["50 of 200: all in time", "102 of 200: all in time"]
+
+
+def test_lines_are_for_those_who_have_no_bar_and_asked(capsys):
+    out = Output(as_json=True, color=False)
+    for in_lines in (False, True):
+        with out.progress("replaying", total=10, in_lines=in_lines) as step:
+            assert (step.tell is not None) is in_lines
+    assert capsys.readouterr().err == ""
