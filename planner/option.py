@@ -49,7 +49,7 @@ class Option:
         utilisation: Utilisation up to which the share of late requests stays within the SLO, in (0, 1].
         at_floor: Whether the tail bound asked for less than the least utilisation that is planned for.
         weight_bytes: Weights over all GPUs of the group.
-        load_s: Time that loading takes.
+        load_s: Time that loading takes: the profile's, or `_load_s` where it states none.
         token_ratio: Time per further token over the TPOT, in [0, 1]: the share of the group's time that neighbours must
             leave to it, (4.22). 0 where no tokens follow each other.
         deadline_s: Time from arrival within which a request is good.
@@ -295,11 +295,22 @@ def _judge(candidate: _Candidate, batch: int) -> Option | Rejection:
         utilisation=min(max(figures.allowed, settings.min_utilisation), settings.max_utilisation),
         at_floor=figures.allowed < settings.min_utilisation,
         weight_bytes=tp * sum(candidate.model.weight_bytes),
-        load_s=candidate.model.load_s,
+        load_s=_load_s(candidate),
         deadline_s=candidate.goal.deadline_s,
         confidence=figures.confidence,
         token_ratio=figures.token_ratio,
     )
+
+
+def _load_s(candidate: _Candidate) -> float:
+    """Return the load time that the profile states, else that of the largest stage's weights at ``load_bandwidth``.
+
+    Devices of a group load side by side. 0 where neither is known.
+    """
+    bandwidth = candidate.problem.cluster.gpu_types[candidate.gpu_type].load_bandwidth
+    if candidate.model.load_s > 0 or not bandwidth:
+        return candidate.model.load_s
+    return max(candidate.model.weight_bytes) / bandwidth
 
 
 def _of_batch(candidate: _Candidate, batch: int) -> _Figures:

@@ -19,7 +19,10 @@ Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$",
 
 
 class GpuType(Document):
-    """A kind of device: its memory, price and the bandwidth at which weights reach it."""
+    """A kind of device: its memory, price and the bandwidth at which weights reach it.
+
+    Where a profile states no load time, a load takes the weights of one device over ``load_bandwidth``.
+    """
 
     memory_bytes: Bytes = Field(gt=0, validation_alias=AliasChoices("memory", "memory_bytes"))
     cost_per_hour: float = Field(default=1.0, ge=0, allow_inf_nan=False)

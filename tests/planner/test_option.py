@@ -117,6 +117,25 @@ def test_weights_count_every_gpu_of_the_group() -> None:
         assert option.weight_bytes == pytest.approx(4 * 2**30, rel=1e-6)
 
 
+def test_a_load_that_no_profile_times_takes_the_weights_of_a_gpu_over_the_load_bandwidth() -> None:
+    def loads_s(stated_s: float, bandwidth: float | None, pair: tuple[int, int]) -> set[float]:
+        shape = profile("m", weights_gib=4.0, parallelisms=(pair,))
+        shape = shape.model_copy(
+            update={"rows": tuple(row.model_copy(update={"load_s": stated_s}) for row in shape.rows)}
+        )
+        inventory = cluster(("a", "gpu", 2))
+        kind = inventory.gpu_types["gpu"].model_copy(update={"load_bandwidth": bandwidth})
+        inventory = inventory.model_copy(update={"gpu_types": {"gpu": kind}})
+        service = latency_service("s", ("m", 0.8), deadline_s=10.0)
+        options = build_catalogue(problem(inventory, [service], [shape], demand(s=10.0), settings=QUIET)).options
+        return {round(option.load_s, 6) for option in options}
+
+    assert loads_s(0.0, 2.0 * 2**30, (1, 1)) == {2.0}
+    assert loads_s(0.0, 2.0 * 2**30, (2, 1)) == loads_s(0.0, 2.0 * 2**30, (1, 2)) == {1.0}
+    assert loads_s(0.7, 2.0 * 2**30, (1, 1)) == {0.7}
+    assert loads_s(0.0, None, (1, 1)) == {0.0}
+
+
 def test_a_pipeline_is_as_fast_as_its_slowest_stage() -> None:
     by_shape = {(o.tp, o.pp, o.batch): o for o in one(10.0, parallelisms=((1, 1), (1, 2))).options}
     single, pipeline = by_shape[1, 1, 8], by_shape[1, 2, 8]
