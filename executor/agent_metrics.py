@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 from executor.device_memory import DeviceReading
+from executor.metrics import Durations, histogram
 from executor.state import AgentState, Phase
 from executor.statistics import Counters
 
@@ -23,10 +24,11 @@ def agent_metrics(
 
     Args:
         state: What the agent reports to controllers.
-        counters: Of every replica, by service.
+        counters: Of every replica that is or was here, by service.
         devices: What the node's devices say.
     """
     yield from _inference(counters)
+    yield from _generation(counters)
     yield from _replicas(state)
     yield from _devices(devices)
     yield GaugeMetricFamily("executor_agent_generation", "Generation committed last.", state.generation)
@@ -45,7 +47,9 @@ def _inference(counters: dict[str, list[Counters]]) -> Iterator[Metric]:
         ("nv_inference_exec_count", "Batches run.", []),
         ("nv_inference_request_duration_us", "From submission to the answer, requests answered.", []),
         ("nv_inference_queue_duration_us", "Of it, until the batch started.", []),
+        ("nv_inference_compute_input_duration_us", "Of batches, giving the worker their inputs.", []),
         ("nv_inference_compute_infer_duration_us", "Time that batches ran.", []),
+        ("nv_inference_compute_output_duration_us", "Of batches, taking out the answers.", []),
         ("executor_requests_dropped", "Requests refused because they could not be met, or given up.", []),
         ("executor_model_swaps", "Batches that waited for their model to be brought to the device.", []),
         ("executor_model_swap_seconds", "How long they did.", []),
@@ -58,7 +62,9 @@ def _inference(counters: dict[str, list[Counters]]) -> Iterator[Metric]:
             sum(one.batches for one in mine),
             sum(one.request_s for one in mine) * 1e6,
             sum(one.queue_s for one in mine) * 1e6,
+            sum(one.input_s for one in mine) * 1e6,
             sum(one.run_s for one in mine) * 1e6,
+            sum(one.output_s for one in mine) * 1e6,
             sum(one.dropped for one in mine),
             sum(one.swaps for one in mine),
             sum(one.swap_s for one in mine),
@@ -70,6 +76,31 @@ def _inference(counters: dict[str, list[Counters]]) -> Iterator[Metric]:
         for service, value in found:
             family.add_metric((service, "1"), value)
         yield family
+
+
+def _generation(counters: dict[str, list[Counters]]) -> Iterator[Metric]:
+    """Yield what is told of services that generate tokens only."""
+    sums = {service: _sum(mine) for service, mine in counters.items()}
+    generating = {service: one for service, one in sums.items() if one.output_tokens}
+    for name, text, field in (
+        ("executor_prompt_tokens", "Tokens of the prompts of requests answered.", "prompt_tokens"),
+        ("executor_generation_tokens", "Tokens generated for requests answered.", "output_tokens"),
+    ):
+        family = _PlainCounter(name, text, labels=_TRITON)
+        for service, one in generating.items():
+            family.add_metric((service, "1"), getattr(one, field))
+        yield family
+    first: dict[tuple[str, ...], Durations] = {(service, "1"): one.ttft for service, one in generating.items()}
+    each: dict[tuple[str, ...], Durations] = {(service, "1"): one.tpot for service, one in generating.items()}
+    yield histogram("executor_time_to_first_token_seconds", "From submission to the first token.", _TRITON, first)
+    yield histogram("executor_time_per_output_token_seconds", "Per token after the first, by answer.", _TRITON, each)
+
+
+def _sum(counters: list[Counters]) -> Counters:
+    total = Counters()
+    for one in counters:
+        total.add(one)
+    return total
 
 
 class _PlainCounter(CounterMetricFamily):
@@ -109,13 +140,15 @@ def _replicas(state: AgentState) -> Iterator[Metric]:
 def _devices(devices: tuple[DeviceReading, ...]) -> Iterator[Metric]:
     if not devices:
         return
-    found: dict[str, list[float]] = defaultdict(list)
+    found: dict[str, list[float | None]] = defaultdict(list)
     for device in devices:
         found["nv_gpu_memory_used_bytes"].append(device.used_bytes)
         found["nv_gpu_memory_total_bytes"].append(device.total_bytes)
         found["nv_gpu_utilization"].append(device.utilisation)
+        found["nv_gpu_power_usage"].append(device.power_w)
     for name, values in found.items():
         family = GaugeMetricFamily(name, "As NVML says.", labels=("gpu",))
         for index, value in enumerate(values):
-            family.add_metric((str(index),), value)
+            if value is not None:
+                family.add_metric((str(index),), value)
         yield family

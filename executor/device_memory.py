@@ -16,11 +16,19 @@ _log = logging.getLogger("executor.agent")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DeviceReading:
-    """One GPU now: bytes in use by whomever, bytes in all, and the share of the last moment that it worked, 0 to 1."""
+    """One GPU now.
+
+    Attributes:
+        used_bytes: In use by whomever.
+        total_bytes: In all.
+        utilisation: Share of the last moment that it worked, 0 to 1.
+        power_w: What it draws, watts; None where it does not say.
+    """
 
     used_bytes: int
     total_bytes: int
     utilisation: float
+    power_w: float | None = None
 
 
 def device_readings(device: str, count: int) -> tuple[DeviceReading, ...]:
@@ -48,7 +56,15 @@ def _reading(nvml: Any, index: int) -> DeviceReading:
         used_bytes=int(memory.used),
         total_bytes=int(memory.total),
         utilisation=nvml.nvmlDeviceGetUtilizationRates(handle).gpu / 100,
+        power_w=_power_w(nvml, handle),
     )
+
+
+def _power_w(nvml: Any, handle: Any) -> float | None:
+    try:
+        return float(nvml.nvmlDeviceGetPowerUsage(handle)) / 1000
+    except nvml.NVMLError:  # virtual GPUs and some old ones do not measure it
+        return None
 
 
 @contextlib.contextmanager

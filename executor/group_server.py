@@ -263,6 +263,8 @@ class GroupServer:
         )
         try:
             future = self._regions.send(link, loaded, batch, functools.partial(self._freed, batch))
+            if key in self.counters:
+                self.counters[key].input_s += self._clock() - now_s
         except (OSError, ValueError) as error:
             _log.exception("event=batch_not_sent replica=%r", str(key))
             refused = ReplicaUnavailable(f"{key}: its worker cannot be given the batch: {error}")
@@ -323,6 +325,7 @@ class GroupServer:
         counters = self.counters.get(batch.key)
         if done.swap_s and counters is not None:
             counters.swapped(done.swap_s)
+        begun_s = self._clock()
         try:
             for pending in deliver(batch, done, link):
                 if counters is not None:
@@ -330,6 +333,8 @@ class GroupServer:
                     counters.items += pending.waiting.items
                     counters.queue_s += batch.started_s - pending.arrived_s
                     counters.request_s += self._clock() - pending.arrived_s
+            if counters is not None:
+                counters.output_s += self._clock() - begun_s
         except (OSError, ValueError):
             _log.exception("event=answer_not_read replica=%r", str(batch.key))
         finally:

@@ -82,6 +82,7 @@ class Generating:
     started_s: float | None = None
     run_s: float = 0.0
     share_s: float = 0.0
+    prompt_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -191,6 +192,7 @@ class Lane:
         except InvalidInput:
             self._counters.failed += 1
             raise
+        sequence.prompt_tokens = len(request.prompt)
         self._sequences[sequence.number] = sequence
 
     def cancel(self, sequence: Generating, now_s: float) -> None:
@@ -263,6 +265,7 @@ class Lane:
         counters.items += 1
         counters.queue_s += queue_s
         counters.request_s += now_s - sequence.arrived_s
+        counters.generated(sequence.prompt_tokens, len(one.tokens), one.ttft_s, one.tpot_s)
         if not sequence.answer.done():
             sequence.answer.set_result(
                 Generated(

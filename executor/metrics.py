@@ -33,6 +33,11 @@ class Durations:
         self.counts[bisect_left(BOUNDS_S, seconds)] += 1
         self.total_s += seconds
 
+    def merge(self, other: Durations) -> None:
+        """Add what another one counted."""
+        self.counts = [mine + theirs for mine, theirs in zip(self.counts, other.counts, strict=True)]
+        self.total_s += other.total_s
+
     def buckets(self) -> list[tuple[str, float]]:
         """Return the cumulative counts by upper bound, as Prometheus writes them."""
         found = []

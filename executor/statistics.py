@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
+from executor.metrics import Durations
 from executor.proto import open_inference_pb2 as pb
 
 __all__ = ["Counters", "add_statistics", "statistics_to_proto"]
@@ -30,6 +31,12 @@ class Counters:
         swap_s: How long they did.
         batch_sizes: How many batches there were of each size, in items.
         batch_run_s: The time they ran.
+        input_s: Of batches, until their inputs were where the worker reads them.
+        output_s: Of batches, until their answers were taken out.
+        prompt_tokens: Of the requests answered, where tokens are generated.
+        output_tokens: Likewise, tokens generated.
+        ttft: From submission to the first token, of the requests answered.
+        tpot: Per token after the first, of the requests answered.
     """
 
     completed: int = 0
@@ -46,6 +53,12 @@ class Counters:
     swap_s: float = 0.0
     batch_sizes: Counter[int] = field(default_factory=Counter)
     batch_run_s: dict[int, float] = field(default_factory=dict)
+    input_s: float = 0.0
+    output_s: float = 0.0
+    prompt_tokens: int = 0
+    output_tokens: int = 0
+    ttft: Durations = field(default_factory=Durations)
+    tpot: Durations = field(default_factory=Durations)
 
     def swapped(self, swap_s: float) -> None:
         """Count a batch that waited for its model to be brought to the device."""
@@ -59,6 +72,28 @@ class Counters:
         self.last_ms = ended_ms
         self.batch_sizes[items] += 1
         self.batch_run_s[items] = self.batch_run_s.get(items, 0.0) + run_s
+
+    def generated(self, prompt_tokens: int, output_tokens: int, ttft_s: float, tpot_s: float) -> None:
+        """Count an answer of tokens."""
+        self.prompt_tokens += prompt_tokens
+        self.output_tokens += output_tokens
+        self.ttft.add(ttft_s)
+        if output_tokens > 1:
+            self.tpot.add(tpot_s)
+
+    def add(self, other: Counters) -> None:
+        """Add what another one counted."""
+        for name in _SUMS:
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        self.last_ms = max(self.last_ms, other.last_ms)
+        self.batch_sizes.update(other.batch_sizes)
+        for size, run_s in other.batch_run_s.items():
+            self.batch_run_s[size] = self.batch_run_s.get(size, 0.0) + run_s
+        self.ttft.merge(other.ttft)
+        self.tpot.merge(other.tpot)
+
+
+_SUMS = tuple(one.name for one in fields(Counters) if one.type in ("int", "float") and one.name != "last_ms")
 
 
 def statistics_to_proto(service: str, version: str, counters: Iterable[Counters]) -> pb.ModelStatistics:
@@ -74,7 +109,9 @@ def statistics_to_proto(service: str, version: str, counters: Iterable[Counters]
         _add(stats.success, one.completed, one.request_s)
         _add(stats.fail, one.dropped + one.failed, one.failed_s)
         _add(stats.queue, one.completed, one.queue_s)
+        _add(stats.compute_input, one.batches, one.input_s)
         _add(stats.compute_infer, one.batches, one.run_s)
+        _add(stats.compute_output, one.batches, one.output_s)
         sizes.update(one.batch_sizes)
         for size, run_s in one.batch_run_s.items():
             times[size] += round(run_s * 1e9)

@@ -34,6 +34,7 @@ from executor.reconcile import (
 from executor.replica import Event, Replica, advance
 from executor.spare_worker import SpareWorker
 from executor.state import DesiredReplica, DesiredState, Phase, ReplicaKey, ReplicaState
+from executor.statistics import Counters
 from executor.worker_link import WorkerSettings
 
 __all__ = ["Upkeep"]
@@ -60,6 +61,7 @@ class Upkeep:
     Attributes:
         replicas: Every replica, by its key.
         groups: Every group that runs, or shall run, something.
+        departed: What replicas that are gone have counted, by service.
         spare: A worker started ahead.
     """
 
@@ -74,6 +76,7 @@ class Upkeep:
     ) -> None:
         self.replicas: dict[ReplicaKey, Replica] = {}
         self.groups: dict[str, GroupServer] = {}
+        self.departed: dict[str, Counters] = {}
         self.spare = SpareWorker(worker)
         self._worker = worker
         self._memory_bytes = memory_bytes
@@ -303,7 +306,11 @@ class Upkeep:
     def _act(self, action: Action) -> None:
         match action:
             case Release():
-                self.groups[action.key.group].close(action.key, "it left the plan")
+                group = self.groups[action.key.group]
+                counters = group.counters.get(action.key)
+                group.close(action.key, "it left the plan")
+                if counters is not None:
+                    self.departed.setdefault(action.key.service, Counters()).add(counters)
                 del self.replicas[action.key]
             case Adopt():
                 if self.replicas[action.key].phase is Phase.FAILED:

@@ -45,3 +45,20 @@ def test_a_lane_lets_no_more_wait_than_its_limit() -> None:
             let_wait(lane, 2)
 
     asyncio.run(scenario())
+
+
+def test_a_lane_counts_the_tokens_of_what_it_answered_and_when_the_first_came() -> None:
+    async def scenario() -> None:
+        counters = Counters()
+        lane = Lane(KEY, FACTS, counters, most_waiting=2)
+        lane.configure(GenerationRules(ttft_s=100.0, tpot_s=0.1, kv_bytes=10**6), max_batch=4, latency_s=2.0)
+        let_wait(lane, 0)
+        for now_s in (0.4, 0.5):
+            iteration = lane.turn(now_s - 0.1)
+            assert iteration is not None
+            lane.end(iteration, (3,), 0.1, now_s)()
+        assert (counters.prompt_tokens, counters.output_tokens, counters.completed) == (1, 2, 1)
+        assert counters.ttft.total_s == pytest.approx(0.4)
+        assert counters.tpot.total_s == pytest.approx(0.1)
+
+    asyncio.run(scenario())

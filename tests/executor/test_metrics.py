@@ -10,11 +10,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from prometheus_client.parser import text_string_to_metric_families
 
+from executor.agent_metrics import agent_metrics
+from executor.device_memory import DeviceReading
 from executor.gateway import GatewayConfig, running_gateway
 from executor.metrics import BOUNDS_S, Durations, exposition
 from executor.proto import open_inference_pb2 as inference
+from executor.state import AgentState
 from executor.statistics import Counters, add_statistics, statistics_to_proto
-from tests.executor.running_agent import desired, replica, running_agent
+from tests.executor.running_agent import desired, eventually, replica, running_agent
 from tests.executor.test_gateway import Door, agents, table
 from tests.free_port import free_port
 
@@ -29,6 +32,13 @@ async def scraped(address: str) -> dict[tuple[str, tuple[tuple[str, str], ...]],
         for family in text_string_to_metric_families(text)
         for sample in family.samples
     }
+
+
+def _counted(completed: int, seconds: float, items: int) -> Counters:
+    counters = Counters(completed=completed, items=completed, request_s=seconds)
+    counters.ran(items, seconds, completed)
+    counters.generated(items, items, seconds, seconds)
+    return counters
 
 
 def test_a_gateway_counts_how_requests_ended(tmp_path: Path) -> None:
@@ -81,6 +91,9 @@ def test_an_agent_counts_by_tritons_names_and_tells_statistics(tmp_path: Path) -
             assert found["nv_inference_count", service] == 3
             assert 1 <= found["nv_inference_exec_count", service] <= 3
             assert found["nv_inference_request_duration_us", service] > 0
+            for part in ("input", "infer", "output"):
+                assert found[f"nv_inference_compute_{part}_duration_us", service] > 0
+            assert ("executor_generation_tokens_total", service) not in found
             assert found["executor_agent_ready", ()] == 1
             assert found["executor_resident_bytes", ()] > 2**20
             key = (("group", "node-a/0"), ("model", "fake-double"), ("phase", "serving"), ("service", "chat"))
@@ -89,12 +102,78 @@ def test_an_agent_counts_by_tritons_names_and_tells_statistics(tmp_path: Path) -
             answer = await agent.inference.ModelStatistics(inference.ModelStatisticsRequest(name="chat"))
             (one,) = answer.model_stats
             assert (one.inference_count, one.inference_stats.success.count) == (3, 3)
+            assert one.inference_stats.compute_input.ns > 0
+            assert one.inference_stats.compute_output.count == one.execution_count
             assert sum(batch.compute_infer.count for batch in one.batch_stats) == one.execution_count
             with pytest.raises(grpc.aio.AioRpcError) as caught:
                 await agent.inference.ModelStatistics(inference.ModelStatisticsRequest(name="nobody"))
             assert caught.value.code() is grpc.StatusCode.NOT_FOUND
 
     asyncio.run(asyncio.wait_for(scenario(), 120))
+
+
+def test_what_an_agent_counts_never_falls_when_replicas_come_and_go(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        metrics = f"127.0.0.1:{free_port()}"
+        async with running_agent(tmp_path, metrics=metrics) as agent:
+            answered = ("nv_inference_request_success", (("model", "chat"), ("version", "1")))
+            plans = (
+                desired(1, g0=[replica("chat")]),
+                desired(2, g1=[replica("chat")]),
+                desired(3, g0=[replica("chat")]),
+            )
+            for done, plan in enumerate(plans, start=1):
+                await agent.apply(plan)
+                await agent.infer("chat")
+
+                async def only_this() -> bool:
+                    return len((await agent.state()).replicas) == 1
+
+                await eventually(only_this)
+                assert (await scraped(metrics))[answered] == done
+
+    asyncio.run(asyncio.wait_for(scenario(), 120))
+
+
+def test_devices_and_generated_tokens_are_told_where_there_are_any() -> None:
+    counters = Counters()
+    counters.generated(prompt_tokens=7, output_tokens=3, ttft_s=0.04, tpot_s=0.003)
+    counters.generated(prompt_tokens=1, output_tokens=1, ttft_s=0.2, tpot_s=0.0)
+    devices = (
+        DeviceReading(used_bytes=1, total_bytes=2, utilisation=0.5, power_w=75.5),
+        DeviceReading(used_bytes=1, total_bytes=2, utilisation=0.5),
+    )
+    state = AgentState(node="a", version="1")
+    families = list(agent_metrics(state, {"chat": [counters], "see": [Counters()]}, devices))
+    found = {(sample.name, tuple(sample.labels.values())): sample.value for one in families for sample in one.samples}
+    chat = ("chat", "1")
+    assert found["executor_prompt_tokens_total", chat] == 8
+    assert found["executor_generation_tokens_total", chat] == 4
+    assert found["executor_time_to_first_token_seconds_count", chat] == 2
+    assert found["executor_time_to_first_token_seconds_bucket", (*chat, "0.05")] == 1
+    assert found["executor_time_per_output_token_seconds_count", chat] == 1
+    assert ("executor_prompt_tokens_total", ("see", "1")) not in found
+    assert found["nv_gpu_power_usage", ("0",)] == 75.5
+    assert ("nv_gpu_power_usage", ("1",)) not in found
+
+
+@given(st.lists(st.builds(_counted, st.integers(0, 9), st.floats(0, 9), st.integers(1, 3)), max_size=4))
+def test_law_counters_added_up_are_told_as_they_are_told_apart(parts: list[Counters]) -> None:
+    total = Counters()
+    for one in parts:
+        total.add(one)
+    apart, together = statistics_to_proto("m", "1", parts), statistics_to_proto("m", "1", [total])
+    assert together.inference_count == apart.inference_count
+    assert together.execution_count == apart.execution_count
+    assert together.last_inference == apart.last_inference
+    assert [one.compute_infer.count for one in together.batch_stats] == [
+        one.compute_infer.count for one in apart.batch_stats
+    ]
+    assert together.inference_stats.success.ns == pytest.approx(apart.inference_stats.success.ns, abs=len(parts))
+    assert (
+        total.ttft.counts == [sum(counts) for counts in zip(*(one.ttft.counts for one in parts), strict=True)]
+        or not parts
+    )
 
 
 @given(st.lists(st.floats(0, 100), max_size=50))
