@@ -1,7 +1,8 @@
 """OpenTelemetry spans, where the user asks for them: off by default, and nothing is imported then.
 
-The standard variables choose the exporter, as the OpenTelemetry conventions say: ``OTEL_TRACES_EXPORTER=otlp`` turns it
-on, ``OTEL_EXPORTER_OTLP_ENDPOINT`` says where to, ``OTEL_SERVICE_NAME`` under which name. Needs the extra ``tracing``.
+The standard variables choose the exporter, as the OpenTelemetry conventions say: ``OTEL_TRACES_EXPORTER`` turns it on
+(``otlp``, ``console`` for stderr, or both with a comma), ``OTEL_EXPORTER_OTLP_ENDPOINT`` says where to, over gRPC only,
+and ``OTEL_SERVICE_NAME`` under which name. Needs the extra ``tracing``.
 
 One request is one trace: who calls says which span it calls from (W3C Trace Context, ``traceparent``), a client or a
 gateway in the metadata of its call or the headers of its HTTP request, a gateway in the frames that it forwards too.
@@ -11,15 +12,18 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 from collections.abc import Iterator
 from contextvars import ContextVar
 from typing import Any
 
-from plans.errors import InvalidInput
+from plans.errors import Fault, InvalidInput
 
 __all__ = ["NoSpans", "Spans", "current_traceparent", "join_trace", "start_tracing", "traceparent_in"]
 
 _HEADER = "traceparent"
+_EXPORTERS = "OTEL_TRACES_EXPORTER"
+_PROTOCOLS = ("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "OTEL_EXPORTER_OTLP_PROTOCOL")
 _traceparent: ContextVar[str] = ContextVar(_HEADER, default="")
 
 
@@ -103,21 +107,46 @@ def start_tracing(service: str) -> NoSpans:
     Raises:
         InvalidInput: Spans are asked for, and the extra is not installed or the exporter is not known.
     """
-    exporter = os.environ.get("OTEL_TRACES_EXPORTER", "none")
-    if exporter == "none":
+    wanted = _wanted_exporters()
+    if not wanted:
         return NoSpans()
-    if exporter != "otlp":
-        raise InvalidInput.of("otlp or none", where="OTEL_TRACES_EXPORTER", found=repr(exporter))
     try:
         from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
         from opentelemetry.sdk.resources import Resource
         from opentelemetry.sdk.trace import TracerProvider
-        from opentelemetry.sdk.trace.export import BatchSpanProcessor
+        from opentelemetry.sdk.trace.export import BatchSpanProcessor, ConsoleSpanExporter
     except ImportError as error:
         remedy = "pip install 'foreplan[tracing]'"
         found = f"no module {error.name!r}"
-        raise InvalidInput.of("OpenTelemetry", where="OTEL_TRACES_EXPORTER", found=found, remedy=remedy) from error
+        raise InvalidInput.of("OpenTelemetry", where=_EXPORTERS, found=found, remedy=remedy) from error
     name = os.environ.get("OTEL_SERVICE_NAME", service)
     provider = TracerProvider(resource=Resource.create({"service.name": name}))
-    provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
+    for exporter in wanted:
+        sends = OTLPSpanExporter() if exporter == "otlp" else ConsoleSpanExporter(out=sys.stderr)
+        provider.add_span_processor(BatchSpanProcessor(sends))
     return Spans(provider)
+
+
+def _wanted_exporters() -> frozenset[str]:
+    """Return the exporters that the environment asks for.
+
+    Raises:
+        InvalidInput: One of them is not known, or speaks a protocol that is not here.
+    """
+    named = os.environ.get(_EXPORTERS, "")
+    wanted = frozenset(one.strip() for one in named.split(",")) - {"", "none"}
+    faults = []
+    if wanted - {"otlp", "console"}:
+        faults.append(Fault(where=_EXPORTERS, found=repr(named), expected="otlp, console, both with a comma, or none"))
+    for name in _PROTOCOLS:
+        protocol = os.environ.get(name)
+        if "otlp" in wanted and protocol:
+            if protocol != "grpc":
+                remedy = (
+                    "leave it out, and give a collector's gRPC port in OTEL_EXPORTER_OTLP_ENDPOINT (4317 by default)"
+                )
+                faults.append(Fault(where=name, found=repr(protocol), expected="grpc", remedy=remedy))
+            break  # the more special one holds
+    if faults:
+        raise InvalidInput(faults)
+    return wanted

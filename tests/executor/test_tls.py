@@ -43,6 +43,8 @@ class Site:
     agent: str
     gateway: str
     http: str
+    metrics: str
+    gateway_metrics: str
     cluster: Cluster
 
     def open(self, role: Role, address: str) -> grpc.aio.Channel:
@@ -55,7 +57,8 @@ async def site(folder: Path) -> AsyncIterator[Site]:
     authority = Authority.made(folder / "ca")
     stop = asyncio.Event()
     port: asyncio.Future[int] = asyncio.get_running_loop().create_future()
-    config: AgentConfig = agent_config(folder / "agent", tls=authority.issue(Role.AGENT))
+    metrics, gateway_metrics = (f"127.0.0.1:{free_port()}" for _ in range(2))
+    config: AgentConfig = agent_config(folder / "agent", tls=authority.issue(Role.AGENT), metrics=metrics)
     serving = asyncio.create_task(serve_agent(config, on_ready=port.set_result, stop=stop))
     try:
         agent = f"127.0.0.1:{await asyncio.wait_for(port, WAIT_S)}"
@@ -68,11 +71,16 @@ async def site(folder: Path) -> AsyncIterator[Site]:
         http = f"127.0.0.1:{free_port()}"
         files = authority.issue(Role.GATEWAY)
         settings = GatewayConfig(
-            listen="127.0.0.1:0", state_dir=folder / "gateway", http=http, tls=files, poll_interval_s=0.02
+            listen="127.0.0.1:0",
+            state_dir=folder / "gateway",
+            http=http,
+            metrics=gateway_metrics,
+            tls=files,
+            poll_interval_s=0.02,
         )
         async with running_gateway(settings) as gateway:
             await apply(PLAN, cluster, [gateway], dialer=authority.dialer(Role.OPERATOR))
-            yield Site(authority, agent, gateway, http, cluster)
+            yield Site(authority, agent, gateway, http, metrics, gateway_metrics, cluster)
     finally:
         stop.set()
         await asyncio.wait_for(serving, WAIT_S)
@@ -230,6 +238,38 @@ def test_http_asks_for_certificates_too(tmp_path: Path) -> None:
                         pass
 
     run(scenario())
+
+
+@pytest.mark.parametrize("wrong", ["in the clear", "no certificate", "another authority", "expired"])
+def test_whoever_proves_nothing_gets_nowhere_by_http(tmp_path: Path, wrong: str) -> None:
+    async def scenario() -> None:
+        async with site(tmp_path) as made:
+            context = _wrong_context(wrong, made.authority, tmp_path)
+            scheme = "http" if context is None else "https"
+            good = Credentials(made.authority.issue(Role.CLIENT)).client_context()
+            for url in (f"{made.http}/v2/health/live", f"{made.gateway_metrics}/metrics", f"{made.metrics}/metrics"):
+                async with aiohttp.ClientSession() as session:
+                    with pytest.raises(aiohttp.ClientError):
+                        async with session.get(f"{scheme}://{url}", ssl=context or True):
+                            pass
+                    async with session.get(f"https://{url}", ssl=good) as answer:
+                        assert answer.status == 200
+
+    run(scenario())
+
+
+def _wrong_context(wrong: str, authority: Authority, folder: Path) -> ssl.SSLContext | None:
+    if wrong == "in the clear":
+        return None
+    context = ssl.create_default_context(cafile=str(authority.issue(Role.CLIENT).authorities))
+    if wrong == "expired":
+        files = authority.issue(Role.OPERATOR, "old", days_ago=5)
+    elif wrong == "another authority":
+        files = Authority.made(folder / "other-http").issue(Role.OPERATOR)
+    else:
+        return context
+    context.load_cert_chain(files.certificate, files.key)
+    return context
 
 
 def test_off_loopback_it_takes_certificates_or_an_express_wish(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -80,9 +81,38 @@ def test_without_a_wish_there_are_none_and_nothing_is_imported(monkeypatch: pyte
 
 
 def test_an_exporter_that_is_not_known_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("OTEL_TRACES_EXPORTER", "smoke-signals")
-    with pytest.raises(InvalidInput, match="OTEL_TRACES_EXPORTER"):
-        start_tracing("x")
+    for named in ("smoke-signals", "otlp,zipkin"):
+        monkeypatch.setenv("OTEL_TRACES_EXPORTER", named)
+        with pytest.raises(InvalidInput, match=f"OTEL_TRACES_EXPORTER: found '{named}', expected otlp, console"):
+            start_tracing("x")
+
+
+@pytest.mark.parametrize("name", ["OTEL_EXPORTER_OTLP_PROTOCOL", "OTEL_EXPORTER_OTLP_TRACES_PROTOCOL"])
+def test_a_protocol_that_is_not_spoken_is_refused_where_it_would_be_used(
+    monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setenv(name, "http/protobuf")
+    for exporters in ("otlp", "console, otlp"):
+        monkeypatch.setenv("OTEL_TRACES_EXPORTER", exporters)
+        with pytest.raises(InvalidInput, match=f"{name}: found 'http/protobuf', expected grpc; .* gRPC port"):
+            start_tracing("x")
+    monkeypatch.setenv("OTEL_TRACES_EXPORTER", "none")
+    assert type(start_tracing("x")) is NoSpans
+
+
+@pytest.mark.parametrize("exporters", ["console", "none, console"])
+def test_spans_may_be_written_to_the_console(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], exporters: str
+) -> None:
+    monkeypatch.setenv("OTEL_TRACES_EXPORTER", exporters)
+    spans = start_tracing("the-service")
+    with spans.span("apply", generation=3):
+        pass
+    spans.close()
+    out, told = capsys.readouterr()
+    found = json.loads(told)
+    assert (found["name"], found["attributes"], out) == ("apply", {"generation": 3}, "")
+    assert found["resource"]["attributes"]["service.name"] == "the-service"
 
 
 def test_a_request_is_one_trace_from_client_to_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
