@@ -103,7 +103,6 @@ def make_plan(
             "settings": {
                 name: value for name, value in asdict(settings).items() if isinstance(value, str | int | float)
             },
-            "workflows": inputs.services.workflows,
             "transition": steps.steps,
             "warnings": (*_beyond_forecast(inputs.demand, settings.quantile), *plan.warnings, *steps.warnings),
         }

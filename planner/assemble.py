@@ -58,6 +58,7 @@ def assemble(
         shadow_prices=shadow_prices,
         contingencies=_contingencies(space, placement),
         unserved=left_out,
+        workflows=problem.services.workflows,
         warnings=tuple(notes),
     )
 

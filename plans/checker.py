@@ -19,6 +19,7 @@ from plans.errors import Fault
 from plans.plan import Group, LoadoutEntry, Plan
 from plans.service import Edge, FrequencyService, GenerationService, Service, Services, Spread, Workflow
 from plans.units import format_bytes, format_seconds
+from plans.workflow_changes import compare_workflows
 
 __all__ = ["ProfileFigures", "check_plan"]
 
@@ -48,7 +49,8 @@ def check_plan(
     """Return every broken promise: unknown names, memory, latency, capacity, budgets, pins, routes, predictions.
 
     Also spreading, end-to-end deadlines, the wait for multi-frame batches, affinity that is required, and, with the
-    ``demand``, the rates of services that only workflows call. What the plan's own settings promise is checked too: a
+    ``demand``, the rates of services that only workflows call; and that the workflows that the plan hands to agents are
+    those of ``services``. What the plan's own settings promise is checked too: a
     required attainment, and what the loss of any one node leaves; and its certificate (`plans.certificate`).
 
     Memory is checked against each GPU's full memory, summed over everything that shares it, and each entry's stated
@@ -216,6 +218,8 @@ def _check_workflows(plan: Plan, cluster: Cluster, services: Services, demand: D
     for group in plan.groups:
         for entry in group.loadout:
             rates[entry.service] += entry.rate_rps
+    for change in compare_workflows(services.workflows, plan.workflows):
+        yield _fault(change.subject, change.after, f"{change.before}, as in services.yaml", "plan anew")
     called: dict[str, float] = defaultdict(float)
     for workflow in services.workflows:
         yield from _check_deadlines(plan, cluster, workflow)

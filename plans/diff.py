@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from plans.plan import Group, LoadoutEntry, Plan, Route
+from plans.workflow_changes import WorkflowChange, compare_workflows
 
 __all__ = ["EntryChange", "PlanDiff", "RouteChange", "apply_diff", "diff"]
 
@@ -53,12 +54,14 @@ class PlanDiff:
         entries: Replicas that come, go or change, by group and service.
         groups: Groups to put in place whole (id to group), and to take away (id to None).
         routes: Services whose routes change.
+        workflows: What changes in workflows; their new value is in ``record``.
         record: Other fields of the plan (predictions, solver, inputs, ...) that differ, with their new value.
     """
 
     entries: tuple[EntryChange, ...]
     groups: Mapping[str, Group | None]
     routes: tuple[RouteChange, ...]
+    workflows: tuple[WorkflowChange, ...]
     record: Mapping[str, Any]
 
     @property
@@ -88,7 +91,8 @@ def diff(before: Plan, after: Plan) -> PlanDiff:
         for name in Plan.model_fields
         if name not in ("groups", "routes") and getattr(before, name) != getattr(after, name)
     }
-    return PlanDiff(entries=entries, groups=groups, routes=routes, record=record)
+    workflows = compare_workflows(before.workflows, after.workflows)
+    return PlanDiff(entries=entries, groups=groups, routes=routes, workflows=workflows, record=record)
 
 
 def apply_diff(before: Plan, change: PlanDiff) -> Plan:

@@ -389,6 +389,7 @@ def diff(
                 }
                 for route in change.routes
             ],
+            "workflows": [asdict(one) for one in change.workflows],
         }
     )
     _print_diff(out, change)
@@ -413,9 +414,14 @@ def _print_diff(out: Output, change: Any) -> None:
             if before.get(group) != after.get(group)
         ]
         out.say(f"~ routes {route.service}: {', '.join(moved)}")
+    for one in change.workflows:
+        out.say(f"~ {one.subject}: {one.before} -> {one.after}")
+    if "workflows" in change.record and not change.workflows:
+        out.say("~ workflows: the same in another order")
     out.say(
         f"{counts['create']} to create, {counts['update']} to update, {counts['delete']} to delete, "
         f"{len(change.routes)} services to route anew"
+        + (f", {len({one.workflow for one in change.workflows})} workflows to change" if change.workflows else "")
     )
 
 

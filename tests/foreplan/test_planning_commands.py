@@ -170,6 +170,18 @@ def test_diff_says_what_changes_and_its_exit_code_can_be_detailed(planned):
     planned.run("diff", "plan.json", "more.json")
 
 
+def test_workflows_alone_are_a_change_that_diff_and_check_tell(planned):
+    plan = json.loads((planned.folder / "plan.json").read_text())
+    flow = {"name": "both", "slo": {"deadline": 9.0}, "edges": [{"from": "fast", "to": "slow"}]}
+    (planned.folder / "flowing.json").write_text(json.dumps(plan | {"workflows": [flow]}))
+    told = planned.run("diff", "plan.json", "flowing.json", "--detailed-exitcode", code=2).stdout
+    assert "~ workflow both: none -> edge fast -> slow within 9 s" in told
+    assert "1 workflows to change" in told
+    assert (
+        "workflow both: found edge fast -> slow" in planned.run("check", "flowing.json", *planned.inputs, code=1).stderr
+    )
+
+
 def test_a_plan_cut_short_is_refused_by_every_reader(planned, tmp_path):
     path = tmp_path / "short.json"
     path.write_text((planned.folder / "plan.json").read_text()[:500])

@@ -135,7 +135,7 @@ def flow(rates=(1.0, 2.0, 1.0, 2.0), deadlines=(0.4, 0.5), nodes=("node-0", "nod
             entry("segment", rate_rps=callee, deadline_s=deadlines[1]),
         ]
         groups.append(group(node, (position,), members))
-    return plan(groups, **fields)
+    return plan(groups, **{"workflows": Services.model_validate(FLOW).workflows} | fields)
 
 
 def found_in_flow(one):
@@ -153,6 +153,18 @@ def promise(service, offered):
         "latency_s": {"p50": None, "p99": None},
         "confidence": "measured",
     }
+
+
+def test_workflows_are_those_of_the_services_by_name_and_edge():
+    (workflow,) = Services.model_validate(FLOW).workflows
+    (edge,) = workflow.edges
+    other = workflow.model_copy(update={"edges": (edge.model_copy(update={"fanout": 3.0}),)})
+    assert "workflow w, edge detect -> segment" in found_in_flow(flow(workflows=(other,)))
+    assert "fanout 2.0" in found_in_flow(flow(workflows=(other,)))
+    assert "workflow w" in found_in_flow(flow(workflows=()))
+    stray = found_in_flow(flow(workflows=(workflow, workflow.model_copy(update={"name": "stray"}))))
+    assert "workflow stray" in stray
+    assert "expected none, as in services.yaml" in stray
 
 
 def test_a_sound_workflow_has_no_fault():
