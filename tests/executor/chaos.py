@@ -11,6 +11,7 @@ import asyncio
 import collections
 import contextlib
 import random
+import signal
 import threading
 import time
 from dataclasses import dataclass, field
@@ -28,7 +29,7 @@ from executor.proto import open_inference_pb2_grpc
 from executor.tensors import encode_request
 from plans.errors import ForeplanError
 from tests.executor.controller_process import doomed_apply
-from tests.executor.peer_process import PeerProcess, cluster_of, processes
+from tests.executor.peer_process import PeerProcess, cluster_of, outlived, processes
 from tests.executor.placements import placement
 
 ONE = placement({"a/0": {"chat": "fake-double"}, "b/0": {"chat": "fake-double"}})
@@ -40,11 +41,24 @@ _TIMING = LeaseTiming(ttl_s=0.5)
 
 @dataclass
 class Chaos:
-    """What happened: statuses of all requests, and the seconds to recovery of each kill, by kind."""
+    """What happened: statuses of the requests that ended, and the seconds to recovery of each kill, by kind of kill.
 
-    statuses: collections.Counter[str] = field(default_factory=collections.Counter)
+    ``answered`` counts the good answers of each client, and ``problems`` tells the others. Requests that end before the
+    first kill and after the last recovery count under the kind "".
+    """
+
+    ended: dict[str, collections.Counter[str]] = field(
+        default_factory=lambda: collections.defaultdict(collections.Counter)
+    )
+    kind: str = ""
+    answered: collections.Counter[int] = field(default_factory=collections.Counter)
+    problems: set[str] = field(default_factory=set)
     recovery_s: dict[str, list[float]] = field(default_factory=lambda: collections.defaultdict(list))
     unanswered: int = 0
+
+    @property
+    def statuses(self) -> collections.Counter[str]:
+        return sum(self.ended.values(), collections.Counter())
 
     @property
     def requests(self) -> int:
@@ -56,16 +70,24 @@ class _Load(threading.Thread):
 
     def __init__(self, address: str, chaos: Chaos, clients: int = 4) -> None:
         super().__init__(daemon=True)
-        self._address, self._chaos, self._clients = address, chaos, clients
+        self._address, self._chaos, self.clients = address, chaos, clients
         self.stopping = threading.Event()
 
     def run(self) -> None:
         asyncio.run(self._all())
 
     async def _all(self) -> None:
-        await asyncio.gather(*(self._one() for _ in range(self._clients)))
+        await asyncio.gather(*(self._one(number) for number in range(self.clients)))
 
-    async def _one(self) -> None:
+    def wait_until_all_are_answered(self) -> None:
+        """Wait until every client has an answer to a request that it sends from now on."""
+        before = self._chaos.answered.copy()  # the answer that comes next may be to an earlier one
+        end_s = time.monotonic() + _RECOVER_S
+        while any(self._chaos.answered[number] < before[number] + 2 for number in range(self.clients)):
+            assert time.monotonic() < end_s, f"clients are not answered: {self._chaos.problems}"
+            time.sleep(0.01)
+
+    async def _one(self, number: int) -> None:
         body = encode_request("chat", {"x": np.ones((1, 4), np.float32)})
         options = [("grpc.use_local_subchannel_pool", 1), ("grpc.max_reconnect_backoff_ms", 200)]
         options += [("grpc.initial_reconnect_backoff_ms", 50), ("grpc.min_reconnect_backoff_ms", 50)]
@@ -75,9 +97,11 @@ class _Load(threading.Thread):
                 self._chaos.unanswered += 1
                 try:
                     await stub.ModelInfer(body, timeout=30)
-                    self._chaos.statuses["OK"] += 1
+                    self._chaos.ended[self._chaos.kind]["OK"] += 1
+                    self._chaos.answered[number] += 1
                 except grpc.aio.AioRpcError as error:
-                    self._chaos.statuses[error.code().name] += 1
+                    self._chaos.ended[self._chaos.kind][error.code().name] += 1
+                    self._chaos.problems.add(f"{self._chaos.kind}: {error.details()}")
                 self._chaos.unanswered -= 1
                 await asyncio.sleep(0.01)
 
@@ -98,15 +122,19 @@ def run_chaos(folder: Path, kills: int, seed: int, limit_s: float = 600.0) -> Ch
             if time.monotonic() > end_s:
                 break
             kind = KINDS[number % len(KINDS)] if number < len(KINDS) else chance.choice(KINDS)
+            chaos.kind = kind
             start_s = time.monotonic()
             if kind == "controller":
                 before, live = live, OTHER if live is ONE else ONE
                 at = (chance.choice(("stage", "commit", "route", "finish")), "done")
-                doomed_apply(folder, live, before.placement_digest, [a, b], gateway, at)
+                code = doomed_apply(folder, live, before.placement_digest, [a, b], gateway, at)
+                assert code == -signal.SIGKILL, f"the controller outlived its {at}"
             else:
                 _kill(kind, chance.choice((a, b)), gateway)
             _recover(live, cluster, gateway)
             chaos.recovery_s[kind].append(time.monotonic() - start_s)
+            load.wait_until_all_are_answered()
+        chaos.kind = ""
         load.stopping.set()
         load.join(60.0)
     return chaos
@@ -117,13 +145,30 @@ def _kill(kind: str, agent: PeerProcess, gateway: PeerProcess) -> None:
         agent.kill()
         agent.start()
         return
-    parent = agent if kind == "worker" else gateway
-    name = "executor.worker" if kind == "worker" else "spawn_main"
+    victim = _worker_at_work(agent) if kind == "worker" else _named(gateway, "spawn_main")[0]
+    victim.kill()
+    assert not outlived([victim])
+
+
+def _worker_at_work(agent: PeerProcess) -> psutil.Process:
+    """Return the worker of ``agent`` that has served: tensors have passed to it, which they have not to a spare one."""
+    end_s = time.monotonic() + _RECOVER_S
+    while time.monotonic() < end_s:
+        for worker in _named(agent, "executor.worker"):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                if any("foreplan-tensors" in mapped.path for mapped in worker.memory_maps()):
+                    return worker
+        time.sleep(0.01)
+    raise AssertionError(f"no worker of {agent.node} serves")
+
+
+def _named(parent: PeerProcess, name: str) -> list[psutil.Process]:
+    found = []
     for child in psutil.Process(parent.process.pid).children():
         with contextlib.suppress(psutil.NoSuchProcess):
             if name in " ".join(child.cmdline()):
-                child.kill()
-                return
+                found.append(child)
+    return found
 
 
 def _recover(plan: Any, cluster: Any, gateway: PeerProcess) -> None:
