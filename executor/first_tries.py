@@ -68,7 +68,7 @@ class FirstTry:
 
 
 class FirstTries:
-    """All that are under way in one gateway process."""
+    """All that are under way from one gateway process, or from one agent to the next."""
 
     def __init__(self) -> None:
         self._under_way: set[FirstTry] = set()

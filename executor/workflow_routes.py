@@ -10,6 +10,7 @@ import asyncio
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from executor.first_tries import FirstTries
 from executor.gateway_peer import Peer, PeerTiming
 from executor.logs import log_failure
 from executor.routing import NodeView, Router, Routing
@@ -28,11 +29,13 @@ class Place:
 
     Attributes:
         group: Its group.
+        node: Where that is.
         peer: Its agent; None for this one.
         router: That chose it.
     """
 
     group: str
+    node: str
     peer: Peer | None
     router: Router
 
@@ -47,6 +50,9 @@ class Successors:
         max_message_bytes: Largest message to and from them.
         timing: How closely they are watched.
         routing: The rule.
+
+    Attributes:
+        first_tries: Calls that are given up when their agent does not answer any more.
     """
 
     def __init__(
@@ -59,6 +65,7 @@ class Successors:
         timing: PeerTiming | None = None,
         routing: Routing = "corrected",
     ) -> None:
+        self.first_tries = FirstTries()
         self._node = node
         self._view = view
         self._dialer = dialer
@@ -139,9 +146,9 @@ class Successors:
             if target is None:
                 continue
             if target.node == self._node:
-                return Place(group=target.group, peer=None, router=router)
+                return Place(group=target.group, node=target.node, peer=None, router=router)
             backend = _backends(router)[target.node]
-            return Place(group=target.group, peer=self._watch(backend), router=router)
+            return Place(group=target.group, node=target.node, peer=self._watch(backend), router=router)
         return None
 
     def _look_here(self, router: Router) -> None:
@@ -169,6 +176,14 @@ class Successors:
         self._views[backend] = view
         for router in self._routers:
             router.observe(backend, view)
+        if view.doubtful:
+            self.first_tries.give_up(backend.node, self._is_served)
+
+    def _is_served(self, service: str) -> bool:
+        """Say whether some replica of ``service`` is known to take calls, here or elsewhere."""
+        for router in self._routers:
+            self._look_here(router)
+        return any(not router.problem(service) for router in self._routers)
 
     def _note_wait(self, group: str, wait_s: float) -> None:
         for router in self._routers:

@@ -9,6 +9,7 @@ plain call of its service. docs/executor.md says what becomes of failures.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -16,6 +17,7 @@ import grpc
 from google.protobuf.message import DecodeError
 
 from executor.errors import details_of, status_of
+from executor.first_tries import GivenUp
 from executor.forwarding import CallFailed
 from executor.proto import open_inference_pb2 as pb
 from executor.tensors import Array, TensorLimits, decode_outputs, encode_request
@@ -123,12 +125,18 @@ class WorkflowRunner:
             return await self._at(call, stage, inputs, at, None)
         failed: CallFailed | None = None
         without = ""
-        for _ in range(2):
+        for is_last_try in (False, True):
             place = await self._successors.choose(stage, without=without)
             if place is None or self._clock() >= call.end_s:
                 break
+            may_hang = place.peer is not None and not is_last_try
+            first_try = self._successors.first_tries.at(place.node, stage)
             try:
-                return await self._at(call, stage, inputs, place.group, place)
+                with first_try if may_hang else contextlib.nullcontext():
+                    return await self._at(call, stage, inputs, place.group, place)
+            except GivenUp as error:
+                failed = _failed(call, stage, error.code, error.details)
+                without = place.group
             except CallFailed as error:
                 failed = error
                 if error.code is not _Code.UNAVAILABLE:

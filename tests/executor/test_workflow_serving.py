@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from executor.tensors import decode_outputs, encode_request
 from executor.tracing import Spans
 from plans.plan import Plan, Route
 from plans.service import Services
+from tests.executor.peer_process import PeerProcess, processes
 from tests.executor.running_agent import eventually, worker_processes
 from tests.executor.workflow_site import CHAIN_EDGES, DOUBLE, ROW, Site, handing_on, on_site, plan, workflow
 from traces.table import RequestTrace
@@ -180,6 +182,22 @@ def test_the_next_stage_is_tried_on_another_replica_when_one_is_lost(tmp_path: P
         assert "workflow 'flow': stage 'then'" in details
 
     on_site(tmp_path, scenario, nodes="abc")
+
+
+def test_a_call_whose_agent_hangs_goes_to_another_replica_and_does_not_wait_for_its_deadline(tmp_path: Path) -> None:
+    hanging, healthy = (PeerProcess("agent", tmp_path / f"agent-{node}", node=node) for node in "bc")
+    two = {"b/0": {"then": DOUBLE}, "c/0": {"then": DOUBLE}}
+
+    async def scenario(site: Site) -> None:
+        with processes(hanging, healthy):
+            site.join(b=hanging.address, c=healthy.address)
+            await site.apply(plan(CHAIN, {"a/0": {"first": DOUBLE, "last": DOUBLE}} | two))
+            await asyncio.gather(*(site.ask(x=ROW) for _ in range(4)))
+            hanging.process.send_signal(signal.SIGSTOP)
+            answers = await asyncio.gather(*(site.ask(x=ROW, timeout_s=30.0) for _ in range(8)))
+            assert all(decode_outputs(answer)["last.y"].tolist() == (8 * ROW).tolist() for answer in answers)
+
+    on_site(tmp_path, scenario, nodes="a")
 
 
 def test_no_request_is_lost_while_stages_move(tmp_path: Path) -> None:

@@ -66,19 +66,28 @@ class Site:
     """Agents of some nodes and a gateway."""
 
     def __init__(self, agents: Mapping[str, Agent], gateway: str, channel: grpc.aio.Channel, operator: Dialer) -> None:
-        self.cluster = Cluster.model_validate(
-            {
-                "gpu_types": {"cpu": {"memory": "1GiB"}},
-                "nodes": [
-                    {"name": node, "address": f"127.0.0.1:{agent.port}", "gpus": {"type": "cpu", "count": 4}}
-                    for node, agent in agents.items()
-                ],
-            }
-        )
+        self._addresses = {node: f"127.0.0.1:{agent.port}" for node, agent in agents.items()}
         self.agents = agents
         self.gateway = gateway
         self.inference: Any = open_inference_pb2_grpc.GRPCInferenceServiceStub(channel)
         self._operator = operator
+
+    @property
+    def cluster(self) -> Cluster:
+        """All agents, with those that have joined."""
+        return Cluster.model_validate(
+            {
+                "gpu_types": {"cpu": {"memory": "1GiB"}},
+                "nodes": [
+                    {"name": node, "address": address, "gpus": {"type": "cpu", "count": 4}}
+                    for node, address in self._addresses.items()
+                ],
+            }
+        )
+
+    def join(self, **addresses: str) -> None:
+        """Let agents join, of nodes, that listen elsewhere."""
+        self._addresses |= addresses
 
     async def apply(self, wanted: Plan) -> None:
         """Apply a plan, whatever was there before."""
