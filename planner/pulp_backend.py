@@ -47,7 +47,10 @@ class CbcSolver:
                 options=[f"randomC {budget.seed % 2**31}"],
             )
             command.tmpDir = folder
-            problem.solve(command)
+            try:
+                problem.solve(command)
+            except pulp.PulpSolverError as error:  # CBC died, as it does now and then
+                return NothingFound(bound=None, detail=f"cbc failed: {error}")
             text = log.read_text(encoding="utf-8", errors="replace")
         if problem.status == pulp.LpStatusInfeasible:
             return InfeasibleModel()

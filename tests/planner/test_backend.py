@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import numpy as np
+import pulp
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -160,3 +161,10 @@ def test_a_model_that_is_none_is_not_taken_for_one_without_answer() -> None:
     broken = model.with_bounds(np.full(len(model.variables), np.nan), model.upper)
     with pytest.raises(Exception, match="NaN"):
         solver("highs").solve(broken, Budget(time_limit_s=1))
+
+
+def test_a_cbc_that_dies_has_found_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pulp.PULP_CBC_CMD, "pulp_cbc_path", "/bin/false")
+    answer = CbcSolver().solve(knapsack(), Budget(time_limit_s=5.0))
+    assert isinstance(answer, NothingFound)
+    assert answer.detail.startswith("cbc failed")

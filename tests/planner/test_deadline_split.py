@@ -62,7 +62,8 @@ def workflows(draw: st.DrawFn) -> Workflow:
     edges = [Edge(source=names[draw(st.integers(0, index - 1))], target=names[index]) for index in range(1, len(names))]
     extra = draw(st.lists(st.tuples(st.integers(0, 3), st.integers(1, 4)), max_size=3))
     edges += [Edge(source=names[a], target=names[b]) for a, b in extra if a < b < len(names)]
-    return Workflow(name="w", slo=LatencySlo(deadline_s=1.0), edges=tuple({(edge.source, edge.target): edge for edge in edges}.values()))
+    different = {(edge.source, edge.target): edge for edge in edges}
+    return Workflow(name="w", slo=LatencySlo(deadline_s=1.0), edges=tuple(different.values()))
 
 
 @settings(max_examples=30)
