@@ -111,20 +111,30 @@ def start_tracing(service: str) -> NoSpans:
     if not wanted:
         return NoSpans()
     try:
-        from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
         from opentelemetry.sdk.resources import Resource
         from opentelemetry.sdk.trace import TracerProvider
-        from opentelemetry.sdk.trace.export import BatchSpanProcessor, ConsoleSpanExporter
+        from opentelemetry.sdk.trace.export import BatchSpanProcessor
+
+        exporters = [_exporter(each) for each in sorted(wanted)]
     except ImportError as error:
         remedy = "pip install 'foreplan[tracing]'"
         found = f"no module {error.name!r}"
         raise InvalidInput.of("OpenTelemetry", where=_EXPORTERS, found=found, remedy=remedy) from error
     name = os.environ.get("OTEL_SERVICE_NAME", service)
     provider = TracerProvider(resource=Resource.create({"service.name": name}))
-    for exporter in wanted:
-        sends = OTLPSpanExporter() if exporter == "otlp" else ConsoleSpanExporter(out=sys.stderr)
-        provider.add_span_processor(BatchSpanProcessor(sends))
+    for exporter in exporters:
+        provider.add_span_processor(BatchSpanProcessor(exporter))
     return Spans(provider)
+
+
+def _exporter(name: str) -> Any:
+    if name == "console":
+        from opentelemetry.sdk.trace.export import ConsoleSpanExporter
+
+        return ConsoleSpanExporter(out=sys.stderr)
+    from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
+
+    return OTLPSpanExporter()
 
 
 def _wanted_exporters() -> frozenset[str]:
