@@ -50,8 +50,8 @@ def check_plan(
 
     Also spreading, end-to-end deadlines, the wait for multi-frame batches, affinity that is required, and, with the
     ``demand``, the rates of services that only workflows call; and that the workflows that the plan hands to agents are
-    those of ``services``. What the plan's own settings promise is checked too: a
-    required attainment, and what the loss of any one node leaves; and its certificate (`plans.certificate`).
+    those of ``services``. What the plan's own settings promise is checked too: a required attainment, and what the loss
+    of any one node leaves; and its certificate (`plans.certificate`).
 
     Memory is checked against each GPU's full memory, summed over everything that shares it, and each entry's stated
     memory against the profile's; a device may not be asked for more than its whole time (rate / batch * bottleneck
@@ -218,8 +218,14 @@ def _check_workflows(plan: Plan, cluster: Cluster, services: Services, demand: D
     for group in plan.groups:
         for entry in group.loadout:
             rates[entry.service] += entry.rate_rps
-    for change in compare_workflows(services.workflows, plan.workflows):
-        yield _fault(change.subject, change.after, f"{change.before}, as in services.yaml", "plan anew")
+    if services.workflows and not plan.workflows:
+        wanted = f"{', '.join(workflow.name for workflow in services.workflows)}, as in services.yaml"
+        remedy = "nodes could not run them by this plan: make it again with `foreplan plan`"
+        yield _fault("workflows", "none", wanted, remedy)
+    else:
+        for change in compare_workflows(services.workflows, plan.workflows):
+            expected = f"{change.before}, as in services.yaml"
+            yield _fault(change.subject, change.after, expected, "make the plan again with `foreplan plan`")
     called: dict[str, float] = defaultdict(float)
     for workflow in services.workflows:
         yield from _check_deadlines(plan, cluster, workflow)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
@@ -238,7 +238,7 @@ def check(
     wanted = read_document(services, Services)
     inventory, library = read_document(cluster, Cluster), ProfileLibrary.read(profiles)
     expected = None if demand is None else with_stages(read_document(demand, Demand), wanted)
-    faults = verify(read, inventory, wanted, library, expected)
+    faults = [replace(fault, where=str(plan)) for fault in verify(read, inventory, wanted, library, expected)]
     given = digests_of(inventory, wanted, library, expected)
     others = [name for name, digest in read.inputs.items() if given.get(name, digest) != digest]
     out.result({"plan": str(plan), "sound": not faults, "faults": [str(fault) for fault in faults], "others": others})

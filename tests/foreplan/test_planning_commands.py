@@ -124,6 +124,7 @@ def test_a_tampered_plan_fails_the_check(planned, tmp_path):
     path = tmp_path / "tampered.json"
     path.write_text(json.dumps(document))
     result = planned.run("check", path, *planned.inputs, code=1)
+    assert f"{path}: node-a/0: found 2 MiB" in result.stderr
     assert "of GPU memory" in result.stderr
 
 

@@ -161,10 +161,16 @@ def test_workflows_are_those_of_the_services_by_name_and_edge():
     other = workflow.model_copy(update={"edges": (edge.model_copy(update={"fanout": 3.0}),)})
     assert "workflow w, edge detect -> segment" in found_in_flow(flow(workflows=(other,)))
     assert "fanout 2.0" in found_in_flow(flow(workflows=(other,)))
-    assert "workflow w" in found_in_flow(flow(workflows=()))
+    assert "make the plan again" in found_in_flow(flow(workflows=(other,)))
     stray = found_in_flow(flow(workflows=(workflow, workflow.model_copy(update={"name": "stray"}))))
     assert "workflow stray" in stray
     assert "expected none, as in services.yaml" in stray
+
+
+def test_a_plan_that_says_nothing_of_workflows_is_to_be_made_again():
+    told = found_in_flow(flow(workflows=()))
+    assert told.startswith("plan: workflows: found none, expected w, as in services.yaml; ")
+    assert told.endswith("make it again with `foreplan plan`")
 
 
 def test_a_sound_workflow_has_no_fault():
