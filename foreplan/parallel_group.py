@@ -16,7 +16,7 @@ class ParallelGroup:
     """A model that the parallel runtime loaded on tp x pp devices: whole requests, and the phases of generation.
 
     What the first device takes beside its weights stands for every stage: only its process can be looked into, and the
-    first stage has the largest activations of most models.
+    first stage has the largest activations of most models. Key-value memory is that of each stage's layers.
     """
 
     loaded: Any
@@ -66,18 +66,19 @@ class ParallelGroup:
         if facts is None or tokens > facts.max_context:
             found = f"{phase} of {tokens} tokens on {self.tp} x {self.pp} devices"
             expected = "whole requests" if facts is None else f"at most {facts.max_context} tokens"
-            remedy = "measure prefill and decode of a Llama, without pipeline" if facts is None else ""
+            remedy = "measure prefill and decode of a Llama" if facts is None else ""
             raise InvalidInput.of(expected, where=self.loaded.name, field="series", found=found, remedy=remedy)
         run: Pass = self.loaded.phase_pass(phase, batch, tokens)
         return run
 
     def activation_bytes(self, run: Pass, /) -> tuple[int, ...]:
         """Run once and return the most bytes held beside the weights, key-value memory included; shape (pp,)."""
-        return (self.memory(run) + getattr(run, "kv_bytes", 0),) * self.pp
+        working: int = self.memory(run)
+        return tuple(working + kv_bytes for kv_bytes in getattr(run, "kv_bytes", (0,) * self.pp))
 
     def stage_s(self, run: Pass, /) -> tuple[float, ...]:
         """Run once and return the seconds that each stage computed; shape (pp,), or empty for one stage."""
-        if hasattr(run, "kv_bytes"):  # a phase: not cut into stages
+        if self.pp == 1:
             return ()
         run()
         stages: tuple[float, ...] = self.loaded.stage_run_s()

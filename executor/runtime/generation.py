@@ -52,15 +52,25 @@ def generation_facts(config: Any, dtype: torch.dtype, *, from_files: bool) -> Ge
 class KvMemory:
     """Keys and values of every layer for ``tokens`` tokens, whoever's they are.
 
-    Tensor parallel, each of ``shards`` devices holds those of its heads.
+    Tensor parallel, each of ``shards`` devices holds those of its heads; a stage of a pipeline those of its ``layers``.
 
     Raises:
         torch.OutOfMemoryError: The device cannot hold them.
     """
 
-    def __init__(self, config: Any, tokens: int, device: torch.device, dtype: torch.dtype, shards: int = 1) -> None:
+    def __init__(
+        self,
+        config: Any,
+        tokens: int,
+        device: torch.device,
+        dtype: torch.dtype,
+        shards: int = 1,
+        layers: range | None = None,
+    ) -> None:
         head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        shape = (config.num_hidden_layers, 2, tokens, config.num_key_value_heads // shards, head)
+        layers = range(config.num_hidden_layers) if layers is None else layers
+        shape = (len(layers), 2, tokens, config.num_key_value_heads // shards, head)
+        self._first_layer = layers.start
         self.tokens = tokens
         self.data = torch.zeros(shape, device=device, dtype=dtype)
         self._free = list(range(tokens - 1, -1, -1))
@@ -69,6 +79,10 @@ class KvMemory:
     def free_tokens(self) -> int:
         """Tokens that memory could still take."""
         return len(self._free)
+
+    def of_layer(self, layer: int) -> torch.Tensor:
+        """Return the keys and the values of one layer, by its number in the model; shape (2, token, head, number)."""
+        return self.data[layer - self._first_layer]
 
     def grow(self, tokens: int) -> None:
         """Have room for ``tokens`` tokens at least; what is kept stays where it is.
@@ -103,8 +117,9 @@ class _PrefillCache:
 
     def update(self, keys: torch.Tensor, values: torch.Tensor, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Keep ``keys`` and ``values`` of shape (1, head, token, number) and return what to attend to."""
-        self._memory.data[layer, 0, self._places] = keys[0].transpose(0, 1)
-        self._memory.data[layer, 1, self._places] = values[0].transpose(0, 1)
+        kept_keys, kept_values = self._memory.of_layer(layer)
+        kept_keys[self._places] = keys[0].transpose(0, 1)
+        kept_values[self._places] = values[0].transpose(0, 1)
         return keys, values
 
 
@@ -116,7 +131,7 @@ class _DecodeCache:
 
     def update(self, keys: torch.Tensor, values: torch.Tensor, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Keep ``keys`` and ``values`` of shape (sequence, head, 1, number) and return what to attend to."""
-        kept_keys, kept_values = self._memory.data[layer]
+        kept_keys, kept_values = self._memory.of_layer(layer)
         kept_keys[self._newest] = keys[:, :, 0]
         kept_values[self._newest] = values[:, :, 0]
         return kept_keys[self._places].transpose(1, 2), kept_values[self._places].transpose(1, 2)
@@ -126,7 +141,8 @@ class LlamaSteps:
     """Runs steps of one Llama on one device.
 
     Args:
-        module: A `LlamaForCausalLM` on its device, in evaluation mode.
+        module: A `LlamaForCausalLM` on its device, in evaluation mode, or a `generation_stage.LlamaStage`: only that of
+            the last stage of a pipeline finds tokens.
         memory: Key-value memory on the same device.
     """
 
@@ -200,6 +216,8 @@ class LlamaSteps:
 
 class LlamaSequences:
     """Sequences of one Llama on one device; see `executor.runtime.protocol.SequenceRunner`.
+
+    In a stage of a pipeline before the last, iterations return no tokens, and `go_on_from` says which they were.
 
     Args:
         steps: Runs the model.
@@ -278,7 +296,8 @@ class LlamaSequences:
             return self._noted(numbers, self._steps.decode(self.newest(numbers), places))
 
     def _noted(self, numbers: Sequence[int], tokens: list[int]) -> list[int]:
-        self.go_on_from(numbers, tokens)
+        if tokens:
+            self.go_on_from(numbers, tokens)
         return tokens
 
     def _need(self, tokens: int) -> None:

@@ -18,26 +18,18 @@ class PhasePass:
     """A prefill or a decode of one batch on this device, to be run again and again at the same places in memory.
 
     Args:
-        module: A `LlamaForCausalLM`, or this device's shard of one.
+        module: A `LlamaForCausalLM`, or this device's shard or stage of one.
+        memory: Key-value memory for ``batch`` x ``tokens`` tokens.
         phase: ``prefill`` or ``decode``.
         batch: Sequences.
         tokens: Of each: those of its prompt, or of its context.
-        device: Where the module is.
         name: Of the model.
-        shards: Devices that share its heads.
 
     Attributes:
         kv_bytes: Key-value memory that it holds on this device.
-
-    Raises:
-        OutOfDeviceMemory: The device cannot hold it.
     """
 
-    def __init__(
-        self, module: Any, phase: str, batch: int, tokens: int, device: torch.device, name: str, shards: int = 1
-    ) -> None:
-        with out_of_memory_named(name, batch):
-            memory = KvMemory(module.config, batch * tokens, device, module.dtype, shards)
+    def __init__(self, module: Any, memory: KvMemory, phase: str, batch: int, tokens: int, name: str) -> None:
         self.kv_bytes = memory.data.nbytes
         self._is_prefill, self._batch, self._name = phase == "prefill", batch, name
         self._steps = LlamaSteps(module, memory)
@@ -45,8 +37,8 @@ class PhasePass:
         self._newest = [(7 * number) % self._steps.vocabulary for number in range(batch * tokens)]
         self._prompts = [self._newest[start : start + tokens] for start in range(0, len(self._newest), tokens)]
 
-    def __call__(self) -> object:
-        """Run it once."""
+    def __call__(self) -> list[int]:
+        """Run it once, and return the next token of each sequence; none in a stage of a pipeline before the last."""
         with out_of_memory_named(self._name, self._batch):
             if self._is_prefill:
                 return self._steps.prefill(self._prompts, self._places)
@@ -92,7 +84,9 @@ class GenerationGroup:
             found = f"{series.phase} with {tokens} tokens in and {series.output_tokens} out"
             expected = f"1 to {longest} tokens in, and none out"
             raise InvalidInput.of(expected, where=self._name, field="series", found=found)
-        return PhasePass(self._module, series.phase, point.batch, tokens, self._device, self._name)
+        with out_of_memory_named(self._name, point.batch):
+            memory = KvMemory(self._module.config, point.batch * tokens, self._device, self._module.dtype)
+        return PhasePass(self._module, memory, series.phase, point.batch, tokens, self._name)
 
     def activation_bytes(self, run: Pass, /) -> tuple[int, ...]:
         """Run once and return the most bytes held beside the weights, key-value memory included."""

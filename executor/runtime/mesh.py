@@ -1,5 +1,8 @@
 """Ranks of one group of devices, and how tensors pass between them: over gloo between CPUs, NCCL between CUDA devices.
 
+Beside CUDA devices there is gloo too, for what lies in host memory: answers on their way to rank 0 come to a thread of
+their own there, which on NCCL would keep what goes the other way between the same two ranks waiting.
+
 Ranks are numbered stage by stage: rank ``stage * tp + k`` is shard k of a stage.
 """
 
@@ -42,7 +45,7 @@ class World:
 
     def join(self) -> None:
         """Meet the other ranks; returns when all are there."""
-        backend = "nccl" if self.device.type == "cuda" else "gloo"
+        backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=self.store, rank=self.rank, world_size=self.size, timeout=_FOREVER)
 
     def mesh(self, tp: int, pp: int) -> Mesh:
@@ -86,6 +89,12 @@ class Mesh:
         found = [torch.empty_like(own) for _ in range(self.tp * self.pp)]
         dist.all_gather(found, own)
         return tuple(tensor.item() for tensor in found[:: self.tp])
+
+    def agreed(self, holds: bool) -> bool:
+        """Return whether it holds on every rank; every rank calls it at once."""
+        own = torch.tensor([int(holds)])
+        dist.all_reduce(own, op=dist.ReduceOp.MIN)
+        return bool(own.item())
 
 
 def send(tensor: torch.Tensor, rank: int) -> None:

@@ -32,7 +32,7 @@ from numpy.typing import NDArray
 
 from executor.runtime.generation import can_generate
 from executor.runtime.mesh import World, receive
-from executor.runtime.parallel_generation import ParallelPass, ParallelSequences
+from executor.runtime.parallel_generation import Lead, ParallelPass, ParallelSequences
 from executor.runtime.protocol import DevicesLost, GenerationFacts, TensorSpec, batch_of
 from executor.runtime.stage_model import Cut, StageModel, cut
 from executor.runtime.torch_runtime import TorchRuntime, check_tokens, random_inputs, to_tensor
@@ -103,7 +103,7 @@ class ParallelTorchRuntime:
             with self.turn() as tell:
                 tell(do="unload", model=number)
             raise
-        kind = ParallelGeneratingModel if pp == 1 and can_generate(whole.module) else ParallelModel
+        kind = ParallelGeneratingModel if can_generate(whole.module) else ParallelModel
         return kind(self, number, whole, variant, max_batch, tp, pp, start_s=start_s)
 
     @contextlib.contextmanager
@@ -119,7 +119,10 @@ class ParallelTorchRuntime:
                 raise DevicesLost(f"a rank ended, or failed in the middle of a batch: {error}") from error
 
     def expect(self, outputs: Sequence[str], rank: int) -> Future[dict[str, NDArray[Any]]]:
-        """Return the outputs that ``rank`` will send next; called in a turn, so that they come in that order."""
+        """Return the outputs that ``rank`` will send next; called in a turn, so that they come in that order.
+
+        They are sent out of host memory.
+        """
         answer: Future[dict[str, NDArray[Any]]] = Future()
         self._expected.put(_Expected(answer, tuple(outputs), rank))
         return answer
@@ -150,7 +153,7 @@ class ParallelTorchRuntime:
     def _receive(self) -> None:
         while (expected := self._expected.get()) is not None:
             try:
-                outputs = {name: receive(self.world.device, expected.rank) for name in expected.outputs}
+                outputs = {name: receive(_HOST, expected.rank) for name in expected.outputs}
             except RuntimeError as error:
                 expected.answer.set_exception(DevicesLost(f"rank {expected.rank} ended: {error}"))
             else:
@@ -254,7 +257,7 @@ class ParallelModel:
 
 
 class ParallelGeneratingModel(ParallelModel):
-    """A Llama over tensor-parallel ranks: it answers whole requests, and generates."""
+    """A Llama over several devices: it answers whole requests, and generates."""
 
     @property
     def generation(self) -> GenerationFacts:
@@ -266,31 +269,39 @@ class ParallelGeneratingModel(ParallelModel):
         """Return what runs sequences, with key-value memory for ``kv_tokens`` tokens.
 
         Raises:
-            OutOfDeviceMemory: The first device cannot hold so many.
+            OutOfDeviceMemory: A device cannot hold so many of its heads and layers.
             InvalidInput: ``kv_tokens`` is below 1.
-            DevicesLost: Another one cannot.
+            DevicesLost: A rank ended.
         """
         if kv_tokens < 1:
             raise InvalidInput.of("at least 1", where=self.name, field="kv_tokens", found=kv_tokens)
-        own = self._stage.sequences(kv_tokens, self.generation, self.name)
         with self._runtime.turn() as tell:
             tell(do="sequences", model=self._number, kv_tokens=kv_tokens, name=self.name)
-        return ParallelSequences(own, self._number, self._runtime.turn)
+            own = self._stage.sequences(kv_tokens, self.generation, self.name)
+        return ParallelSequences(own, self._lead())
 
     def phase_pass(self, phase: str, batch: int, tokens: int) -> ParallelPass:
         """Return a prefill or decode over all ranks, to be run again and again; one at a time, for the profiler.
 
         Raises:
-            OutOfDeviceMemory: The first device cannot hold it.
-            DevicesLost: Another one cannot.
+            OutOfDeviceMemory: A device cannot hold it.
+            DevicesLost: A rank ended.
         """
-        own = self._stage.phase_pass(phase, batch, tokens, self.name)
         with self._runtime.turn() as tell:
             tell(do="prepare", model=self._number, phase=phase, batch=batch, tokens=tokens, name=self.name)
-        return ParallelPass(own, self._number, self._runtime.turn)
+            own = self._stage.phase_pass(phase, batch, tokens, self.name)
+        kv_bytes = tuple(batch * tokens * each for each in self._stage.kv_bytes_per_token())
+        return ParallelPass(own, self._stage.run_pass, self._lead(), kv_bytes)
+
+    def _lead(self) -> Lead:
+        def tokens() -> Future[dict[str, NDArray[Any]]]:
+            return self._runtime.expect(("tokens",), (self._mesh.pp - 1) * self._mesh.tp)
+
+        return Lead(model=self._number, turn=self._runtime.turn, tokens=tokens if self._mesh.pp > 1 else None)
 
 
 _NUMBERS = itertools.count(1)
+_HOST = torch.device("cpu")
 
 
 def _arrays(outputs: Mapping[str, torch.Tensor]) -> dict[str, NDArray[Any]]:

@@ -7,6 +7,7 @@ it. What fails here ends the process, which rank 0 notices as a closed connectio
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import importlib
 import json
@@ -41,6 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
 
     from executor.runtime.mesh import World
     from executor.runtime.parallel_generation import follow
+    from executor.runtime.protocol import OutOfDeviceMemory
     from executor.runtime.stage_model import StageModel, cut
     from executor.runtime.torch_runtime import TorchRuntime
 
@@ -75,15 +77,18 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
             models[number].gather_times()
         elif command["do"] == "sequences":
             facts = models[number].facts()
-            sequences[number] = models[number].sequences(command["kv_tokens"], facts, command["name"])
+            with contextlib.suppress(OutOfDeviceMemory):  # rank 0 knows, since all agree
+                sequences[number] = models[number].sequences(command["kv_tokens"], facts, command["name"])
         elif command["do"] == "prepare":
-            passes[number] = models[number].phase_pass(
-                command["phase"], command["batch"], command["tokens"], command["name"]
-            )
+            passes.pop(number, None)
+            with contextlib.suppress(OutOfDeviceMemory):
+                passes[number] = models[number].phase_pass(
+                    command["phase"], command["batch"], command["tokens"], command["name"]
+                )
         elif command["do"] == "pass":
-            passes[number]()
+            models[number].hand_back(models[number].run_pass(passes[number]))
         elif command["do"] == "iterate":
-            follow(sequences[number], command)
+            models[number].hand_back(follow(sequences[number], command))
         else:
             passes.pop(number, None)
             sequences.pop(number, None)

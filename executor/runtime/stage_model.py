@@ -10,12 +10,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from executor.runtime.generation import KvMemory, LlamaSequences, LlamaSteps, generation_facts
+from executor.runtime.generation import KvMemory, LlamaSequences, LlamaSteps, can_generate, generation_facts
 from executor.runtime.generation_group import PhasePass
+from executor.runtime.generation_stage import LlamaStage, stage_layers
 from executor.runtime.memory import out_of_memory_named
 from executor.runtime.mesh import Mesh, receive, send
 from executor.runtime.precision import cast
-from executor.runtime.protocol import GenerationFacts, TensorSpec
+from executor.runtime.protocol import GenerationFacts, OutOfDeviceMemory, TensorSpec
 from executor.runtime.sharding import check_shardable, shard
 from executor.runtime.stages import Part, balanced, measured_s, parts_of
 from executor.runtime.torch_runtime import TorchRuntime, random_inputs, to_tensor
@@ -113,7 +114,10 @@ class StageModel:
         self._parts = nn.ModuleList(own).to(mesh.device)
         self._wanted = whole.wanted
         self._mesh = mesh
-        self._module = whole.module if mesh.pp == 1 else None
+        self._generating: Any = None
+        if can_generate(whole.module):
+            self._generating = whole.module if mesh.pp == 1 else LlamaStage(whole.module, whole.edges, mesh)
+        self._edges = whole.edges
         held = {id(tensor): tensor for tensor in (*self._parts.parameters(), *self._parts.buffers())}
         self.weight_bytes = sum(_local(tensor).numel() * tensor.element_size() for tensor in held.values())
         self.run_s = 0.0
@@ -126,8 +130,8 @@ class StageModel:
     def step(self, inputs: torch.Tensor | None) -> Any:
         """Run this rank's part of one batch: what it gets, it computes on and hands over.
 
-        ``inputs`` are those of rank 0, and None elsewhere. Returns the outputs by name in the last stage, whose shard 0
-        sends them to rank 0.
+        ``inputs`` are those of rank 0, and None elsewhere. Returns the outputs by name, in host memory, in the last
+        stage, whose shard 0 sends them to rank 0.
         """
         mesh = self._mesh
         if mesh.stage == 0:
@@ -144,35 +148,70 @@ class StageModel:
         if not self.is_last:
             send(hidden, mesh.rank + mesh.tp)
             return None
-        outputs = {name: hidden[name].float() for name in self._wanted}
+        outputs = {name: hidden[name].float().cpu() for name in self._wanted}
         if mesh.stage and mesh.shard == 0:
             for tensor in outputs.values():
                 send(tensor, 0)
         return outputs
 
     def facts(self, *, from_files: bool = False) -> GenerationFacts:
-        """Return what a model that generates takes, over all ranks; without pipeline."""
-        module: Any = self._module
+        """Return what a model that generates takes, over all ranks."""
+        module: Any = self._generating
         return generation_facts(module.config, module.dtype, from_files=from_files)
 
+    def kv_bytes_per_token(self) -> tuple[int, ...]:
+        """Return the bytes of one token's keys and values on each device of a stage; shape (pp,)."""
+        layers: int = self._generating.config.num_hidden_layers
+        layer_bytes = self.facts().kv_bytes_per_token // (layers * self._mesh.tp)
+        edges = self._edges if self._mesh.pp > 1 else (0, layers + 2)
+        return tuple(layer_bytes * len(stage_layers(edges, stage, layers)) for stage in range(self._mesh.pp))
+
     def sequences(self, kv_tokens: int, facts: GenerationFacts, name: str) -> LlamaSequences:
-        """Return what runs this rank's part of sequences, with key-value memory of its heads for so many tokens.
+        """Return what runs this rank's part of sequences, with key-value memory for so many tokens.
+
+        Every rank calls it at once, as the following.
 
         Raises:
-            OutOfDeviceMemory: The device cannot hold so many.
+            OutOfDeviceMemory: A device cannot hold so many.
         """
-        module: Any = self._module
-        with out_of_memory_named(name, 1):
-            memory = KvMemory(module.config, kv_tokens, self._mesh.device, module.dtype, self._mesh.tp)
-        return LlamaSequences(LlamaSteps(module, memory), facts, name)
+        return LlamaSequences(LlamaSteps(self._generating, self._memory(kv_tokens, 1, name)), facts, name)
 
     def phase_pass(self, phase: str, batch: int, tokens: int, name: str) -> PhasePass:
         """Return this rank's part of a prefill or decode that is run again and again; see `PhasePass`.
 
         Raises:
-            OutOfDeviceMemory: The device cannot hold it.
+            OutOfDeviceMemory: A device cannot hold it.
         """
-        return PhasePass(self._module, phase, batch, tokens, self._mesh.device, name, self._mesh.tp)
+        return PhasePass(self._generating, self._memory(batch * tokens, batch, name), phase, batch, tokens, name)
+
+    def run_pass(self, own: PhasePass) -> list[int]:
+        """Run this rank's part of a pass once; see `PhasePass`."""
+        stage = self._generating
+        if not isinstance(stage, LlamaStage):
+            return own()
+        stage.run_s = 0.0
+        tokens = own()
+        self.run_s = stage.run_s
+        return tokens
+
+    def hand_back(self, tokens: Sequence[int]) -> None:
+        """Send rank 0 the tokens that the last stage found, where that is another."""
+        if self._mesh.stage and self.is_last and self._mesh.shard == 0:
+            send(torch.tensor(tokens), 0)
+
+    def _memory(self, tokens: int, batch: int, name: str) -> KvMemory:
+        """Return key-value memory of this rank's heads and layers, if every rank can have it."""
+        module: Any = self._generating
+        layers = module.layers if isinstance(module, LlamaStage) else None
+        memory = None
+        try:
+            with out_of_memory_named(name, batch):
+                memory = KvMemory(module.config, tokens, self._mesh.device, module.dtype, self._mesh.tp, layers)
+        finally:
+            everywhere = self._mesh.agreed(memory is not None)
+        if not everywhere or memory is None:
+            raise OutOfDeviceMemory(f"{name}: another device of the group has no memory for {tokens} tokens")
+        return memory
 
     def gather_times(self) -> tuple[float, ...]:
         """Return the seconds that each stage computed for its last batch, shape (pp,); every rank calls it at once."""

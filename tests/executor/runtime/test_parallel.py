@@ -4,10 +4,18 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 
 from executor.runtime.generation_engine import GenerationEngine
+from executor.runtime.mesh import Mesh
 from executor.runtime.parallel import ParallelTorchRuntime
-from executor.runtime.protocol import DevicesLost, GeneratesTokens, InvalidTensor, UnknownVariant
+from executor.runtime.protocol import (
+    DevicesLost,
+    GeneratesTokens,
+    InvalidTensor,
+    OutOfDeviceMemory,
+    UnknownVariant,
+)
 from executor.runtime.stage_model import cut
 from executor.runtime.torch_runtime import TorchRuntime
 from plans.errors import InvalidInput
@@ -115,12 +123,13 @@ def test_two_shapes_of_two_models_run_side_by_side(two):
         model.close()
 
 
+LONG = (1000, 3, 1000, 1000, 1000, 1000)
 PROMPTS = [[(7 * position + 31 * row) % 1024 for position in range(5 + row)] for row in range(4)]
 
 
-def generated(sequences, *, kv_tokens):
+def generated(sequences, *, kv_tokens, stop_tokens=()):
     """Generate for all prompts, two at a time; return the answers, and how often memory ran out."""
-    engine = GenerationEngine(sequences, kv_tokens=kv_tokens, max_batch=2)
+    engine = GenerationEngine(sequences, kv_tokens=kv_tokens, max_batch=2, stop_tokens=stop_tokens)
     numbers = [engine.add(prompt, 6) for prompt in PROMPTS]
     answers, preempted = {}, 0
     while not engine.is_idle:
@@ -131,8 +140,8 @@ def generated(sequences, *, kv_tokens):
 
 
 @pytest.mark.parametrize("kv_tokens", [200, 18], ids=["room for all", "memory that runs out"])
-def test_tensor_parallel_ranks_generate_the_tokens_of_one_process(two, kv_tokens):
-    single, model = TorchRuntime().load("llama-tiny", 2), two.load("llama-tiny", 2, (2, 1))
+def test_ranks_generate_the_tokens_of_one_process(runtime, kv_tokens):
+    single, model = TorchRuntime().load("llama-tiny", 2), runtime.load("llama-tiny", 2)
     assert isinstance(model, GeneratesTokens)
     assert model.generation == single.generation
     wanted, preempted = generated(single.sequences(kv_tokens), kv_tokens=kv_tokens)
@@ -141,10 +150,17 @@ def test_tensor_parallel_ranks_generate_the_tokens_of_one_process(two, kv_tokens
     model.close()
 
 
-def test_ranks_that_generate_refuse_what_one_process_refuses_and_go_on(two):
-    single, model = (
-        runtime.load("llama-tiny", 1, *shape) for runtime, shape in ((TorchRuntime(), ()), (two, [(2, 1)]))
-    )
+def test_sequences_of_a_pipeline_end_at_stop_tokens(two):
+    single, model = TorchRuntime().load("llama-tiny", 2), two.load("llama-tiny", 2, (1, 2))
+    wanted, _ = generated(single.sequences(200), kv_tokens=200)
+    stopped = wanted[1][2]
+    ended, _ = generated(model.sequences(200), kv_tokens=200, stop_tokens=[stopped])
+    assert ended == [answer[: answer.index(stopped) + 1] if stopped in answer else answer for answer in wanted]
+    model.close()
+
+
+def test_ranks_that_generate_refuse_what_one_process_refuses_and_go_on(runtime):
+    single, model = TorchRuntime().load("llama-tiny", 1), runtime.load("llama-tiny", 1)
     with pytest.raises(InvalidInput, match="at least 1"):
         model.sequences(0)
     one, several = single.sequences(8), model.sequences(8)
@@ -171,25 +187,71 @@ def test_ranks_that_generate_refuse_what_one_process_refuses_and_go_on(two):
 
 
 @pytest.mark.parametrize("phase", ["prefill", "decode"])
-def test_ranks_run_a_phase_again_and_again_with_the_result_of_one_process(two, phase):
-    single, model = TorchRuntime().load("llama-tiny", 2), two.load("llama-tiny", 2, (2, 1))
+def test_ranks_run_a_phase_again_and_again_with_the_result_of_one_process(runtime, phase):
+    single, model = TorchRuntime().load("llama-tiny", 2), runtime.load("llama-tiny", 2)
     point = Point(batch=2, series=Series(phase=phase, input_tokens=9))
     one, several = single.as_group().prepare(point), model.phase_pass(phase, 2, 9)
     assert [several() for _ in range(2)] == [one() for _ in range(2)]
-    assert 2 * several.kv_bytes == one.kv_bytes
+    assert len(several.kv_bytes) == runtime.pp
+    assert runtime.tp * sum(several.kv_bytes) == one.kv_bytes
+    if runtime.pp > 1:
+        assert all(time > 0 for time in model.stage_run_s())
     model.close()
 
 
-def test_a_pipeline_does_not_generate(two):
-    model = two.load("llama-tiny", 1, (1, 2))
-    assert not isinstance(model, GeneratesTokens)
+@pytest.mark.parametrize("fails", ["rank 0", "another"])
+def test_memory_that_one_rank_cannot_have_no_rank_has_and_all_go_on(runtime, fails, monkeypatch):
+    model = runtime.load("llama-tiny", 1)
+    agreed = Mesh.agreed
+
+    def full(*arguments, **options):
+        raise torch.OutOfMemoryError("no room")
+
+    with monkeypatch.context() as patched:
+        if fails == "rank 0":
+            patched.setattr("executor.runtime.generation.torch.zeros", full)
+        else:
+            patched.setattr(Mesh, "agreed", lambda mesh, holds: agreed(mesh, False))
+        for ask in (lambda: model.sequences(64), lambda: model.phase_pass("prefill", 1, 64)):
+            with pytest.raises(OutOfDeviceMemory, match="llama-tiny"):
+                ask()
+    assert len(model.sequences(64).prefill([(1, (1, 2, 3))])) == 1
+    model.close()
+
+
+def test_iterations_wait_for_the_batches_before_them_in_a_pipeline(two):
+    single, model = TorchRuntime().load("llama-tiny", 4), two.load("llama-tiny", 4, (1, 2))
+    one, several = single.sequences(100), model.sequences(100)
+    inputs = [single.example(1 + seed % 4, seed=seed) for seed in range(6)]
+    wanted = [one.prefill([(1, (3, 1, 4)), (2, (1, 5))])] + [one.decode([1, 2]) for _ in inputs]
+    found = [several.prefill([(1, (3, 1, 4)), (2, (1, 5))])]
+    futures = []
+    for each in inputs:
+        futures.append(model.submit(each))
+        found.append(several.decode([1, 2]))
+    assert found == wanted
+    for each, future in zip(inputs, futures, strict=True):
+        assert_same(future.result(timeout=60), single.run(each))
+    model.close()
+
+
+def test_prompts_of_many_tokens_go_through_a_pipeline_in_several_passes(two):
+    single, model = TorchRuntime().load("llama-tiny", 4), two.load("llama-tiny", 4, (1, 2))
+    contexts = [(row, [(7 * place + row) % 1024 for place in range(length)]) for row, length in enumerate(LONG)]
+    one, several = single.sequences(sum(LONG) + 20), model.sequences(sum(LONG) + 20)
+    assert several.prefill(contexts) == one.prefill(contexts)
+    assert several.decode([0, 1]) == one.decode([0, 1])
     model.close()
 
 
 def test_a_rank_that_ends_loses_the_group(two):
     """The last test of the module: nothing can be run afterwards."""
     model = two.load("llama-tiny", 1, (1, 2))
+    sequences = model.sequences(8)
+    sequences.prefill([(1, (1, 2, 3))])
     two._ranks[0].kill()
     two._ranks[0].wait()
+    with pytest.raises(DevicesLost, match="rank"):
+        sequences.decode([1])
     with pytest.raises(DevicesLost, match="rank"):
         model.run(model.example(1))
