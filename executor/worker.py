@@ -36,9 +36,9 @@ from executor.runtime.protocol import (
     GroupRuntime,
     LoadedModel,
     PipelinedModel,
-    SequenceRunner,
     UnknownVariant,
 )
+from executor.runtime.successive import SuccessiveSequences
 from executor.segment import SharedSegment
 from executor.worker_wire import (
     Done,
@@ -73,6 +73,7 @@ class _Held:
 
     model: LoadedModel
     pipeline: PipelinedModel | None
+    shape: tuple[int, int]
 
 
 class Worker:
@@ -96,7 +97,7 @@ class Worker:
         self._segment = segment
         self._runtime = runtime
         self._models: dict[str, _Held] = {}
-        self._sequences: dict[str, SequenceRunner] = {}
+        self._sequences: dict[str, SuccessiveSequences] = {}
         self._sending = threading.Lock()
         self._loads: queue.SimpleQueue[Load] = queue.SimpleQueue()
         self._on_gone = on_gone
@@ -185,16 +186,23 @@ class Worker:
             self._send(answer)
 
     def _load(self, message: Load) -> Loaded:
-        if message.variant in self._sequences:  # how many of them run together is the agent's business
-            return self._loaded(message, self._models[message.variant].model)
+        replaced = self._models.get(message.variant)
+        sequences = self._sequences.get(message.variant)
+        if replaced is not None and sequences is not None and replaced.shape == message.shape:
+            return self._loaded(message, replaced.model)  # how many of them run together is the agent's business
         load = functools.partial(self._runtime.load, message.variant, message.max_batch, message.shape)
         model = load() if self._models else at_low_priority(load)  # beside models of its own it would hold them up
-        if message.kv_bytes and isinstance(model, GeneratesTokens):
-            tokens = max(1, message.kv_bytes // model.generation.kv_bytes_per_token)
-            self._sequences[message.variant] = model.sequences(tokens)
-        replaced = self._models.get(message.variant)
-        self._models[message.variant] = _Held(model, model if isinstance(model, PipelinedModel) else None)
-        _close(replaced)
+        runner = None
+        if (message.kv_bytes or sequences) and isinstance(model, GeneratesTokens):
+            runner = model.sequences(max(1, message.kv_bytes // model.generation.kv_bytes_per_token))
+        pipeline = model if isinstance(model, PipelinedModel) else None
+        self._models[message.variant] = _Held(model, pipeline, message.shape)
+        if runner is not None and sequences is not None:
+            sequences.succeed(runner, functools.partial(_close, replaced))
+        else:
+            if runner is not None:
+                self._sequences[message.variant] = SuccessiveSequences(runner)
+            _close(replaced)
         _log.info("event=loaded variant=%s max_batch=%d load_s=%.3f", message.variant, message.max_batch, model.load_s)
         return self._loaded(message, model)
 
@@ -211,7 +219,9 @@ class Worker:
         )
 
     def _unload(self, message: Unload) -> Unloaded:
-        self._sequences.pop(message.variant, None)
+        sequences = self._sequences.pop(message.variant, None)
+        if sequences is not None:
+            sequences.close()
         _close(self._models.pop(message.variant, None))
         _log.info("event=unloaded variant=%s", message.variant)
         return Unloaded(call=message.call)
