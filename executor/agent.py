@@ -191,7 +191,6 @@ class _Services:
     ) -> None:
         version = importlib.metadata.version("foreplan")
         self._config = config
-        self._departed = node.upkeep.departed
         limits = TensorLimits(total_bytes=config.max_message_bytes)
         recorded = spans if isinstance(spans, Spans) else None  # a span around nothing costs too
         self._inference = InferenceServicer(node, version=version, limits=limits, spans=recorded)
@@ -231,10 +230,8 @@ class _Services:
             yield
 
     def _metrics(self) -> bytes:
-        counters = self._inference.counters()
-        for service, departed in self._departed.items():  # what is counted never falls
-            counters.setdefault(service, []).append(departed)
-        return exposition(agent_metrics(self._control.state(), counters, self._control.devices()))
+        state, devices = self._control.state(), self._control.devices()
+        return exposition(agent_metrics(state, self._inference.counters(), devices))
 
 
 def _node_settings(config: AgentConfig) -> NodeSettings:

@@ -271,7 +271,7 @@ class InferenceServicer(pb_grpc.GRPCInferenceServiceServicer):
     async def ModelStatistics(  # noqa: N802
         self, request: pb.ModelStatisticsRequest, context: Context
     ) -> pb.ModelStatisticsResponse:
-        """What became of the requests of a service, or of every service, since its replicas were made."""
+        """What became of the requests of a service, or of every service, since the agent started."""
         counters = self.counters()
         if request.version not in ("", MODEL_VERSION):
             counters = {}
@@ -285,8 +285,8 @@ class InferenceServicer(pb_grpc.GRPCInferenceServiceServicer):
         )
 
     def counters(self) -> dict[str, list[Counters]]:
-        """Return the counters of every replica, by service."""
-        found: dict[str, list[Counters]] = {}
+        """Return the counters of every replica that is or was here, by service: what is counted never falls."""
+        found = {service: [departed] for service, departed in self._node.upkeep.departed.items()}
         for key in self._node.upkeep.replicas:
             server = self._node.upkeep.groups.get(key.group)
             if server is not None and key in server.counters:

@@ -17,6 +17,7 @@ from executor.forwarding import CallFailed
 from executor.gateway_metrics import GatewayMetrics
 from executor.gateway_peer import INFERENCE, Peer
 from executor.gateway_repository import ServiceRepository, is_known_version, typed
+from executor.gateway_statistics import agents_statistics
 from executor.gateway_switchboard import Switchboard
 from executor.infer_header import LONGEST_DEADLINE_S, InferHeader, group_message, read_infer_header, small_fields
 from executor.proto import open_inference_pb2 as messages
@@ -247,16 +248,7 @@ class InferenceFrontDoor:
         names = (service,) if service else self._router.services
         nodes = {target.node for name in names for target in self._routes(name).targets}
         timeout_s = _ASK_S if time_remaining_s is None else time_remaining_s / 2  # the rest is for those that answer
-        ask = messages.ModelStatisticsRequest(name=service).SerializeToString()
-        peers = [peer for node in sorted(nodes) if (peer := self._switchboard.peer(node)) is not None]
-        peers = [peer for peer in peers if peer.answers] or peers
-        calls = (peer.call("ModelStatistics", ask, "", timeout_s) for peer in peers)
-        found = await asyncio.gather(*calls, return_exceptions=True)
-        answers = [messages.ModelStatisticsResponse.FromString(one) for one in found if isinstance(one, bytes)]
-        failures = [one for one in found if isinstance(one, BaseException)]
-        if failures and not (answers and all(isinstance(one, CallFailed) for one in failures)):
-            raise failures[0]
-        return add_statistics(names, answers)
+        return add_statistics(names, await agents_statistics(self._switchboard, service, nodes, timeout_s))
 
     async def _sent(
         self, send: _Send, peer: Peer, request: bytes, service: str, target: Target, remaining_s: float

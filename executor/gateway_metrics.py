@@ -85,7 +85,9 @@ def _targets(router: Router) -> Iterator[Metric]:
     for state in router.health():
         key = [state.service, state.group]
         healthy.add_metric(key, float(state.healthy))
-        sent.add_metric(key, state.sent)
-        failed.add_metric(key, state.failed)
         wait.add_metric(key, router.wait_s(state.group))
+    for service, groups in router.counted().items():
+        for group, (requests, failures) in groups.items():
+            sent.add_metric([service, group], requests)
+            failed.add_metric([service, group], failures)
     yield from (healthy, sent, failed, wait)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from executor.first_tries import FirstTries
 from executor.gateway_journal import RoutingJournal
@@ -52,6 +52,7 @@ class Switchboard:
         self._dialer = dialer
         self._on_change = on_change
         self._peers: dict[str, Peer] = {}
+        self._former: dict[str, Peer] = {}
         self._problems: dict[Backend, str] = {}
         self._leaving: set[asyncio.Task[None]] = set()
         self._installing = asyncio.Lock()
@@ -92,6 +93,21 @@ class Switchboard:
         """Return the peer of ``node``; None when no table in force names it."""
         return self._peers.get(node)
 
+    @property
+    def peers(self) -> Mapping[str, Peer]:
+        """The peer of each node that the table in force names."""
+        return self._peers
+
+    @property
+    def former(self) -> Mapping[str, Peer]:
+        """Peers of nodes that older tables named, not watched: what their agents have counted still counts."""
+        return self._former
+
+    def forget(self, node: str) -> None:
+        """Keep no peer of a node that older tables named."""
+        if (peer := self._former.pop(node, None)) is not None:
+            self._close(peer, 0.0)
+
     def suspect(self, service: str, group: str, problem: str) -> None:
         """Take a target out of the rotation until its agent is heard again."""
         _log.warning("event=suspected service=%s group=%s problem=%r", service, group, problem)
@@ -100,23 +116,26 @@ class Switchboard:
 
     async def close(self, grace_s: float) -> None:
         """Stop watching every agent; calls in flight get ``grace_s`` seconds to end."""
-        peers, self._peers = self._peers, {}
-        await asyncio.gather(*(peer.close(grace_s) for peer in peers.values()), *self._leaving)
+        peers, self._peers, self._former = [*self._peers.values(), *self._former.values()], {}, {}
+        await asyncio.gather(*(peer.close(grace_s) for peer in peers), *self._leaving)
 
     def _new_peers(self, table: RoutingTable) -> dict[str, Peer]:
         """Return a peer for each backend of ``table`` that is new or has moved."""
         return {
-            backend.node: Peer(
-                backend,
-                timing=self._timing,
-                max_message_bytes=self._max_message_bytes,
-                dialer=self._dialer,
-                on_view=self._observe,
-                on_wait=self.router.note_wait,
-            )
+            backend.node: self._peer_at(backend)
             for backend in table.backends
             if (known := self._peers.get(backend.node)) is None or known.backend != backend
         }
+
+    def _peer_at(self, backend: Backend) -> Peer:
+        return Peer(
+            backend,
+            timing=self._timing,
+            max_message_bytes=self._max_message_bytes,
+            dialer=self._dialer,
+            on_view=self._observe,
+            on_wait=self.router.note_wait,
+        )
 
     def _put_in_force(self, table: RoutingTable, fresh: dict[str, Peer]) -> None:
         peers = self._peers | fresh
@@ -129,10 +148,17 @@ class Switchboard:
             peer.start()
         longest_s = max((routes.deadline_s for routes in table.services), default=0.0)
         for peer in gone:
-            task = asyncio.create_task(peer.close(max(_LEAVE_S, longest_s)))
-            self._leaving.add(task)
-            task.add_done_callback(self._leaving.discard)
+            self._close(peer, max(_LEAVE_S, longest_s))
+            if peer.backend.node not in named:
+                self._former[peer.backend.node] = self._peer_at(peer.backend)
+        for node in named & self._former.keys():
+            self.forget(node)
         self._on_change()
+
+    def _close(self, peer: Peer, grace_s: float) -> None:
+        task = asyncio.create_task(peer.close(grace_s))
+        self._leaving.add(task)
+        task.add_done_callback(self._leaving.discard)
 
     def _observe(self, backend: Backend, view: NodeView) -> None:
         if self._problems.get(backend, "") != view.problem:

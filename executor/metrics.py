@@ -6,6 +6,7 @@ somebody asks (``GET /metrics``).
 
 from __future__ import annotations
 
+import re
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 
@@ -17,6 +18,10 @@ __all__ = ["BOUNDS_S", "Durations", "exposition", "histogram"]
 
 BOUNDS_S = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0)
 """Upper bounds of the buckets of every histogram of durations, seconds."""
+
+
+_TRITON_HEADS = re.compile(rb"^# (HELP|TYPE) (nv_\w+)_total ", re.MULTILINE)
+"""Triton's counters do not end in ``_total``; the library writes so above them all the same."""
 
 
 class Durations:
@@ -75,4 +80,4 @@ def exposition(families: Iterator[Metric]) -> bytes:
     registry.register(_Once(families))
     ProcessCollector(registry=registry)
     PlatformCollector(registry=registry)
-    return generate_latest(registry)
+    return _TRITON_HEADS.sub(rb"# \1 \2 ", generate_latest(registry))

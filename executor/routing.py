@@ -94,14 +94,20 @@ class _Rotation:
 
     __slots__ = ("credit", "doubtful", "failed", "problems", "routes", "sent", "weights")
 
-    def __init__(self, routes: ServiceRoutes) -> None:
+    def __init__(self, routes: ServiceRoutes, counted: Mapping[str, tuple[int, int]]) -> None:
         self.routes = routes
         self.credit = [0.0] * len(routes.targets)
         self.problems = ["not reached yet"] * len(routes.targets)
         self.weights = [0.0] * len(routes.targets)
         self.doubtful = [0.0] * len(routes.targets)
-        self.sent = [0] * len(routes.targets)
-        self.failed = [0] * len(routes.targets)
+        before = [counted.get(target.group, (0, 0)) for target in routes.targets]
+        self.sent = [sent for sent, _ in before]
+        self.failed = [failed for _, failed in before]
+
+    def counted(self) -> dict[str, tuple[int, int]]:
+        """Return how many requests were sent to each group, and how often it failed."""
+        groups = (target.group for target in self.routes.targets)
+        return dict(zip(groups, zip(self.sent, self.failed, strict=True), strict=True))
 
     def judge(self, position: int, problem: str, *, doubtful: bool = False) -> None:
         was_healthy = not self.problems[position] or self.doubtful[position] > 0
@@ -139,6 +145,7 @@ class Router:
         self._routing: Routing = routing
         self._table: RoutingTable | None = None
         self._rotations: dict[str, _Rotation] = {}
+        self._counted: dict[str, dict[str, tuple[int, int]]] = {}
         self._views: dict[Backend, NodeView] = {}
         self._waits = GroupWaits(clock)
         self._streams: dict[tuple[str, str], str] = {}
@@ -171,14 +178,17 @@ class Router:
     def install(self, table: RoutingTable) -> None:
         """Put ``table`` in force, all at once. The same generation may be installed again, with other targets.
 
-        What is known about a backend stays known as long as the table names it; credit and counters start anew.
+        What is known about a backend stays known as long as the table names it; credit starts anew, counters never do.
 
         Raises:
             StalePlan: The table may not follow the one in force (`check_generation`).
         """
         self.check_generation(table)
         self._table = table
-        self._rotations = {routes.service: _Rotation(routes) for routes in table.services}
+        self._counted = self.counted()
+        self._rotations = {
+            routes.service: _Rotation(routes, self._counted.get(routes.service, {})) for routes in table.services
+        }
         self._views = {backend: view for backend, view in self._views.items() if backend in table.backends}
         self._waits.keep({target.group for routes in table.services for target in routes.targets})
         for backend, view in self._views.items():
@@ -284,6 +294,14 @@ class Router:
                     failed=rotation.failed[position],
                     stage=rotation.routes.stage,
                 )
+
+    def counted(self) -> dict[str, dict[str, tuple[int, int]]]:
+        """Return the requests sent to each target, by service and group, and how often it failed.
+
+        Targets that are gone are among them, so that no sum over targets ever falls.
+        """
+        now = {service: rotation.counted() for service, rotation in self._rotations.items()}
+        return {name: self._counted.get(name, {}) | now.get(name, {}) for name in {**self._counted, **now}}
 
     def _judge(self, node: str, view: NodeView) -> None:
         for service, rotation in self._rotations.items():

@@ -131,7 +131,7 @@ def add_statistics(
     services: Sequence[str], answers: Iterable[pb.ModelStatisticsResponse]
 ) -> pb.ModelStatisticsResponse:
     """Return what several agents say of ``services``, added up service by service."""
-    sums = {service: pb.ModelStatistics(name=service, version="1") for service in services}
+    sums = {service: statistics_to_proto(service, "1", [Counters()]) for service in services}
     sizes: dict[tuple[str, int], pb.InferBatchStatistics] = {}
     for answer in answers:
         for one in answer.model_stats:
@@ -143,8 +143,6 @@ def add_statistics(
             total.last_inference = max(total.last_inference, one.last_inference)
             for name in ("success", "fail", "queue", "compute_input", "compute_infer", "compute_output"):
                 theirs = getattr(one.inference_stats, name)
-                if not theirs.count:
-                    continue
                 mine = getattr(total.inference_stats, name)
                 mine.count += theirs.count
                 mine.ns += theirs.ns

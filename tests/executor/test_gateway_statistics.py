@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,43 @@ def test_statistics_are_those_of_the_agents_that_answer(tmp_path: Path) -> None:
             await b.kill()
             code, _ = await front.code(counted(front))
             assert code is Code.UNAVAILABLE
+
+    run(scenario())
+
+
+def test_what_was_counted_where_a_plan_has_left_a_node_still_counts_while_its_agent_lives(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with agents("a", "b") as (a, b), door(tmp_path, poll_interval_s=0.01) as front:
+            await front.control.set_routes(table(a, b), timeout_s=5)
+            for _ in range(4):
+                await front.infer()
+            for generation, named in enumerate(((b,), (a,), (b,)), start=2):
+                await front.control.set_routes(table(*named, generation=generation), timeout_s=5)
+                assert await counted(front, name="chat") == {"chat": 4}
+                assert await counted(front) == {"chat": 4}
+            await front.infer()
+            assert await counted(front) == {"chat": 5}
+            await a.kill()
+            asked = len(a.calls)
+            assert await counted(front) == {"chat": 3}
+            assert await counted(front) == {"chat": 3}
+            assert len(a.calls) == asked, "an agent that is gone is asked no more"
+
+    run(scenario())
+
+
+def test_an_agent_that_never_had_the_service_fails_no_statistics(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with agents("a", "b") as (a, b), door(tmp_path, poll_interval_s=0.01) as front:
+            both = table(a, b)
+            only_a = replace(both.services[0], targets=both.services[0].targets[:1])
+            await front.control.set_routes(replace(both, services=(only_a,)), timeout_s=5)
+            await front.infer()
+            b.fail("ModelStatistics", Code.NOT_FOUND)
+            assert await counted(front, name="chat") == {"chat": 1}
+            a.fail("ModelStatistics", Code.UNAVAILABLE)
+            code, _ = await front.code(counted(front, name="chat"))
+            assert code is Code.UNAVAILABLE, "what only others say of the service is not all"
 
     run(scenario())
 

@@ -23,15 +23,19 @@ from tests.free_port import free_port
 
 
 async def scraped(address: str) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
-    """Return the samples at ``address`` by name and labels."""
+    """Return the samples at ``address`` by name and labels; as they are written, where the parser renames counters."""
     async with aiohttp.ClientSession() as session, session.get(f"http://{address}/metrics") as answer:
         assert answer.status == 200
         text = await answer.text()
     return {
-        (sample.name, tuple(sorted(sample.labels.items()))): sample.value
+        (_written(sample.name), tuple(sorted(sample.labels.items()))): sample.value
         for family in text_string_to_metric_families(text)
         for sample in family.samples
     }
+
+
+def _written(name: str) -> str:
+    return name.removesuffix("_total") if name.startswith("nv_") else name
 
 
 def _counted(completed: int, seconds: float, items: int) -> Counters:
@@ -131,6 +135,11 @@ def test_what_an_agent_counts_never_falls_when_replicas_come_and_go(tmp_path: Pa
 
                 await eventually(only_this)
                 assert (await scraped(metrics))[answered] == done
+                told = await agent.inference.ModelStatistics(inference.ModelStatisticsRequest(name="chat"))
+                assert [one.inference_count for one in told.model_stats] == [done]
+            await agent.apply(desired(4))
+            told = await agent.inference.ModelStatistics(inference.ModelStatisticsRequest())
+            assert [(one.name, one.inference_count) for one in told.model_stats] == [("chat", len(plans))]
 
     asyncio.run(asyncio.wait_for(scenario(), 120))
 
@@ -201,6 +210,30 @@ def test_statistics_of_several_agents_add_up() -> None:
     assert (added.inference_count, added.execution_count, added.last_inference) == (6, 2, 9)
     assert [batch.batch_size for batch in added.batch_stats] == [1, 5]
     assert add_statistics(["other"], apart).model_stats[0].inference_count == 0
+
+
+def test_a_service_without_requests_has_every_figure_too() -> None:
+    (found,) = add_statistics(["m"], []).model_stats
+    assert {one.name for one, _ in found.inference_stats.ListFields()} == {
+        "success",
+        "fail",
+        "queue",
+        "compute_input",
+        "compute_infer",
+        "compute_output",
+    }
+
+
+def test_every_sample_belongs_to_a_family_of_its_type() -> None:
+    state = AgentState(node="a", version="1")
+    text = exposition(agent_metrics(state, {"chat": [_counted(1, 0.1, 1)]}, ())).decode()
+    families = list(text_string_to_metric_families(text))
+    assert "unknown" not in {family.type for family in families}
+    counters = {family.name: family for family in families if family.type == "counter"}
+    assert {"nv_inference_count", "nv_inference_request_success", "executor_prompt_tokens"} <= counters.keys()
+    assert '\nnv_inference_count{model="chat",version="1"} 1.0\n' in text, "Triton's names have no _total"
+    assert '\nexecutor_prompt_tokens_total{model="chat",version="1"} 1.0\n' in text
+    assert all(family.documentation for family in families)
 
 
 def test_the_exposition_has_what_the_process_uses() -> None:

@@ -98,6 +98,25 @@ class TestRotation:
         assert (first.sent, first.failed, first.healthy, first.reason) == (2, 0, True, "")
         assert (second.sent, second.failed, second.healthy, second.reason) == (2, 1, False, "it broke")
 
+    @given(st.lists(st.tuples(st.sets(st.integers(0, 3)), st.integers(0, 5), st.booleans()), max_size=6))
+    def test_law_what_is_counted_of_a_target_never_falls_whatever_tables_come(
+        self, steps: list[tuple[set[int], int, bool]]
+    ) -> None:
+        router, chosen, suspected = Router(), Counter[str](), Counter[str]()
+        for generation, (nodes, requests, fails) in enumerate(steps, start=1):
+            whole = table(*([1.0] * 4), generation=generation)
+            targets = tuple(target for node, target in enumerate(whole.services[0].targets) if node in nodes)
+            router.install(replace(whole, services=(replace(whole.services[0], targets=targets),)))
+            for node in range(4):
+                router.observe(Backend(node=f"n{node}", address=f"h:{node}"), serving(node))
+            chosen.update(target.group for _ in range(requests) if (target := router.choose("chat")))
+            if fails and nodes:
+                router.suspect("chat", f"n{min(nodes)}/0", "it broke")
+                suspected[f"n{min(nodes)}/0"] += 1
+            for group, (sent, failed) in router.counted()["chat"].items():
+                assert (sent, failed) == (chosen[group], suspected[group])
+            assert set(chosen) | set(suspected) <= router.counted()["chat"].keys()
+
 
 def timed_router(
     routing: Routing, shares: list[float], *, share_s: float = 0.01, alone_s: tuple[float, ...] = ()
