@@ -16,7 +16,7 @@ from typing import Any
 import grpc
 import grpc.aio
 
-from executor.answer_bytes import MODEL_VERSION, AnswerWriter, answer_message
+from executor.answer_bytes import EXTENSIONS, MODEL_VERSION, AnswerWriter, answer_message
 from executor.errors import PlacementIsPlanned, RequestRefused, UnknownService, details_of, status_of
 from executor.forwarding import Body, CallFailed
 from executor.infer_header import GROUP_METADATA, LONGEST_DEADLINE_S
@@ -109,7 +109,7 @@ class InferenceServicer(pb_grpc.GRPCInferenceServiceServicer):
         return pb.ServerMetadataResponse(
             name="foreplan-agent",
             version=self._version,
-            extensions=["model_repository", "parameters", "statistics", "stream_infer"],
+            extensions=EXTENSIONS,
         )
 
     async def ModelReady(self, request: pb.ModelReadyRequest, context: Context) -> pb.ModelReadyResponse:  # noqa: N802

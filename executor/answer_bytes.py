@@ -15,7 +15,10 @@ from executor.request_head import RequestHead
 from executor.tensors import encode_response, set_parameter
 from executor.whole_requests import Answer
 
-__all__ = ["MODEL_VERSION", "AnswerWriter", "answer_message"]
+__all__ = ["EXTENSIONS", "MODEL_VERSION", "AnswerWriter", "answer_message"]
+
+EXTENSIONS = ("model_repository", "parameters", "schedule_policy", "sequence", "statistics", "stream_infer")
+"""Extensions of the protocol that agents and gateways speak, by Triton's names where it has them."""
 
 MODEL_VERSION = "1"
 """The one version of every service."""

@@ -43,6 +43,9 @@ _LONGEST_NUMBER = 15
 _LONG_BYTES = 1 << 18
 """An answer that is larger is written by another thread."""
 
+_BODY_S = 60.0
+"""How long the body of a request may take to come."""
+
 _METHOD = "/inference.GRPCInferenceService/"
 
 _Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
@@ -97,9 +100,26 @@ def _answering_errors(guard: Guard | None) -> Any:
             answer.force_close()  # where the next request would begin is not known
             return answer
         except web.HTTPException as error:
-            return web.json_response({"error": error.reason}, status=error.status)
+            return _not_served(request, error)
 
     return answering
+
+
+def _not_served(request: web.Request, error: web.HTTPException) -> web.Response:
+    """Return the answer to a request that no handler takes, or whose body is too large or does not come."""
+    headers = {}
+    match error:
+        case web.HTTPMethodNotAllowed():
+            headers["Allow"] = ", ".join(sorted(error.allowed_methods))
+            problem = f"{request.method} is not for {request.path}, but {headers['Allow']}"
+        case web.HTTPNotFound():
+            problem = f"nothing is at {request.path}; the protocol begins at /v2"
+        case _:
+            problem = error.text or error.reason
+    answer = web.json_response({"error": problem}, status=error.status, headers=headers)
+    if error.status in (408, 413):
+        answer.force_close()  # what is left of the body is not read
+    return answer
 
 
 def _problem(code: grpc.StatusCode, details: str) -> web.Response:
@@ -137,7 +157,7 @@ class _Routes:
         model, version = _asked(request)
         self._door.check_admission(model)  # before its body costs anything
         length = _json_bytes(request)
-        asked = request_from_http(model, version, await request.read(), length, self._limits)
+        asked = request_from_http(model, version, await _body(request), length, self._limits)
         join_trace(request.headers.get("traceparent", ""))  # for this request: each has a task of its own
         answer = await self._door.answer(asked.message.SerializeToString(), None)
         found = messages.ModelInferResponse.FromString(answer)
@@ -152,7 +172,7 @@ class _Routes:
         return web.Response(body=body, headers=headers)
 
     async def index(self, request: web.Request) -> web.Response:
-        text = await request.read()
+        text = await _body(request)
         wanted = parsed_json(text, self._limits) if text else {}
         only_ready = isinstance(wanted, dict) and wanted.get("ready") is True
         return web.json_response(
@@ -169,6 +189,15 @@ class _Routes:
     async def unload(self, request: web.Request) -> web.Response:
         self._door.repository.check_unload(request.match_info["model"])
         return web.Response()
+
+
+async def _body(request: web.Request) -> bytes:
+    """Return the body of a request; one that does not come may not hold memory and a connection for ever."""
+    try:
+        async with asyncio.timeout(_BODY_S):
+            return await request.read()
+    except TimeoutError as error:
+        raise web.HTTPRequestTimeout(text=f"the body did not come whole within {_BODY_S:g} s") from error
 
 
 def _json_bytes(request: web.Request) -> int | None:

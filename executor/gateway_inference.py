@@ -112,7 +112,7 @@ class InferenceFrontDoor:
     async def answer(self, request: bytes, time_remaining_s: float | None) -> bytes:
         """Return the answer to a serialised ``ModelInferRequest``, from the replica whose turn it is.
 
-        Its time is the least of ``time_remaining_s`` and the parameter ``deadline_ms``, and where it has neither, the
+        Its time is the least of ``time_remaining_s`` and that in its parameters, and where it has neither, the
         service's deadline; all count from the arrival here.
 
         Raises:

@@ -9,7 +9,7 @@ from typing import Any
 import grpc
 import grpc.aio
 
-from executor.answer_bytes import MODEL_VERSION
+from executor.answer_bytes import EXTENSIONS, MODEL_VERSION
 from executor.forwarding import CallFailed
 from executor.proto import open_inference_pb2 as messages
 from executor.routing import Router
@@ -60,7 +60,7 @@ class ServiceRepository:
         return messages.ServerMetadataResponse(
             name="foreplan-gateway",
             version=version("foreplan"),
-            extensions=["binary_tensor_data", "model_repository", "statistics", "stream_infer"],
+            extensions=["binary_tensor_data", *EXTENSIONS],
         )
 
     async def model_ready(

@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 from aiohttp import web
+from aiohttp.http_exceptions import HttpProcessingError
 
 from executor.roles import Guard
 from executor.tls import Credentials, check_transport, peer_identity
@@ -75,8 +76,8 @@ async def http_server(
 
 
 def _is_ours(record: logging.LogRecord) -> bool:
-    """Say whether a problem is the server's: a body that cannot be read is the client's, who was told."""
-    return not (record.exc_info and isinstance(record.exc_info[1], web.RequestPayloadError))
+    """Say whether a problem is the server's: what cannot be read is the client's, who was told."""
+    return not (record.exc_info and isinstance(record.exc_info[1], web.RequestPayloadError | HttpProcessingError))
 
 
 _log.addFilter(_is_ours)

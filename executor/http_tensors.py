@@ -19,7 +19,7 @@ import numpy as np
 
 from executor.proto import open_inference_pb2 as pb
 from executor.runtime.protocol import NUMPY_TYPES
-from executor.tensors import TensorLimits, parameter, set_parameter
+from executor.tensors import TensorLimits, extension_faults, parameter, set_parameter
 from plans.errors import InvalidInput
 
 __all__ = ["HttpRequest", "answer_to_http", "parsed_json", "request_from_http"]
@@ -74,9 +74,11 @@ def request_from_http(
         wanted = _object(output, f"outputs[{position}]")
         name = _text(wanted.get("name"), f"outputs[{position}].name")
         options = _object(wanted.get("parameters", {}), f"outputs[{position}].parameters")
-        message.outputs.add(name=name)
+        asked = message.outputs.add(name=name)
         if "binary_data" in options:
             binary[name] = options["binary_data"] is True
+        others = {key: value for key, value in options.items() if key != "binary_data"}
+        _set_parameters(asked.parameters, others, f"outputs[{position}].parameters")  # the agent judges them
     return HttpRequest(message=message, binary=binary, binary_default=binary_default)
 
 
@@ -137,10 +139,15 @@ def _input(
     if math.prod(shape) * NUMPY_TYPES[datatype].itemsize > limits.total_bytes:
         raise InvalidInput.of(f"at most {limits.total_bytes} bytes", field=f"{where}.shape", found=shape)
     parameters = dict(_object(tensor.get("parameters", {}), f"{where}.parameters"))
+    if faults := tuple(extension_faults(parameters, where)):
+        raise InvalidInput(faults)
     size_bytes = parameters.pop(_BINARY_SIZE, None)
     message.inputs.add(name=name, datatype=datatype, shape=shape)
     if size_bytes is None:
-        message.raw_input_contents.append(_content(tensor.get("data"), datatype, shape, f"{where}.data"))
+        if "data" not in tensor:
+            expected = f"{math.prod(shape)} values of {datatype}"
+            raise InvalidInput.of(expected, field=f"{where}.data", found="nothing", remedy=f"or {_IN_BINARY}")
+        message.raw_input_contents.append(_content(tensor["data"], datatype, shape, f"{where}.data"))
         return rest
     if type(size_bytes) is not int or not 0 <= size_bytes <= len(rest):
         expected = f"at most the {len(rest)} bytes that follow"

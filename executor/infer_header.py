@@ -50,7 +50,7 @@ _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class InferHeader:
-    """Service asked for, and the deadline in its parameters (seconds from arrival; None when there is none).
+    """Service asked for, and the deadline in its parameters (`deadline_of`).
 
     ``stream`` is the parameter ``sequence_id``, which marks the frames of one stream; empty without it.
     """
@@ -74,7 +74,7 @@ def read_infer_header(request: bytes) -> InferHeader:
     """Read the header of a serialised ``ModelInferRequest``; cost does not grow with the size of the tensors.
 
     Raises:
-        InvalidInput: The bytes are no such message, or ``deadline_ms`` is no number above 0.
+        InvalidInput: The bytes are no such message, or a parameter that sets a deadline is no such number.
     """
     try:
         header = messages.ModelInferRequest.FromString(_small_fields(request))
@@ -126,25 +126,42 @@ def group_message(group: str) -> messages.ModelInferResponse:
 
 
 def deadline_of(request: messages.ModelInferRequest) -> float | None:
-    """Return the seconds that the parameter ``deadline_ms``, a number or its text, gives from the request's arrival.
+    """Return the seconds that a request has from its arrival, by its parameters, numbers or their texts.
 
-    None without the parameter; never above `LONGEST_DEADLINE_S`.
+    That is the least of ``deadline_ms``, in milliseconds, and of ``timeout``, which stock Triton clients send, in
+    microseconds; a ``timeout`` of 0 sets none, as with Triton. None without them; never above `LONGEST_DEADLINE_S`.
 
     Raises:
-        InvalidInput: It is no number above 0.
+        InvalidInput: One is no such number.
     """
-    value = parameter(request.parameters, "deadline_ms")
+    limits_s = []
+    if (deadline_ms := _number(request, "deadline_ms")) is not None:
+        if deadline_ms == 0:
+            raise _wrong_number("deadline_ms", "0")
+        limits_s.append(deadline_ms / 1000)
+    if timeout_us := _number(request, "timeout"):
+        limits_s.append(timeout_us / 1e6)
+    return min((*limits_s, LONGEST_DEADLINE_S)) if limits_s else None
+
+
+_LIMITS = {"deadline_ms": "milliseconds above 0", "timeout": "microseconds above 0, or 0 for no limit"}
+
+
+def _number(request: messages.ModelInferRequest, name: str) -> float | None:
+    value = parameter(request.parameters, name)
     if value is None:
         return None
     try:
-        deadline_ms = math.nan if isinstance(value, bool) else float(value)
+        number = math.nan if isinstance(value, bool) else float(value)
     except ValueError:
-        deadline_ms = math.nan
-    if not (math.isfinite(deadline_ms) and deadline_ms > 0):
-        raise InvalidInput.of(
-            "milliseconds above 0", where="request", field="parameters.deadline_ms", found=repr(value)
-        )
-    return min(deadline_ms / 1000, LONGEST_DEADLINE_S)
+        number = math.nan
+    if not (math.isfinite(number) and number >= 0):
+        raise _wrong_number(name, repr(value))
+    return number
+
+
+def _wrong_number(name: str, found: str) -> InvalidInput:
+    return InvalidInput.of(_LIMITS[name], where="request", field=f"parameters.{name}", found=found)
 
 
 def small_fields(message: bytes) -> bytes:

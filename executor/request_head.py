@@ -7,13 +7,14 @@ anew would cost as much as all else that is done for the request.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from executor.infer_header import deadline_of, parsed_request, priority_of, split_fields, stream_of
 from executor.proto import open_inference_pb2 as pb
 from executor.runtime.protocol import batch_of
-from executor.tensors import Array, Buffer, TensorLimits, described_inputs
+from executor.tensors import Array, Buffer, TensorLimits, described_inputs, extension_faults
 from executor.worker_wire import Loaded
 from plans.errors import InvalidInput
 
@@ -31,7 +32,7 @@ class RequestHead:
         message: The request; its raw contents may be left out.
         described: Arrays of the claimed types and shapes, without contents (`executor.tensors.described_inputs`).
         wanted: Names of the outputs asked for; none for all.
-        deadline_s: The parameter ``deadline_ms``, seconds from arrival, or None.
+        deadline_s: The deadline in its parameters, seconds from arrival, or None.
         priority: From 1, which goes first.
         stream: The stream that it is a frame of; empty for none.
         recurs: Whether the head is remembered, so that other requests may have the very same.
@@ -50,10 +51,14 @@ class RequestHead:
         """Return the head of ``message``, whose tensors have the raw contents ``raw``, if any.
 
         Raises:
-            InvalidInput: A tensor's header or a parameter is malformed, or there are more tensors than ``limits`` let.
+            InvalidInput: A tensor's header or a parameter is malformed, there are more tensors than ``limits`` let, or
+                something is asked for that is not offered.
         """
         if len(message.outputs) > limits.tensors:
             raise InvalidInput.of(f"at most {limits.tensors}", field="outputs", found=len(message.outputs))
+        wishes = (extension_faults(one.parameters, f"outputs[{i}]") for i, one in enumerate(message.outputs))
+        if faults := tuple(itertools.chain.from_iterable(wishes)):
+            raise InvalidInput(faults)
         return cls(
             message=message,
             described=described_inputs(message, limits, raw),

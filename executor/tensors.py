@@ -2,14 +2,15 @@
 
 Inputs arrive raw (``raw_input_contents``, little endian, row major) or typed (``contents``); outputs always leave raw,
 because stock clients read an empty array from typed numeric contents. The datatypes are those of fixed size; ``BYTES``
-and ``BF16`` are refused by name. Whatever arrives is untrusted: counts, shapes and
-sizes are checked against `TensorLimits` before anything is allocated.
+and ``BF16``, which no model here takes, are refused by name. Whatever arrives is untrusted: counts, shapes and sizes
+are checked against `TensorLimits` before anything is allocated.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +31,7 @@ __all__ = [
     "described_inputs",
     "encode_request",
     "encode_response",
+    "extension_faults",
     "parameter",
     "set_parameter",
 ]
@@ -64,6 +66,13 @@ _TYPED_FIELDS = {
     "FP32": "fp32_contents",
     "FP64": "fp64_contents",
 }
+
+
+_NOT_OFFERED = {
+    "shared_memory_region": "contents in the message, for memory is not shared with clients",
+    "classification": "nothing of the kind, for outputs are sent whole: choose among the values yourself",
+}
+"""Parameters of tensors that stock clients send for extensions of the protocol, and what to do instead."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -175,6 +184,9 @@ def _decode(tensors: Sequence[_Tensor], raw: Sequence[Buffer], field: str, limit
 
 def _check_headers(tensors: Sequence[_Tensor], raw: Sequence[Buffer], field: str, limits: TensorLimits) -> None:
     faults = list(_count_faults(tensors, raw, field, limits))
+    if len(tensors) <= limits.tensors:
+        asked = (extension_faults(tensor.parameters, f"{field}[{i}]") for i, tensor in enumerate(tensors))
+        faults = list(itertools.chain.from_iterable(asked)) or faults  # contents may be missing for that
     total_bytes = 0
     for position, tensor in enumerate(tensors if not faults else ()):
         here = f"{field}[{position}]"
@@ -187,6 +199,13 @@ def _check_headers(tensors: Sequence[_Tensor], raw: Sequence[Buffer], field: str
         faults += found
     if faults:
         raise InvalidInput(faults)
+
+
+def extension_faults(parameters: Container[str], field: str) -> Iterator[Fault]:
+    """Yield what the parameters of a tensor ask for that is not offered: not to answer something else instead."""
+    for name, expected in _NOT_OFFERED.items():
+        if name in parameters:
+            yield Fault(field=f"{field}.parameters.{name}", found="a wish for it", expected=expected)
 
 
 def _count_faults(

@@ -115,3 +115,76 @@ def test_a_broken_body_of_a_request_that_was_refused_already_fills_no_log(
 
     run(scenario())
     assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status", "named", "allowed"),
+    [
+        ("GET", "/v2/models/chat/infer", 405, "POST", "POST"),
+        ("DELETE", "/v2/models/chat", 405, "GET", "GET, HEAD"),
+        ("OPTIONS", "/v2/repository/index", 405, "POST", "POST"),
+        ("GET", "/v1/models/chat:predict", 404, "/v1/models/chat:predict", None),
+    ],
+)
+def test_what_is_not_served_says_what_is(
+    tmp_path: Path, method: str, path: str, status: int, named: str, allowed: str | None
+) -> None:
+    async def scenario() -> None:
+        async with served(tmp_path) as (_, session), session.request(method, path) as answer:
+            assert (answer.status, answer.headers.get("Allow")) == (status, allowed)
+            assert named in (await answer.json())["error"]
+
+    run(scenario())
+
+
+def test_a_body_that_is_too_large_or_does_not_come_is_refused_and_its_connection_closed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def answered(address: str, length: int, sent: bytes) -> bytes:
+        reader, writer = await asyncio.open_connection(*address.split(":"))
+        writer.write(b"POST /v2/models/chat/infer HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % length)
+        writer.write(sent)
+        try:
+            return await reader.read()
+        finally:
+            writer.close()
+
+    async def scenario() -> None:
+        address = f"127.0.0.1:{free_port()}"
+        options: dict[str, Any] = {"http": address, "max_message_bytes": 2**16}
+        async with agents("a") as (agent,), door(tmp_path, **options) as front:
+            await front.control.set_routes(table(agent), timeout_s=5)
+            too_large = await answered(address, 2**22, b" " * 2**21)
+            assert too_large.startswith(b"HTTP/1.1 413 ")
+            assert b'"Maximum request body size' in too_large
+            monkeypatch.setattr("executor.gateway_http._BODY_S", 0.05)
+            late = await answered(address, 100, b"{")
+            assert late.startswith(b"HTTP/1.1 408 ")
+            assert b"did not come whole within 0.05 s" in late
+
+    run(scenario())
+
+
+@pytest.mark.parametrize(
+    "garbage",
+    [
+        b"\x00\xff\x13garbage\r\n\r\n",
+        b"\x16\x03\x01\x00" + b"a" * 200,
+        b"POST /v2 HTTP/1.1\r\nHost: x\r\nContent-Length: -5\r\n\r\n",
+        b"POST /v2 HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\nZZ\r\n",
+        b"GET /v2 HTTP/1.1\r\n" + b"X: y\r\n" * 50_000 + b"\r\n",
+    ],
+)
+def test_what_is_no_http_is_refused_and_fills_no_log(
+    tmp_path: Path, garbage: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def scenario() -> None:
+        address = f"127.0.0.1:{free_port()}"
+        async with door(tmp_path, http=address):
+            reader, writer = await asyncio.open_connection(*address.split(":"))
+            writer.write(garbage)
+            assert (await reader.readline()).split(b" ")[1] == b"400"
+            writer.close()
+
+    run(scenario())
+    assert not [record for record in caplog.records if record.levelno >= logging.ERROR]

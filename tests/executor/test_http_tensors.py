@@ -91,6 +91,9 @@ def test_what_json_cannot_say_becomes_null() -> None:
         (body(parameters={"binary_data_size": -1}), "binary_data_size"),
         (json.dumps({"parameters": {"x": [1]}}).encode(), "parameters"),
         (json.dumps({"outputs": [{}]}).encode(), "name"),
+        (b'{"inputs": [{"name": "x", "datatype": "FP32", "shape": [2]}]}', r"data: found nothing, expected 2 values"),
+        (body(parameters={"shared_memory_region": "r", "shared_memory_byte_size": 8}), "contents in the message"),
+        (json.dumps({"outputs": [{"name": "y", "parameters": {"x": []}}]}).encode(), r"outputs\[0\].parameters.x"),
         (body(datatype="FP16", data=[1e6, 0]), "values from -6.*send tensors in binary"),
         (body(data=[1e300, 0]), "values from -3.4.*send tensors in binary"),
         (body(data=["NaN", 0]).replace(b'"NaN"', b"NaN"), "NaN, which JSON does not have"),
@@ -105,6 +108,12 @@ def test_what_json_cannot_say_becomes_null() -> None:
 def test_what_is_no_request_is_refused_by_name(found: bytes, named: str) -> None:
     with pytest.raises(InvalidInput, match=named):
         request_from_http("m", "", found, None, TensorLimits(total_bytes=1 << 20))
+
+
+def test_what_is_asked_of_an_output_goes_to_who_knows_of_it() -> None:
+    asked = {"outputs": [{"name": "y", "parameters": {"binary_data": True, "classification": 3}}]}
+    (output,) = request_from_http("m", "", json.dumps(asked).encode(), None).message.outputs
+    assert {name: value.int64_param for name, value in output.parameters.items()} == {"classification": 3}
 
 
 def test_bytes_that_belong_to_no_tensor_are_refused() -> None:

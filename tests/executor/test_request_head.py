@@ -132,3 +132,24 @@ def test_outputs_that_a_model_has_not_are_refused_each_time():
         head, _ = reader.read(request(value, outputs=["z"]))
         with pytest.raises(InvalidInput, match="some of y"):
             fits.items(head, loaded(4), 1)
+
+
+@pytest.mark.parametrize(
+    ("of_input", "of_output", "says"),
+    [
+        ("shared_memory_region", "", r"inputs\[0\].parameters.shared_memory_region.*contents in the message"),
+        ("", "shared_memory_region", r"outputs\[0\].parameters.shared_memory_region"),
+        ("", "classification", r"outputs\[0\].parameters.classification.*outputs are sent whole"),
+    ],
+)
+@pytest.mark.parametrize("has_contents", [True, False])
+def test_what_stock_clients_may_ask_for_and_is_not_offered_is_named(of_input, of_output, says, has_contents):
+    message = encode_request("m", {"x": np.ones((1, 2), np.float32)}, outputs=["y"])
+    if of_input:
+        message.inputs[0].parameters[of_input].string_param = "region"
+    if of_output:
+        message.outputs[0].parameters[of_output].int64_param = 3
+    if not has_contents:
+        message.ClearField("raw_input_contents")
+    with pytest.raises(InvalidInput, match=says):
+        RequestHead.of(message, message.raw_input_contents, TensorLimits())
