@@ -6,11 +6,12 @@ failed and rolled back, 130 interrupted.
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import logging
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from enum import StrEnum
 from typing import Annotated, Any, NoReturn
 
@@ -46,11 +47,16 @@ _SHARED = {
 
 
 def command(app: typer.Typer, name: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Register a function ``f(out: Output, ...)`` as the command ``name`` with the shared options."""
+    """Register a function ``f(out: Output, ...)`` as the command ``name`` with the shared options.
+
+    A parameter whose type is a dataclass stands for the options that are its fields.
+    """
 
     def register(function: Callable[..., None]) -> Callable[..., None]:
         signature = inspect.signature(function, eval_str=True)
-        own = list(signature.parameters.values())[1:]
+        declared = list(signature.parameters.values())[1:]
+        groups = {each.name: each.annotation for each in declared if _is_group(each)}
+        own = [option for parameter in declared for option in _options(parameter)]
         shared = [
             inspect.Parameter(key, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
             for key, (annotation, default) in _SHARED.items()
@@ -65,6 +71,8 @@ def command(app: typer.Typer, name: str) -> Callable[[Callable[..., None]], Call
                 format="%(asctime)s %(levelname)s %(name)s %(message)s",
                 stream=sys.stderr,
             )
+            for group, kind in groups.items():
+                arguments[group] = kind(**{each.name: arguments.pop(each.name) for each in dataclasses.fields(kind)})
             _guarded(function, out, arguments, debug=chosen["debug"])
 
         run.__name__ = function.__name__
@@ -76,6 +84,18 @@ def command(app: typer.Typer, name: str) -> Callable[[Callable[..., None]], Call
         return function
 
     return register
+
+
+def _is_group(parameter: inspect.Parameter) -> bool:
+    return dataclasses.is_dataclass(parameter.annotation)
+
+
+def _options(parameter: inspect.Parameter) -> Iterator[inspect.Parameter]:
+    """Yield the fields of ``parameter`` where its type is a dataclass, else itself."""
+    if _is_group(parameter):
+        yield from inspect.signature(parameter.annotation, eval_str=True).parameters.values()
+    else:
+        yield parameter
 
 
 def _guarded(function: Callable[..., None], out: Output, arguments: dict[str, Any], *, debug: bool) -> None:

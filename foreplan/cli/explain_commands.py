@@ -9,22 +9,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from foreplan.cli.command import command
-from foreplan.cli.options import ClusterFile, DemandFile, ProfilesDir, Seed, ServicesFile, TraceFile, read_demand
+from foreplan.cli.options import Seed
 from foreplan.cli.output import Output
-from foreplan.cli.plan_options import (
-    AddNodes,
-    Attainment,
-    Blocking,
-    BlockingCharge,
-    Headroom,
-    KeepAfterLoss,
-    Quantile,
-    RemoveNodes,
-    ScaleDemand,
-    Solver,
-    SolverName,
-    Window,
-)
+from foreplan.cli.plan_options import InputOptions, LimitOptions, Solver, SolverName
 
 if TYPE_CHECKING:
     from foreplan.planning import Inputs
@@ -41,9 +28,8 @@ def register(app: typer.Typer) -> None:
 
 def explain(
     out: Output,
-    cluster: ClusterFile,
-    services: ServicesFile,
-    profiles: ProfilesDir,
+    inputs: InputOptions,
+    limits: LimitOptions,
     service: Annotated[str | None, typer.Argument(help="A service.")] = None,
     plan: Annotated[Path | None, typer.Option("--plan", metavar="FILE", help="The plan to explain.")] = None,
     infeasible: Annotated[
@@ -51,18 +37,7 @@ def explain(
     ] = False,
     node: Annotated[str | None, typer.Option("--node", help="Say why not on this node, by solving again.")] = None,
     time_limit: Annotated[float, typer.Option(help="Seconds for solving again; 0 leaves it out.", min=0.0)] = 5.0,
-    demand: DemandFile = None,
-    trace: TraceFile = None,
     solver: SolverName = Solver.highs,
-    quantile: Quantile = 0.9,
-    blocking: BlockingCharge = Blocking.expected,
-    headroom: Headroom = 0.05,
-    attainment: Attainment = None,
-    keep_after_loss: KeepAfterLoss = 0.0,
-    add: AddNodes = None,
-    remove: RemoveNodes = None,
-    scale_demand: ScaleDemand = 1.0,
-    window: Window = 60.0,
     seed: Seed = 1,
 ) -> None:
     """Say why a service is placed as it is: what binds, and why not otherwise; or why there is no plan at all.
@@ -71,8 +46,7 @@ def explain(
     --keep-after-loss and --seed are for --infeasible, which has no plan to take them from. A plan made with --add,
     --remove or --scale-demand is explained with the same.
     """
-    from foreplan.planning import Inputs, settings_of
-    from foreplan.what_if import changed
+    from foreplan.planning import settings_of
     from planner import Problem, Settings
     from planner import explain as explain_service
     from plans.codec import read_plan
@@ -81,32 +55,21 @@ def explain(
     if infeasible == (service is not None):
         found = "both" if infeasible else "neither"
         raise InvalidInput.of("one of SERVICE and --infeasible", where="command line", found=found)
-    inputs = Inputs.read(
-        cluster=cluster, services=services, profiles=profiles, demand=read_demand(demand, trace, window, out)
-    )
-    inputs = changed(inputs, add=add or (), remove=remove or (), scale_demand=scale_demand)
-    problem = Problem(cluster=inputs.cluster, services=inputs.services, profiles=inputs.profiles, demand=inputs.demand)
+    read = inputs.supposed(inputs.read(out))
+    problem = Problem(cluster=read.cluster, services=read.services, profiles=read.profiles, demand=read.demand)
     if service is None:
-        settings = Settings(
-            seed=seed,
-            backend=solver.value,
-            quantile=quantile,
-            blocking=blocking.value,
-            headroom_ratio=headroom,
-            attainment=attainment,
-            keep_after_loss=keep_after_loss,
-        )
+        settings = limits.in_settings(Settings(seed=seed, backend=solver.value))
         _explain_infeasible(out, replace(problem, settings=settings), max(time_limit, 1.0))
         return
     if plan is None:
         raise InvalidInput.of("the plan to explain", where="command line", field="--plan", found="nothing")
-    names = [known.name for known in inputs.services.services]
+    names = [known.name for known in read.services.services]
     if service not in names:
         raise InvalidInput.of(f"one of {', '.join(names)}", where="command line", field="SERVICE", found=repr(service))
-    read = read_plan(plan)
-    _check_inputs(read, inputs, str(plan))
-    problem = replace(problem, settings=settings_of(read))
-    explanation = explain_service(problem, read, service, node=node, time_limit_s=time_limit)
+    explained = read_plan(plan)
+    _check_inputs(explained, read, str(plan))
+    problem = replace(problem, settings=settings_of(explained))
+    explanation = explain_service(problem, explained, service, node=node, time_limit_s=time_limit)
     out.result(explanation.to_json())
     for line in explanation.lines():
         out.say(line)

@@ -19,36 +19,10 @@ from foreplan.cli.options import (
     ProfilesDir,
     Seed,
     ServicesFile,
-    TraceFile,
     compilation_told,
-    read_demand,
 )
 from foreplan.cli.output import Output
-from foreplan.cli.plan_options import (
-    AddNodes,
-    Attainment,
-    Blocking,
-    BlockingCharge,
-    DropPenalties,
-    DropPenalty,
-    FirstObjective,
-    Headroom,
-    KeepAfterLoss,
-    Method,
-    Minimized,
-    Objective,
-    Quantile,
-    RemoveNodes,
-    ScaleDemand,
-    Scenarios,
-    Solver,
-    SolverName,
-    Utility,
-    UtilityCurve,
-    UtilityExponent,
-    Window,
-    check_together,
-)
+from foreplan.cli.plan_options import InputOptions, LimitOptions, Method, ObjectiveOptions, Solver, SolverName
 
 if TYPE_CHECKING:
     from planner import Infeasible, NoPlanFound, Report
@@ -80,33 +54,16 @@ def register(app: typer.Typer) -> None:
 
 def make(
     out: Output,
-    cluster: ClusterFile,
-    services: ServicesFile,
-    profiles: ProfilesDir,
+    inputs: InputOptions,
+    limits: LimitOptions,
+    objectives: ObjectiveOptions,
     output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="Where the plan goes.")],
-    demand: DemandFile = None,
-    trace: TraceFile = None,
     current: CurrentFile = None,
     time_limit: Annotated[float, typer.Option(help="Seconds for the ILP solve.", min=0.1)] = 10.0,
     solver: SolverName = Solver.highs,
     method: Annotated[
         Method, typer.Option(help="One model over all groups, column generation, or by the size of the problem.")
     ] = Method.auto,
-    quantile: Quantile = 0.9,
-    blocking: BlockingCharge = Blocking.expected,
-    headroom: Headroom = 0.05,
-    objective: FirstObjective = Objective.goodput,
-    utility: UtilityCurve = Utility.linear,
-    utility_exponent: UtilityExponent = 4.0,
-    drop_penalty: DropPenalties = DropPenalty.none,
-    minimize: Minimized = None,
-    attainment: Attainment = None,
-    keep_after_loss: KeepAfterLoss = 0.0,
-    scenarios: Scenarios = 0,
-    add: AddNodes = None,
-    remove: RemoveNodes = None,
-    scale_demand: ScaleDemand = 1.0,
-    window: Window = 60.0,
     polish: Annotated[float, typer.Option(help="Seconds of search guided by simulation; 0: none.", min=0)] = 0.0,
     polish_traces: Annotated[
         int, typer.Option(help="Sampled traces that every candidate of the polish is scored on.", min=3, max=1000)
@@ -117,9 +74,9 @@ def make(
 
     With --add, --remove or --scale-demand the plan is for the changed inputs, and what that changes is printed.
     """
-    from foreplan.planning import Inputs, make_plan
+    from foreplan.planning import make_plan
     from foreplan.polish import PolishSettings
-    from foreplan.what_if import changed, difference
+    from foreplan.what_if import difference
     from planner import Settings, Solved
     from plans.codec import write_plan
     from plans.documents import check_writable
@@ -127,49 +84,25 @@ def make(
     from traces.files import read_request_trace
 
     check_writable(output)
-    check_together(objective, utility, drop_penalty, minimize, attainment)
-    expected = read_demand(demand, trace, window, out)
-    arrivals = read_request_trace(trace).value if trace is not None and polish > 0 else None
-    inputs = Inputs.read(
-        cluster=cluster,
-        services=services,
-        profiles=profiles,
-        demand=expected,
-        current=current,
-    )
-    settings = Settings(
-        time_limit_s=time_limit,
-        backend=solver.value,
-        method=method.value,
-        quantile=quantile,
-        blocking=blocking.value,
-        headroom_ratio=headroom,
-        objective=objective.value,
-        utility=utility.value,
-        utility_exponent=utility_exponent,
-        drop_penalty=drop_penalty.value,
-        minimize=None if minimize is None else minimize.value,
-        attainment=attainment,
-        keep_after_loss=keep_after_loss,
-        scenarios=scenarios,
-        seed=seed,
-    )
-    what_if = bool(add or remove or scale_demand != 1.0)
-    target = changed(inputs, add=add or (), remove=remove or (), scale_demand=scale_demand) if what_if else inputs
+    solving = Settings(time_limit_s=time_limit, backend=solver.value, method=method.value, seed=seed)
+    settings = objectives.in_settings(limits.in_settings(solving))
+    as_is = inputs.read(out, current)
+    arrivals = None
+    if inputs.trace is not None and inputs.scale_demand == 1.0 and polish > 0:  # they came at the rates as they were
+        arrivals = read_request_trace(inputs.trace).value
+    target = inputs.supposed(as_is) if inputs.what_if else as_is
     polishing = f", then polishing for {polish:g} s" if polish > 0 else ""
     doing = f"solving with {solver.value}, at most {time_limit:g} s{polishing}"
     with out.progress(doing), compilation_told(out):
-        # Arrivals were recorded at the rates as they were.
-        sampled = None if scale_demand != 1.0 else arrivals
-        result = make_plan(target, settings, PolishSettings(time_s=polish, traces=polish_traces), sampled)
+        result = make_plan(target, settings, PolishSettings(time_s=polish, traces=polish_traces), arrivals)
     if not isinstance(result, Solved):
         _no_plan(out, result)
     found = None
-    if what_if:
+    if inputs.what_if:
         with out.progress("solving the inputs as they are, to compare"):
-            base = make_plan(inputs, settings)
+            base = make_plan(as_is, settings)
         if isinstance(base, Solved):
-            found = difference(base.plan, result.plan, inputs.cluster, target.cluster)
+            found = difference(base.plan, result.plan, as_is.cluster, target.cluster)
         else:
             out.warn("there is no plan for the inputs as they are to compare with")
     write_plan(output, result.plan)

@@ -3,15 +3,24 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import dataclass
+from typing import Annotated
 
 import pytest
 import typer
 from typer.testing import CliRunner
 
 from foreplan.cli.command import command
+from foreplan.cli.output import Output
 from plans import ApplyRolledBack, InvalidInput, RemoteFailure, StalePlan
 
 runner = CliRunner()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    city: Annotated[str, typer.Option("--city")]
+    floor: Annotated[int, typer.Option("--floor")] = 0
 
 
 def app_that(action):
@@ -83,6 +92,22 @@ def test_a_table_that_is_piped_is_plain_and_uncut():
     assert "x" * 300 in result.stdout
     assert "1.235" in result.stdout
     assert not set("╭│─┃━") & set(result.stdout)
+
+
+def test_a_dataclass_stands_for_the_options_that_are_its_fields():
+    app, seen = typer.Typer(), []
+
+    def act(out: Output, before: int, place: Place, after: int = 3):
+        seen.append((before, place, after))
+
+    command(app, "act")(act)
+    given = ["1", "--city", "Bern", "--floor", "2"]
+    assert runner.invoke(app, given).exit_code == 0
+    assert runner.invoke(app, [*given[:3], "--after", "4"]).exit_code == 0
+    assert seen == [(1, Place(city="Bern", floor=2), 3), (1, Place(city="Bern"), 4)]
+    refused = runner.invoke(app, ["1"])
+    assert refused.exit_code == 2
+    assert "--city" in refused.stderr
 
 
 def python(code):
