@@ -21,7 +21,6 @@ from executor.runtime.protocol import GenerationFacts, InvalidTensor
 __all__ = ["KvMemory", "LlamaSequences", "LlamaSteps", "can_generate", "generation_facts", "kv_bytes_per_token"]
 
 _PACKED_TOKENS = 4096
-"""Tokens that one pass of a prefill takes, unless a single prompt has more."""
 
 Places = NDArray[np.int64]
 """Where the tokens of one sequence lie in memory, in their order; shape (token,)."""
@@ -144,11 +143,13 @@ class LlamaSteps:
         module: A `LlamaForCausalLM` on its device, in evaluation mode, or a `generation_stage.LlamaStage`: only that of
             the last stage of a pipeline finds tokens.
         memory: Key-value memory on the same device.
+        packed_tokens: Tokens that one pass of a prefill takes, unless a single prompt has more; 4096 without.
     """
 
-    def __init__(self, module: Any, memory: KvMemory) -> None:
+    def __init__(self, module: Any, memory: KvMemory, packed_tokens: int | None = None) -> None:
         self.memory = memory
         self._module = module
+        self._packed_tokens = packed_tokens or _PACKED_TOKENS
         self._device = memory.data.device
 
     @property
@@ -161,7 +162,7 @@ class LlamaSteps:
         passes: list[list[int]] = []
         tokens = 0
         for number, context in enumerate(contexts):
-            if not passes or tokens + len(context) > _PACKED_TOKENS:
+            if not passes or tokens + len(context) > self._packed_tokens:
                 passes.append([])
                 tokens = 0
             passes[-1].append(number)

@@ -18,8 +18,7 @@ class PhasePass:
     """A prefill or a decode of one batch on this device, to be run again and again at the same places in memory.
 
     Args:
-        module: A `LlamaForCausalLM`, or this device's shard or stage of one.
-        memory: Key-value memory for ``batch`` x ``tokens`` tokens.
+        steps: Runs the model, or this device's shard or stage of it, with key-value memory for all tokens.
         phase: ``prefill`` or ``decode``.
         batch: Sequences.
         tokens: Of each: those of its prompt, or of its context.
@@ -29,12 +28,12 @@ class PhasePass:
         kv_bytes: Key-value memory that it holds on this device.
     """
 
-    def __init__(self, module: Any, memory: KvMemory, phase: str, batch: int, tokens: int, name: str) -> None:
-        self.kv_bytes = memory.data.nbytes
+    def __init__(self, steps: LlamaSteps, phase: str, batch: int, tokens: int, name: str) -> None:
+        self.kv_bytes = steps.memory.data.nbytes
         self._is_prefill, self._batch, self._name = phase == "prefill", batch, name
-        self._steps = LlamaSteps(module, memory)
-        self._places = [memory.take(tokens) for _ in range(batch)]
-        self._newest = [(7 * number) % self._steps.vocabulary for number in range(batch * tokens)]
+        self._steps = steps
+        self._places = [steps.memory.take(tokens) for _ in range(batch)]
+        self._newest = [(7 * number) % steps.vocabulary for number in range(batch * tokens)]
         self._prompts = [self._newest[start : start + tokens] for start in range(0, len(self._newest), tokens)]
 
     def __call__(self) -> list[int]:
@@ -86,7 +85,7 @@ class GenerationGroup:
             raise InvalidInput.of(expected, where=self._name, field="series", found=found)
         with out_of_memory_named(self._name, point.batch):
             memory = KvMemory(self._module.config, point.batch * tokens, self._device, self._module.dtype)
-        return PhasePass(self._module, memory, series.phase, point.batch, tokens, self._name)
+        return PhasePass(LlamaSteps(self._module, memory), series.phase, point.batch, tokens, self._name)
 
     def activation_bytes(self, run: Pass, /) -> tuple[int, ...]:
         """Run once and return the most bytes held beside the weights, key-value memory included."""

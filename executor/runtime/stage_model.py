@@ -95,6 +95,10 @@ def cut(
     )
 
 
+_STAGE_TOKENS = 512
+"""Tokens of one pass of a prefill in a pipeline: few, so that stages work on several of its passes at once."""
+
+
 class StageModel:
     """What one rank holds of a model: its shard of its stage.
 
@@ -174,7 +178,7 @@ class StageModel:
         Raises:
             OutOfDeviceMemory: A device cannot hold so many.
         """
-        return LlamaSequences(LlamaSteps(self._generating, self._memory(kv_tokens, 1, name)), facts, name)
+        return LlamaSequences(self._steps(kv_tokens, 1, name), facts, name)
 
     def phase_pass(self, phase: str, batch: int, tokens: int, name: str) -> PhasePass:
         """Return this rank's part of a prefill or decode that is run again and again; see `PhasePass`.
@@ -182,7 +186,7 @@ class StageModel:
         Raises:
             OutOfDeviceMemory: A device cannot hold it.
         """
-        return PhasePass(self._generating, self._memory(batch * tokens, batch, name), phase, batch, tokens, name)
+        return PhasePass(self._steps(batch * tokens, batch, name), phase, batch, tokens, name)
 
     def run_pass(self, own: PhasePass) -> list[int]:
         """Run this rank's part of a pass once; see `PhasePass`."""
@@ -199,19 +203,19 @@ class StageModel:
         if self._mesh.stage and self.is_last and self._mesh.shard == 0:
             send(torch.tensor(tokens), 0)
 
-    def _memory(self, tokens: int, batch: int, name: str) -> KvMemory:
-        """Return key-value memory of this rank's heads and layers, if every rank can have it."""
-        module: Any = self._generating
-        layers = module.layers if isinstance(module, LlamaStage) else None
+    def _steps(self, tokens: int, batch: int, name: str) -> LlamaSteps:
+        """Return this rank's steps with key-value memory of its heads and layers, if every rank can have it."""
+        module, mesh = self._generating, self._mesh
+        layers, packed = (module.layers, _STAGE_TOKENS) if isinstance(module, LlamaStage) else (None, None)
         memory = None
         try:
             with out_of_memory_named(name, batch):
-                memory = KvMemory(module.config, tokens, self._mesh.device, module.dtype, self._mesh.tp, layers)
+                memory = KvMemory(module.config, tokens, mesh.device, module.dtype, mesh.tp, layers)
         finally:
-            everywhere = self._mesh.agreed(memory is not None)
+            everywhere = mesh.agreed(memory is not None)
         if not everywhere or memory is None:
             raise OutOfDeviceMemory(f"{name}: another device of the group has no memory for {tokens} tokens")
-        return memory
+        return LlamaSteps(module, memory, packed)
 
     def gather_times(self) -> tuple[float, ...]:
         """Return the seconds that each stage computed for its last batch, shape (pp,); every rank calls it at once."""
