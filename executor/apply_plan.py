@@ -27,6 +27,7 @@ __all__ = [
     "assess",
     "changes",
     "check_plan",
+    "is_at",
     "left_over",
     "live_prior",
     "replicas_of",
@@ -44,6 +45,11 @@ class Live:
     def peers(self) -> tuple[AgentState | GatewayState, ...]:
         """State of every peer."""
         return (*self.agents.values(), *self.gateways.values())
+
+    @property
+    def generation(self) -> int:
+        """The highest generation that any peer has committed; 0 on an untouched cluster."""
+        return max((state.generation for state in self.peers), default=0)
 
     @property
     def last_generation(self) -> int:
@@ -126,6 +132,11 @@ def live_prior(live: Live) -> Prior | None:
     return Prior(generation=newest.generation, digest=newest.placement_digest)
 
 
+def is_at(state: AgentState | GatewayState, place: Prior) -> bool:
+    """Say whether a peer has committed, or routes, ``place``."""
+    return (state.generation, state.placement_digest) == (place.generation, place.digest)
+
+
 def assess(plan: Plan, prior: Prior | None, live: Live) -> Standing:
     """Say how ``plan``, made against ``prior``, stands to what is live.
 
@@ -202,6 +213,8 @@ def _agent_left_over(wanted: frozenset[ReplicaKey], generation: int, state: Agen
     if state.generation != generation or state.placement_digest != digest:
         yield f"has committed generation {state.generation}, not {generation}"
         return
+    if state.underway:
+        yield "is at a stop on the way to the plan"
     if state.staged_generation not in (0, generation):
         yield f"still holds generation {state.staged_generation} staged"
     present = {replica.key: replica for replica in state.replicas}

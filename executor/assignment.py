@@ -27,10 +27,13 @@ from plans.workflows import least_latencies_s, stages_of, tails_s
 __all__ = ["desired_state", "routing_table", "workflow_rules"]
 
 
-def desired_state(plan: Plan, node: str, generation: int, addresses: Mapping[str, str] | None = None) -> DesiredState:
+def desired_state(
+    plan: Plan, node: str, generation: int, addresses: Mapping[str, str] | None = None, *, underway: bool = False
+) -> DesiredState:
     """Return what ``node`` shall run under ``plan``; a node that the plan does not use gets a state without groups.
 
-    ``addresses``: ``host:port`` of every node's agent, for workflows; without them none is run.
+    ``addresses``: ``host:port`` of every node's agent, for workflows; without them none is run. ``underway``: the plan
+    is a stop on the way to that whose digest it carries.
     """
     workflows = _handing_over(plan, node) if addresses else ()
     return DesiredState(
@@ -38,6 +41,7 @@ def desired_state(plan: Plan, node: str, generation: int, addresses: Mapping[str
         handover=_handover(plan, addresses, generation) if addresses and plan.workflows else None,
         generation=generation,
         placement_digest=plan.placement_digest,
+        underway=underway,
         node=node,
         groups=tuple(
             DesiredGroup(
@@ -56,6 +60,7 @@ def desired_state(plan: Plan, node: str, generation: int, addresses: Mapping[str
                         memory_bytes=entry.memory_bytes,
                         shape=(group.tp, group.pp),
                         generation=_generation(entry),
+                        rate_rps=entry.rate_rps,
                     )
                     for entry in group.loadout
                 ),

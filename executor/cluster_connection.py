@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Mapping, Sequence
+from collections.abc import Awaitable, Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import TypeVar
 
@@ -15,7 +15,7 @@ from executor.tls import Dialer
 from plans.cluster import Cluster
 from plans.errors import InvalidInput, RemoteFailure
 
-__all__ = ["ClusterConnection", "gather"]
+__all__ = ["ClusterConnection", "gather", "joined"]
 
 _MAX_MESSAGE_BYTES = 64 * 2**20
 _Answer = TypeVar("_Answer")
@@ -27,6 +27,17 @@ async def gather(calls: Mapping[str, Awaitable[_Answer]]) -> tuple[dict[str, _An
     pairs = list(zip(calls, outcomes, strict=True))
     answers = {key: answer for key, (answer, failure) in pairs if failure is None and answer is not None}
     return answers, {key: failure for key, (_, failure) in pairs if failure is not None}
+
+
+def joined(failures: Iterable[RemoteFailure]) -> RemoteFailure:
+    """Return several failures as one, which may pass when each of them may.
+
+    Raises:
+        ValueError: There is none.
+    """
+    first, *others = failures
+    problem = "; ".join([first.problem, *map(str, others)])
+    return RemoteFailure(first.peer, problem, retryable=all(one.retryable for one in (first, *others)))
 
 
 async def _outcome(call: Awaitable[_Answer]) -> tuple[_Answer | None, RemoteFailure | None]:
@@ -74,18 +85,21 @@ class ClusterConnection:
         await asyncio.gather(*(channel.close(None) for channel in self._channels))
 
     async def states(
-        self, *, timeout_s: float
+        self, *, timeout_s: float, with_committed: bool = False
     ) -> tuple[dict[str, AgentState], dict[str, GatewayState], dict[str, RemoteFailure]]:
-        """Ask every peer for its state; return agents by node, gateways by address, and the failures by peer."""
+        """Ask every peer for its state; return agents by node, gateways by address, and the failures by peer.
+
+        ``with_committed``: ask agents for what they have committed as well.
+        """
         (agents, lost_agents), (gateways, lost_gateways) = await asyncio.gather(
-            gather({node: self._agent_state(node, timeout_s) for node in self.agents}),
+            gather({node: self._agent_state(node, timeout_s, with_committed) for node in self.agents}),
             gather({address: client.state(timeout_s=timeout_s) for address, client in self.gateways.items()}),
         )
         return agents, gateways, lost_agents | lost_gateways
 
-    async def _agent_state(self, node: str, timeout_s: float) -> AgentState:
+    async def _agent_state(self, node: str, timeout_s: float, with_committed: bool) -> AgentState:
         client = self.agents[node]
-        state = await client.state(timeout_s=timeout_s)
+        state = await client.state(timeout_s=timeout_s, with_committed=with_committed)
         if state.node != node:
             raise RemoteFailure(client.name, f"the agent there is that of node {state.node!r}", retryable=False)
         return state

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from executor.apply_plan import Live, live_prior, replicas_of
+from executor.apply_plan import Live, is_at, live_prior, replicas_of
 from executor.cluster_connection import ClusterConnection
 from executor.state import AgentState, GatewayState, Phase, ReplicaKey, ReplicaState
 from executor.tls import Dialer
@@ -37,8 +37,8 @@ class ReplicaStatus:
         group: Its GPU group.
         service: Its service.
         variant: Its model; empty when only a gateway knows of the replica.
-        desired: Whether it shall run: by the plan given, else by the routes in force, and by what an agent at the same
-            placement was told (a replica without a route stands by).
+        desired: Whether it shall run: by the plan given, else by what its agent has committed of what is live, else by
+            the routes in force.
         phase: What its agent reports; None when it reports nothing.
         routed_by: Gateways that would send requests to it now.
         problem: Why desired and observed differ; empty when they do not.
@@ -103,7 +103,7 @@ async def status(
     Args:
         cluster: The inventory, with the address of every agent.
         gateways: ``host:port`` of each gateway.
-        plan: What shall run; without it, what the gateways route to.
+        plan: What shall run; without it, what agents have committed and gateways route to.
         timeout_s: Seconds that a peer has to answer. Peers that do not are named in the result.
         dialer: Opens the channels; without one, in the clear.
 
@@ -111,7 +111,7 @@ async def status(
         InvalidInput: No gateway is named, or an address is none.
     """
     async with ClusterConnection(cluster, gateways, dialer) as connection:
-        agents, doors, lost = await connection.states(timeout_s=timeout_s)
+        agents, doors, lost = await connection.states(timeout_s=timeout_s, with_committed=True)
     problems = {name: failure.problem for name, failure in lost.items()}
     return cluster_status(cluster, tuple(dict.fromkeys(gateways)), agents, doors, problems, plan)
 
@@ -137,7 +137,7 @@ def cluster_status(
             for node in cluster.nodes
         ),
         gateways=tuple(_peer(name, name, doors.get(name), lost.get(name, ""), wanted) for name in gateways),
-        replicas=tuple(_replicas(cluster, agents, doors, lost, plan)),
+        replicas=tuple(_replicas(cluster, agents, doors, lost, plan, live)),
     )
 
 
@@ -146,12 +146,20 @@ def _peer(name: str, address: str, state: AgentState | GatewayState | None, lost
         return PeerStatus(name=name, address=address, generation=None, ready=False, problem=f"does not answer: {lost}")
     problem = ""
     if state.placement_digest != wanted:
-        problem = f"has generation {state.generation}, which is not the plan; run `foreplan apply` again"
+        problem = f"has generation {state.generation}, which is not the plan; {_remedy(state)}"
+    elif isinstance(state, AgentState) and state.underway:
+        problem = f"is at a stop on the way to the plan; {_remedy(state, ' to go on')}"
     elif isinstance(state, AgentState) and state.drained:
         problem = "is drained; `foreplan undrain` takes it back into the rotation"
     elif not state.ready and state.generation:
         problem = "is not ready: see its replicas"
     return PeerStatus(name=name, address=address, generation=state.generation, ready=state.ready, problem=problem)
+
+
+def _remedy(state: AgentState | GatewayState | None, purpose: str = "") -> str:
+    if isinstance(state, AgentState) and state.leased_to:
+        return f"controller {state.leased_to} is at work"
+    return f"run `foreplan apply` again{purpose}"
 
 
 def _replicas(
@@ -160,25 +168,29 @@ def _replicas(
     doors: Mapping[str, GatewayState],
     lost: Mapping[str, str],
     plan: Plan | None,
+    live: Prior | None,
 ) -> list[ReplicaStatus]:
     routed: dict[tuple[str, str], list[str]] = defaultdict(list)
-    targets: set[tuple[str, str]] = set()
+    left_out: dict[tuple[str, str], str] = {}
     for address, door in doors.items():
         for target in door.targets:
             if target.stage:
                 continue  # the replica is reported as one of its service
-            targets.add((target.group, target.service))
+            healthy = routed[target.group, target.service]  # noted where nobody sends too: it is a target
             if target.healthy:
-                routed[target.group, target.service].append(address)
-    digests = {door.placement_digest for door in doors.values()}
+                healthy.append(address)
+            else:
+                left_out[target.group, target.service] = f"gateway {address} sends it nothing: {target.reason}"
     found = []
     for node in cluster.nodes:
         agent = agents.get(node.name)
         observed = {replica.key: replica for replica in agent.replicas} if agent else {}
-        wanted = set(replicas_of(plan, node.name)) if plan else _routed_keys(targets, node.name, observed)
-        if plan is None and agent and agent.placement_digest in digests:
-            standing = (key for key, one in observed.items() if one.phase is not Phase.DRAINING and not one.left_over)
-            wanted |= set(standing)
+        if plan is not None:
+            wanted = set(replicas_of(plan, node.name))
+        elif agent and agent.committed and live and is_at(agent, live):
+            wanted = set(agent.committed.keys())
+        else:
+            wanted = _routed_keys(routed.keys(), node.name, observed)
         for key in sorted(observed.keys() | wanted):
             state = observed.get(key)
             found.append(
@@ -190,7 +202,7 @@ def _replicas(
                     desired=key in wanted,
                     phase=state.phase if state else None,
                     routed_by=tuple(routed[key.group, key.service]) if key in wanted else (),
-                    problem=_difference(key in wanted, state, lost.get(node.name)),
+                    problem=_difference(key in wanted, state, agent) or left_out.get((key.group, key.service), ""),
                     state=state,
                 )
             )
@@ -198,7 +210,7 @@ def _replicas(
 
 
 def _routed_keys(
-    targets: set[tuple[str, str]], node: str, observed: Mapping[ReplicaKey, ReplicaState]
+    targets: Iterable[tuple[str, str]], node: str, observed: Mapping[ReplicaKey, ReplicaState]
 ) -> set[ReplicaKey]:
     """Return the replicas of ``node`` that the gateways route to; the variant is what the agent reports, if it does."""
     keys = set()
@@ -209,15 +221,17 @@ def _routed_keys(
     return keys
 
 
-def _difference(desired: bool, state: ReplicaState | None, lost: str | None) -> str:
-    if lost is not None:
+def _difference(desired: bool, state: ReplicaState | None, agent: AgentState | None) -> str:
+    if agent is None:
         return "its agent does not answer"
     if state is None:
-        return "its agent does not run it; run `foreplan apply` again"
+        return f"its agent does not run it; {_remedy(agent)}"
     if not desired:
         if state.phase is Phase.DRAINING:
             return "it has left the plan and drains"
-        return "it is not part of the plan; run `foreplan apply` again to unload it"
+        if agent.staged_generation and not state.left_over:
+            return f"it is loaded for generation {agent.staged_generation}, not committed yet; {_remedy(agent)}"
+        return f"it is not part of the plan; {_remedy(agent, ' to unload it')}"
     if state.phase is not Phase.SERVING:
         return f"it is {state.phase.value}: {state.reason}" if state.reason else f"it is {state.phase.value}"
     return ""

@@ -13,7 +13,7 @@ from executor.proto import control_pb2, control_pb2_grpc
 from executor.state import AgentState, DesiredState, GatewayState, ReplicaKey, RoutingTable
 from plans.errors import Fault, InvalidInput, RemoteFailure
 
-__all__ = ["LEASE_METADATA", "AgentClient", "GatewayClient", "channel_options", "remote_failure"]
+__all__ = ["LEASE_METADATA", "AgentClient", "GatewayClient", "TimedOut", "channel_options", "remote_failure"]
 
 LEASE_METADATA = "foreplan-lease"
 """Metadata key by which a controller says under which name it calls."""
@@ -48,14 +48,23 @@ def remote_failure(peer: str, error: grpc.aio.AioRpcError) -> RemoteFailure:
     """Return a failed call to ``peer`` as one of our errors, retryable when its status is one that may pass."""
     code = error.code()
     details = (error.details() or "").strip() or "no details"
+    if code is grpc.StatusCode.UNIMPLEMENTED:
+        details = f"{details} what answers there is another kind of process, or an older one: check the address"
     return RemoteFailure(peer, f"{code.name}: {details}", retryable=code in _PASSING)
 
 
-async def _answer(peer: str, call: Awaitable[Any]) -> Any:
+class TimedOut(RemoteFailure):
+    """A call took longer than it was given."""
+
+
+async def _answer(peer: str, call: Awaitable[Any], timeout_s: float) -> Any:
     try:
         return await call
     except grpc.aio.AioRpcError as error:
-        raise remote_failure(peer, error) from error
+        failure = remote_failure(peer, error)
+        if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
+            failure = TimedOut(peer, f"DEADLINE_EXCEEDED: not done within {timeout_s:g} s", retryable=True)
+        raise failure from error
 
 
 class AgentClient:
@@ -70,10 +79,10 @@ class AgentClient:
         self.holder = ""
         self._stub = control_pb2_grpc.AgentStub(channel)  # type: ignore[no-untyped-call]
 
-    async def state(self, *, timeout_s: float) -> AgentState:
-        """Return what the agent reports of its node."""
-        call = self._stub.GetState(control_pb2.GetStateRequest(), timeout=timeout_s)
-        message = await _answer(self.name, call)
+    async def state(self, *, timeout_s: float, with_committed: bool = False) -> AgentState:
+        """Return what the agent reports of its node; with what it has committed, if that is asked for."""
+        call = self._stub.GetState(control_pb2.GetStateRequest(with_committed=with_committed), timeout=timeout_s)
+        message = await _answer(self.name, call, timeout_s)
         try:
             return wire.agent_state_from_proto(message)
         except InvalidInput as error:
@@ -88,12 +97,12 @@ class AgentClient:
         The agent changes nothing.
         """
         call = self._stub.Validate(wire.desired_state_to_proto(desired), timeout=timeout_s, metadata=self._metadata)
-        return wire.validation_from_proto(await _answer(self.name, call), where=self.name)
+        return wire.validation_from_proto(await _answer(self.name, call, timeout_s), where=self.name)
 
     async def stage(self, desired: DesiredState, *, timeout_s: float) -> tuple[ReplicaKey, ...]:
         """Load what ``desired`` adds beside what runs; return the replicas that must wait for memory."""
         call = self._stub.Stage(wire.desired_state_to_proto(desired), timeout=timeout_s, metadata=self._metadata)
-        return wire.stage_response_from_proto(await _answer(self.name, call))
+        return wire.stage_response_from_proto(await _answer(self.name, call, timeout_s))
 
     async def commit(self, generation: int, digest: str, *, timeout_s: float) -> None:
         """Let replicas staged for the plan ``digest`` as ``generation`` take requests."""
@@ -110,17 +119,18 @@ class AgentClient:
     async def lease(self, holder: str, ttl_s: float, *, timeout_s: float) -> str:
         """Ask for the node's lease, or with 0 seconds give it back; return who else has it, or nothing."""
         call = self._stub.Lease(control_pb2.LeaseRequest(holder=holder, ttl_s=ttl_s), timeout=timeout_s)
-        answer = await _answer(self.name, call)
+        answer = await _answer(self.name, call, timeout_s)
         return "" if answer.granted else str(answer.holder)
 
     async def drain(self, drained: bool, *, timeout_s: float) -> None:
         """Take the node out of the rotation of every gateway, or back into it."""
         request = control_pb2.DrainRequest(drained=drained)
-        await _answer(self.name, self._stub.Drain(request, timeout=timeout_s, metadata=self._metadata))
+        call = self._stub.Drain(request, timeout=timeout_s, metadata=self._metadata)
+        await _answer(self.name, call, timeout_s)
 
     async def _move(self, call: Any, generation: int, digest: str, timeout_s: float) -> None:
         request = control_pb2.GenerationRequest(generation=generation, placement_digest=digest)
-        await _answer(self.name, call(request, timeout=timeout_s, metadata=self._metadata))
+        await _answer(self.name, call(request, timeout=timeout_s, metadata=self._metadata), timeout_s)
 
     @property
     def _metadata(self) -> tuple[tuple[str, str], ...]:
@@ -137,8 +147,9 @@ class GatewayClient:
     async def state(self, *, timeout_s: float) -> GatewayState:
         """Return what the gateway reports of itself."""
         call = self._stub.GetState(control_pb2.GetStateRequest(), timeout=timeout_s)
-        return wire.gateway_state_from_proto(await _answer(self.name, call))
+        return wire.gateway_state_from_proto(await _answer(self.name, call, timeout_s))
 
     async def set_routes(self, table: RoutingTable, *, timeout_s: float) -> None:
         """Put ``table`` in force."""
-        await _answer(self.name, self._stub.SetRoutes(wire.routing_table_to_proto(table), timeout=timeout_s))
+        call = self._stub.SetRoutes(wire.routing_table_to_proto(table), timeout=timeout_s)
+        await _answer(self.name, call, timeout_s)

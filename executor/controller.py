@@ -22,14 +22,12 @@ from executor.apply_plan import (
     assess,
     changes,
     check_plan,
-    left_over,
-    live_prior,
 )
-from executor.cluster_connection import ClusterConnection
+from executor.cluster_connection import ClusterConnection, joined
 from executor.cluster_status import ClusterStatus, status
 from executor.lease import LeaseTiming, holding, new_holder
 from executor.rollout import ApplyTimeouts, FlipRefused, Progress, ProgressEvent, Rollout, TakenBack
-from executor.rounds import stops
+from executor.rounds import PlannedWave, outlook, running_plan, stops
 from executor.state import ReplicaKey
 from executor.tls import Dialer
 from executor.tracing import start_tracing
@@ -44,6 +42,7 @@ __all__ = [
     "ClusterStatus",
     "LeaseTiming",
     "NoChanges",
+    "PlannedWave",
     "Progress",
     "ProgressEvent",
     "WouldApply",
@@ -77,13 +76,15 @@ class WouldApply:
     """What an apply would do; nothing was changed.
 
     ``deferred`` would have to wait for the memory of what it replaces: what fits beside it on the same devices, planned
-    before it, is deducted. ``left_over`` is what an apply of the live plan would put right.
+    before it, is deducted. ``waves`` say what would go and come when. ``left_over`` is what an apply of the live plan
+    would put right.
     """
 
     generation: int
     placement_digest: str
     changes: tuple[ReplicaChange, ...]
     deferred: tuple[ReplicaKey, ...] = ()
+    waves: tuple[PlannedWave, ...] = ()
     left_over: tuple[str, ...] = ()
 
 
@@ -114,13 +115,11 @@ async def apply(
     progress: Progress = _silent,
     dialer: Dialer | None = None,
     lease: LeaseTiming | None = None,
-    stored: Callable[[str], Plan | None] = lambda digest: None,
 ) -> ApplyResult:
     """Bring every node of ``cluster``, and the routes of ``gateways``, to ``plan``.
 
     Where something has to wait for memory that others hold, this takes the waves of `plans.transition`, each a
-    generation of its own, if ``stored`` knows what is live. Else everything that leaves goes at once, before what waits
-    is loaded.
+    generation of its own, from what agents say that they have committed.
 
     Args:
         plan: What shall run. Nodes that it does not use are emptied.
@@ -133,7 +132,6 @@ async def apply(
         progress: Told about each step on each peer.
         dialer: Opens the channels; without one, in the clear.
         lease: How long to wait for another controller, and for how long the nodes are held.
-        stored: Returns the plan of a placement digest, as far as it is known.
 
     Raises:
         InvalidInput: The plan is for another cluster, or a node cannot run its part; with all faults.
@@ -169,18 +167,24 @@ async def apply(
         rollout = rollout_to(plan, generation)
         if dry_run:
             await rollout.validate()
+        else:
+            await _reach(rollout.validate, rollout, live)
+        way = [rollout]
+        if any(rollout.deferred.values()) and (running := running_plan(live, plan)) is not None:
+            if not dry_run and _is_unsettled(live):
+                await _settle(rollout_to(running, live.generation))
+            way = [rollout_to(stop, generation + n) for n, stop in enumerate(stops(running, plan, cluster))]
+            way = way if await _is_possible(way) else [rollout]
+        if dry_run:
+            present = {one.key for one in changes(plan, live) if one.action != "load"}
             return WouldApply(
-                generation=generation,
+                generation=way[-1].generation,
                 placement_digest=plan.placement_digest,
                 changes=changes(plan, live),
                 deferred=_waiting([rollout]),
+                waves=outlook(present, [one.plan for one in way], _waiting(way[:1])),
                 left_over=found,
             )
-        await _reach(rollout.validate, rollout, live)
-        way = [rollout]
-        if any(rollout.deferred.values()) and (running := _running(live, stored)) is not None:
-            way = [rollout_to(stop, generation + n) for n, stop in enumerate(stops(running, plan, cluster))]
-            way = way if await _is_possible(way) else [rollout]
         await _run(way, live, limits)
     if isinstance(standing, InForce):
         return NoChanges(generation=way[-1].generation, placement_digest=plan.placement_digest, converged=found)
@@ -197,13 +201,17 @@ def _waiting(way: Sequence[Rollout]) -> tuple[ReplicaKey, ...]:
     return tuple(dict.fromkeys(key for rollout in way for keys in rollout.deferred.values() for key in keys))
 
 
-def _running(live: Live, stored: Callable[[str], Plan | None]) -> Plan | None:
-    """Return the plan that every peer has in force, if it is known and nothing is left over from others."""
-    prior = live_prior(live)
-    running = stored(prior.digest) if prior is not None else None
-    if prior is None or running is None or left_over(running, prior.generation, live):
-        return None
-    return running
+def _is_unsettled(live: Live) -> bool:
+    """Say whether a node still runs what has left the plan, since an apply was cut short."""
+    return any(one.left_over for state in live.agents.values() for one in state.replicas)
+
+
+async def _settle(rollout: Rollout) -> None:
+    """End what was cut short, so that memory which nothing needs any more stands in nobody's way."""
+    try:
+        await rollout.settle()
+    except RemoteFailure as failure:
+        raise _unfinished(rollout, {failure.peer: failure}, []) from failure
 
 
 async def _is_possible(way: Sequence[Rollout]) -> bool:
@@ -223,15 +231,14 @@ async def _live(connection: ClusterConnection, limits: ApplyTimeouts) -> Live:
     Raises:
         RemoteFailure: Some do not answer; with all of them, and what to do.
     """
-    agents, gateways, lost = await connection.states(timeout_s=limits.state_s)
+    agents, gateways, lost = await connection.states(timeout_s=limits.state_s, with_committed=True)
     if lost:
-        failures = list(lost.values())
-        problems = "; ".join([failures[0].problem, *(str(failure) for failure in failures[1:])])
+        failure = joined(lost.values())
         remedy = (
             "start it (`foreplan agent` on its node, `foreplan gateway`), give the certificates that it asks for "
             "(--grpc-client-cert), or take it out of the cluster file"
         )
-        raise RemoteFailure(failures[0].peer, f"{problems}; nothing was changed: {remedy}", retryable=True)
+        raise RemoteFailure(failure.peer, f"{failure.problem}; nothing was changed: {remedy}", retryable=True)
     return Live(agents=agents, gateways=gateways)
 
 

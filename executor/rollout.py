@@ -9,7 +9,9 @@ from typing import TypeVar
 
 from executor.apply_plan import Live, left_over
 from executor.assignment import desired_state, routing_table
-from executor.cluster_connection import ClusterConnection, gather
+from executor.cluster_connection import ClusterConnection, gather, joined
+from executor.control_client import TimedOut
+from executor.rounds import Stop
 from executor.state import AgentState, DesiredState, ReplicaKey
 from executor.tracing import NoSpans
 from plans.cluster import Cluster
@@ -20,6 +22,8 @@ __all__ = ["ApplyTimeouts", "FlipRefused", "Progress", "ProgressEvent", "Rollout
 
 _Answer = TypeVar("_Answer")
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.1, 2.0
+_LIMIT_OF = {"route": "routes", "route the rest": "routes"}
+"""Names of limits that are not those of their steps."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,7 +101,7 @@ class Rollout:
         self.generation = generation
         self._spans = spans or NoSpans()
         self.deferred: dict[str, tuple[ReplicaKey, ...]] = {}
-        self._plan = plan
+        self.plan = plan
         self._digest = plan.placement_digest
         self._connection = connection
         self._timeouts = timeouts
@@ -192,6 +196,21 @@ class Rollout:
             raise FlipRefused(refusals[0].peer, refusals[0].problem, retryable=False)
         return failures
 
+    async def settle(self) -> None:
+        """Drain and unload what an apply that was cut short left: this generation is committed and routed everywhere.
+
+        Raises:
+            RemoteFailure: A node could not.
+        """
+        timeout_s = self._timeouts.finish_s
+        await self._everywhere(
+            "finish",
+            {
+                node: agent.finish(self.generation, self._digest, timeout_s=timeout_s)
+                for node, agent in self._connection.agents.items()
+            },
+        )
+
     async def finish(self) -> dict[str, RemoteFailure]:
         """Drain and unload what left, load what had to wait, and then route to that as well.
 
@@ -214,14 +233,14 @@ class Rollout:
     async def left_over(self) -> tuple[str, ...]:
         """Return what still differs from the plan, a line each; peers that do not answer included."""
         agents, gateways, lost = await self._connection.states(timeout_s=self._timeouts.state_s)
-        found = left_over(self._plan, self.generation, Live(agents=agents, gateways=gateways))
+        found = left_over(self.plan, self.generation, Live(agents=agents, gateways=gateways))
         return (*(str(failure) for failure in lost.values()), *found)
 
     def _desired(self, node: str) -> DesiredState:
-        return desired_state(self._plan, node, self.generation, self._addresses)
+        return desired_state(self.plan, node, self.generation, self._addresses, underway=isinstance(self.plan, Stop))
 
     async def _route(self, step: str, without: list[ReplicaKey]) -> dict[str, RemoteFailure]:
-        table = routing_table(self._plan, self._addresses, self.generation, without=without)
+        table = routing_table(self.plan, self._addresses, self.generation, without=without)
 
         def sending(address: str) -> Callable[[], Awaitable[None]]:
             client = self._connection.gateways[address]
@@ -257,10 +276,10 @@ class Rollout:
         return attempt
 
     async def _everywhere(self, step: str, calls: Mapping[str, Awaitable[_Answer]]) -> dict[str, _Answer]:
-        """Await one call per peer; raise the first failure when all have ended."""
+        """Await one call per peer; raise what failed when all have ended."""
         answers, failures = await gather({node: self._tell(step, node, call) for node, call in calls.items()})
-        for failure in failures.values():
-            raise failure
+        if failures:
+            raise joined(failures.values())
         return answers
 
     async def _tell(self, step: str, peer: str, call: Awaitable[_Answer]) -> _Answer:
@@ -270,6 +289,11 @@ class Rollout:
                 answer = await call
         except RemoteFailure as failure:
             self._progress(ProgressEvent(step=step, peer=peer, outcome="failed", detail=failure.problem))
+            if isinstance(failure, TimedOut):
+                problem = (
+                    f"{step}: {failure.problem}; give it longer with --timeout {_LIMIT_OF.get(step, step)}=SECONDS"
+                )
+                raise RemoteFailure(failure.peer, problem, retryable=True) from failure
             raise
         self._progress(ProgressEvent(step=step, peer=peer, outcome="done"))
         return answer

@@ -2,25 +2,29 @@
 
 A stop is a plan in which replicas of both stand beside each other, also on groups that share devices. Nodes are brought
 from stop to stop as from plan to plan. Each carries the digest of the plan that it leads to: an apply that is cut short
-at one is taken up by running it again.
+at one is taken up by running it again: what agents have committed says where it stands.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
+from executor.apply_plan import Live, is_at, live_prior
+from executor.state import DesiredGroup, DesiredReplica, ReplicaKey
 from plans.cluster import Cluster
-from plans.plan import Group, LoadoutEntry, Plan, Route, TransitionStep
+from plans.plan import Group, LoadoutEntry, Plan, Route, TokenRules, TransitionStep
 from plans.transition import transition, waves_of
 
-__all__ = ["stops"]
+__all__ = ["PlannedWave", "Stop", "outlook", "running_plan", "stops"]
 
 _Place = tuple[str, str]
 """A group and a service."""
 
 
-class _Stop(Plan):
+class Stop(Plan):
     """A plan on the way, never validated as one: groups may share devices."""
 
     leads_to: str
@@ -29,6 +33,117 @@ class _Stop(Plan):
     def placement_digest(self) -> str:
         """Digest of the plan that it leads to."""
         return self.leads_to
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlannedWave:
+    """What goes and then comes between two flips of routes: about ``at_s`` seconds from the start, for ``for_s``."""
+
+    at_s: float
+    for_s: float
+    leaves: tuple[ReplicaKey, ...]
+    loads: tuple[ReplicaKey, ...]
+
+
+def running_plan(live: Live, target: Plan) -> Plan | None:
+    """Return what all agents have committed, as far as the way from there to ``target`` needs it.
+
+    Routes are in proportion to planned rates, the stages of a pipeline take equal times; workflows, predictions and the
+    like are those of ``target``. None where peers are not all at the same place, or do not tell what they committed.
+    """
+    prior = live_prior(live)
+    committed = [state.committed for state in live.agents.values()]
+    if prior is None or None in committed or not all(is_at(state, prior) for state in live.peers):
+        return None
+    groups = tuple(_group(state.node, group) for state in committed if state for group in state.groups)
+    rates: dict[str, dict[str, float]] = defaultdict(dict)
+    for group in groups:
+        for entry in group.loadout:
+            rates[entry.service][group.id] = entry.rate_rps
+    routes = {
+        service: tuple(
+            Route.model_construct(group=group, weight=rate / sum(of_group.values()))
+            for group, rate in of_group.items()
+            if rate > 0
+        )
+        for service, of_group in rates.items()
+    }
+    return _stop_of(target, groups=groups, routes=routes, leads_to=prior.digest)
+
+
+def _group(node: str, group: DesiredGroup) -> Group:
+    return Group.model_construct(
+        id=group.id,
+        node=node,
+        gpus=group.gpus,
+        tp=group.tensor_parallel,
+        pp=group.pipeline_parallel,
+        loadout=tuple(_entry(replica, group.pipeline_parallel) for replica in group.replicas),
+    )
+
+
+def _entry(replica: DesiredReplica, stages: int) -> LoadoutEntry:
+    rules = replica.generation
+    return LoadoutEntry.model_construct(
+        service=replica.service,
+        variant=replica.variant,
+        max_batch=replica.max_batch,
+        multi_frame=replica.multi_frame,
+        rate_rps=replica.rate_rps,
+        memory_bytes=replica.memory_bytes,
+        weight_bytes=max(0, sum(replica.memory_bytes) - rules.kv_bytes) if rules else 0,
+        deadline_s=replica.deadline_s,
+        stage_latency_s=tuple((latency_s / stages,) * stages for latency_s in replica.batch_latency_s),
+        tokens=None
+        if rules is None
+        else TokenRules.model_construct(
+            ttft_s=rules.ttft_s,
+            tpot_s=rules.tpot_s,
+            max_prefill_tokens=rules.max_prefill_tokens,
+            prefill_tokens=rules.prefill_tokens,
+            prefill_s=rules.prefill_s,
+        ),
+    )
+
+
+def outlook(
+    present: Collection[ReplicaKey], way: Sequence[Plan], waiting: Collection[ReplicaKey]
+) -> tuple[PlannedWave, ...]:
+    """Return what goes and comes when, on ``way`` from a cluster that runs ``present``.
+
+    The first wave is what is loaded beside that; the others begin with what leaves. Loads of a node follow each other,
+    and a request may be in flight until its deadline; how long that is, is taken from the plans of the way.
+
+    Args:
+        present: Replicas that run.
+        way: The stops, the target last.
+        waiting: Replicas of the first stop that have to wait for memory.
+    """
+    entries = {key: (group.node, entry) for plan in way for group, entry, key in _replicas(plan)}
+    deadline_s = {entry.service: entry.deadline_s for _, entry in entries.values()}
+    plans = [frozenset(present), *(frozenset(key for *_, key in _replicas(plan)) for plan in way)]
+    pairs = [(set[ReplicaKey](), plans[1] - plans[0] - set(waiting))]
+    for number, (before, after) in enumerate(itertools.pairwise(plans)):
+        pairs.append((set(before - after), (after - before) & set(waiting) if number == 0 else after - before))
+    waves: list[PlannedWave] = []
+    at_s = 0.0
+    for leaves, loads in pairs:
+        if leaves or loads:
+            on_node: dict[str, float] = defaultdict(float)
+            for key in loads:
+                node, entry = entries[key]
+                on_node[node] += entry.load_s
+            drain_s = max((deadline_s.get(key.service, 0.0) for key in leaves), default=0.0)
+            for_s = drain_s + max(on_node.values(), default=0.0)
+            waves.append(PlannedWave(at_s=at_s, for_s=for_s, leaves=tuple(sorted(leaves)), loads=tuple(sorted(loads))))
+            at_s += for_s
+    return tuple(waves)
+
+
+def _replicas(plan: Plan) -> Iterable[tuple[Group, LoadoutEntry, ReplicaKey]]:
+    for group in plan.groups:
+        for entry in group.loadout:
+            yield group, entry, ReplicaKey(group=group.id, service=entry.service, variant=entry.variant)
 
 
 def stops(running: Plan, target: Plan, cluster: Cluster) -> tuple[Plan, ...]:
@@ -43,14 +158,20 @@ def stops(running: Plan, target: Plan, cluster: Cluster) -> tuple[Plan, ...]:
         return (target,)
     old = {_place(step): step for wave in rest for step in wave.drains}
     late = {_place(step) for wave in rest for step in wave.loads}
+    coming = {(group.id, entry.service) for group in target.groups for entry in group.loadout}
     found: list[Plan] = []
+    told: tuple[set[_Place], set[_Place]] = (set(), set())
     for wave in rest:
-        for step in wave.drains:
-            del old[_place(step)]
-        late -= {_place(step) for step in wave.loads}
+        gone = {_place(step) for step in wave.drains}
+        late = late - {_place(step) for step in wave.loads}
+        # What is replaced in its place goes at once: requests find a replica by group and service.
+        old = {
+            place: step for place, step in old.items() if place not in gone and (place in late or place not in coming)
+        }
         if not old and not late:
             break
-        found.append(_stop(running, target, old, late))
+        if told != (told := (set(old), late)):
+            found.append(_stop(running, target, old, late))
     return (*found, target)
 
 
@@ -78,12 +199,15 @@ def _stop(running: Plan, target: Plan, old: Mapping[_Place, TransitionStep], lat
     groups = tuple(
         Group.model_construct(**dict(shapes[name]) | {"loadout": tuple(loadout)}) for name, loadout in loadouts.items()
     )
-    fields = {name: getattr(target, name) for name in Plan.model_fields}
     routes = {
         service: _routes(service, running, target, old, late) for service in target.routes.keys() | running.routes
     }
     routes = {service: routes[service] for service in sorted(routes) if routes[service]}
-    return _Stop.model_construct(**fields | {"groups": groups, "routes": routes, "leads_to": target.placement_digest})
+    return _stop_of(target, groups=groups, routes=routes, leads_to=target.placement_digest)
+
+
+def _stop_of(target: Plan, **changed: object) -> Stop:
+    return Stop.model_construct(**{name: getattr(target, name) for name in Plan.model_fields} | changed)
 
 
 def _smaller(before: LoadoutEntry | None, after: LoadoutEntry) -> LoadoutEntry:

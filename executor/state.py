@@ -86,6 +86,7 @@ class DesiredReplica:
         memory_bytes: Peak bytes per GPU of the group, weights included.
         shape: Tensor and pipeline parallelism of the group.
         generation: Of a service that generates; ``max_batch`` then limits the sequences that run together.
+        rate_rps: What the plan routes here, requests per second; agents only remember it.
     """
 
     service: str
@@ -97,6 +98,7 @@ class DesiredReplica:
     memory_bytes: tuple[int, ...]
     shape: tuple[int, int] = (1, 1)
     generation: GenerationRules | None = None
+    rate_rps: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -162,6 +164,7 @@ class DesiredState:
 
     ``workflows`` are those of which a stage here hands over to others. ``handover`` says where calls of stages go, also
     where none does: what a stage that has moved away still does is handed over too. None for a plan without workflows.
+    ``underway``: a stop on the way to the plan; see `executor.rounds`.
     """
 
     generation: int
@@ -170,6 +173,7 @@ class DesiredState:
     groups: tuple[DesiredGroup, ...] = ()
     workflows: tuple[WorkflowRules, ...] = ()
     handover: RoutingTable | None = None
+    underway: bool = False
 
     def keys(self) -> tuple[ReplicaKey, ...]:
         """Return the identity of every replica, in the order of the state."""
@@ -223,6 +227,8 @@ class AgentState:
     ``leased_to``: the controller that may change the node now; empty when none does.
     ``device_used_bytes``: memory in use on each device, by whomever; empty where it cannot be told (CPU).
     ``forward_port``: where gateways hand over requests; 0 for by gRPC calls.
+    ``committed``: what is committed, told only where it was asked for. ``underway``: that is a stop on the way to the
+    plan.
     """
 
     node: str
@@ -239,6 +245,8 @@ class AgentState:
     leased_to: str = ""
     device_used_bytes: tuple[int, ...] = ()
     forward_port: int = 0
+    committed: DesiredState | None = None
+    underway: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -81,6 +81,7 @@ def desired_state_to_proto(state: DesiredState) -> pb.DesiredState:
         ],
         workflows=[workflow_to_proto(workflow) for workflow in state.workflows],
         handover=routing_table_to_proto(state.handover) if state.handover else None,
+        underway=state.underway,
     )
 
 
@@ -94,6 +95,7 @@ def _desired_replica_to_proto(replica: DesiredReplica) -> pb.Replica:
         batch_latency_s=replica.batch_latency_s,
         memory_bytes=replica.memory_bytes,
         generation=_generation_to_proto(replica.generation) if replica.generation else None,
+        rate_rps=replica.rate_rps,
     )
 
 
@@ -151,6 +153,7 @@ def desired_state_from_proto(message: pb.DesiredState) -> DesiredState:
                         generation=(
                             _generation_from_proto(replica.generation) if replica.HasField("generation") else None
                         ),
+                        rate_rps=replica.rate_rps,
                     )
                     for replica in group.replicas
                 ),
@@ -159,6 +162,7 @@ def desired_state_from_proto(message: pb.DesiredState) -> DesiredState:
         ),
         workflows=tuple(workflow_from_proto(workflow) for workflow in message.workflows),
         handover=routing_table_from_proto(message.handover) if message.HasField("handover") else None,
+        underway=message.underway,
     )
 
 
@@ -198,6 +202,8 @@ def _replica_faults(replica: pb.Replica, field: str, gpus: int) -> Iterator[Faul
             yield _fault(f"{field}.{name}", getattr(replica, name), "at least 1")
     if not 0 < replica.deadline_s < math.inf:
         yield _fault(f"{field}.deadline_s", replica.deadline_s, "seconds above 0 and finite")
+    if not 0 <= replica.rate_rps < math.inf:
+        yield _fault(f"{field}.rate_rps", replica.rate_rps, "requests per second, at least 0 and finite")
     if len(replica.batch_latency_s) != replica.max_batch:
         expected = f"one entry for each batch size up to max_batch ({replica.max_batch})"
         yield _fault(f"{field}.batch_latency_s", f"{len(replica.batch_latency_s)} entries", expected)
@@ -342,6 +348,8 @@ def agent_state_to_proto(state: AgentState) -> pb.AgentState:
         leased_to=state.leased_to,
         device_used_bytes=state.device_used_bytes,
         forward_port=state.forward_port,
+        committed=desired_state_to_proto(state.committed) if state.committed else None,
+        underway=state.underway,
     )
 
 
@@ -349,7 +357,7 @@ def agent_state_from_proto(message: pb.AgentState) -> AgentState:
     """Return the state in ``message``.
 
     Raises:
-        InvalidInput: A replica's phase is one that this version does not know.
+        InvalidInput: A replica's phase is one that this version does not know, or what is committed contradicts itself.
     """
     return AgentState(
         node=message.node,
@@ -366,6 +374,8 @@ def agent_state_from_proto(message: pb.AgentState) -> AgentState:
         leased_to=message.leased_to,
         device_used_bytes=tuple(message.device_used_bytes),
         forward_port=message.forward_port,
+        committed=desired_state_from_proto(message.committed) if message.HasField("committed") else None,
+        underway=message.underway,
     )
 
 

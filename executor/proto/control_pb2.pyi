@@ -23,24 +23,28 @@ REPLICA_PHASE_DRAINING: ReplicaPhase
 REPLICA_PHASE_FAILED: ReplicaPhase
 
 class GetStateRequest(_message.Message):
-    __slots__ = ()
-    def __init__(self) -> None: ...
+    __slots__ = ("with_committed",)
+    WITH_COMMITTED_FIELD_NUMBER: _ClassVar[int]
+    with_committed: bool
+    def __init__(self, with_committed: _Optional[bool] = ...) -> None: ...
 
 class DesiredState(_message.Message):
-    __slots__ = ("generation", "placement_digest", "node", "groups", "workflows", "handover")
+    __slots__ = ("generation", "placement_digest", "node", "groups", "workflows", "handover", "underway")
     GENERATION_FIELD_NUMBER: _ClassVar[int]
     PLACEMENT_DIGEST_FIELD_NUMBER: _ClassVar[int]
     NODE_FIELD_NUMBER: _ClassVar[int]
     GROUPS_FIELD_NUMBER: _ClassVar[int]
     WORKFLOWS_FIELD_NUMBER: _ClassVar[int]
     HANDOVER_FIELD_NUMBER: _ClassVar[int]
+    UNDERWAY_FIELD_NUMBER: _ClassVar[int]
     generation: int
     placement_digest: str
     node: str
     groups: _containers.RepeatedCompositeFieldContainer[Group]
     workflows: _containers.RepeatedCompositeFieldContainer[Workflow]
     handover: RoutingTable
-    def __init__(self, generation: _Optional[int] = ..., placement_digest: _Optional[str] = ..., node: _Optional[str] = ..., groups: _Optional[_Iterable[_Union[Group, _Mapping]]] = ..., workflows: _Optional[_Iterable[_Union[Workflow, _Mapping]]] = ..., handover: _Optional[_Union[RoutingTable, _Mapping]] = ...) -> None: ...
+    underway: bool
+    def __init__(self, generation: _Optional[int] = ..., placement_digest: _Optional[str] = ..., node: _Optional[str] = ..., groups: _Optional[_Iterable[_Union[Group, _Mapping]]] = ..., workflows: _Optional[_Iterable[_Union[Workflow, _Mapping]]] = ..., handover: _Optional[_Union[RoutingTable, _Mapping]] = ..., underway: _Optional[bool] = ...) -> None: ...
 
 class Workflow(_message.Message):
     __slots__ = ("name", "deadline_s", "stages", "edges")
@@ -103,7 +107,7 @@ class Group(_message.Message):
     def __init__(self, id: _Optional[str] = ..., gpus: _Optional[_Iterable[int]] = ..., tensor_parallel: _Optional[int] = ..., pipeline_parallel: _Optional[int] = ..., replicas: _Optional[_Iterable[_Union[Replica, _Mapping]]] = ...) -> None: ...
 
 class Replica(_message.Message):
-    __slots__ = ("service", "variant", "max_batch", "multi_frame", "deadline_s", "batch_latency_s", "memory_bytes", "generation")
+    __slots__ = ("service", "variant", "max_batch", "multi_frame", "deadline_s", "batch_latency_s", "memory_bytes", "generation", "rate_rps")
     SERVICE_FIELD_NUMBER: _ClassVar[int]
     VARIANT_FIELD_NUMBER: _ClassVar[int]
     MAX_BATCH_FIELD_NUMBER: _ClassVar[int]
@@ -112,6 +116,7 @@ class Replica(_message.Message):
     BATCH_LATENCY_S_FIELD_NUMBER: _ClassVar[int]
     MEMORY_BYTES_FIELD_NUMBER: _ClassVar[int]
     GENERATION_FIELD_NUMBER: _ClassVar[int]
+    RATE_RPS_FIELD_NUMBER: _ClassVar[int]
     service: str
     variant: str
     max_batch: int
@@ -120,7 +125,8 @@ class Replica(_message.Message):
     batch_latency_s: _containers.RepeatedScalarFieldContainer[float]
     memory_bytes: _containers.RepeatedScalarFieldContainer[int]
     generation: Generation
-    def __init__(self, service: _Optional[str] = ..., variant: _Optional[str] = ..., max_batch: _Optional[int] = ..., multi_frame: _Optional[int] = ..., deadline_s: _Optional[float] = ..., batch_latency_s: _Optional[_Iterable[float]] = ..., memory_bytes: _Optional[_Iterable[int]] = ..., generation: _Optional[_Union[Generation, _Mapping]] = ...) -> None: ...
+    rate_rps: float
+    def __init__(self, service: _Optional[str] = ..., variant: _Optional[str] = ..., max_batch: _Optional[int] = ..., multi_frame: _Optional[int] = ..., deadline_s: _Optional[float] = ..., batch_latency_s: _Optional[_Iterable[float]] = ..., memory_bytes: _Optional[_Iterable[int]] = ..., generation: _Optional[_Union[Generation, _Mapping]] = ..., rate_rps: _Optional[float] = ...) -> None: ...
 
 class Generation(_message.Message):
     __slots__ = ("ttft_s", "tpot_s", "kv_bytes", "max_prefill_tokens", "prefill_tokens", "prefill_s")
@@ -251,7 +257,7 @@ class ReplicaState(_message.Message):
     def __init__(self, key: _Optional[_Union[ReplicaKey, _Mapping]] = ..., phase: _Optional[_Union[ReplicaPhase, str]] = ..., reason: _Optional[str] = ..., queued: _Optional[int] = ..., running: _Optional[int] = ..., completed: _Optional[int] = ..., dropped: _Optional[int] = ..., failed: _Optional[int] = ..., batches: _Optional[int] = ..., expected_wait_s: _Optional[float] = ..., max_batch: _Optional[int] = ..., weight_bytes: _Optional[int] = ..., load_s: _Optional[float] = ..., left_over: _Optional[bool] = ...) -> None: ...
 
 class AgentState(_message.Message):
-    __slots__ = ("node", "version", "generation", "placement_digest", "staged_generation", "replicas", "device", "device_count", "resident_bytes", "ready", "drained", "leased_to", "device_used_bytes", "forward_port")
+    __slots__ = ("node", "version", "generation", "placement_digest", "staged_generation", "replicas", "device", "device_count", "resident_bytes", "ready", "drained", "leased_to", "device_used_bytes", "forward_port", "committed", "underway")
     NODE_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
     GENERATION_FIELD_NUMBER: _ClassVar[int]
@@ -266,6 +272,8 @@ class AgentState(_message.Message):
     LEASED_TO_FIELD_NUMBER: _ClassVar[int]
     DEVICE_USED_BYTES_FIELD_NUMBER: _ClassVar[int]
     FORWARD_PORT_FIELD_NUMBER: _ClassVar[int]
+    COMMITTED_FIELD_NUMBER: _ClassVar[int]
+    UNDERWAY_FIELD_NUMBER: _ClassVar[int]
     node: str
     version: str
     generation: int
@@ -280,7 +288,9 @@ class AgentState(_message.Message):
     leased_to: str
     device_used_bytes: _containers.RepeatedScalarFieldContainer[int]
     forward_port: int
-    def __init__(self, node: _Optional[str] = ..., version: _Optional[str] = ..., generation: _Optional[int] = ..., placement_digest: _Optional[str] = ..., staged_generation: _Optional[int] = ..., replicas: _Optional[_Iterable[_Union[ReplicaState, _Mapping]]] = ..., device: _Optional[str] = ..., device_count: _Optional[int] = ..., resident_bytes: _Optional[int] = ..., ready: _Optional[bool] = ..., drained: _Optional[bool] = ..., leased_to: _Optional[str] = ..., device_used_bytes: _Optional[_Iterable[int]] = ..., forward_port: _Optional[int] = ...) -> None: ...
+    committed: DesiredState
+    underway: bool
+    def __init__(self, node: _Optional[str] = ..., version: _Optional[str] = ..., generation: _Optional[int] = ..., placement_digest: _Optional[str] = ..., staged_generation: _Optional[int] = ..., replicas: _Optional[_Iterable[_Union[ReplicaState, _Mapping]]] = ..., device: _Optional[str] = ..., device_count: _Optional[int] = ..., resident_bytes: _Optional[int] = ..., ready: _Optional[bool] = ..., drained: _Optional[bool] = ..., leased_to: _Optional[str] = ..., device_used_bytes: _Optional[_Iterable[int]] = ..., forward_port: _Optional[int] = ..., committed: _Optional[_Union[DesiredState, _Mapping]] = ..., underway: _Optional[bool] = ...) -> None: ...
 
 class Backend(_message.Message):
     __slots__ = ("node", "address")

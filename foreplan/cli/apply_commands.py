@@ -15,7 +15,7 @@ from foreplan.cli.output import Output, Step
 from foreplan.cli.tls_options import ClientCert, ClientKey, Insecure, RootCert, cluster_dialer
 
 if TYPE_CHECKING:
-    from executor.controller import ApplyResult, ApplyTimeouts, ProgressEvent
+    from executor.controller import ApplyResult, ApplyTimeouts, PlannedWave, ProgressEvent
     from executor.tls import Dialer
     from plans.cluster import Cluster
     from plans.plan import Plan, Prior
@@ -207,7 +207,6 @@ def _apply(
                 timeouts=timeouts,
                 progress=lambda event: _event(out, step, event),
                 dialer=dialer,
-                stored=lambda digest: None if plans is None else _stored(plans, digest),
             )
         )
     if plans is not None and all(stored.generation != result.generation for stored in plans.generations()):
@@ -224,9 +223,10 @@ def _event(out: Output, step: Step, event: ProgressEvent) -> None:
 
 
 def _print_applied(out: Output, result: ApplyResult) -> None:
-    from executor.controller import Applied, NoChanges
+    from executor.controller import Applied, NoChanges, WouldApply
 
     changes = () if isinstance(result, NoChanges) else result.changes
+    waves = result.waves if isinstance(result, WouldApply) else ()
     deferred = () if isinstance(result, NoChanges) else result.deferred
     outcome = "no changes" if isinstance(result, NoChanges) else "applied" if isinstance(result, Applied) else "dry run"
     out.result(
@@ -237,6 +237,8 @@ def _print_applied(out: Output, result: ApplyResult) -> None:
             "changes": [{"node": c.node, "action": c.action} | _key_json(c.key) for c in changes],
             "deferred": [_key_json(key) for key in deferred],
         }
+        | ({"waves": [_wave_json(wave) for wave in waves]} if isinstance(result, WouldApply) else {})
+        | ({"put_right": list(result.converged)} if isinstance(result, NoChanges) else {})
     )
     signs = {"load": "+", "unload": "-", "keep": " "}
     for change in changes:
@@ -244,14 +246,26 @@ def _print_applied(out: Output, result: ApplyResult) -> None:
     for key in deferred:
         waits = "had to wait" if isinstance(result, Applied) else "would have to wait"
         out.warn(f"{key.group} {key.service} {waits} until the memory of what it replaces is free")
+    for number, wave in enumerate(waves, start=1):
+        after = ", when routes have flipped" if number > 1 else ""
+        out.say(f"wave {number}, from about {wave.at_s:.1f} s, for about {wave.for_s:.1f} s{after}:")
+        for sign, keys in (("-", wave.leaves), ("+", wave.loads)):
+            for key in keys:
+                out.say(f"  {sign} {key.group} {key.service} ({key.variant})")
     if isinstance(result, NoChanges):
         for line in result.converged:
             out.say(f"put right: {line}")
-        out.say(f"no changes: the plan is live as generation {result.generation}")
+        how = "went on where an apply was cut short" if result.converged else "no changes"
+        out.say(f"{how}: the plan is live as generation {result.generation}")
     elif isinstance(result, Applied):
         out.say(f"applied as generation {result.generation} in {result.wall_s:.1f} s")
     else:
         out.say(f"dry run: nothing was changed; this would become generation {result.generation}")
+
+
+def _wave_json(wave: PlannedWave) -> dict[str, Any]:
+    keys = {"unload": wave.leaves, "load": wave.loads}
+    return {"at_s": wave.at_s, "for_s": wave.for_s} | {name: [_key_json(k) for k in of] for name, of in keys.items()}
 
 
 def _key_json(key: Any) -> dict[str, str]:

@@ -146,6 +146,8 @@ class FakeAgent(_Scripted, control_pb2_grpc.AgentServicer):
             replicas=tuple(ReplicaState(key=key, phase=phase) for key, phase in sorted(self.phases.items())),
             drained=self.drained,
             forward_port=self.forward.port if self.forward else 0,
+            committed=self.desired,
+            underway=self.desired.underway if self.desired else False,
             ready=wanted <= {key for key, phase in self.phases.items() if phase is Phase.SERVING},
         )
 

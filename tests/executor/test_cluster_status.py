@@ -1,10 +1,22 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import json
+from typing import Any
 
 from executor.cluster_status import ClusterStatus, cluster_status, status
-from executor.state import AgentState, GatewayState, Phase, ReplicaKey, ReplicaState, TargetState
+from executor.state import (
+    AgentState,
+    DesiredGroup,
+    DesiredReplica,
+    DesiredState,
+    GatewayState,
+    Phase,
+    ReplicaKey,
+    ReplicaState,
+    TargetState,
+)
 from plans.cluster import Cluster
 from plans.plan import Prior
 from tests.executor.fake_agent import FakeAgent, FakeGateway
@@ -17,11 +29,25 @@ CLUSTER = Cluster.model_validate(
 )
 
 
-def agent(node: str, *replicas: ReplicaState, generation: int = 2, ready: bool = True) -> AgentState:
+def agent(node: str, *replicas: ReplicaState, generation: int = 2, ready: bool = True, **changed: Any) -> AgentState:
+    """An agent that has committed all of ``replicas`` that do not drain, and are not named in ``beside``."""
     digest = f"d{generation}" if generation else ""
-    return AgentState(
-        node=node, version="", generation=generation, placement_digest=digest, replicas=replicas, ready=ready
+    beside = changed.pop("beside", ())
+    kept = [one.key for one in replicas if one.phase is not Phase.DRAINING and one.key.group not in beside]
+    committed = DesiredState(
+        generation=generation, placement_digest=digest, node=node, groups=tuple(_group(key) for key in kept)
     )
+    fields = {"generation": generation, "placement_digest": digest, "replicas": replicas, "ready": ready}
+    return AgentState(
+        **{"node": node, "version": "", "committed": committed if generation else None} | fields | changed
+    )
+
+
+def _group(key: ReplicaKey) -> DesiredGroup:
+    runs = DesiredReplica(
+        service=key.service, variant=key.variant, max_batch=1, deadline_s=1, batch_latency_s=(1,), memory_bytes=(1,)
+    )
+    return DesiredGroup(id=key.group, gpus=(0,), replicas=(runs,))
 
 
 def replica(group: str, phase: Phase = Phase.SERVING, reason: str = "") -> ReplicaState:
@@ -59,7 +85,16 @@ def test_each_difference_gives_its_reason() -> None:
     found = seen(
         [
             agent("a", replica("a/0", Phase.FAILED, "out of memory"), replica("a/1"), ready=False),
-            agent("b", replica("b/1", Phase.DRAINING)),
+            agent(
+                "b",
+                replica("b/1", Phase.DRAINING),
+                committed=DesiredState(
+                    generation=2,
+                    placement_digest="d2",
+                    node="b",
+                    groups=(_group(ReplicaKey(group="b/0", service="chat", variant="v")),),
+                ),
+            ),
         ],
         gateway("a/0", "b/0"),
     )
@@ -77,6 +112,45 @@ def test_each_difference_gives_its_reason() -> None:
 def test_what_an_agent_of_another_placement_runs_is_not_part_of_the_plan() -> None:
     found = seen([agent("a", replica("a/0")), agent("b", replica("b/1"), generation=1)], gateway("a/0"))
     assert {entry.group: entry.problem for entry in found.replicas}["b/1"].startswith("it is not part of the plan")
+
+
+def test_without_a_gateway_what_agents_have_committed_is_the_plan() -> None:
+    found = seen([agent("a", replica("a/0")), agent("b", replica("b/0"))], None, {"g:1": "UNAVAILABLE: refused"})
+    assert [(entry.desired, entry.problem) for entry in found.replicas] == [(True, "")] * 2
+    assert found.gateways[0].problem == "does not answer: UNAVAILABLE: refused"
+    assert not found.healthy
+
+
+def test_what_is_staged_only_is_not_desired_yet_and_says_what_it_waits_for() -> None:
+    staged = agent(
+        "a", replica("a/0"), replica("a/1", Phase.STAGED), beside={"a/1"}, staged_generation=3, leased_to="host:7"
+    )
+    found = seen([staged, agent("b")], gateway("a/0"))
+    assert [entry.desired for entry in found.replicas] == [True, False]
+    problem = "it is loaded for generation 3, not committed yet; "
+    assert found.replicas[1].problem == problem + "controller host:7 is at work"
+    alone = seen([dataclasses.replace(staged, leased_to=""), agent("b")], gateway("a/0"))
+    assert alone.replicas[1].problem == problem + "run `foreplan apply` again"
+
+
+def test_a_variant_that_was_replaced_in_its_place_is_no_part_of_the_plan() -> None:
+    old = ReplicaState(key=ReplicaKey(group="a/0", service="chat", variant="old"), phase=Phase.SERVING, left_over=True)
+    one = agent("a", replica("a/0"))
+    found = seen([dataclasses.replace(one, replicas=(*one.replicas, old)), agent("b")], gateway("a/0"))
+    assert {entry.variant: entry.desired for entry in found.replicas} == {"v": True, "old": False}
+
+
+def test_a_cluster_at_a_stop_between_two_plans_is_not_taken_for_done() -> None:
+    found = seen([agent("a", replica("a/0"), underway=True), agent("b", underway=True)], gateway("a/0"))
+    assert not found.healthy
+    assert found.agents[0].problem == "is at a stop on the way to the plan; run `foreplan apply` again to go on"
+
+
+def test_a_replica_that_a_gateway_leaves_out_says_why() -> None:
+    target = TargetState(service="chat", group="a/0", healthy=False, reason="its agent did not answer in time")
+    door = GatewayState(version="", generation=2, placement_digest="d2", targets=(target,))
+    found = seen([agent("a", replica("a/0")), agent("b")], door)
+    assert found.replicas[0].problem == "gateway g:1 sends it nothing: its agent did not answer in time"
 
 
 def test_peers_that_do_not_answer_are_named_and_their_replicas_are_still_listed() -> None:

@@ -166,7 +166,6 @@ def test_replicas_that_have_no_room_beside_the_old_are_replaced_in_turn_and_no_r
         100.0,
         after,
         prior=site.status().live,
-        stored={before.placement_digest: before}.get,
         progress=lambda event: seen.append(event.step) if event.outcome == "begun" else None,
     )
     assert set(result.requests["outcome"]) == {"good"}
@@ -195,9 +194,7 @@ def test_an_agent_that_dies_between_two_waves_is_brought_to_the_plan_when_it_is_
             elif event.outcome == "failed" and site.b.process.poll() is not None:
                 site.b.start()
 
-    applied = site.apply(
-        after, prior=site.status().live, stored={before.placement_digest: before}.get, progress=progress
-    )
+    applied = site.apply(after, prior=site.status().live, progress=progress)
     assert isinstance(applied, Applied)
     assert "failed" in steps
     site.until_healthy()

@@ -6,8 +6,11 @@ from collections import defaultdict
 
 from hypothesis import given
 
+from executor import wire
+from executor.apply_plan import Live
 from executor.assignment import desired_state, routing_table
-from executor.rounds import stops
+from executor.rounds import outlook, running_plan, stops
+from executor.state import AgentState, GatewayState, ReplicaKey
 from plans import transition
 from plans.transition import waves_of
 from tests.plans.strategies import MEMORY_BYTES, cluster, entry, group, plan
@@ -27,6 +30,7 @@ def test_every_stop_fits_routes_to_what_it_runs_and_leads_to_the_target(before, 
         keys = set()
         for node in ("node-0", "node-1"):
             state = desired_state(stop, node, 1)
+            assert wire.desired_state_from_proto(wire.desired_state_to_proto(state)) == state
             keys |= {(key.group, key.service) for key in (*state.keys(),)}
             for one in state.groups:
                 for replica in one.replicas:
@@ -62,3 +66,100 @@ def test_a_group_that_is_cut_anew_is_changed_in_one_go():
         plan([group("node-0", (0, 1), [entry("detect", 2, pp, memory_bytes=(600, 600))], pp=pp)]) for pp in (1, 2)
     )
     assert stops(before, after, cluster()) == (after,)
+
+
+def test_a_variant_that_fits_replaces_the_old_one_in_its_place_at_the_first_stop():
+    """A third replica has to wait for the second wave: until then the first node does not run its old variant on."""
+    small = [entry("pose", variant="small", memory_bytes=(300,))]
+    large = [entry("pose", variant="large", memory_bytes=(300,))]
+    full = [[entry("detect", variant=v, memory_bytes=(600,))] for v in ("small", "large")]
+    before = plan([group("node-0", (0,), small), *(group("node-1", (n,), full[0]) for n in range(2))])
+    after = plan([group("node-0", (0,), large), *(group("node-1", (n,), full[1]) for n in range(2))])
+    way = stops(before, after, cluster())
+    assert len(way) == 2
+    (here,) = (one for one in way[0].groups if one.id == "node-0/0")
+    assert [one.variant for one in here.loadout] == ["large"]
+
+
+def live(running, generation=4, *, underway=False, digest=None):
+    nodes = {node.name: desired_state(running, node.name, generation, underway=underway) for node in cluster().nodes}
+    agents = {
+        node: AgentState(
+            node=node,
+            version="",
+            generation=generation,
+            placement_digest=digest or running.placement_digest,
+            committed=state,
+        )
+        for node, state in nodes.items()
+    }
+    door = GatewayState(version="", generation=generation, placement_digest=digest or running.placement_digest)
+    return Live(agents=agents, gateways={"g:1": door})
+
+
+@given(tight_plans(), tight_plans())
+def test_the_way_from_what_agents_tell_is_that_from_the_plan_itself(before, after):
+    """Law: nobody has to keep the running plan. Also from a stop: an apply that was cut short goes on as it would."""
+    known = running_plan(live(before), after)
+    assert known is not None
+    way = stops(before, after, cluster())
+    assert _placed(stops(known, after, cluster())) == _placed(way)
+    if len(way) > 1:
+        further = running_plan(live(way[0], underway=True), after)
+        assert further is not None
+        assert {key for stop in stops(further, after, cluster()) for key in _keys(stop)} >= set(_keys(after))
+
+
+def test_what_peers_of_different_places_run_is_no_plan():
+    before = plan([group("node-0", (0,), [entry("detect")])])
+    there = live(before)
+    assert running_plan(there, before) is not None
+    for agents, gateways in (
+        ({}, {"g:1": GatewayState(version="", generation=3, placement_digest="other")}),
+        ({"node-0": AgentState(node="node-0", version="", generation=3)}, {}),
+        ({"node-0": AgentState(node="node-0", version="", generation=4, placement_digest=before.placement_digest)}, {}),
+    ):
+        mixed = Live(agents={**there.agents, **agents}, gateways={**there.gateways, **gateways})
+        assert running_plan(mixed, before) is None
+    assert running_plan(Live(agents={}, gateways={}), before) is None
+
+
+@given(tight_plans(), tight_plans())
+def test_an_outlook_ends_with_the_target_and_its_waves_follow_each_other(before, after):
+    way = stops(before, after, cluster())
+    first = {key for key in _keys(way[0]) if key not in _keys(before)}
+    for waiting in (set(), first):
+        there, now_s = set(_keys(before)), 0.0
+        for wave in outlook(there, way, waiting):
+            assert wave.leaves or wave.loads
+            assert wave.at_s == now_s
+            assert there >= set(wave.leaves)
+            there = there - set(wave.leaves) | set(wave.loads)
+            now_s += wave.for_s
+        assert there == set(_keys(after))
+
+
+def test_an_outlook_counts_the_loads_of_a_node_one_after_the_other_and_the_longest_drain():
+    old = [entry("detect", variant="small", memory_bytes=(600,), deadline_s=2.0)]
+    new = [entry("detect", variant="large", memory_bytes=(600,), deadline_s=2.0, load_s=3.0)]
+    before = plan([group("node-0", (n,), old) for n in range(2)])
+    after = plan([group("node-0", (n,), new) for n in range(2)])
+    keys = _keys(after)
+    beside, swapped = (outlook(_keys(before), (after,), waiting) for waiting in ((), keys))
+    assert [(wave.at_s, wave.for_s, len(wave.leaves), len(wave.loads)) for wave in beside] == [
+        (0.0, 6.0, 0, 2),
+        (6.0, 2.0, 2, 0),
+    ]
+    assert [(wave.at_s, wave.for_s, len(wave.leaves), len(wave.loads)) for wave in swapped] == [(0.0, 8.0, 2, 2)]
+
+
+def _keys(one):
+    return [
+        ReplicaKey(group=group.id, service=entry.service, variant=entry.variant)
+        for group in one.groups
+        for entry in group.loadout
+    ]
+
+
+def _placed(way):
+    return [(set(_keys(stop)), {name: len(routes) for name, routes in stop.routes.items()}) for stop in way]

@@ -62,6 +62,7 @@ def desired_groups(draw, identifier):
                 memory_bytes=tuple(draw(st.integers(0, 2**40)) for _ in gpus),
                 shape=(len(gpus), 1),
                 generation=draw(st.none() | generations()),
+                rate_rps=draw(st.floats(0, 1e6)),
             )
         )
     return DesiredGroup(
@@ -77,6 +78,7 @@ def desired_states(draw):
         placement_digest=draw(texts),
         node=draw(names),
         groups=tuple(draw(desired_groups(identifier)) for identifier in identifiers),
+        underway=draw(st.booleans()),
     )
 
 
@@ -113,6 +115,8 @@ agent_states = st.builds(
     leased_to=texts,
     device_used_bytes=st.lists(counts, max_size=3).map(tuple),
     forward_port=st.integers(0, 65535),
+    committed=st.none() | desired_states(),
+    underway=st.booleans(),
 )
 gateway_states = st.builds(
     GatewayState,
