@@ -1,16 +1,16 @@
-"""``plan``, ``check``, ``show``, ``diff``, ``schema``; with ``explain`` and ``export`` from their own modules."""
+"""``plan``, ``check``, ``show``, ``schema``; with ``explain``, ``diff`` and ``export`` from their own modules."""
 
 from __future__ import annotations
 
 from dataclasses import asdict, replace
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
-from foreplan.cli import explain_commands, export_commands
-from foreplan.cli.command import EXIT_CHANGES, EXIT_INFEASIBLE, command
+from foreplan.cli import diff_commands, explain_commands, export_commands
+from foreplan.cli.command import EXIT_INFEASIBLE, command
 from foreplan.cli.options import (
     ClusterFile,
     CurrentFile,
@@ -23,10 +23,10 @@ from foreplan.cli.options import (
 )
 from foreplan.cli.output import Output
 from foreplan.cli.plan_options import InputOptions, LimitOptions, Method, ObjectiveOptions, Solver, SolverName
+from foreplan.cli.plan_tables import plan_json, print_plan
 
 if TYPE_CHECKING:
     from planner import Infeasible, NoPlanFound, Report
-    from plans.plan import Plan, Prediction, Unserved
 
 __all__ = ["register"]
 
@@ -47,7 +47,7 @@ def register(app: typer.Typer) -> None:
     command(app, "check")(check)
     command(app, "show")(show)
     explain_commands.register(app)
-    command(app, "diff")(diff)
+    diff_commands.register(app)
     export_commands.register(app)
     command(app, "schema")(schema)
 
@@ -110,7 +110,7 @@ def make(
     falls = transition(target.current, result.plan, target.cluster).falls
     outcome = {"method": result.report.method, "falls": [asdict(fall) for fall in falls]}
     out.result(plan_json(result.plan, output) | outcome | compared)
-    _print_plan(out, result.plan)
+    print_plan(out, result.plan)
     out.say(f"searched by {_METHODS[result.report.method]}: {_size(result.report)}")
     if found is not None:
         out.table(["what", "as it is", "what if", "change"], [list(row) for row in found.rows()], title="What if")
@@ -136,15 +136,6 @@ def _no_plan(out: Output, result: Infeasible | NoPlanFound) -> NoReturn:
     else:
         out.error(f"no plan found in time: {result.detail}; raise --time-limit")
     raise typer.Exit(EXIT_INFEASIBLE)
-
-
-def plan_json(plan: Plan, path: Path) -> dict[str, Any]:
-    """Return what ``plan --json`` prints."""
-    data = plan.model_dump(mode="json", by_alias=True)
-    kept = {key: data[key] for key in ("solver", "predicted", "unserved", "shadow_prices", "warnings")}
-    if plan.polish is not None:
-        kept["polish"] = data["polish"]
-    return kept | {"plan": str(path), "gpus_used": plan.gpus_used}
 
 
 def check(
@@ -188,191 +179,7 @@ def show(out: Output, plan: PlanFile) -> None:
 
     read = read_plan(plan)
     out.result(read.model_dump(mode="json", by_alias=True))
-    _print_plan(out, read)
-
-
-def _attainment(prediction: Prediction) -> str:
-    if prediction.attainment_interval is None:
-        return f"{prediction.attainment:.2%}"
-    low, high = prediction.attainment_interval
-    return f"{prediction.attainment:.2%} ({low:.2%} to {high:.2%})"
-
-
-def _left_out(left: Unserved, predicted: Prediction | None) -> str:
-    """Say what of a service is not planned for; queueing and simulation may well predict that some of it is served."""
-    text = f"{left.service} {left.rate_rps:.4g} rps ({left.reason}): {left.detail}"
-    planned_rps = 0.0 if predicted is None else predicted.offered_rps - left.rate_rps
-    if predicted is None or planned_rps <= 1e-6 * predicted.offered_rps:
-        return f"unserved: {text}"
-    more = predicted.goodput_rps > planned_rps * (1 + 1e-3)
-    beside = f"; predicted in time all the same: {predicted.goodput_rps:.4g} rps in all" if more else ""
-    return f"beyond the planned utilisation: {text}{beside}"
-
-
-def _print_plan(out: Output, plan: Plan) -> None:
-    from plans.units import format_bytes, format_seconds
-
-    solver = plan.solver
-    first = solver.tiers[0].name if solver.tiers else "goodput"
-    unit = " rps (weighted)" if first == "goodput" else ""
-    proven = "at least" if solver.bound < solver.objective else "at most"
-    out.say(
-        f"{solver.status}: {first} {solver.objective:.6g}{unit}, proven {proven} {solver.bound:.6g}, gap "
-        f"{solver.gap:.3%}; {plan.gpus_used} GPUs; {solver.name}, {format_seconds(solver.wall_s)}"
-    )
-    if plan.polish is not None:
-        polish = plan.polish
-        out.say(
-            f"polished by {polish.scorer} on {polish.traces} traces ({polish.arrivals}): attainment "
-            f"{polish.start_attainment:.2%} -> {polish.attainment:.2%} on traces kept out of the search; "
-            f"{polish.candidates} candidates, {format_seconds(polish.wall_s)}"
-        )
-    out.table(
-        ["group", "tp", "pp", "service", "variant", "batch", "rate (rps)", "memory per GPU"],
-        [
-            [
-                group.id,
-                group.tp,
-                group.pp,
-                entry.service,
-                entry.variant,
-                entry.max_batch,
-                entry.rate_rps,
-                format_bytes(max(entry.memory_bytes)),
-            ]
-            for group in plan.groups
-            for entry in group.loadout
-        ],
-        title="Placement",
-    )
-    out.table(
-        ["service", "offered (rps)", "goodput (rps)", "attainment", "p50 (ms)", "p99 (ms)", "accuracy", "confidence"],
-        [
-            [
-                prediction.service,
-                prediction.offered_rps,
-                prediction.goodput_rps,
-                _attainment(prediction),
-                None if prediction.latency_s.p50 is None else prediction.latency_s.p50 * 1000,
-                None if prediction.latency_s.p99 is None else prediction.latency_s.p99 * 1000,
-                prediction.accuracy,
-                prediction.confidence,
-            ]
-            for prediction in plan.predicted
-        ],
-        title="Predicted",
-    )
-    predicted = {each.service: each for each in plan.predicted}
-    for left in plan.unserved:
-        out.say(_left_out(left, predicted.get(left.service)))
-    for gpu_type, price in plan.shadow_prices.items():
-        out.say(f"one more {gpu_type} adds {price:.4g} weighted rps to the relaxation's goodput")
-    if plan.contingencies:
-        worst = min(plan.contingencies, key=lambda each: each.goodput_rps / max(each.offered_rps, 1e-12))
-        mean = sum(each.goodput_rps for each in plan.contingencies) / len(plan.contingencies)
-        out.say(
-            f"{len(plan.contingencies)} contingencies: {mean:.4g} rps (weighted) on average; the worst, {worst.kind} "
-            f"{worst.name}, serves {worst.goodput_rps:.4g} of {worst.offered_rps:.4g}"
-        )
-    if plan.transition:
-        out.table(
-            ["step", "action", "group", "service", "moves", "about"],
-            [
-                [s.step, s.action, s.group, s.service, format_bytes(s.moved_bytes), format_seconds(s.est_s)]
-                for s in plan.transition
-            ],
-            title="Transition",
-        )
-    for warning in plan.warnings:
-        out.warn(warning)
-
-
-def diff(
-    out: Output,
-    before: Annotated[Path, typer.Argument(metavar="A", help="The plan before.")],
-    after: Annotated[Path, typer.Argument(metavar="B", help="The plan after.")],
-    detailed_exitcode: Annotated[
-        bool, typer.Option("--detailed-exitcode", help="Exit 2 when the placement changes.")
-    ] = False,
-) -> None:
-    """Show what changes from plan A to plan B."""
-    from plans.codec import read_plan
-    from plans.diff import diff as compare
-
-    change = compare(read_plan(before), read_plan(after))
-    out.result(
-        {
-            "changes": change.changes_placement,
-            "entries": [
-                {
-                    "action": entry.action,
-                    "group": entry.group,
-                    "service": entry.service,
-                    "reloads": entry.reloads,
-                    "before": None if entry.before is None else entry.before.model_dump(mode="json", by_alias=True),
-                    "after": None if entry.after is None else entry.after.model_dump(mode="json", by_alias=True),
-                }
-                for entry in change.entries
-            ],
-            "routes": [
-                {
-                    "service": route.service,
-                    "before": [r.model_dump() for r in route.before or ()],
-                    "after": [r.model_dump() for r in route.after or ()],
-                }
-                for route in change.routes
-            ],
-            "workflows": [asdict(one) for one in change.workflows],
-        }
-    )
-    _print_diff(out, change)
-    if detailed_exitcode and change.changes_placement:
-        raise typer.Exit(EXIT_CHANGES)
-
-
-def _print_diff(out: Output, change: Any) -> None:
-    if not change.changes_placement:
-        out.say("no changes")
-        return
-    signs = {"create": "+", "update": "~", "delete": "-"}
-    counts = dict.fromkeys(signs, 0)
-    for entry in change.entries:
-        counts[entry.action] += 1
-        out.say(f"{signs[entry.action]} {entry.group} {entry.service}: {_entry_change(entry)}")
-    for route in change.routes:
-        before, after = ({r.group: r.weight for r in routes or ()} for routes in (route.before, route.after))
-        moved = [
-            f"{group} {before.get(group, 0):.0%} -> {after.get(group, 0):.0%}"
-            for group in sorted(before.keys() | after.keys())
-            if before.get(group) != after.get(group)
-        ]
-        out.say(f"~ routes {route.service}: {', '.join(moved)}")
-    for one in change.workflows:
-        out.say(f"~ {one.subject}: {one.before} -> {one.after}")
-    if "workflows" in change.record and not change.workflows:
-        out.say("~ workflows: the same in another order")
-    out.say(
-        f"{counts['create']} to create, {counts['update']} to update, {counts['delete']} to delete, "
-        f"{len(change.routes)} services to route anew"
-        + (f", {len({one.workflow for one in change.workflows})} workflows to change" if change.workflows else "")
-    )
-
-
-def _entry_change(entry: Any) -> str:
-    if entry.before is None or entry.after is None:
-        known = entry.after or entry.before
-        return f"{known.variant}, batch {known.max_batch}, {known.rate_rps:.4g} rps"
-    parts = [
-        f"{name} {old} -> {new}"
-        for name, old, new in (
-            ("variant", entry.before.variant, entry.after.variant),
-            ("batch", entry.before.max_batch, entry.after.max_batch),
-            ("rate", f"{entry.before.rate_rps:.4g}", f"{entry.after.rate_rps:.4g} rps"),
-            ("deadline", entry.before.deadline_s, entry.after.deadline_s),
-        )
-        if str(old) != str(new).removesuffix(" rps")
-    ]
-    return ", ".join(parts or ["profile figures"]) + ("; loads weights" if entry.reloads else "")
+    print_plan(out, read)
 
 
 def schema(out: Output, kind: Annotated[SchemaKind, typer.Argument(help="Which document.")]) -> None:
