@@ -18,7 +18,7 @@ from evaluator.single_pass_kernel import (
     LEAST_FINISH,
     ROUND_ROBIN,
     WEIGHTED,
-    racing_kernel,
+    counting_kernel,
     recording_kernel,
 )
 from plans.errors import Fault, InvalidInput
@@ -28,13 +28,11 @@ from plans.service import Services
 __all__ = [
     "SINGLE_PASS_ROUTINGS",
     "Hosts",
-    "Race",
     "SinglePassOutcome",
     "SinglePassRouting",
     "SinglePassTrace",
     "compile_hosts",
     "count_good",
-    "race",
     "run_single_pass",
 ]
 
@@ -125,21 +123,6 @@ class SinglePassOutcome:
     busy_s: Floats
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Race:
-    """How far a candidate came.
-
-    Attributes:
-        blocks: Blocks that were run; fewer than there are when the race was given up.
-        value: Shape (block,): value served in each; 0 in blocks that were not run.
-        good: Shape (service, host): requests served in time, over the blocks that were run.
-    """
-
-    blocks: int
-    value: Floats
-    good: Integers
-
-
 def compile_hosts(plan: Plan, services: Services) -> Hosts:
     """Return where ``plan`` runs each service, with batches of one; replicas without routing weight are left out.
 
@@ -194,25 +177,17 @@ def count_good(
     Raises:
         InvalidInput: There is no such routing policy in this mode.
     """
-    blocks = len(trace.first) - 1
-    good = np.zeros(hosts.group.shape, dtype=np.int64)
+    good = np.zeros(len(hosts.count), dtype=np.int64)
     times_s = (overhead_s, response_s, margin_s)
-    racing_kernel(_unrolled(hosts), _code(routing), not any(times_s))(
+    counting_kernel(_unrolled(hosts), _code(routing), not any(times_s))(
         trace.arrival_s,
         trace.service,
         trace.first,
-        0,
         *_arrays(hosts),
         *times_s,
-        np.zeros(len(hosts.stage_s)),
-        np.zeros(blocks),
-        -np.inf,
-        blocks,
-        np.zeros(blocks),
         good,
     )
-    total: Integers = good.sum(axis=1)
-    return total
+    return good
 
 
 def run_single_pass(
@@ -257,54 +232,6 @@ def run_single_pass(
         busy_s,
     )
     return SinglePassOutcome(accepted=accepted, finish_s=finish_s, host=host, busy_s=busy_s)
-
-
-def race(
-    hosts: Hosts,
-    trace: SinglePassTrace,
-    value: Floats,
-    *,
-    rival: Floats,
-    needed: float,
-    start: int = 0,
-    least: int = 3,
-    routing: SinglePassRouting = "least-finish",
-) -> Race:
-    """Run block after block until it is improbable that the candidate beats its rival by what is needed.
-
-    Given up after some blocks when the mean gain per block plus two standard errors is below the share of ``needed``
-    per block: the paired test of common random numbers.
-
-    Args:
-        hosts: The candidate.
-        trace: Blocks of arrivals.
-        value: Shape (option,): what a request served in time by that option counts.
-        rival: Shape (block,): the value that the rival serves in each block.
-        needed: Least gain over the rival in all blocks together that is of interest; -inf to run all.
-        start: The block to begin with, so that not always the same blocks decide.
-        least: Blocks to run at least; two or more, for fewer say nothing about how much blocks differ.
-        routing: How a host is chosen.
-    """
-    blocks = len(trace.first) - 1
-    values = np.zeros(blocks)
-    good = np.zeros(hosts.group.shape, dtype=np.int64)
-    ran = racing_kernel(_unrolled(hosts), _code(routing), True)(
-        trace.arrival_s,
-        trace.service,
-        trace.first,
-        start,
-        *_arrays(hosts),
-        0.0,
-        0.0,
-        0.0,
-        value,
-        rival,
-        needed / max(blocks, 1),
-        least,
-        values,
-        good,
-    )
-    return Race(blocks=ran, value=values, good=good)
 
 
 def _arrays(hosts: Hosts) -> tuple[Any, ...]:

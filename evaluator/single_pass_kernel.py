@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from evaluator.linking import entry_point
 from plans import dispatch
 
-__all__ = ["EARLIEST_FREE", "LEAST_FINISH", "ROUND_ROBIN", "WEIGHTED", "racing_kernel", "recording_kernel"]
+__all__ = ["EARLIEST_FREE", "LEAST_FINISH", "ROUND_ROBIN", "WEIGHTED", "counting_kernel", "recording_kernel"]
 
 EARLIEST_FREE, LEAST_FINISH, WEIGHTED, ROUND_ROBIN = range(4)
 """Routing policies, as the kernels know them."""
@@ -83,8 +83,8 @@ def _choose(
 
 
 @cache
-def racing_kernel(stages: int, policy: int, plain: bool) -> Callable[..., int]:
-    """Return the kernel behind `race` and `count_good`.
+def counting_kernel(stages: int, policy: int, plain: bool) -> Callable[..., None]:
+    """Return the kernel behind `count_good`.
 
     Args:
         stages: Pipeline stages, to unroll; 0 for as many as the table has.
@@ -93,11 +93,10 @@ def racing_kernel(stages: int, policy: int, plain: bool) -> Callable[..., int]:
     """
 
     @entry_point(stages, policy, plain)
-    def race_blocks(
+    def count_blocks(
         arrival_s: Floats,
         service: Indices,
         first: Integers,
-        start: int,
         count: Indices,
         group: Indices,
         option: Indices,
@@ -108,21 +107,13 @@ def racing_kernel(stages: int, policy: int, plain: bool) -> Callable[..., int]:
         overhead_s: float,
         response_s: float,
         margin_s: float,
-        value: Floats,
-        rival: Floats,
-        needed: float,
-        least: int,
-        values: Floats,
         good: Integers,
-    ) -> int:
+    ) -> None:
         unrolled = stages if stages > 0 else stage_s.shape[1]
-        blocks = len(first) - 1
-        before = total = squares = 0.0
         free_s = np.zeros((groups, stage_s.shape[1]))
         last_s = np.zeros(groups)
         credit = np.zeros(weight.shape)
-        for ran in range(1, blocks + 1):
-            b = (start + ran - 1) % blocks
+        for b in range(len(first) - 1):
             free_s[:] = 0.0
             last_s[:] = 0.0
             credit[:] = 0.0
@@ -138,34 +129,19 @@ def racing_kernel(stages: int, policy: int, plain: bool) -> Callable[..., int]:
                 end_s = _walk(unrolled, entry_s, free_s[g], stage_s[o])
                 finish_s = end_s if plain else end_s + response_s + margin_s
                 if finish_s <= arrival_s[i] + deadline_s[s]:
-                    good[s, host] += 1
+                    good[s] += 1
                     end_s = entry_s
                     for stage in range(unrolled):
                         end_s = _later(end_s, free_s[g, stage]) + stage_s[o, stage]
                         free_s[g, stage] = end_s
                     last_s[g] = end_s
-            upto = 0.0
-            for s in range(len(count)):
-                for host in range(count[s]):
-                    upto += good[s, host] * value[option[s, host]]
-            values[b] = upto - before
-            before = upto
-            gain = values[b] - rival[b]
-            total += gain
-            squares += gain * gain
-            if least <= ran < blocks:
-                mean = total / ran
-                error = np.sqrt(max(squares / ran - mean * mean, 0.0) / max(ran - 1, 1))
-                if mean + 2.0 * error < needed:
-                    return ran
-        return blocks
 
-    return race_blocks
+    return count_blocks
 
 
 @cache
 def recording_kernel(stages: int, policy: int) -> Callable[..., None]:
-    """Return the kernel behind `run_single_pass`; arguments as for `racing_kernel`."""
+    """Return the kernel behind `run_single_pass`; arguments as for `counting_kernel`."""
 
     @entry_point(stages, policy)
     def record(

@@ -13,7 +13,7 @@ from profiles.document import (
 )
 from profiles.group import Grid, LoadedGroup, Measurable, Point, Series, SingleDevice
 from profiles.holdout import ErrorSummary, HeldOut, hold_out, summarise_errors
-from profiles.interference import InterferenceModel, concurrency_factor
+from profiles.interference import InterferenceModel
 from profiles.latency import Estimate, LatencyModel
 from profiles.library import ProfileLibrary
 from profiles.merging import merge_profiles
@@ -35,7 +35,6 @@ __all__ = [
     "ProfileLibrary",
     "merge_profiles",
     "InterferenceModel",
-    "concurrency_factor",
     "hold_out",
     "HeldOut",
     "ErrorSummary",

@@ -10,13 +10,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 
 import numpy as np
 
 from profiles.document import Neighbour, Profile
 
-__all__ = ["InterferenceModel", "Observation", "concurrency_factor"]
+__all__ = ["InterferenceModel", "Observation"]
 
 _LEAST_EXCESS = 0.001
 """A slow-down below a thousandth counts as this one, so that it has a logarithm."""
@@ -32,28 +31,6 @@ class Observation:
     model: str
     neighbours: tuple[str, ...]
     factor: float
-
-
-def concurrency_factor(factors: Mapping[int, float], concurrency: int) -> float:
-    """Return the slow-down with ``concurrency`` batches in flight, from a profile's ``interference``.
-
-    On a line between what was measured; beyond, on the last segment drawn on, where each batch more adds at least as
-    much as it would by waiting its turn on average. Nothing measured means that they wait for each other in full.
-
-    Raises:
-        ValueError: ``concurrency`` is below 1.
-    """
-    if concurrency < 1:
-        raise ValueError(f"at least 1 batch is in flight, not {concurrency}")
-    points = sorted({1: 1.0, **factors}.items())
-    if len(points) == 1:
-        return float(concurrency)
-    for (left, low), (right, high) in pairwise(points):
-        if left <= concurrency <= right:
-            return low + (high - low) * (concurrency - left) / (right - left)
-    (left, low), (right, high) = points[-2:]
-    slope = max((high - low) / (right - left), high / right)
-    return high + slope * (concurrency - right)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from plans.documents import canonical_digest, read_document
@@ -105,27 +105,6 @@ class ProfileLibrary:
                 return None
             self._models[key] = LatencyModel(found, tp, pp, input_tokens, output_tokens, phase)
         return self._models[key]
-
-    def phase_table(
-        self,
-        model: str,
-        gpu_type: str,
-        tp: int,
-        pp: int,
-        phase: Phase,
-        *,
-        batches: Sequence[int],
-        tokens: Sequence[int],
-    ) -> tuple[tuple[float, ...], ...] | None:
-        """Return mean seconds of one pass of ``phase``, shape (batch, tokens), or None without rows for it.
-
-        ``tokens`` are those of each prompt for prefill, and those of context that each sequence holds for decode. The
-        numbers fall neither along the batches nor along the tokens, if these rise.
-        """
-        models = [self.latency(model, gpu_type, tp, pp, input_tokens=count, phase=phase) for count in tokens]
-        if any(each is None for each in models):
-            return None
-        return tuple(tuple(each.at(batch).mean_s for each in models if each is not None) for batch in batches)
 
 
 def _rows_for(

@@ -251,26 +251,6 @@ class RateTrace:
         busiest = pd.Series(self._frame["count"].to_numpy()).groupby(self.codes).max()
         return {name: min(1.0, limit / max(int(busiest.iloc[i]), 1)) for i, name in enumerate(self.services)}
 
-    def coarsened(self, window_s: float) -> RateTrace:
-        """Return the counts added up over windows of ``window_s``, a multiple of this trace's window; gaps count zero.
-
-        Raises:
-            InvalidInput: ``window_s`` is not a multiple, or the windows do not divide evenly.
-        """
-        check_window_length(window_s)
-        step = round(window_s / self.window_s)
-        if step < 1 or abs(step * self.window_s - window_s) > 1e-6 * window_s:
-            raise InvalidInput.of(f"a multiple of {self.window_s:g} s", field="window_s", found=window_s)
-        if self.windows % step:
-            raise InvalidInput.of(
-                f"a number of windows that {step} divides",
-                field="window_s",
-                found=f"{self.windows} windows",
-                remedy="cut the trace with window(start_s, end_s) first",
-            )
-        sums = self.counts().reshape(len(self.services), -1, step).sum(axis=2)
-        return RateTrace.from_counts(self._starts_s()[::step], self.services, sums, window_s=window_s)
-
     @staticmethod
     def merge(traces: Iterable[RateTrace]) -> RateTrace:
         """Return the counts of ``traces`` added on one clock.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -12,7 +14,6 @@ from evaluator.single_pass import (
     SinglePassTrace,
     compile_hosts,
     count_good,
-    race,
     run_single_pass,
 )
 from plans.dispatch import next_replica
@@ -167,6 +168,14 @@ def test_blocks_start_idle_and_add_up():
     assert two.offered(1).tolist() == [[2], [2]]
 
 
+def test_many_blocks_count_what_each_of_them_counts():
+    hosts = make_hosts([[(0, 0), (1, 0)], [(1, 1)]], [[0.5, 0.3], [0.2, 0.9]], [2.0, 3.0])
+    trace = many_blocks()
+    parts = [slice(*bounds) for bounds in pairwise(trace.first)]
+    alone = [count_good(hosts, SinglePassTrace.whole(trace.arrival_s[part], trace.service[part])) for part in parts]
+    assert count_good(hosts, trace).tolist() == sum(alone).tolist()
+
+
 def many_blocks(blocks=12, requests=40):
     generator = np.random.default_rng(1)
     arrival_s = np.concatenate([np.sort(generator.random(requests)) * 20 for _ in range(blocks)])
@@ -174,29 +183,6 @@ def many_blocks(blocks=12, requests=40):
     return SinglePassTrace(
         arrival_s=arrival_s, service=service, first=np.arange(0, blocks * requests + 1, requests, dtype=np.int64)
     )
-
-
-def test_a_race_against_nothing_runs_every_block_and_counts_what_counting_counts():
-    hosts = make_hosts([[(0, 0), (1, 0)], [(1, 1)]], [[0.5, 0.3], [0.2, 0.9]], [2.0, 3.0])
-    trace = many_blocks()
-    found = race(hosts, trace, np.array([1.0, 2.0]), rival=np.zeros(12), needed=-np.inf, start=5)
-    assert found.blocks == 12
-    good = found.good.sum(axis=1)
-    assert good.tolist() == count_good(hosts, trace).tolist()
-    assert found.value.sum() == pytest.approx(good[0] + 2.0 * good[1])
-
-
-def test_a_hopeless_candidate_is_given_up_and_a_winner_never_is():
-    weak = make_hosts([[(0, 0)], []], [[1.0]], [2.0, 2.0])
-    strong = make_hosts([[(0, 0)], [(1, 0)]], [[1.0]], [2.0, 2.0])
-    trace, value = many_blocks(), np.ones(1)
-    best = race(strong, trace, value, rival=np.zeros(12), needed=-np.inf)
-    lost = race(weak, trace, value, rival=best.value, needed=0.0)
-    assert 3 <= lost.blocks < 12
-    back = race(
-        strong, trace, value, rival=race(weak, trace, value, rival=np.zeros(12), needed=-np.inf).value, needed=0.0
-    )
-    assert back.blocks == 12
 
 
 def test_a_policy_of_the_event_mode_alone_is_refused():

@@ -60,22 +60,6 @@ def test_without_prefill_nothing_can_be_composed() -> None:
     assert ProfileLibrary([profile(*decode)]).latency("resnet-18", "cpu", 1, 1) is None
 
 
-def test_a_phase_table_falls_along_neither_axis() -> None:
-    table = ProfileLibrary([phases()]).phase_table(
-        "resnet-18", "cpu", 1, 1, "decode", batches=(1, 2, 8), tokens=(1, 100, 550, 2000)
-    )
-    assert table is not None
-    assert len(table) == 3
-    assert table[0][2] == pytest.approx(0.0155)
-    for line in (*table, *zip(*table, strict=True)):
-        assert list(line) == sorted(line)
-
-
-def test_there_is_no_table_of_a_phase_that_was_not_measured() -> None:
-    library = ProfileLibrary([profile(row(1, 0.1))])
-    assert library.phase_table("resnet-18", "cpu", 1, 1, "decode", batches=(1,), tokens=(1,)) is None
-
-
 def test_token_rules_are_the_deadlines_of_the_service_and_the_prefills_of_the_profile() -> None:
     variants = (Variant(model="resnet-18"),)
     chat = GenerationService(name="chat", slo=GenerationSlo(ttft_s=0.5, tpot_s=0.05), variants=variants)

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from profiles.document import Neighbour
-from profiles.interference import InterferenceModel, Observation, concurrency_factor
+from profiles.interference import InterferenceModel, Observation
 from tests.profiles.documents import profile, row
 
 NAMES = ("a", "b", "c", "d")
@@ -54,7 +54,6 @@ def test_profiles_bring_their_copies_and_neighbours() -> None:
 
 def test_without_any_measurement_everything_waits_for_everything() -> None:
     assert InterferenceModel.fit([]).factor("a", ["b", "c"]) == 3.0
-    assert concurrency_factor({}, 4) == 4.0
 
 
 @given(
@@ -74,22 +73,3 @@ def test_no_neighbour_ever_makes_faster(observed: list[Observation], model: str,
     fitted = InterferenceModel.fit(observed)
     assert fitted.factor(model, beside) >= 1.0
     assert (fitted.error_ratio is None) == (not observed)
-
-
-@given(st.dictionaries(st.integers(2, 9), st.floats(0, 3), max_size=4), st.integers(1, 20), st.integers(1, 20))
-def test_more_in_flight_never_makes_faster(steps: dict[int, float], one: int, other: int) -> None:
-    factors: dict[int, float] = {}
-    total = 1.0
-    for concurrency, more in sorted(steps.items()):
-        total += more
-        factors[concurrency] = total
-    few, many = min(one, other), max(one, other)
-    assert 1.0 <= concurrency_factor(factors, few) <= concurrency_factor(factors, many)
-
-
-def test_between_measurements_the_factor_lies_on_a_line() -> None:
-    assert concurrency_factor({2: 1.5, 4: 2.5}, 3) == pytest.approx(2.0)
-    assert concurrency_factor({2: 1.5, 4: 2.5}, 6) == pytest.approx(2.5 + 2 * 0.625)
-    assert concurrency_factor({2: 1.5}, 1) == 1.0
-    with pytest.raises(ValueError, match="at least 1"):
-        concurrency_factor({2: 1.5}, 0)

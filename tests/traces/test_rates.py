@@ -41,7 +41,6 @@ def test_a_count_that_is_no_whole_number_is_refused(count):
 
 @pytest.mark.parametrize("window_s", [0.0, -1.0, math.inf, math.nan])
 def test_an_impossible_window_is_refused(window_s):
-    assert "window_s" in faults_of(lambda: rates_of([1], window_s=1.0).coarsened(window_s))[0]
     frame = pd.DataFrame({"window_start_s": [0.0], "service": ["a"], "count": [1]})
     assert "window_s" in faults_of(lambda: RateTrace(frame, window_s))[0]
 
@@ -110,23 +109,6 @@ def test_a_capped_trace_never_exceeds_the_cap_and_a_low_one_is_untouched(trace, 
 @pytest.mark.parametrize("peak_rps", [0.0, -1.0, math.nan, math.inf])
 def test_a_cap_below_one_request_a_window_is_refused(peak_rps):
     assert "peak_rps" in faults_of(lambda: rates_of([1]).capped(peak_rps))[0]
-
-
-@given(rate_traces(gaps=False), st.integers(1, 4))
-def test_coarser_windows_hold_the_same_requests(trace, step):
-    windows = trace.windows // step * step
-    if not windows:
-        return
-    part = trace.window(trace.start_s, trace.start_s + windows * trace.window_s)
-    coarse = part.coarsened(step * trace.window_s)
-    assert coarse.windows == windows // step
-    assert coarse.counts().sum(axis=1).tolist() == part.counts().sum(axis=1).tolist()
-
-
-def test_windows_that_do_not_divide_evenly_are_refused():
-    trace = rates_of([1, 2, 3])
-    assert "divides" in faults_of(lambda: trace.coarsened(120.0))[0]
-    assert "multiple" in faults_of(lambda: trace.coarsened(90.0))[0]
 
 
 def test_a_window_holds_only_whole_windows():
