@@ -22,7 +22,7 @@ class ServiceStatistics:
         service: Its name.
         requests: How many requests it gets.
         mean_rps: Requests over the trace's duration; None when that is zero.
-        peak_rps: Rate of its busiest window.
+        peak_rps: Rate of its busiest window; no less than the mean, as the end of the trace may cut the last window.
         gap_cv: Coefficient of variation of the gaps between its arrivals: 1 for a Poisson process, 0 for an even one,
             larger when they come in bursts. None when there are fewer than 3 requests, when all come at once, and for
             counts, which do not show it.
@@ -55,7 +55,7 @@ def describe(trace: RequestTrace, *, window_s: float = 60.0) -> tuple[ServiceSta
             service=service,
             requests=int(row.sum()),
             mean_rps=float(row.sum()) / trace.duration_s if trace.duration_s > 0 else None,
-            peak_rps=float(row.max()) / window_s,
+            peak_rps=_peak_rps(row, trace.duration_s, window_s),
             gap_cv=gap_cv.get(service),
             dispersion=dispersion_index(row),
             streams=(int(streams[service]) or None) if streams is not None else None,
@@ -71,13 +71,18 @@ def describe_rates(trace: RateTrace) -> tuple[ServiceStatistics, ...]:
             service=service,
             requests=int(row.sum()),
             mean_rps=float(row.sum()) / trace.duration_s,
-            peak_rps=float(row.max()) / trace.window_s,
+            peak_rps=_peak_rps(row, trace.duration_s, trace.window_s),
             gap_cv=None,
             dispersion=dispersion_index(row),
             streams=None,
         )
         for service, row in zip(trace.services, trace.counts(), strict=True)
     )
+
+
+def _peak_rps(counts: npt.NDArray[np.generic], duration_s: float, window_s: float) -> float:
+    mean_rps = float(counts.sum()) / duration_s if duration_s > 0 else 0.0
+    return max(float(counts.max()) / window_s, mean_rps)
 
 
 def burstiness_cv(trace: RequestTrace) -> dict[str, float]:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from rich import box
@@ -72,6 +75,7 @@ class Output:
     def __init__(self, *, as_json: bool, color: bool, log_level: str | None = None) -> None:
         self.as_json = as_json
         self.log_level = log_level
+        _make_writable()
         piped = not sys.stdout.isatty()
         width = _UNCUT if piped else None  # never cut what a script reads
         self._stdout = Console(no_color=not color, highlight=False, soft_wrap=piped, width=width)
@@ -132,6 +136,16 @@ class Output:
         with Progress(*columns, console=self._stderr, transient=True, disable=not terminal) as progress:
             tell = self.note if in_lines and not terminal else None
             yield Step(progress, progress.add_task(text, total=total), tell)
+
+
+def _make_writable() -> None:
+    """Have both streams take every text: what a stream cannot encode becomes ``?``, a closed stream takes all."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, Path(os.devnull).open("w", encoding="utf-8"))  # noqa: SIM115
+        elif isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+            stream.reconfigure(errors="replace")
 
 
 def _cell(value: object) -> str:

@@ -24,6 +24,12 @@ if TYPE_CHECKING:
 
 __all__ = ["register"]
 
+_STREAM_TOLERANCE = 0.01
+"""By how much the rate of streams may miss a whole number of them, for frame rates such as 29.97."""
+
+_MOST_WINDOWS = 20_000
+"""Most windows of a forecast: two weeks of minutes. Each is kept per service with all its quantiles."""
+
 
 class Format(StrEnum):
     """A trace format to import; auto tells by the header."""
@@ -98,11 +104,14 @@ def import_(
     read, mapping = _read_any(files, source_format, names, top, peak_rps, max_rejected, seed)
     report_read(read, out)
     trace: RequestTrace | RateTrace = read.value
+    whole_s = trace.duration_s
     if start > 0 or duration is not None:
         trace = trace.window(start, start + duration if duration is not None else start + trace.duration_s)
     trace = _shaped(trace, as_, process, cv, seed)
     write_trace(output, trace)
     statistics = _statistics(trace)
+    if not any(one.requests for one in statistics):
+        out.warn(f"{output} has no requests; what was read lasts {whole_s:g} s")
     out.result(
         {
             "trace": str(output),
@@ -194,14 +203,31 @@ def synth(
         if process is Synthesis.diurnal:
             return Diurnal(mean_rps=rate_rps, amplitude_ratio=amplitude, period_s=period)
         if process is Synthesis.streams:
-            return Streams(streams=max(1, round(rate_rps / fps)), fps=fps)
+            return Streams(streams=round(rate_rps / fps), fps=fps)
         return Poisson(rate_rps=rate_rps)
 
-    trace = synthesise({name: load(rate) for name, rate in _rates(service)}, duration_s=duration, seed=seed)
+    rates = _rates(service)
+    if process is Synthesis.streams:
+        _check_streams(rates, fps)
+    trace = synthesise({name: load(rate) for name, rate in rates}, duration_s=duration, seed=seed)
     write_trace(output, trace)
     statistics = _statistics(trace)
     out.result({"trace": str(output), "services": [_statistics_json(one) for one in statistics]})
     _print_statistics(out, statistics, str(output))
+
+
+def _check_streams(rates: list[tuple[str, float]], fps: float) -> None:
+    """Refuse rates that no whole number of streams has."""
+    from plans.errors import Fault, InvalidInput
+
+    expected = f"a rate that is a multiple of --fps ({fps:g})"
+    faults = [
+        Fault(where="command line", field="--service", found=repr(f"{name}={rate:g}"), expected=expected)
+        for name, rate in rates
+        if round(rate / fps) < 1 or abs(rate / fps - round(rate / fps)) > _STREAM_TOLERANCE
+    ]
+    if faults:
+        raise InvalidInput(faults)
 
 
 def _rates(services: list[str]) -> list[tuple[str, float]]:
@@ -215,7 +241,11 @@ def _rates(services: list[str]) -> list[tuple[str, float]]:
             rate_rps = float(rate.removesuffix("rps"))
         except ValueError:
             rate_rps = -1.0
-        if equals and name and 0 <= rate_rps < float("inf"):
+        if equals and name in dict(found):
+            faults.append(
+                Fault(where="command line", field="--service", found=repr(text), expected="each service once")
+            )
+        elif equals and name and 0 <= rate_rps < float("inf"):
             found.append((name, rate_rps))
         else:
             expected = "NAME=RATE with a rate of at least 0, such as detect=20"
@@ -278,7 +308,7 @@ def forecast(
         Path | None, typer.Option("--output", "-o", metavar="FILE", help="Where demand.json goes.")
     ] = None,
     method: Annotated[str, typer.Option(help="last-value or seasonal-naive.")] = "seasonal-naive",
-    windows: Annotated[int, typer.Option(help="Windows to forecast.", min=1)] = 1,
+    windows: Annotated[int, typer.Option(help="Windows to forecast.", min=1, max=_MOST_WINDOWS)] = 1,
     window: Annotated[float, typer.Option(help="Window of a request trace's counts, seconds.", min=0.001)] = 60.0,
     period: Annotated[int | None, typer.Option(help="Season in windows; found by itself when left out.", min=1)] = None,
     backtest: Annotated[bool, typer.Option("--backtest", help="Score the method on the past instead.")] = False,

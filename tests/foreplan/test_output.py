@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+import sys
 
 from rich.console import Console
 from rich.progress import Progress
@@ -23,3 +24,20 @@ def test_lines_are_for_those_who_have_no_bar_and_asked(capsys):
         with out.progress("replaying", total=10, in_lines=in_lines) as step:
             assert (step.tell is not None) is in_lines
     assert capsys.readouterr().err == ""
+
+
+def test_what_a_stream_cannot_encode_becomes_a_question_mark(monkeypatch):
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="ascii"))
+    out = Output(as_json=False, color=False)
+    out.say("99 % ± 1")
+    out.flush()
+    assert written.getvalue() == b"99 % ? 1\n"
+
+
+def test_a_closed_stdout_takes_all(monkeypatch):
+    monkeypatch.setattr(sys, "stdout", None)
+    out = Output(as_json=False, color=False)
+    out.say("nobody reads this")
+    out.flush()
+    sys.stdout.close()

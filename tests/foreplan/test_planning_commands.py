@@ -267,3 +267,30 @@ def test_a_backtest_prints_scores_and_writes_nothing(planned):
     )
     assert result["weighted_quantile_loss"] > 0
     assert planned.files() == before
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (("--service", "a=1", "--service", "a=2"), "--service: found 'a=2', expected each service once"),
+        (
+            ("--service", "a=10", "--process", "streams"),
+            "--service: found 'a=10', expected a rate that is a multiple of --fps (30)",
+        ),
+        (("--service", "a=0", "--process", "streams"), "expected a rate that is a multiple of --fps (30)"),
+    ],
+)
+def test_a_load_that_is_not_as_asked_is_refused(workspace, options, expected):
+    assert expected in workspace.run("trace", "synth", *options, "-o", "t.csv", code=1).stderr
+    assert "t.csv" not in workspace.files()
+
+
+def test_a_part_without_requests_is_kept_with_a_warning(workspace):
+    workspace.run("trace", "synth", "--service", "a=10", "--duration", 30, "-o", "t.csv")
+    result = workspace.run("trace", "import", "t.csv", "--start", 1000, "-o", "late.csv")
+    assert "warning: late.csv has no requests; what was read lasts" in result.stderr
+
+
+def test_a_forecast_of_more_windows_than_memory_holds_is_refused(workspace):
+    result = workspace.run("forecast", "--trace", "t.csv", "--windows", 10**9, "-o", "d.json", code=2)
+    assert "20000" in result.stderr

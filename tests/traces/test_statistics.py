@@ -74,3 +74,10 @@ def test_statistics_of_counts_agree_with_the_counts(trace):
 @pytest.mark.parametrize(("counts", "expected"), [([0, 0], None), ([5], None), ([2, 2, 2], 0.0), ([0, 4], 2.0)])
 def test_the_index_of_dispersion_is_variance_over_mean(counts, expected):
     assert dispersion_index(np.array(counts)) == expected
+
+
+@pytest.mark.parametrize("duration_s", [0.5, 10.0, 60.0, 90.0])
+def test_the_peak_is_no_less_than_the_mean_where_the_trace_ends_within_a_window(duration_s):
+    trace = synthesise({"web": Poisson(rate_rps=40)}, duration_s=duration_s, seed=1)
+    (web,) = describe(trace, window_s=60)
+    assert web.peak_rps >= web.mean_rps > 0
