@@ -13,8 +13,10 @@ import faulthandler
 import gc
 import logging
 import multiprocessing
+import shutil
 import socket
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnProcess
@@ -34,6 +36,7 @@ _log = logging.getLogger("executor.gateway")
 _START_S = 60.0
 _END_S = 5.0
 """What a process that was told to stop may take beyond the grace of its requests."""
+_FREE_S = 1.0
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.1, 5.0
 _STEADY_S = 10.0
 
@@ -205,7 +208,11 @@ async def _serve_below_parent(config: GatewayConfig, member: Member, ready: Conn
         ready.send_bytes(b"")
         ready.close()
 
-    await _serve_until_told(config, listening, stop, member)
+    try:
+        await _serve_until_told(config, listening, stop, member)
+    finally:
+        if not parent.is_alive():  # who made the folder will not remove it
+            shutil.rmtree(member.sockets, ignore_errors=True)
 
 
 async def _serve_until_told(
@@ -244,12 +251,36 @@ def _reserved(address: str, where: str) -> Iterator[str]:
     if not (host and port.isdigit() and int(port) < 65536):
         raise InvalidInput.of("host:port, such as 127.0.0.1:8001", where=where, found=repr(address))
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    place = (host.strip("[]"), int(port))
     with socket.socket(family, socket.SOCK_STREAM) as held:
         held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         try:
-            held.bind((host.strip("[]"), int(port)))
+            _bind_alone(family, place)
+            held.bind(place)
         except OSError as error:
             remedy = "stop what listens there, or choose another address"
             expected = "an address of this machine with a free port"
             raise InvalidInput.of(expected, where=where, found=address, remedy=remedy) from error
         yield f"{host}:{held.getsockname()[1]}"
+
+
+def _bind_alone(family: socket.AddressFamily, place: tuple[str, int]) -> None:
+    """Bind a socket that shares its port with no other, and close it: another gateway would get half of the requests.
+
+    Processes of a gateway whose parent was killed may listen for a moment yet.
+
+    Raises:
+        OSError: The port is taken.
+    """
+    end_s = time.monotonic() + _FREE_S
+    while True:
+        with socket.socket(family, socket.SOCK_STREAM) as alone:
+            alone.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                alone.bind(place)
+            except OSError:
+                if time.monotonic() >= end_s:
+                    raise
+            else:
+                return
+        time.sleep(_FIRST_PAUSE_S)

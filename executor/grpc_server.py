@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import signal
 import threading
 from collections.abc import Iterator, Sequence
@@ -25,6 +26,15 @@ from executor.tls import Credentials
 from plans.errors import InvalidInput
 
 __all__ = ["HealthServicer", "RpcServer", "stop_signals"]
+
+
+def _is_ours(record: logging.LogRecord) -> bool:
+    """Say whether a problem is the server's: an answer that cannot be sent had a client that is gone by now."""
+    error = record.exc_info[1] if record.exc_info else None
+    return not (isinstance(error, grpc.aio.InternalError) and type(error).__name__ == "ExecuteBatchError")
+
+
+logging.getLogger("grpc._cython.cygrpc").addFilter(_is_ours)
 
 
 class RpcServer:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import socket
 import subprocess
 import sys
 import urllib.request
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -19,10 +21,13 @@ import pytest
 
 from executor.cluster_status import status
 from executor.controller import Applied, apply
+from executor.gateway import GatewayConfig
 from executor.gateway_family import merged
+from executor.gateway_processes import run_gateway
 from executor.proto import open_inference_pb2_grpc
 from executor.state import GatewayState, TargetState
 from executor.tensors import encode_request
+from plans.errors import InvalidInput
 from tests.executor.peer_process import ROOT, PeerProcess, cluster_of, outlived, processes
 from tests.executor.placements import placement
 from tests.executor.running_agent import eventually
@@ -150,9 +155,27 @@ def test_it_ends_with_all_its_processes(site: tuple[PeerProcess, PeerProcess]) -
     gateway.start()
     mine = members(gateway)
     assert len(mine) == 2
+    between = {Path(one.laddr).parent for member in mine for one in member.net_connections("unix") if one.laddr}
+    between = {folder for folder in between if folder.name.startswith("foreplan-gateway-")}
+    assert len(between) == 1
     gateway.process.kill()
     assert not outlived(mine), "processes outlived the one that keeps them"
+    assert not any(folder.exists() for folder in between), "they left their sockets"
     gateway.start()
+
+
+@pytest.mark.parametrize("option", ["listen", "http"])
+def test_a_port_that_another_gateway_shares_among_its_processes_is_taken(
+    tmp_path: Path, option: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("executor.gateway_processes._FREE_S", 0.0)
+    with socket.socket() as theirs:
+        theirs.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        theirs.bind(("127.0.0.1", 0))
+        theirs.listen()
+        addresses = {"listen": "127.0.0.1:0", option: f"127.0.0.1:{theirs.getsockname()[1]}"}
+        with pytest.raises(InvalidInput, match=f"--{option}: found 127.0.0.1:.* a free port"):
+            run_gateway(GatewayConfig(state_dir=tmp_path, **addresses), processes=2)
 
 
 def test_a_process_that_does_not_end_when_it_is_told_to_is_ended_by_force() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import grpc.aio
 import numpy as np
 import pytest
 from google.protobuf.descriptor import ServiceDescriptor
+from grpc._cython import cygrpc
 from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection_pb2
 
@@ -124,3 +126,13 @@ def test_in_a_stream_through_the_gateway_only_the_bytes_that_are_no_request_fail
             assert await call.code() is Code.OK
 
     asyncio.run(asyncio.wait_for(scenario(), 120))
+
+
+def test_an_answer_that_cannot_be_sent_since_its_client_is_gone_fills_no_log(caplog: pytest.LogCaptureFixture) -> None:
+    log = logging.getLogger("grpc._cython.cygrpc")
+    for error in (cygrpc.ExecuteBatchError("Failed"), grpc.aio.InternalError("a bug"), ValueError("a bug")):
+        try:
+            raise error
+        except (grpc.aio.InternalError, ValueError):
+            log.exception("raised in core by servicer method")
+    assert ["a bug" in (record.exc_text or "") for record in caplog.records] == [True, True]
