@@ -192,11 +192,15 @@ class Worker:
             return self._loaded(message, replaced.model)  # how many of them run together is the agent's business
         load = functools.partial(self._runtime.load, message.variant, message.max_batch, message.shape)
         model = load() if self._models else at_low_priority(load)  # beside models of its own it would hold them up
+        held = _Held(model, model if isinstance(model, PipelinedModel) else None, message.shape)
         runner = None
         if (message.kv_bytes or sequences) and isinstance(model, GeneratesTokens):
-            runner = model.sequences(max(1, message.kv_bytes // model.generation.kv_bytes_per_token))
-        pipeline = model if isinstance(model, PipelinedModel) else None
-        self._models[message.variant] = _Held(model, pipeline, message.shape)
+            try:
+                runner = model.sequences(max(1, message.kv_bytes // model.generation.kv_bytes_per_token))
+            except ForeplanError:
+                _close(held)
+                raise
+        self._models[message.variant] = held
         if runner is not None and sequences is not None:
             sequences.succeed(runner, functools.partial(_close, replaced))
         else:

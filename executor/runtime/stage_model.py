@@ -18,7 +18,7 @@ from executor.runtime.mesh import Mesh, receive, send
 from executor.runtime.precision import cast
 from executor.runtime.protocol import GenerationFacts, OutOfDeviceMemory, TensorSpec
 from executor.runtime.sharding import check_shardable, shard
-from executor.runtime.stages import Part, balanced, measured_s, parts_of
+from executor.runtime.stages import Part, balanced, evened_s, measured_s, parts_of
 from executor.runtime.torch_runtime import TorchRuntime, random_inputs, to_tensor
 from plans.errors import InvalidInput
 
@@ -84,7 +84,8 @@ def cut(
     if edges is None and pp > 1:
         example = random_inputs(inputs, vocabulary, 1, 0)[inputs[0].name]
         with torch.no_grad():
-            edges = balanced(measured_s(parts, to_tensor(example, torch.device("cpu"), runtime.dtype)), pp)
+            times_s = measured_s(parts, to_tensor(example, torch.device("cpu"), runtime.dtype))
+        edges = balanced(evened_s(parts, times_s), pp)
     return Cut(
         module=module,
         parts=parts,

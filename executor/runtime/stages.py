@@ -6,7 +6,9 @@ outputs of several depths, cannot be cut and say so.
 
 from __future__ import annotations
 
+import statistics
 import time
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -15,7 +17,7 @@ from torch import nn
 
 from plans.errors import InvalidInput
 
-__all__ = ["Part", "balanced", "measured_s", "parts_of"]
+__all__ = ["Part", "balanced", "evened_s", "measured_s", "parts_of"]
 
 
 class Part(nn.Module):
@@ -66,6 +68,19 @@ def measured_s(parts: Sequence[Part], inputs: torch.Tensor, *, repeats: int = 3)
             _wait(inputs)
             times[position] = min(times[position], time.perf_counter() - start)
     return times
+
+
+def evened_s(parts: Sequence[nn.Module], times_s: Sequence[float]) -> list[float]:
+    """Return ``times_s`` with the median in place of what parts of equal weights took, shape (part,).
+
+    Layers that repeat take equal times. What differs is chance, by which a model would be cut elsewhere, with other
+    weights and another share of key-value memory on each device, than it was when it was profiled.
+    """
+    shapes = [tuple(tuple(parameter.shape) for parameter in part.parameters()) for part in parts]
+    found: dict[object, list[float]] = defaultdict(list)
+    for shape, time_s in zip(shapes, times_s, strict=True):
+        found[shape].append(time_s)
+    return [statistics.median(found[shape]) for shape in shapes]
 
 
 def balanced(times_s: Sequence[float], stages: int) -> tuple[int, ...]:

@@ -46,7 +46,8 @@ class SuccessiveSequences:
 
     def hold(self, kv_tokens: int) -> None:
         """Have memory for ``kv_tokens`` tokens at least, for those that begin from now on."""
-        self._runner.hold(kv_tokens)
+        with self._lock:
+            self._runner.hold(kv_tokens)
 
     def free(self, numbers: Sequence[int]) -> None:
         """Forget sequences; unknown ones are none."""

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from executor.runtime.generation_engine import GenerationEngine
 from executor.runtime.generation_stage import stage_layers
 from executor.runtime.parallel import ParallelTorchRuntime
+from executor.runtime.protocol import DevicesLost
 from executor.runtime.torch_runtime import TorchRuntime
 
 PROMPTS = [[(7 * position + 31 * row) % 1024 for position in range(5 + row)] for row in range(3)]
@@ -59,3 +60,14 @@ def test_four_ranks_generate_the_tokens_of_one_process(four, shape):
     assert len(kv_bytes) == pp
     assert tp * sum(kv_bytes) == 2 * 9 * model.generation.kv_bytes_per_token
     model.close()
+
+
+def test_a_rank_in_the_middle_that_ends_loses_the_group(four):
+    """The last test of the module: nothing can be run afterwards."""
+    sequences = four.load("llama-tiny", 1, (1, 4)).sequences(16)
+    sequences.prefill([(1, (1, 2, 3))])
+    middle = four._ranks[1]
+    middle.kill()
+    middle.wait()
+    with pytest.raises(DevicesLost, match="rank"):
+        sequences.decode([1])

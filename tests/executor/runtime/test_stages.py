@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from executor.runtime.stages import balanced, measured_s, parts_of
+from executor.runtime.stages import balanced, evened_s, measured_s, parts_of
 from executor.runtime.torch_runtime import TorchRuntime, random_inputs
 from plans.errors import InvalidInput
 
@@ -56,6 +56,13 @@ def test_every_part_is_timed():
         times = measured_s(parts, example, repeats=1)
     assert len(times) == len(parts)
     assert all(0 < time < 60 for time in times)
+
+
+def test_layers_that_repeat_count_alike_so_that_chance_moves_no_cut():
+    parts = parts_of(built("llama-tiny")[0], "llama-tiny")
+    times = evened_s(parts, [0.1, 2.0, 5.0, 2.0, 2.2, 0.3])
+    assert times == [0.1, 2.1, 2.1, 2.1, 2.1, 0.3]
+    assert balanced(times, 2) == (0, 3, 6)
 
 
 def test_more_stages_than_parts_are_refused():
