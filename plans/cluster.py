@@ -86,7 +86,7 @@ class Cluster(Document):
         seen: set[str] = set()
         for position, node in enumerate(self.nodes):
             if node.name in seen:
-                raise ValueError(f"nodes[{position}].name to be unique: {node.name!r} stands twice")
+                raise ValueError(f"nodes[{position}].name to be a name of its own: found {node.name!r} again")
             seen.add(node.name)
             if node.gpus.type not in self.gpu_types:
                 known = ", ".join(sorted(self.gpu_types))

@@ -84,10 +84,14 @@ def parse_document(text: str, kind: type[AnyDocument], *, where: str) -> AnyDocu
                 )
             ]
         ) from error
-    except (yaml.YAMLError, RecursionError) as error:
+    except RecursionError as error:
+        found = "an alias that holds itself, or more levels than can be read"
+        raise InvalidInput.of("well-formed YAML or JSON", where=where, found=found) from error
+    except yaml.YAMLError as error:
         raise InvalidInput.of("well-formed YAML or JSON", where=where, found=str(error).splitlines()[0]) from error
     if not isinstance(data, dict):
-        raise InvalidInput.of("a mapping at the top level", where=where, found=type(data).__name__)
+        found = "an empty file" if data is None else _kind(data)
+        raise InvalidInput.of("a mapping at the top level", where=where, found=found)
     if "format_version" in kind.model_fields:
         data = check_format_version(data, kind, where=where)
     try:
@@ -262,16 +266,27 @@ def _faults(error: ValidationError, root: yaml.Node | None, where: str) -> list[
         if detail["type"] != "too_short"
         or not any(other["loc"][: len(detail["loc"])] == detail["loc"] != other["loc"] for other in details)
     ]
-    return [
-        Fault(
-            where=where,
-            line=_line_of(root, detail["loc"]),
-            field=_dotted(detail["loc"]),
-            found=_found(detail),
-            expected=_expected(detail),
-        )
-        for detail in real
-    ]
+    return [_fault(detail, root, where) for detail in real]
+
+
+def _fault(detail: Any, root: yaml.Node | None, where: str) -> Fault:
+    location, found, expected = detail["loc"], _found(detail), _expected(detail)
+    if detail["type"] == "union_tag_invalid":
+        location, found = (*location, _DISCRIMINATOR), repr(detail["ctx"]["tag"])
+    if detail["type"] == "value_error" and isinstance(detail["input"], dict | list | tuple):
+        # A rule about several fields says itself what it found, and may name the field: `nodes[1].name to be ...`.
+        expected, _, found = expected.partition(": found ")
+        if named := _NAMED.match(expected):
+            within = tuple(int(part) if part.isdigit() else part for part in re.findall(r"\w+", named["field"]))
+            location, expected = (*location, *within), named["rule"]
+    line, field = _line_of(root, location), _dotted(location)
+    return Fault(where=where, line=line, field=field, found=found, expected=expected)
+
+
+_DISCRIMINATOR = "class"
+"""The only field by which Foreplan's documents tell the members of a union."""
+
+_NAMED = re.compile(r"(?P<field>\w+\[\d+\](?:\.\w+)*) to be (?P<rule>.+)")
 
 
 def _dotted(location: tuple[int | str, ...]) -> str:
@@ -295,16 +310,33 @@ def _found(detail: Any) -> str:
     if detail["type"] == "extra_forbidden":
         return "an unknown field"
     value = detail["input"]
-    return repr(value) if isinstance(value, str | int | float | bool | None) else f"a {type(value).__name__}"
+    if detail["type"] == "too_short":
+        return "none" if not value else str(detail["ctx"]["actual_length"])
+    return repr(value) if isinstance(value, str | int | float | bool | None) else _kind(value)
+
+
+def _kind(value: object) -> str:
+    """Return what the user would call ``value``."""
+    names = {dict: "a mapping", list: "a list", tuple: "a list", str: "a text", bool: "true or false"}
+    return names.get(type(value), "a number")
 
 
 def _expected(detail: Any) -> str:
     if detail["type"] == "missing":
         return "this field"
+    if detail["type"] == "too_short":
+        return f"at least {detail['ctx']['min_length']}"
+    if detail["type"] == "union_tag_invalid":
+        return f"one of {detail['ctx']['expected_tags']}"
+    if detail["type"] in _SHAPES:
+        return _SHAPES[detail["type"]]
     if detail["type"] == "extra_forbidden":
         return "one of the fields that `foreplan schema` lists"
     message: str = detail["msg"].removeprefix("Value error, ").removeprefix("Input should be ").removeprefix("a valid ")
     return message[:1].lower() + message[1:]
+
+
+_SHAPES = {"tuple_type": "a list", "list_type": "a list", "dict_type": "a mapping", "model_type": "a mapping"}
 
 
 def _line_of(node: yaml.Node | None, location: tuple[int | str, ...]) -> int | None:

@@ -261,10 +261,10 @@ class Services(Document):
         names = [service.name for service in self.services]
         for position, name in enumerate(names):
             if name in names[:position]:
-                raise ValueError(f"services[{position}].name to be unique: {name!r} stands twice")
+                raise ValueError(f"services[{position}].name to be a name of its own: found {name!r} again")
         for position, workflow in enumerate(self.workflows):
             if workflow.name in names or workflow.name in [each.name for each in self.workflows[:position]]:
-                raise ValueError(f"workflows[{position}].name to be unique: {workflow.name!r} stands twice")
+                raise ValueError(f"workflows[{position}].name to be a name of its own: found {workflow.name!r} again")
             for edge in workflow.edges:
                 for end in (edge.source, edge.target):
                     if end not in names:

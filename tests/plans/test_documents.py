@@ -83,7 +83,7 @@ def test_all_faults_come_at_once_each_with_its_line():
         (("count: 8", "count: eight"), "nodes[0].gpus.count"),
         (("cost_per_hour: 3.9", "cost_per_hour: .nan"), "gpu_types.h100-80gb.cost_per_hour"),
         (('"10.0.0.1:7443"', "nowhere"), "nodes[0].address"),
-        (("type: h100-80gb", "type: h200"), ""),
+        (("type: h100-80gb", "type: h200"), "nodes[0].gpus.type"),
         (("name: node-a", 'name: "../etc"'), "nodes[0].name"),
     ],
 )
@@ -95,7 +95,7 @@ def test_impossible_values_are_named(change, field):
     ("change", "expected"),
     [
         (("min_accuracy: 0.5", "min_accuracy: 0.9"), "the best has 0.61"),
-        (("name: chat", "name: detect"), "unique"),
+        (("name: chat", "name: detect"), "a name of its own"),
         (("to: chat", "to: nobody"), "known services"),
         (("to: chat", "to: detect"), "circle"),
         (("class: latency", "class: best-effort"), "latency"),
@@ -104,6 +104,25 @@ def test_impossible_values_are_named(change, field):
 )
 def test_documents_that_contradict_themselves_are_refused(change, expected):
     assert expected in " ".join(f.expected for f in faults(SERVICES.replace(*change), Services))
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (("name: chat", "name: detect"), "services[2].name: found 'detect' again, expected a name of its own"),
+        (("class: latency", "class: best-effort"), ".class: found 'best-effort', expected one of 'latency', "),
+        (("[{model: yolos-small", "7 # "), ".variants: found 7, expected a list"),
+        (("[{model: yolos-small", "[] # "), ".variants: found none, expected at least 1"),
+    ],
+)
+def test_a_fault_is_told_in_the_words_of_the_file(change, expected):
+    found = [str(fault) for fault in faults(SERVICES.replace(*change), Services)]
+    assert any(expected in fault for fault in found), found
+
+
+def test_an_empty_file_and_an_alias_within_itself_are_called_so():
+    assert faults("", Cluster)[0].found == "an empty file"
+    assert faults("nodes: &a [*a]", Cluster)[0].found.startswith("an alias that holds itself")
 
 
 @pytest.mark.parametrize("text", ["", "[1, 2]", "{a: 1", "a: 1\na: 2", "\x00", "just a word", "{" * 5000])

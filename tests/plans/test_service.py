@@ -43,7 +43,7 @@ def test_a_workflow_may_switch_and_join_any():
             {"edges": [edge("detect", "read", probability=0.5), edge("detect", "sort", probability=0.6)]},
             "at most 1 together: found 1.1",
         ),
-        ({"edges": [edge("detect", "read")], "name": "detect"}, "'detect' stands twice"),
+        ({"edges": [edge("detect", "read")], "name": "detect"}, "a name of its own"),
     ],
 )
 def test_workflows_that_contradict_themselves_are_refused(fields, message):
