@@ -4,16 +4,20 @@ import contextlib
 import os
 import socket
 import threading
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
 
+from executor.runtime.protocol import OutOfDeviceMemory
 from executor.segment import SharedSegment, place_all
 from executor.worker import Worker, runtime_factory
 from executor.worker_wire import (
     Done,
     Failed,
     FrameSplitter,
+    Iterate,
+    Iterated,
     Load,
     Loaded,
     Ready,
@@ -25,6 +29,7 @@ from executor.worker_wire import (
     encode_to_worker,
 )
 from plans.errors import InvalidInput
+from tests.executor.fake_runtime import FakeGenerator, FakeRuntime
 from tests.executor.running_agent import WAIT_S
 from tests.executor.scripted_runtime import ScriptedRuntime
 
@@ -190,6 +195,73 @@ def test_a_load_that_comes_with_a_batch_begins_before_the_batch(tmp_path):
         assert loaded.call == 3
         (tmp_path / "run").touch()
         assert isinstance(agent.hear(), Done)
+
+
+class CountsInShapes(FakeRuntime):
+    """Models that count on and note that they were closed, by shape; ``full`` has no memory for sequences."""
+
+    def __init__(self, full=()):
+        super().__init__(devices=("cpu", "cpu"))
+        self.full = full
+        self.closed = []
+
+    def load(self, variant, max_batch, shape=(1, 1)):
+        generation = super().load("fake-count", max_batch, shape).generation
+        return CountsInShape(name=variant, max_batch=max_batch, generation=generation, runtime=self, shape=shape)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CountsInShape(FakeGenerator):
+    runtime: CountsInShapes
+    shape: tuple[int, int]
+
+    def sequences(self, kv_tokens):
+        if self.shape in self.runtime.full:
+            raise OutOfDeviceMemory("no memory for sequences")
+        return super().sequences(kv_tokens)
+
+    def close(self):
+        self.runtime.closed.append(self.shape)
+
+
+def load_in(agent, call, shape):
+    return agent.ask(Load(call=call, variant="fake-count", max_batch=2, shape=shape, kv_bytes=500))
+
+
+def iterate(agent, call, freed=(), prefill=(), decode=()):
+    answer = agent.ask(
+        Iterate(call=call, variant="fake-count", kv_tokens=50, freed=freed, prefill=prefill, decode=decode)
+    )
+    assert isinstance(answer, Iterated)
+    return answer.tokens
+
+
+def test_a_model_that_generates_changes_its_shape_and_its_sequences_end_where_they_began(tmp_path):
+    runtime = CountsInShapes()
+    with worker(tmp_path, runtime=runtime) as (agent, _, _):
+        assert isinstance(load_in(agent, 1, (2, 1)), Loaded)
+        assert iterate(agent, 2, prefill=((7, (10,)),)) == (11,)
+        load_in(agent, 3, (2, 1))
+        load_in(agent, 4, (1, 2))
+        assert iterate(agent, 5, prefill=((8, (20,)),)) == (21,)
+        assert iterate(agent, 6, decode=(7, 8)) == (12, 22)
+        assert runtime.closed == []
+        assert iterate(agent, 7, freed=(7,), decode=(8,)) == (23,)
+        assert runtime.closed == [(2, 1)]
+        assert isinstance(agent.ask(Unload(call=8, variant="fake-count")), Unloaded)
+        assert runtime.closed == [(2, 1), (1, 2)]
+
+
+def test_a_model_without_memory_for_sequences_is_closed_and_what_was_loaded_before_goes_on(tmp_path):
+    runtime = CountsInShapes(full=[(1, 2)])
+    with worker(tmp_path, runtime=runtime) as (agent, _, _):
+        load_in(agent, 1, (2, 1))
+        iterate(agent, 2, prefill=((7, (10,)),))
+        failed = load_in(agent, 3, (1, 2))
+        assert isinstance(failed, Failed)
+        assert "no memory for sequences" in failed.problem
+        assert runtime.closed == [(1, 2)]
+        assert iterate(agent, 4, decode=(7,)) == (12,)
 
 
 @pytest.mark.parametrize("path", ["", "os", "os:", ":path", "os:nothing", "no.module:x", "os:name"])
