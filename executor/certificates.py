@@ -5,8 +5,9 @@
     ca.pem, ca-key.pem       the authority; ca.pem goes to every process, ca-key.pem stays here
     NAME.pem, NAME-key.pem   certificate and key of one process or person; the role is in the certificate
 
-After `rotate_authority`, ``ca.pem`` holds the new certificate and the one before, so that peers trust each other while
-certificates are replaced one by one. Keys are readable by their owner only, and every file is replaced atomically.
+After `rotate_authority`, ``ca.pem`` holds the new certificate and those that are still needed: the one before, and each
+that signed a certificate in the folder. So peers trust each other while certificates are replaced one by one. Keys are
+readable by their owner only, and every file is replaced atomically.
 """
 
 from __future__ import annotations
@@ -31,8 +32,11 @@ from plans.errors import BadStoredData, InvalidInput
 __all__ = ["Certificate", "init_authority", "issue", "read_certificate", "rotate", "rotate_authority"]
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
+_LABEL = r"[A-Za-z0-9_]([A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?"
+_HOST = re.compile(rf"(\*\.)?{_LABEL}(\.{_LABEL})*")
 _BACKDATED = timedelta(minutes=5)
 """Clocks of a cluster differ a little."""
+_LONGEST_HOST = 253
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -127,13 +131,12 @@ def rotate(
     Running processes take the new files up by themselves.
 
     Raises:
-        InvalidInput: There is no such certificate.
+        InvalidInput: There is no such certificate, or the folder holds no authority.
         BadStoredData: A certificate cannot be read.
     """
-    keys = sorted(folder.glob("*-key.pem"))
-    chosen = names or [path.name.removesuffix("-key.pem") for path in keys if path.name != "ca-key.pem"]
+    _authority(folder)
     found = []
-    for name in chosen:
+    for name in names or _issued(folder):
         path = folder / f"{name}.pem"
         if name == "ca" or not path.is_file():
             raise InvalidInput.of(
@@ -149,7 +152,7 @@ def rotate(
 
 
 def rotate_authority(folder: Path, *, days: int = 3650, now: datetime | None = None) -> Certificate:
-    """Put a new authority in place of the old one, which stays trusted until it expires.
+    """Put a new authority in place of the old one, which stays trusted: until the next change, and while it is needed.
 
     Copy ``ca.pem`` to every process first, then `rotate` the certificates.
 
@@ -159,8 +162,25 @@ def rotate_authority(folder: Path, *, days: int = 3650, now: datetime | None = N
     _check_days(days)
     _authority(folder)
     start = now or datetime.now(UTC)
-    before = [old for old in _certificates(folder / "ca.pem") if old.not_valid_after_utc > start]
-    return _write_authority(folder, days, start, before=before[:1])
+    newest, *older = _certificates(folder / "ca.pem")
+    paths = [folder / f"{name}.pem" for name in _issued(folder)]
+    issued = [_certificates(path)[0] for path in paths if path.is_file()]
+    needed = [newest, *(old for old in older if any(_has_signed(old, one) for one in issued))]
+    return _write_authority(folder, days, start, before=[old for old in needed if old.not_valid_after_utc > start])
+
+
+def _issued(folder: Path) -> list[str]:
+    """Return the names of the certificates in ``folder``."""
+    keys = sorted(folder.glob("*-key.pem"))
+    return [path.name.removesuffix("-key.pem") for path in keys if path.name != "ca-key.pem"]
+
+
+def _has_signed(authority: x509.Certificate, certificate: x509.Certificate) -> bool:
+    try:
+        certificate.verify_directly_issued_by(authority)
+    except (ValueError, TypeError, InvalidSignature):
+        return False
+    return True
 
 
 def read_certificate(path: Path) -> Certificate:
@@ -245,7 +265,9 @@ def _certificates(path: Path) -> list[x509.Certificate]:
     try:
         found = x509.load_pem_x509_certificates(path.read_bytes())
     except (OSError, ValueError) as error:
-        raise BadStoredData(path, f"this is no certificate ({error})") from error
+        remedy = "restore it from a copy" if path.name == "ca.pem" else "issue it anew with `foreplan certs issue`"
+        problem = f"cannot be read ({error.strerror})" if isinstance(error, OSError) else "this is no certificate"
+        raise BadStoredData(path, f"{problem}; {remedy}") from error
     return found
 
 
@@ -264,10 +286,10 @@ def _host_name(host: str) -> x509.GeneralName:
         return x509.IPAddress(ipaddress.ip_address(host.strip("[]")))
     except ValueError:
         pass
-    try:
-        return x509.DNSName(host)
-    except ValueError as error:
-        raise InvalidInput.of("a host name or an IP address", field="--host", found=repr(host)) from error
+    if len(host) > _LONGEST_HOST or not _HOST.fullmatch(host):
+        expected = "a host name or an IP address, without a port"
+        raise InvalidInput.of(expected, field="--host", found=repr(host))
+    return x509.DNSName(host)
 
 
 def _check_days(days: int) -> None:

@@ -27,6 +27,20 @@ _PASSING = {
 }
 
 
+_LAST_ERROR = "failed to connect to all addresses; last error: "
+_HINTS = {
+    grpc.StatusCode.UNIMPLEMENTED: "another kind of process answers at this address, or an older one",
+    grpc.StatusCode.PERMISSION_DENIED: "give an operator's certificate with --grpc-client-cert",
+}
+_SIGNS = {
+    "CERTIFICATE_VERIFY_FAILED": "its certificate is of no authority in --grpc-root-cert, or has expired",
+    "Hostname Verification": "its certificate is for other hosts: issue it with --host for this one",
+    "WRONG_VERSION_NUMBER": "it speaks in the clear: leave the certificates out",
+    "Socket closed": "it may ask for a certificate that it trusts: --grpc-client-cert",
+}
+"""What words of gRPC and of its TLS library mean for the user; without the words there is no hint."""
+
+
 def channel_options(max_message_bytes: int) -> list[tuple[str, Any]]:
     """Return the options of every channel of the executor.
 
@@ -48,8 +62,9 @@ def remote_failure(peer: str, error: grpc.aio.AioRpcError) -> RemoteFailure:
     """Return a failed call to ``peer`` as one of our errors, retryable when its status is one that may pass."""
     code = error.code()
     details = (error.details() or "").strip() or "no details"
-    if code is grpc.StatusCode.UNIMPLEMENTED:
-        details = f"{details} what answers there is another kind of process, or an older one: check the address"
+    details = details.rpartition(_LAST_ERROR)[2]  # what comes before it says no more
+    hint = _HINTS.get(code, "") or next((hint for sign, hint in _SIGNS.items() if sign in details), "")
+    details = f"{details} ({hint})" if hint else details
     return RemoteFailure(peer, f"{code.name}: {details}", retryable=code in _PASSING)
 
 

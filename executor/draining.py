@@ -9,7 +9,7 @@ import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from executor.cluster_connection import ClusterConnection
+from executor.cluster_connection import ClusterConnection, joined
 from executor.lease import LeaseTiming, holding, new_holder
 from executor.state import AgentState, Phase
 from executor.tls import Dialer
@@ -70,8 +70,10 @@ async def set_drained(
         holding(connection, new_holder(), lease or LeaseTiming()),
     ):
         agents, _, lost = await connection.states(timeout_s=_CALL_S)
-        if node in lost:
-            raise lost[node]
+        if absent := [lost[name] for name in (node, *gateways) if name in lost]:
+            failure = joined(absent)
+            problem = f"{failure.problem}; nothing was changed: start it again, or leave it out of the command"
+            raise RemoteFailure(failure.peer, problem, retryable=True)
         services = tuple(sorted({replica.key.service for replica in agents[node].replicas}))
         if drained and not force and (alone := sole_services(node, agents)):
             remedy = "plan a replica elsewhere first, or give --force and let its requests fail"
@@ -89,7 +91,8 @@ async def set_drained(
         await connection.agents[node].drain(drained, timeout_s=_CALL_S)
         while problem := await _remaining(connection, node, drained):
             if clock() - start_s > timeout_s:
-                raise RemoteFailure(node, f"after {timeout_s:g} s: {problem}", retryable=True)
+                stays = f"it stays {'drained' if drained else 'in the rotation'}; `foreplan status` tells more"
+                raise RemoteFailure(node, f"after {timeout_s:g} s: {problem}; {stays}", retryable=True)
             await asyncio.sleep(_PAUSE_S)
     return Drained(node=node, drained=drained, services=services, wall_s=clock() - start_s)
 
@@ -108,8 +111,9 @@ def sole_services(node: str, agents: dict[str, AgentState]) -> tuple[str, ...]:
 async def _remaining(connection: ClusterConnection, node: str, drained: bool) -> str:
     """Return what is not yet as asked; empty when all is."""
     agents, doors, lost = await connection.states(timeout_s=_CALL_S)
-    for failure in lost.values():
-        return str(failure)
+    for name, failure in lost.items():
+        if name == node or name in connection.gateways:  # other nodes have no say in it
+            return str(failure)
     for address, door in doors.items():
         behind = [target.group for target in door.targets if _is_of(target.group, node) and target.healthy is drained]
         ready = agents[node].ready or drained

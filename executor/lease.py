@@ -103,7 +103,7 @@ async def _acquire(agents: list[AgentClient], holder: str, timing: LeaseTiming) 
             return
         await _release(agents, holder, timing)
         if clock() >= end_s:
-            remedy = "wait until it is done, and plan again from what is live then"
+            remedy = "wait until it is done, and run this again"
             raise StalePlan(f"controller {other} is changing the cluster; {remedy}")
         await asyncio.sleep(min(_PAUSE_S, timing.wait_s))
 

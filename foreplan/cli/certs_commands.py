@@ -62,18 +62,24 @@ def rotate(
     folder: Folder,
     names: Annotated[list[str] | None, typer.Argument(metavar="[NAME]...", help="Which; all when left out.")] = None,
     authority: Annotated[
-        bool, typer.Option("--ca", help="The authority instead; the old one stays trusted until it expires.")
+        bool, typer.Option("--ca", help="The authority instead; the old one stays trusted while it is needed.")
     ] = False,
     days: Annotated[int | None, typer.Option(help="How long they are valid; 90, and 3650 for the authority.")] = None,
 ) -> None:
     """Replace certificates and keys; running processes take the new files up by themselves."""
     from executor.certificates import rotate as renew
     from executor.certificates import rotate_authority
+    from plans.errors import InvalidInput
 
+    if authority and names:
+        expected = "no names with --ca, which replaces the authority alone"
+        raise InvalidInput.of(expected, field="NAME", found=", ".join(names))
     if authority:
-        _tell(out, (rotate_authority(folder, days=days or 3650),))
+        _tell(out, (rotate_authority(folder, days=3650 if days is None else days),))
+        out.note("now copy ca.pem to every process, and then replace the certificates: `foreplan certs rotate`")
     else:
-        _tell(out, renew(folder, names or (), days=days or 90))
+        _tell(out, renew(folder, names or (), days=90 if days is None else days))
+        out.note("now copy the certificates and keys to their processes, which take them up by themselves")
 
 
 def _tell(out: Output, certificates: tuple[Certificate, ...]) -> None:

@@ -94,3 +94,29 @@ def test_damaged_files_are_named(folder: Path) -> None:
     (folder / "ca-key.pem").write_bytes((other / "ca-key.pem").read_bytes())
     with pytest.raises(BadStoredData, match=r"not the key"):
         issue(folder, "you", Role.CLIENT)
+
+
+@pytest.mark.parametrize(
+    "host", ["bad host", "10.0.0.1:7443", "-node", "node_.", "", "a" * 254, "node/a", "[::1]:8001"]
+)
+def test_a_host_that_no_caller_could_name_is_refused(folder: Path, host: str) -> None:
+    with pytest.raises(InvalidInput, match=r"--host.*without a port"):
+        issue(folder, "node-a", Role.AGENT, hosts=[host])
+
+
+def test_an_authority_changed_twice_stays_trusted_as_long_as_it_has_signed_a_certificate_here(folder: Path) -> None:
+    issue(folder, "me", Role.CLIENT)
+    mine = x509.load_pem_x509_certificate((folder / "me.pem").read_bytes())
+    rotate_authority(folder)
+    rotate_authority(folder)
+    trusted = x509.load_pem_x509_certificates((folder / "ca.pem").read_bytes())
+    assert len(trusted) == 3
+    mine.verify_directly_issued_by(trusted[-1])
+    rotate(folder)
+    rotate_authority(folder)
+    assert len(x509.load_pem_x509_certificates((folder / "ca.pem").read_bytes())) == 2
+
+
+def test_there_is_nothing_to_rotate_without_an_authority(tmp_path: Path) -> None:
+    with pytest.raises(InvalidInput, match="certs init"):
+        rotate(tmp_path / "nowhere")

@@ -10,7 +10,7 @@ from executor.draining import set_drained, sole_services
 from executor.gateway import GatewayConfig, running_gateway
 from executor.state import AgentState, Phase, ReplicaKey, ReplicaState
 from plans.cluster import Cluster
-from plans.errors import InvalidInput
+from plans.errors import InvalidInput, RemoteFailure
 from tests.executor.fake_agent import FakeAgent
 from tests.executor.placements import placement
 from tests.executor.test_gateway import Door
@@ -63,3 +63,26 @@ def test_what_only_a_drained_node_serves_elsewhere_does_not_count() -> None:
     agents = {"a": agent("a", "x", "y"), "b": agent("b", "x", drained=True), "c": agent("c", "y")}
     assert sole_services("a", agents) == ("x",)
     assert sole_services("c", agents) == ()
+
+
+def test_a_dead_node_keeps_nobody_from_draining_another_and_a_dead_gateway_is_told_before_anything_changes(
+    tmp_path: Path,
+) -> None:
+    async def scenario() -> None:
+        a, b, c = [await FakeAgent(name).start() for name in "abc"]
+        nodes = [{"name": one.node, "address": one.address, "gpus": {"type": "cpu", "count": 1}} for one in (a, b, c)]
+        cluster = Cluster.model_validate({"gpu_types": {"cpu": {"memory": "1GiB"}}, "nodes": nodes})
+        config = GatewayConfig(listen="127.0.0.1:0", state_dir=tmp_path, poll_interval_s=0.01)
+        async with running_gateway(config) as address:
+            await apply(placement({"a/0": {"chat": "v"}, "b/0": {"chat": "v"}}), cluster, [address])
+            await c.kill()
+            assert (await set_drained(cluster, [address], "a", True)).services == ("chat",)
+            assert not (await set_drained(cluster, [address], "a", False)).drained
+            with pytest.raises(RemoteFailure, match=r"agent of c at .*nothing was changed"):
+                await set_drained(cluster, [address], "c", True)
+        with pytest.raises(RemoteFailure, match=r"gateway at .*nothing was changed"):
+            await set_drained(cluster, [address], "a", True)
+        assert not a.drained
+        await asyncio.gather(a.kill(), b.kill())
+
+    asyncio.run(asyncio.wait_for(scenario(), 120))

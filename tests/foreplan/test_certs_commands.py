@@ -23,7 +23,10 @@ def test_an_authority_is_made_and_issues_and_rotates(tmp_path: Path) -> None:
     before = (tmp_path / "ca" / "node-a-key.pem").read_bytes()
     assert foreplan("certs", "rotate", tmp_path / "ca").exit_code == 0
     assert (tmp_path / "ca" / "node-a-key.pem").read_bytes() != before
-    assert foreplan("certs", "rotate", tmp_path / "ca", "--ca").exit_code == 0
+    assert "copy ca.pem" in foreplan("certs", "rotate", tmp_path / "ca", "--ca").stderr
+    refused = foreplan("certs", "rotate", tmp_path / "ca", "node-a", "--ca")
+    assert refused.exit_code == 1
+    assert "no names with --ca" in refused.stderr
 
 
 def test_a_role_that_is_none_is_refused(tmp_path: Path) -> None:
