@@ -7,10 +7,10 @@ from collections import Counter
 from collections.abc import Iterable
 
 from planner.backend import Budget, solver
-from planner.lexicographic import TierOutcome
 from planner.prediction import latency_model, predict
 from planner.recourse import routed_in
 from planner.space import Placed, Placement, PlanningSpace
+from planner.tier import TierOutcome
 from planner.unserved import unserved
 from plans.cluster import Cluster
 from plans.demand import Demand

@@ -16,7 +16,7 @@ from planner.backend import Budget
 from planner.board import Board
 from planner.formulation import Formulation
 from planner.greedy import add_minimum, fill
-from planner.lexicographic import LARGEST_EXACT_MODEL, LEAST_RELAXATION_S, Search, Tier
+from planner.lexicographic import LARGEST_EXACT_MODEL, LEAST_RELAXATION_S, Search
 from planner.linear import Floats
 from planner.linking import Linking
 from planner.mapping import map_loadouts
@@ -27,6 +27,7 @@ from planner.rates import Loadout, best_shares
 from planner.regroup import decided_anew, left_to
 from planner.rounding import dive
 from planner.space import Placed, Placement, PlanningSpace
+from planner.tier import Tier
 
 __all__ = ["ColumnSearch"]
 

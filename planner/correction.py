@@ -14,10 +14,11 @@ from dataclasses import replace
 import numpy as np
 
 from planner.arranged import Arrangement
-from planner.lexicographic import Outcome, Search
+from planner.lexicographic import Search
 from planner.polish_limits import Pairs
 from planner.scoring import Scorer
 from planner.space import PlanningSpace
+from planner.tier import Outcome
 
 __all__ = ["corrected", "replanned"]
 

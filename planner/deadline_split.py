@@ -15,10 +15,11 @@ from graphlib import TopologicalSorter
 from planner.backend import Budget, InfeasibleModel, Solution, solver_for
 from planner.deadlines import longest_through, parts_of, stages, time_for_stages_s
 from planner.formulation import Formulation
-from planner.lexicographic import Outcome, Search, Unsatisfiable
+from planner.lexicographic import Search
 from planner.objective import Objective, tiers, with_kept
 from planner.problem import Problem, service_demands
 from planner.space import Placement, PlanningSpace, build_space
+from planner.tier import Outcome, Unsatisfiable
 from plans.plan import Plan
 from plans.service import Workflow
 

@@ -9,9 +9,8 @@ Each objective is solved in up to three stages that stop as soon as the gap is c
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 
@@ -23,20 +22,12 @@ from planner.guidance import Guidance, guidance_of
 from planner.linear import Floats, LinearModel
 from planner.neighbourhood import neighbourhoods
 from planner.objective import ACCURACY, GOODPUT, Kept, Objective, gap_of, tiers, with_kept
-from planner.redundancy import Redundant, placed_apart, redundant_starts
+from planner.redundancy import largest_first, placed_apart, redundant_starts, with_room
 from planner.regroup import decided_anew, left_to
 from planner.space import Placed, Placement, PlanningSpace
+from planner.tier import Exhausted, Outcome, Tier, TierOutcome, Unsatisfiable
 
-__all__ = [
-    "LARGEST_EXACT_MODEL",
-    "LEAST_RELAXATION_S",
-    "Exhausted",
-    "Outcome",
-    "Search",
-    "Tier",
-    "TierOutcome",
-    "Unsatisfiable",
-]
+__all__ = ["LARGEST_EXACT_MODEL", "LEAST_RELAXATION_S", "Search"]
 
 LARGEST_EXACT_MODEL = 40_000
 """Pairs of group and option up to which the exact model is worth building; beyond, columns are generated."""
@@ -93,41 +84,6 @@ _TIER_SHARE = (0.65, 0.5, 0.6, 0.9)
 """Share of the time left that each objective may take."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TierOutcome:
-    """One objective: its value, its bound, and whether it was left with a gap."""
-
-    objective: Objective
-    value: float
-    bound: float
-    open: bool
-
-    @property
-    def gap(self) -> float:
-        """Relative distance between value and bound."""
-        return gap_of(self.value, self.bound)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Outcome:
-    """The best placement found, and its certificate per objective."""
-
-    placement: Placement
-    tiers: tuple[TierOutcome, ...]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Unsatisfiable:
-    """Proven: no placement satisfies the constraints."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Exhausted:
-    """No placement found in time, and no proof that there is none; a bound on the first objective, when known."""
-
-    bound: float | None
-
-
 class Search:
     """The lexicographic search over one planning space."""
 
@@ -145,7 +101,7 @@ class Search:
         self._classes_model: Formulation | None = None
         self._exact: Formulation | None = None
         self._guidance = Guidance()
-        self._large = _pair_count(space) > _SMALL_EXACT_MODEL
+        self._large = space.pair_count > _SMALL_EXACT_MODEL
         self._apart = self._large and _separable(space)
 
     @property
@@ -278,7 +234,7 @@ class Search:
 
     def _time_for_groups(self, tier: Tier) -> bool:
         """Whether the exact model is worth building: solvers look at the clock only after they reduced it."""
-        pairs = _pair_count(self._space)
+        pairs = self._space.pair_count
         return pairs <= LARGEST_EXACT_MODEL and tier.ends_at_s - self._clock() > _EXACT_MODEL_S * pairs
 
     def _search_neighbourhoods(self, tier: Tier, *, most_stalled: int = _STALLED_ROUNDS) -> None:
@@ -396,9 +352,9 @@ class Search:
     def _pack(self, tier: Tier, targets: list[Target]) -> None:
         orders: tuple[Order, ...] = ("memory", "share", "density")
         if self._space.requirements.losses:
-            wanted = _apart(self._space, targets)
+            wanted = with_room(self._space, targets)
             for order in orders[:2]:
-                placement = placed_apart(self._space, _by(self._space, wanted, order))
+                placement = placed_apart(self._space, largest_first(self._space, wanted, order))
                 self._offer(tier, self.best_rates(_pairs(placement), tier.objective, tier.kept))
         for order in orders:
             packed = pack(self._space, targets, order)
@@ -467,27 +423,6 @@ class Search:
             tier.best = trimmed
 
 
-@dataclass(slots=True, kw_only=True)
-class Tier:
-    """State of one objective while it is solved."""
-
-    objective: Objective
-    kept: tuple[Kept, ...]
-    best: Placement | None
-    ends_at_s: float
-    known_bound: float
-    open: bool = False
-
-    def tighten(self, bound: float | None) -> None:
-        """Take ``bound`` when it is better than what is known."""
-        if bound is not None and math.isfinite(bound):
-            self.known_bound = min(self.known_bound, bound) if self.objective.maximise else max(self.known_bound, bound)
-
-    def bound_for(self, value: float) -> float:
-        """Return the bound, which by rounding may not be worse than ``value``."""
-        return max(self.known_bound, value) if self.objective.maximise else min(self.known_bound, value)
-
-
 def _verified(formulation: Formulation, model: LinearModel, placement: Placement | None) -> Floats | None:
     """Return ``placement`` as a complete hint, checked to be feasible in ``model``; None otherwise."""
     if placement is None:
@@ -504,11 +439,6 @@ def _separable(space: PlanningSpace) -> bool:
     asked = space.requirements
     joined = asked.spreads or asked.couplings or asked.calls or asked.blocks or asked.least_rps.any()
     return space.problem.settings.objective == "goodput" and not joined and not asked.keeps_idle_replicas
-
-
-def _pair_count(space: PlanningSpace) -> int:
-    """Return the pairs of group and option, by which the size of a problem goes."""
-    return sum(len(group.options) for group in space.groups)
 
 
 def _pairs(placement: Placement) -> list[tuple[int, int]]:
@@ -541,27 +471,3 @@ def _trimmed(space: PlanningSpace, placement: Placement) -> Placement:
         else:
             kept.append(each)
     return tuple(kept)
-
-
-def _apart(space: PlanningSpace, targets: list[Target]) -> list[Redundant]:
-    """Return the counts of ``targets`` with room to spare on each for the loss of one."""
-    keep = space.requirements.keep_after_loss
-    found = []
-    for _, option, share, replicas in targets:
-        least = max(replicas, 1)
-        spare = max(share / least, keep * share / (least - 1) if least > 1 else 1.0)
-        found.append(Redundant(option=option, replicas=least, share=min(1.0, spare)))
-    return found
-
-
-def _by(space: PlanningSpace, wanted: list[Redundant], order: Order) -> list[Redundant]:
-    """Return ``wanted`` with the largest first, by memory or by share, after those of which replicas are required."""
-    size = space.memory.max(axis=1) if len(space.options) else np.zeros(0)
-    optional = space.min_replicas == 0
-
-    def key(each: Redundant) -> tuple[bool, float, float, int]:
-        by_size, by_share = -float(size[each.option]), -each.share
-        first, second = (by_size, by_share) if order == "memory" else (by_share, by_size)
-        return bool(optional[space.service_of[each.option]]), first, second, each.option
-
-    return sorted(wanted, key=key)

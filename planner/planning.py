@@ -13,13 +13,14 @@ from planner.balance import balance
 from planner.conflict import Conflicts, find_conflicts
 from planner.deadline_split import Split, best_split, tight_workflows
 from planner.formulation import Formulation
-from planner.lexicographic import LARGEST_EXACT_MODEL, Exhausted, Outcome, Search, Unsatisfiable
+from planner.lexicographic import LARGEST_EXACT_MODEL, Search
 from planner.linear import LinearModel
 from planner.objective import tiers, with_kept
 from planner.problem import Problem, check
 from planner.shadow import shadow_prices, shadow_prices_of_loadouts
 from planner.space import Placement, PlanningSpace, build_space
 from planner.stretch import stretch_batches
+from planner.tier import Exhausted, Outcome, Unsatisfiable
 from plans.plan import Plan
 
 __all__ = ["Infeasible", "NoPlanFound", "Report", "Solved", "exact_model", "solve"]
@@ -115,7 +116,7 @@ def solve(
     space = build_space(problem)
     method = method_for(space)
     tight = tight_workflows(problem)
-    splits = bool(tight) and _pairs(space) <= LARGEST_EXACT_MODEL
+    splits = bool(tight) and space.pair_count <= LARGEST_EXACT_MODEL
     if not splits:
         warnings += tuple(
             f"{each.name}: its deadline is split over its stages in proportion to their least latencies; at this "
@@ -175,12 +176,7 @@ def method_for(space: PlanningSpace) -> Literal["direct", "columns"]:
     wanted = space.problem.settings.method
     if wanted != "auto":
         return wanted
-    return "columns" if _pairs(space) > LARGEST_EXACT_MODEL else "direct"
-
-
-def _pairs(space: PlanningSpace) -> int:
-    """Return the pairs of group and option, by which the size of a problem goes."""
-    return sum(len(group.options) for group in space.groups)
+    return "columns" if space.pair_count > LARGEST_EXACT_MODEL else "direct"
 
 
 def _over_splits(outcome: Outcome, split: Split) -> Outcome:

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from planner.board import NEGLIGIBLE, Board
-from planner.greedy import add_minimum
+from planner.greedy import Order, Target, add_minimum
 from planner.space import Placement, PlanningSpace
 
-__all__ = ["Redundant", "placed_apart", "redundant_starts"]
+__all__ = ["Redundant", "largest_first", "placed_apart", "redundant_starts", "with_room"]
 
 _FEWEST_NODES = (2, 3, 4, 6)
 """Least numbers of nodes per service that a start is made with: few leave memory, many leave compute."""
@@ -87,3 +87,27 @@ def placed_apart(space: PlanningSpace, wanted: Sequence[Redundant]) -> Placement
             barred[service, node_of[group]] = True
     add_minimum(board)
     return board.placement()
+
+
+def with_room(space: PlanningSpace, targets: list[Target]) -> list[Redundant]:
+    """Return the counts of ``targets`` with room to spare on each for the loss of one."""
+    keep = space.requirements.keep_after_loss
+    found = []
+    for _, option, share, replicas in targets:
+        least = max(replicas, 1)
+        spare = max(share / least, keep * share / (least - 1) if least > 1 else 1.0)
+        found.append(Redundant(option=option, replicas=least, share=min(1.0, spare)))
+    return found
+
+
+def largest_first(space: PlanningSpace, wanted: list[Redundant], order: Order) -> list[Redundant]:
+    """Return ``wanted`` with the largest first, by memory or by share, after those of which replicas are required."""
+    size = space.memory.max(axis=1) if len(space.options) else np.zeros(0)
+    optional = space.min_replicas == 0
+
+    def key(each: Redundant) -> tuple[bool, float, float, int]:
+        by_size, by_share = -float(size[each.option]), -each.share
+        first, second = (by_size, by_share) if order == "memory" else (by_share, by_size)
+        return bool(optional[space.service_of[each.option]]), first, second, each.option
+
+    return sorted(wanted, key=key)

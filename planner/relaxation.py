@@ -99,10 +99,10 @@ def least_relaxation(
     """
     everywhere = True
     space = _without_accuracy(problem, services_of(problem, limits(problem)))
-    if _pairs(space) > LARGEST_EXACT_MODEL:
+    if space.pair_count > LARGEST_EXACT_MODEL:
         everywhere = False
         space = _without_accuracy(problem, services_of(problem, conflict))
-    if clock() >= ends_at_s or _pairs(space) > LARGEST_EXACT_MODEL:
+    if clock() >= ends_at_s or space.pair_count > LARGEST_EXACT_MODEL:
         return (), False, everywhere
     formulation = Formulation(space, space.singles)
     numbers = tuple(_numbers(problem, formulation))
@@ -153,10 +153,6 @@ def _without_accuracy(problem: Problem, names: Collection[str]) -> PlanningSpace
     narrow = narrowed(problem, names)
     services = tuple(each.model_copy(update={"min_accuracy": 0.0}) for each in narrow.services.services)
     return build_space(replace(narrow, services=narrow.services.model_copy(update={"services": services})))
-
-
-def _pairs(space: PlanningSpace) -> int:
-    return sum(len(group.options) for group in space.groups)
 
 
 def _numbers(problem: Problem, formulation: Formulation) -> Iterator[_Number]:

@@ -121,6 +121,11 @@ class PlanningSpace:
         """Return how many GPUs of ``gpu_type`` the cluster has."""
         return sum(node.gpus.count for node in self.problem.cluster.nodes if node.gpus.type == gpu_type)
 
+    @property
+    def pair_count(self) -> int:
+        """Pairs of group and option, by which the size of a problem goes."""
+        return sum(len(group.options) for group in self.groups)
+
 
 def build_space(problem: Problem) -> PlanningSpace:
     """Reduce ``problem`` to arrays. Costs options squared per service, and options times groups."""

@@ -409,3 +409,13 @@ def town(*, settings: Settings = QUIET) -> Problem:
     )
     inventory = cluster(("west", "slow", 2), ("east", "quick", 4), memory_gib=12, cost=1.5)
     return problem(inventory, services, profiles, wanted, settings=settings)
+
+
+def crowd(*services: Service, **rates: float) -> Problem:
+    """Return what ``services`` ask of two nodes of one GPU, with models of several sizes; ``rates`` by service."""
+    return problem(
+        cluster(("a", "gpu", 1), ("b", "gpu", 1)),
+        list(services),
+        [profile("m"), profile("heavy", weights_gib=15.0), profile("huge", weights_gib=40.0), profile("tiny")],
+        demand(**rates),
+    )

@@ -10,9 +10,10 @@ import pytest
 
 from planner import Problem, Settings, Solved, solve
 from planner.columns import ColumnSearch
-from planner.lexicographic import Search, Tier
+from planner.lexicographic import Search
 from planner.objective import tiers
 from planner.space import Placement, build_space
+from planner.tier import Tier
 from plans.plan import Plan
 from tests.planner.problems import FEATURES, featured, generated, town
 

@@ -12,13 +12,13 @@ from planner import Infeasible, Problem, Settings, Solved, solve
 from planner.columns import ColumnSearch
 from planner.formulation import Formulation
 from planner.greedy import greedy
-from planner.lexicographic import Outcome
 from planner.linking import Linking, node_kinds
 from planner.mapping import map_loadouts
 from planner.master import Master, Network, converge
 from planner.objective import GOODPUT, with_kept
 from planner.planning import method_for
 from planner.space import build_space
+from planner.tier import Outcome
 from plans.service import Edge, LatencySlo, Spread, Workflow
 from tests.planner.brute_force import best_goodput
 from tests.planner.problems import (

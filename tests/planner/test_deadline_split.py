@@ -14,9 +14,10 @@ from foreplan.planning import verify
 from planner import Solved, planning, solve
 from planner.deadline_split import as_planned, best_split, grid, tight_workflows
 from planner.deadlines import longest_through, stages
-from planner.lexicographic import Outcome, Search
+from planner.lexicographic import Search
 from planner.problem import Problem
 from planner.space import build_space
+from planner.tier import Outcome
 from plans.service import Edge, LatencySlo, Workflow
 from tests.planner.problems import QUIET, cluster, demand, latency_service, problem, profile
 

@@ -11,10 +11,11 @@ from hypothesis import strategies as st
 from planner import Infeasible, NoPlanFound, Problem, Settings, Solved, solve
 from planner.backend import BackendResult, Budget, NothingFound, solver
 from planner.greedy import greedy
-from planner.lexicographic import _SMALL_EXACT_MODEL, Outcome, Search
+from planner.lexicographic import _SMALL_EXACT_MODEL, Search
 from planner.linear import Floats, LinearModel
 from planner.objective import GOODPUT
 from planner.space import build_space
+from planner.tier import Outcome
 from plans.demand import Demand, Rate, ServiceDemand
 from plans.plan import Plan
 from tests.planner.brute_force import best_goodput

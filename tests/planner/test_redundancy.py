@@ -11,13 +11,14 @@ from planner import requirements
 from planner.backend import Budget, Solution, solver
 from planner.columns import ColumnSearch
 from planner.formulation import Formulation
-from planner.lexicographic import Outcome, Search
+from planner.lexicographic import Search
 from planner.linking import Linking
 from planner.master import Master, Network, converge
 from planner.objective import GOODPUT, with_kept
 from planner.recourse import served_in
 from planner.redundancy import Redundant, placed_apart, redundant_starts
 from planner.space import PlanningSpace, build_space
+from planner.tier import Outcome
 from tests.planner.problems import cluster, demand, generated, latency_service, problem, profile
 
 
