@@ -134,7 +134,7 @@ REPLICA: Final = np.dtype(
         ("service", _i4),
         ("max_batch", _i4),
         ("frames", _i4),  # frames of one stream that enter together
-        ("route", _i4),  # its place in `Routes`
+        ("route", _i4),  # its place in the arrays route_*
         ("gather", _i4),  # slot that leads the gathering bundle whose time comes first; linked by `batch_after`
         ("gather_last", _i4),
         ("generates", _i4),  # row of its token costs, or NOWHERE
@@ -151,7 +151,7 @@ SERVICE: Final = np.dtype(
         ("allowed_s", _f8),  # deadline after arrival
         ("allowed_per_token_s", _f8),  # more of it for each token after the first
         ("turn", _i8),  # requests routed so far by round robin
-        ("first", _i4),  # its replicas are Routes.*[first:last]
+        ("first", _i4),  # its replicas are first to last of the arrays route_*
         ("last", _i4),
         ("sticky", np.int8),  # streams stay with their replica
     ],

@@ -1,7 +1,8 @@
 """The vocabulary that every other package shares: cluster, services, demand and plan, and the rules on them.
 
-Modules: `errors`, `units`, `documents` (reading and writing), `cluster`, `service`, `demand`, `plan`, `codec`, `diff`,
-`transition`, `dispatch` (routing, batching and dropping rules), `checker`, `store`.
+Modules: `errors`, `units`, `documents` (reading and writing), `catalogue` (known GPU types), `cluster`, `service`,
+`demand`, `plan`, `codec`, `diff` and `workflow_changes`, `waves` and `transition`, `dispatch` (routing, batching and
+dropping rules), `workflows` (their draws and joins), `checker` and `certificate`, `store`.
 """
 
 from plans.checker import ProfileFigures, check_plan

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-
 import pytest
 
+from foreplan.planning import verify
 from planner.problem import Problem, offered_rps
-from plans.checker import check_plan
 from plans.plan import Plan
-from profiles.latency import LatencyModel
 
 
 def assert_sound(plan: Plan, problem: Problem) -> None:
     """Fail unless ``plan`` passes the independent checker, keeps the headroom and serves nobody beyond the demand."""
-    assert check_plan(plan, problem.cluster, problem.services, _Figures(problem)) == ()
+    assert verify(plan, problem.cluster, problem.services, problem.profiles, problem.demand) == ()
     used: dict[tuple[str, int], int] = {}
     for group in plan.groups:
         for entry in group.loadout:
@@ -39,29 +35,3 @@ def assert_sound(plan: Plan, problem: Problem) -> None:
         assert served.get(service.name, 0.0) + missing == pytest.approx(offered, rel=1e-5, abs=1e-6)
     assert weighted == pytest.approx(plan.solver.objective, rel=1e-5, abs=1e-6)
     assert plan.solver.bound >= plan.solver.objective * (1 - 1e-9)
-
-
-@dataclass(frozen=True, slots=True)
-class _Figures:
-    problem: Problem
-
-    def _model(self, service: str, model: str, gpu_type: str, tp: int, pp: int) -> LatencyModel | None:
-        demand = self.problem.demand.of(service)
-        return self.problem.profiles.latency(
-            model,
-            gpu_type,
-            tp,
-            pp,
-            input_tokens=demand.input_tokens if demand else None,
-            output_tokens=demand.output_tokens if demand else None,
-        )
-
-    def memory_bytes(
-        self, service: str, model: str, gpu_type: str, tp: int, pp: int, batch: int
-    ) -> Sequence[int] | None:
-        found = self._model(service, model, gpu_type, tp, pp)
-        return None if found is None else found.peak_bytes(batch)
-
-    def latency_s(self, service: str, model: str, gpu_type: str, tp: int, pp: int, batch: int) -> float | None:
-        found = self._model(service, model, gpu_type, tp, pp)
-        return None if found is None else found.at(batch).mean_s
