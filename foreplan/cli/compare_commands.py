@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -23,7 +24,7 @@ from foreplan.cli.output import Output
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from foreplan.compare import Outcome, Point, Regret
+    from foreplan.compare import Outcome, Point, Regret, Study
 
 __all__ = ["register"]
 
@@ -85,7 +86,6 @@ def compare(
     from evaluator import Settings as SimulationSettings
     from foreplan.compare import Study, render
     from foreplan.compare import compare as run
-    from foreplan.compare import regret as lost_against_hindsight
     from planner import Settings
     from plans.cluster import Cluster
     from plans.documents import check_writable, read_document, write_text
@@ -117,17 +117,12 @@ def compare(
     )
     names = [name.strip() for name in policies.split(",") if name.strip()]
     points = _points(load, slo_scale, burstiness)
-    finished: list[str] = []
     total = len(names) * len(points)
     with (
         out.progress(f"{len(names)} policies at {len(points)} points", total=total) as progress,
         compilation_told(out),
     ):
-
-        def done(key: str) -> None:
-            finished.append(key)
-            progress.update(len(finished))
-
+        finished = itertools.count(1)
         outcomes = run(
             study,
             names,
@@ -136,19 +131,25 @@ def compare(
             engine=engine,
             workers=workers or os.cpu_count() or 1,
             kept=keep,
-            done=done,
+            done=lambda _: progress.update(next(finished)),
         )
-    regrets: list[Regret] = []
-    if regret:
-        with out.progress("planning in hindsight", total=len(points)) as progress:
-            for position, point in enumerate(points, start=1):
-                regrets.append(lost_against_hindsight(study, outcomes, point))
-                progress.update(position)
+    regrets = _regrets(out, study, outcomes, points) if regret else []
     remarks = _remarks(outcomes, points)
     _print(out, outcomes, regrets, remarks)
     if output is not None:
         write_text(output, render(f"Policies on {trace.name}", outcomes, regrets, remarks))
         out.say(f"wrote {output}")
+
+
+def _regrets(out: Output, study: Study, outcomes: Sequence[Outcome], points: Sequence[Point]) -> list[Regret]:
+    from foreplan.compare import regret
+
+    regrets = []
+    with out.progress("planning in hindsight", total=len(points)) as progress:
+        for position, point in enumerate(points, start=1):
+            regrets.append(regret(study, outcomes, point))
+            progress.update(position)
+    return regrets
 
 
 def _print(out: Output, outcomes: Sequence[Outcome], regrets: Sequence[Regret], remarks: Sequence[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from dataclasses import asdict
 from pathlib import Path
@@ -252,13 +253,8 @@ def _evaluate_batch(
     from foreplan.batch import run_batch
 
     total = len(plans) * len(traces) * seeds
-    finished: list[str] = []
     with out.progress(f"{total} runs", total=total) as progress, compilation_told(out):
-
-        def done(key: str) -> None:
-            finished.append(key)
-            progress.update(len(finished))
-
+        finished = itertools.count(1)
         runs = run_batch(
             context,
             plans,
@@ -267,7 +263,7 @@ def _evaluate_batch(
             engine=engine,
             workers=workers or os.cpu_count() or 1,
             kept=keep,
-            done=done,
+            done=lambda _: progress.update(next(finished)),
         )
     out.result({"runs": runs})
     columns = ["plan", "trace", "seed", "requests", "attainment", "goodput (rps)", "GPU-hours", "mode"]
