@@ -21,6 +21,7 @@ from executor.errors import PlacementIsPlanned, RequestRefused, UnknownService, 
 from executor.forwarding import Body, CallFailed
 from executor.infer_header import GROUP_METADATA, LONGEST_DEADLINE_S
 from executor.lane import Generated
+from executor.model_config import model_config
 from executor.node import Node
 from executor.proto import open_inference_pb2 as pb
 from executor.proto import open_inference_pb2_grpc as pb_grpc
@@ -147,6 +148,24 @@ class InferenceServicer(pb_grpc.GRPCInferenceServiceServicer):
         return pb.ModelMetadataResponse(
             name=service, versions=[MODEL_VERSION], platform="foreplan", inputs=inputs, outputs=outputs
         )
+
+    async def ModelConfig(self, request: pb.ModelConfigRequest, context: Context) -> pb.ModelConfigResponse:  # noqa: N802
+        """How requests for the service are batched, and what they hold."""
+        try:
+            return pb.ModelConfigResponse(config=await self._config(request, _group_in(context)))
+        except ForeplanError as error:
+            return await context.abort(status_of(error), details_of(error))
+        except CallFailed as failed:
+            return await context.abort(failed.code, failed.details)
+
+    async def _config(self, request: pb.ModelConfigRequest, group: str | None) -> pb.ModelConfig:
+        if self.workflows is not None and request.name in self.workflows:
+            return model_config(await self.workflows.metadata(request.name), max_batch=1)
+        replica, _ = self._chosen(request.name, request.version, group)
+        described = self.describe(request.name, replica.key.group, version=request.version)
+        if self._generates(replica):
+            return model_config(described, max_batch=0)
+        return model_config(described, self._node.upkeep.groups[replica.key.group].max_batch(replica.key))
 
     async def RepositoryIndex(  # noqa: N802
         self, request: pb.RepositoryIndexRequest, context: Context

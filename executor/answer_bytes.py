@@ -17,7 +17,7 @@ from executor.whole_requests import Answer
 
 __all__ = ["EXTENSIONS", "MODEL_VERSION", "AnswerWriter", "answer_message"]
 
-EXTENSIONS = ("model_repository", "parameters", "schedule_policy", "sequence", "statistics", "stream_infer")
+EXTENSIONS = ("model_configuration", "model_repository", "parameters", "schedule_policy", "statistics", "stream_infer")
 """Extensions of the protocol that agents and gateways speak, by Triton's names where it has them."""
 
 MODEL_VERSION = "1"

@@ -16,6 +16,7 @@ from google.protobuf import json_format
 
 from executor.forwarding import CallFailed
 from executor.gateway_inference import InferenceFrontDoor
+from executor.gateway_peer import Peer
 from executor.http_server import role_check
 from executor.http_tensors import answer_to_http, parsed_json, request_from_http
 from executor.proto import open_inference_pb2 as messages
@@ -70,6 +71,7 @@ def gateway_application(door: InferenceFrontDoor, guard: Guard | None, max_messa
     add.add_get("/v2/models/stats", routes.statistics)
     for prefix in ("/v2/models/{model}", "/v2/models/{model}/versions/{version}"):
         add.add_get(prefix, routes.metadata)
+        add.add_get(f"{prefix}/config", routes.config)
         add.add_get(f"{prefix}/ready", routes.model_ready)
         add.add_get(f"{prefix}/stats", routes.statistics)
         add.add_post(f"{prefix}/infer", routes.infer)
@@ -149,6 +151,12 @@ class _Routes:
         asked = messages.ModelMetadataRequest(name=model, version=version)
         answer = await self._door.describe(asked.SerializeToString(), None)
         return _message(messages.ModelMetadataResponse.FromString(answer))
+
+    async def config(self, request: web.Request) -> web.Response:
+        model, version = _asked(request)
+        asked = messages.ModelConfigRequest(name=model, version=version)
+        answer = await self._door.describe(asked.SerializeToString(), None, Peer.config)
+        return _message(messages.ModelConfigResponse.FromString(answer).config)
 
     async def statistics(self, request: web.Request) -> web.Response:
         return _message(await self._door.statistics_of(*_asked(request), None))

@@ -53,6 +53,7 @@ class InferenceFrontDoor:
         methods: dict[str, grpc.RpcMethodHandler[Any, Any]] = {
             "ModelInfer": grpc.unary_unary_rpc_method_handler(self.infer),
             "ModelMetadata": grpc.unary_unary_rpc_method_handler(self.metadata),
+            "ModelConfig": grpc.unary_unary_rpc_method_handler(self.config),
             "ModelStreamInfer": grpc.stream_stream_rpc_method_handler(self.stream),
             "ModelStatistics": typed("ModelStatistics", self.statistics),
             **self.repository.handlers(),
@@ -97,6 +98,13 @@ class InferenceFrontDoor:
         """Forward a question for a service's tensors to a replica of it."""
         try:
             return await self.describe(request, context.time_remaining())
+        except CallFailed as failed:
+            await context.abort(failed.code, failed.details)
+
+    async def config(self, request: bytes, context: _Context[bytes, bytes]) -> bytes:
+        """Forward a question for how a service is batched to a replica of it."""
+        try:
+            return await self.describe(request, context.time_remaining(), Peer.config)
         except CallFailed as failed:
             await context.abort(failed.code, failed.details)
 
@@ -217,8 +225,8 @@ class InferenceFrontDoor:
             raise CallFailed(_Code.RESOURCE_EXHAUSTED, problem)
         return routes
 
-    async def describe(self, request: bytes, time_remaining_s: float | None) -> bytes:
-        """Return the answer to a serialised ``ModelMetadataRequest``.
+    async def describe(self, request: bytes, time_remaining_s: float | None, ask: _Send = Peer.metadata) -> bytes:
+        """Return the answer to a serialised ``ModelMetadataRequest``, or to a ``ModelConfigRequest``, which is alike.
 
         Raises:
             CallFailed: With the status and message for the client.
@@ -226,10 +234,11 @@ class InferenceFrontDoor:
         try:
             service = messages.ModelMetadataRequest.FromString(request).name
         except DecodeError as error:
-            raise CallFailed(_Code.INVALID_ARGUMENT, f"request: expected a ModelMetadataRequest ({error})") from error
+            expected = "name and version of a model in its request message"
+            raise CallFailed(_Code.INVALID_ARGUMENT, f"request: expected {expected} ({error})") from error
         self._routes(service)
         deadline_s = self._clock() + (_ASK_S if time_remaining_s is None else time_remaining_s)
-        return await self._forward(service, request, Peer.metadata, deadline_s)
+        return await self._forward(service, request, ask, deadline_s)
 
     async def statistics_of(
         self, service: str, version: str, time_remaining_s: float | None

@@ -49,7 +49,7 @@ class _Line:
         self.link = link
         self.calls = {
             name: channel.unary_unary(f"/{INFERENCE}/{name}", None, None)
-            for name in ("ModelInfer", "ModelMetadata", "ModelStatistics")
+            for name in ("ModelInfer", "ModelMetadata", "ModelConfig", "ModelStatistics")
         }
         self.stream = channel.stream_stream(f"/{INFERENCE}/ModelStreamInfer", None, None)
 
@@ -166,6 +166,10 @@ class Peer:
     async def metadata(self, request: bytes, group: str, timeout_s: float) -> bytes:
         """Send a serialised ``ModelMetadataRequest``, as `infer` does."""
         return await self.call("ModelMetadata", request, group, timeout_s)
+
+    async def config(self, request: bytes, group: str, timeout_s: float) -> bytes:
+        """Send a serialised ``ModelConfigRequest``, as `infer` does."""
+        return await self.call("ModelConfig", request, group, timeout_s)
 
     async def call(self, method: str, request: bytes, group: str, timeout_s: float) -> bytes:
         """Make a call of its own.

@@ -127,6 +127,7 @@ def test_a_stock_tritonclient_speaks_http_to_it(site: tuple[PeerProcess, PeerPro
     assert not found["unknown_ready"]
     assert found["server"] == "foreplan-gateway"
     assert found["inputs"] == [["x", "FP32", [-1, 4]]]
+    assert found["config"] == ["double", 4, [{"name": "x", "data_type": "TYPE_FP32", "dims": [4]}], [4]]
     assert found["index"] == [["double", "READY"]]
     assert found["got"] == [[[2 * value for value in row] for row in found["sent"]]] * 4
     assert min(found["statistics"]) >= 4

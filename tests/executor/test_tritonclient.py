@@ -37,10 +37,12 @@ def test_a_stock_tritonclient_loads_queries_and_infers_through_the_gateway(tmp_p
     assert not found["unknown_ready"]
     assert found["inputs"] == [["x", "FP32", ["-1", "4"]]]
     assert found["outputs"] == ["y"]
+    assert found["config"] == ["double", 4, ["x", 11, [4]], False], "11 is TYPE_FP32"
     assert found["index"] == [["double", "READY"]]
     assert found["got"] == [[2 * value for value in row] for row in found["sent"]]
     errors = {name: code for name, (code, _) in found["errors"].items()}
     assert errors == {
+        "config": "StatusCode.NOT_FOUND",
         "infer": "StatusCode.NOT_FOUND",
         "load": "StatusCode.FAILED_PRECONDITION",
         "unload": "StatusCode.FAILED_PRECONDITION",

@@ -23,6 +23,8 @@ def main() -> None:
     found["unknown_ready"] = client.is_model_ready("nobody")
     metadata = client.get_model_metadata(service)
     found["inputs"] = [(tensor["name"], tensor["datatype"], tensor["shape"]) for tensor in metadata["inputs"]]
+    config = client.get_model_config(service)
+    found["config"] = (config["name"], config["max_batch_size"], config["input"], config["output"][0]["dims"])
     found["index"] = [(model["name"], model["state"]) for model in client.get_model_repository_index()]
     values = np.arange(8, dtype=np.float32).reshape(2, 4)
     found["sent"] = values.tolist()

@@ -25,6 +25,9 @@ def main() -> None:
     metadata = client.get_model_metadata(service, as_json=True)
     found["inputs"] = [(tensor["name"], tensor["datatype"], tensor["shape"]) for tensor in metadata["inputs"]]
     found["outputs"] = [tensor["name"] for tensor in metadata["outputs"]]
+    config = client.get_model_config(service).config
+    batched = (tensor.name, tensor.data_type, list(tensor.dims)) if (tensor := config.input[0]) else None
+    found["config"] = (config.name, config.max_batch_size, batched, config.model_transaction_policy.decoupled)
     index = client.get_model_repository_index()
     found["index"] = [(model.name, model.state) for model in index.models]
     values = np.arange(8, dtype=np.float32).reshape(2, 4)
@@ -33,6 +36,7 @@ def main() -> None:
     result = client.infer(service, [tensor], outputs=[triton.InferRequestedOutput("y")], client_timeout=10.0)
     found["sent"], found["got"] = values.tolist(), result.as_numpy("y").tolist()
     found["errors"] = {
+        "config": _refusal(lambda: client.get_model_config("nobody")),
         "infer": _refusal(lambda: client.infer("nobody", [tensor])),
         "load": _refusal(lambda: client.load_model("nobody")),
         "unload": _refusal(lambda: client.unload_model(service)),
