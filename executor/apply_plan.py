@@ -31,6 +31,7 @@ __all__ = [
     "left_over",
     "live_prior",
     "replicas_of",
+    "stale",
 ]
 
 
@@ -149,6 +150,11 @@ def assess(plan: Plan, prior: Prior | None, live: Live) -> Standing:
     followable = _followable(current, live)
     if (prior.digest if prior else None) in followable or plan.placement_digest in followable:
         return Fresh(generation=live.last_generation + 1)
+    return stale(prior, current)
+
+
+def stale(prior: Prior | None, current: Prior | None) -> Stale:
+    """Return what is wrong with a plan made against ``prior`` where ``current`` is live."""
     made = f"generation {prior.generation} ({_short(prior.digest)})" if prior else "an empty cluster"
     runs = f"generation {current.generation} ({_short(current.digest)})" if current else "nothing"
     return Stale(

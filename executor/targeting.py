@@ -8,7 +8,15 @@ from collections.abc import Collection
 from plans.errors import InvalidInput
 from plans.plan import Group, Plan, Prior, Route
 
-__all__ = ["targeted"]
+__all__ = ["is_part_of", "targeted"]
+
+_TARGET_OF = "target_of"
+"""Setting of a plan that is another one on some nodes: the placement digest of that."""
+
+
+def is_part_of(live: Plan, plan: Plan) -> bool:
+    """Say whether ``live`` is what `targeted` made of ``plan``: the rest of it may then follow."""
+    return live.settings.get(_TARGET_OF) == plan.placement_digest
 
 
 def targeted(plan: Plan, live: Plan | None, nodes: Collection[str], prior: Prior | None) -> Plan:
@@ -47,6 +55,7 @@ def targeted(plan: Plan, live: Plan | None, nodes: Collection[str], prior: Prior
             "transition": (),
             "shadow_prices": {},
             "solver": solver,
+            "settings": {**plan.settings, _TARGET_OF: plan.placement_digest},
             "prior": prior,
             "warnings": (*plan.warnings, f"only {', '.join(sorted(nodes))} follow the plan; the rest runs as before"),
         }

@@ -70,17 +70,40 @@ def apply(
     wanted = read_plan(plan)
     if target:
         wanted = _targeted(wanted, inventory, gateway, store, target, dialer)
+    prior = None if target else _prior_of_the_rest(wanted, inventory, gateway, store, dialer)
     limits = _timeouts(timeout or [])
-    _apply(out, wanted, inventory, gateway, store, dry_run=dry_run, timeouts=limits, dialer=dialer)
+    _apply(out, wanted, inventory, gateway, store, dry_run=dry_run, prior=prior, timeouts=limits, dialer=dialer)
+
+
+def _prior_of_the_rest(
+    plan: Plan, cluster: Cluster, gateways: list[str], store: Path | None, dialer: Dialer
+) -> Prior | None:
+    """Return what is live, if that is ``plan`` on some nodes (``--target``), so that the others may follow."""
+    from executor.cluster_status import status as observe
+    from executor.targeting import is_part_of
+    from plans.store import PlanStore
+
+    if store is None:
+        return None
+    kept = PlanStore(store)
+    stored = [kept.get(one.name) for one in kept.generations()]
+    parts = {one.placement_digest for one in stored if is_part_of(one, plan)}
+    live = asyncio.run(observe(cluster, gateways, dialer=dialer)).live if parts else None
+    return live if live is not None and live.digest in parts else None
 
 
 def _targeted(
     plan: Plan, cluster: Cluster, gateways: list[str], store: Path | None, nodes: list[str], dialer: Dialer
 ) -> Plan:
-    """Return the live plan, which the store must hold, with the part of ``nodes`` taken from ``plan``."""
+    """Return the live plan, which the store must hold, with the part of ``nodes`` taken from ``plan``.
+
+    Raises:
+        StalePlan: ``plan`` was made against something else than what is live, or than what some nodes have left for it.
+    """
+    from executor.apply_plan import stale
     from executor.cluster_status import status as observe
-    from executor.targeting import targeted
-    from plans.errors import Fault, InvalidInput
+    from executor.targeting import is_part_of, targeted
+    from plans.errors import Fault, InvalidInput, StalePlan
     from plans.store import PlanStore
 
     known = {node.name for node in cluster.nodes}
@@ -90,12 +113,17 @@ def _targeted(
     live = asyncio.run(observe(cluster, gateways, dialer=dialer)).live
     if live is None:
         return targeted(plan, None, nodes, None)
+    remedy = "give the store (--store) that it was applied with, or apply the whole plan, without --target"
+    expected = f"the store that holds the live plan, of generation {live.generation}"
     if store is None:
-        raise InvalidInput.of("the store that holds the live plan", where="--store", found="nothing")
+        raise InvalidInput.of(expected, where="--store", found="nothing", remedy=remedy)
     found = _stored(PlanStore(store), live.digest)
-    if found is not None:
-        return targeted(plan, found, nodes, live)
-    raise InvalidInput.of(f"the live plan, of generation {live.generation}", where=store, found="no such plan")
+    if found is None:
+        raise InvalidInput.of(expected, where=store, found="no such plan", remedy=remedy)
+    known = {plan.placement_digest, *([plan.prior.digest] if plan.prior else [])}
+    if live.digest not in known and not is_part_of(found, plan):
+        raise StalePlan(stale(plan.prior, live).problem)
+    return targeted(plan, found, nodes, live)
 
 
 def _stored(plans: PlanStore, digest: str) -> Plan | None:

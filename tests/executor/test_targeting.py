@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from executor.targeting import targeted
+from executor.targeting import is_part_of, targeted
 from plans.errors import InvalidInput
 from plans.plan import Prior
 from tests.executor.placements import placement
@@ -31,6 +31,15 @@ def test_the_targets_follow_the_plan_and_the_rest_stays_as_it_is() -> None:
 
 def test_targeting_every_node_gives_the_plans_own_groups() -> None:
     assert targeted(NEW, LIVE, ["a", "b"], PRIOR).groups == NEW.groups
+
+
+def test_the_rest_may_follow_and_nothing_else() -> None:
+    part = targeted(NEW, LIVE, ["a"], PRIOR)
+    assert is_part_of(part, NEW)
+    assert is_part_of(targeted(NEW, part, ["b"], PRIOR), NEW)
+    assert not is_part_of(part, LIVE)
+    assert not is_part_of(LIVE, NEW)
+    assert not is_part_of(targeted(LIVE, part, ["b"], PRIOR), NEW)
 
 
 def test_targeting_a_node_twice_changes_nothing_more() -> None:

@@ -100,6 +100,23 @@ def test_a_requests_file_that_cannot_be_written_is_told_before_anything_is_sent(
     assert "nowhere" in workspace.run("load", *flags, "--requests", "nowhere/m.csv", code=1).stderr
 
 
+def test_a_plan_reaches_nodes_one_after_the_other_and_a_stale_one_reaches_none(live):
+    """After the test above: plan.json is live, next.json was made against it, unaware.json against nothing."""
+    kept = [*where(live), "--store", "store", "--json"]
+    assert "is live" in live.run("apply", "unaware.json", *kept, "--target", "node-a", code=4).stderr
+    refused = live.run("apply", "next.json", *where(live), "--target", "node-a", code=1)
+    assert "--store: found nothing, expected the store that holds the live plan" in refused.stderr
+    generations = [
+        json.loads(live.run("apply", "next.json", *kept, *target).stdout)["generation"]
+        for target in (["--target", "node-a"], ["--target", "node-b"], [])
+    ]
+    assert generations[0] == 4
+    assert generations == sorted(generations)
+    again = json.loads(live.run("apply", "next.json", *kept).stdout)
+    assert again["outcome"] == "no changes"
+    live.run("rollback", "1", *where(live), "--store", "store")
+
+
 @pytest.mark.parametrize("processes", ["1", "2"])
 def test_an_interrupted_replay_keeps_what_it_has_and_says_so(live, processes):
     """Ctrl-C reaches every process of the terminal's group, whatever it has come to."""
