@@ -10,6 +10,7 @@ from plotly.io import to_html
 from plotly.offline import get_plotlyjs
 from plotly.subplots import make_subplots
 
+from foreplan.profile_series import UNITS, series
 from foreplan.report.placement import PALETTE
 from profiles.document import Phase, Profile, Row
 from profiles.latency import LatencyModel
@@ -17,24 +18,15 @@ from profiles.library import ProfileLibrary
 
 __all__ = ["profile_figure", "profile_page"]
 
-_LEAST_SHARE = 0.05
-"""The band of a latency goes no lower than this share of it."""
-
 _BEYOND = 1.25
 """The fit is drawn this far beyond the largest batch measured."""
-
-_UNITS: Mapping[Phase, tuple[str, str]] = {
-    "whole": ("batch", "items"),
-    "prefill": ("prefill", "prompts"),
-    "decode": ("decode step", "tokens"),
-}
-"""By phase: what takes the time, and what comes out of it; each phase has axes of its own."""
 
 _STYLE = """
 body{font:15px/1.5 system-ui,sans-serif;color:#1d2733;background:#f4f6f8;margin:0}
 main{max-width:1180px;margin:0 auto;padding:24px 20px 60px} h1{font-size:26px;margin:0 0 4px}
 h2{font-size:19px;margin:30px 0 4px} p{margin:0 0 10px;color:#51606f}
-.card{background:#fff;border:1px solid #dfe5ea;border-radius:8px;padding:12px 14px;margin:0 0 10px}
+.card{background:#fff;border:1px solid #dfe5ea;border-radius:8px;padding:12px 14px;margin:0 0 10px;overflow-x:auto}
+.card>div{min-width:900px}
 """
 
 
@@ -46,7 +38,7 @@ def profile_page(profiles: Iterable[Profile], title: str = "Profiles") -> str:
     for model in models:
         shown = [profile for profile in library if profile.model == model]
         sections.append(f"<h2>{escape(model)}</h2><p>{escape(_facts(shown))}</p>")
-        for phase in _UNITS:
+        for phase in UNITS:
             figure = profile_figure(shown, phase)
             html = to_html(figure, include_plotlyjs=False, full_html=False, config={"displayModeBar": False})
             sections.append(f'<div class="card">{html}</div>' if figure.data else "")
@@ -66,12 +58,12 @@ def profile_figure(profiles: Sequence[Profile], phase: Phase = "whole") -> Any:
 
     It holds no data where no profile has rows of that phase.
     """
-    what, unit = _UNITS[phase]
+    what, unit = UNITS[phase]
     titles = (f"Latency of a {what} (ms)", f"Throughput ({unit}/s)", "Peak memory per GPU (MiB)")
     figure = make_subplots(rows=1, cols=3, subplot_titles=titles, horizontal_spacing=0.06)
     position = 0
     for profile in profiles:
-        for name, rows in _series(profile, phase):
+        for name, rows in series(profile, phase):
             _draw(figure, profile, name, rows, PALETTE[position % len(PALETTE)])
             position += 1
     figure.update_xaxes(title_text="batch", rangemode="tozero")
@@ -83,27 +75,6 @@ def profile_figure(profiles: Sequence[Profile], phase: Phase = "whole") -> Any:
         legend={"orientation": "h", "y": -0.2},
     )
     return figure
-
-
-def _series(profile: Profile, phase: Phase) -> Iterable[tuple[str, list[Row]]]:
-    found: dict[tuple[object, ...], list[Row]] = {}
-    for row in sorted((row for row in profile.rows if row.phase == phase), key=lambda row: row.key):
-        found.setdefault(row.key[:-1], []).append(row)
-    for rows in found.values():
-        yield f"{profile.gpu_type}{_label(rows[0])}", rows
-
-
-def _label(row: Row) -> str:
-    parts = [
-        row.phase if row.phase != "whole" else "",
-        f"tp {row.tp}" if row.tp > 1 else "",
-        f"pp {row.pp}" if row.pp > 1 else "",
-        f"{row.input_tokens} tokens" if row.input_tokens else "",
-        f"{row.output_tokens} out" if row.output_tokens else "",
-        f"{row.concurrency} at once" if row.concurrency > 1 else "",
-    ]
-    text = ", ".join(part for part in parts if part)
-    return f" ({text})" if text else ""
 
 
 def _draw(figure: Any, profile: Profile, name: str, rows: Sequence[Row], color: str) -> None:
@@ -134,11 +105,14 @@ def _draw_fit(
     line: Mapping[str, str],
     shared: Mapping[str, Any],
 ) -> None:
-    """Draw the model's lines, dotted beyond ``largest``, and the bands of latency and throughput."""
+    """Draw the model's lines, dotted beyond ``largest``, and the bands of latency and throughput.
+
+    A band is a factor to either side, as an error of 100 % is a factor of two.
+    """
     estimates = [model.at(batch) for batch in batches]
     fitted = [estimate.mean_s * 1000 for estimate in estimates]
     high = [estimate.mean_s * 1000 * (1 + estimate.error_ratio) for estimate in estimates]
-    low = [estimate.mean_s * 1000 * max(_LEAST_SHARE, 1 - estimate.error_ratio) for estimate in estimates]
+    low = [estimate.mean_s * 1000 / (1 + estimate.error_ratio) for estimate in estimates]
 
     def rates(latencies_ms: Sequence[float]) -> list[float]:
         return [1000 * batch / taken_ms for batch, taken_ms in zip(batches, latencies_ms, strict=True)]

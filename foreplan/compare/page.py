@@ -94,8 +94,11 @@ def render(title: str, outcomes: Sequence[Outcome], regrets: Sequence[Regret], r
         along = [point for point in points if _only_differs(point, base, place)]
         if len({place(point) for point in along}) > 1:
             parts.append(f"<h2>{heading}</h2>{plot(_along(outcomes, along, place, label))}")
-    parts.append(f"<h2>Latency</h2>{plot(_latencies([each for each in outcomes if each.point == base]))}")
-    parts.append(f"<h2>Goodput over time</h2>{plot(_timelines([each for each in outcomes if each.point == base]))}")
+    shown = [each for each in outcomes if each.point == base]
+    load, slo_scale, burstiness = _where(base)
+    lead = f'<p class="lead">Of seed 0 at load {load}, SLO scale {slo_scale}, burstiness {escape(burstiness)}.</p>'
+    parts.append(f"<h2>Latency</h2>{lead}{plot(_latencies(shown))}")
+    parts.append(f"<h2>Goodput over time</h2>{lead}{plot(_timelines(shown))}")
     if regrets:
         parts.append(_regret_section(regrets))
     return document(title, "\n".join(parts))
@@ -176,7 +179,10 @@ def _latencies(outcomes: Sequence[Outcome]) -> Any:
             mode="lines",
             line={"color": _color(position)},
         )
-    figure.update_xaxes(title_text="latency (ms)", type="log")
+    ticks = [digit * 10.0**power for power in range(-3, 8) for digit in (1, 2, 5)]
+    figure.update_xaxes(
+        title_text="latency (ms)", type="log", tickvals=ticks, ticktext=[f"{tick:.7g}" for tick in ticks]
+    )
     figure.update_yaxes(title_text="requests offered that finished within (%)", range=[0, 103])
     return _styled(figure)
 

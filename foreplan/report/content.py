@@ -14,7 +14,7 @@ from plans.demand import Demand
 from plans.plan import Plan
 from plans.service import Services
 from profiles.library import ProfileLibrary
-from traces.outcomes import RunSummary
+from traces.outcomes import RunSummary, ServiceSummary
 from traces.rates import RateTrace
 
 __all__ = ["Content", "Run", "Timeline", "timeline"]
@@ -26,6 +26,10 @@ class Run:
 
     summary: RunSummary
     requests: pd.DataFrame
+
+    def find(self, name: str) -> ServiceSummary | None:
+        """Return what became of the service or workflow ``name``, None where the run knows of none."""
+        return next((each for each in self.summary.services if each.service == name), None)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,6 +61,11 @@ class Content:
     actual: RateTrace | None = None
     runs: Mapping[str, Run] = field(default_factory=dict)
     remarks: tuple[str, ...] = ()
+
+    def names(self) -> list[str]:
+        """Return the services that the plan predicts, then what else the runs served, such as workflows."""
+        served = [each.service for run in self.runs.values() for each in run.summary.services if each.offered]
+        return list(dict.fromkeys([*(each.service for each in self.plan.predicted), *served]))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

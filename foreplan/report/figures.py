@@ -9,10 +9,13 @@ import numpy as np
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
+from foreplan.profile_series import UNITS, series
 from foreplan.report.content import Run, timeline
 from foreplan.report.placement import PALETTE
 from plans.demand import Demand, ServiceDemand
 from plans.plan import Plan
+from profiles.document import Phase, Profile, Row
+from profiles.latency import LatencyModel
 from profiles.library import ProfileLibrary
 from traces.rates import RateTrace
 
@@ -22,33 +25,42 @@ SOURCES = {"predicted": "#9aa7b4", "simulated": "#2f6db3", "measured": "#d9822b"
 """Colour of each origin of a figure, the same in every plot."""
 
 
-def profile_figure(profiles: ProfileLibrary, models: Sequence[str]) -> Any:
-    """Return latency and throughput against batch, with what was measured as dots and the model as a line."""
-    figure = make_subplots(rows=1, cols=2, subplot_titles=("Latency of a batch (ms)", "Throughput (requests/s)"))
-    shown = [profile for profile in profiles if profile.model in models]
-    for position, profile in enumerate(shown):
-        color = PALETTE[position % len(PALETTE)]
-        name = f"{profile.model} on {profile.gpu_type}"
-        rows = sorted((r for r in profile.rows if (r.tp, r.pp, r.concurrency) == (1, 1, 1)), key=lambda r: r.batch)
-        model = profiles.latency(profile.model, profile.gpu_type, 1, 1)
-        if not rows or model is None:
-            continue
-        batches = np.arange(1, rows[-1].batch + 1)
-        line_s = np.array([model.at(int(batch)).mean_s for batch in batches])
-        dots = np.array([row.batch for row in rows])
-        dots_s = np.array([row.latency_s.mean for row in rows])
-        tail_ms = [(row.latency_s.p99 or row.latency_s.mean) * 1000 - row.latency_s.mean * 1000 for row in rows]
-        marker = {"color": color, "size": 8}
-        error = {"type": "data", "array": tail_ms, "arrayminus": [0] * len(rows), "thickness": 1}
-        for column, line, points in ((1, line_s * 1000, dots_s * 1000), (2, batches / line_s, dots / dots_s)):
-            shared: dict[str, Any] = {"legendgroup": name, "name": name, "row": 1, "col": column}
-            figure.add_scatter(x=batches, y=line, mode="lines", line={"color": color}, showlegend=False, **shared)
-            bars = {"error_y": error} if column == 1 else {}
-            figure.add_scatter(
-                x=dots, y=points, mode="markers", marker=marker, showlegend=column == 1, **shared, **bars
-            )
+def profile_figure(profiles: ProfileLibrary, models: Sequence[str], phase: Phase = "whole") -> Any:
+    """Return latency and throughput of ``phase`` on one device against batch: measured dots, and the model as a line.
+
+    It holds no data where no model has rows of that phase.
+    """
+    what, unit = UNITS[phase]
+    figure = make_subplots(rows=1, cols=2, subplot_titles=(f"Latency of a {what} (ms)", f"Throughput ({unit}/s)"))
+    curves = [
+        (profile, name, rows)
+        for profile in profiles
+        if profile.model in models
+        for name, rows in series(profile, phase)
+        if (rows[0].tp, rows[0].pp, rows[0].concurrency) == (1, 1, 1)
+    ]
+    for position, (profile, name, rows) in enumerate(curves):
+        _draw_profile(figure, profile, f"{profile.model} on {name}", rows, PALETTE[position % len(PALETTE)])
     figure.update_xaxes(title_text="batch")
     return _styled(figure, 380)
+
+
+def _draw_profile(figure: Any, profile: Profile, name: str, rows: Sequence[Row], color: str) -> None:
+    first = rows[0]
+    only = profile.model_copy(update={"rows": tuple(rows), "origins": ()})
+    model = LatencyModel(only, first.tp, first.pp, first.input_tokens, first.output_tokens, first.phase)
+    batches = np.arange(1, rows[-1].batch + 1)
+    line_s = np.array([model.at(int(batch)).mean_s for batch in batches])
+    dots = np.array([row.batch for row in rows])
+    dots_s = np.array([row.latency_s.mean for row in rows])
+    tail_ms = [(row.latency_s.p99 or row.latency_s.mean) * 1000 - row.latency_s.mean * 1000 for row in rows]
+    marker = {"color": color, "size": 8}
+    error = {"type": "data", "array": tail_ms, "arrayminus": [0] * len(rows), "thickness": 1}
+    for column, line, points in ((1, line_s * 1000, dots_s * 1000), (2, batches / line_s, dots / dots_s)):
+        shared: dict[str, Any] = {"legendgroup": name, "name": name, "row": 1, "col": column}
+        figure.add_scatter(x=batches, y=line, mode="lines", line={"color": color}, showlegend=False, **shared)
+        bars = {"error_y": error} if column == 1 else {}
+        figure.add_scatter(x=dots, y=points, mode="markers", marker=marker, showlegend=column == 1, **shared, **bars)
 
 
 def forecast_figure(demand: Demand, history: RateTrace | None, actual: RateTrace | None) -> Any:
@@ -95,14 +107,15 @@ def _steps(trace: RateTrace, service: str) -> tuple[Any, Any]:
     return x, np.append(rates, rates[-1:])
 
 
-def attainment_figure(plan: Plan, runs: Mapping[str, Run], targets: Mapping[str, float]) -> Any:
-    """Return attainment per service, predicted and from each run, with the target as a line."""
-    names = [prediction.service for prediction in plan.predicted]
+def attainment_figure(plan: Plan, runs: Mapping[str, Run], names: Sequence[str], targets: Mapping[str, float]) -> Any:
+    """Return attainment of services and workflows, predicted and from each run, with the target as a line."""
     figure = go.Figure()
-    predicted = [prediction.attainment * 100 for prediction in plan.predicted]
+    known = {prediction.service: prediction.attainment * 100 for prediction in plan.predicted}
+    predicted = [known.get(name) for name in names]
     figure.add_bar(x=names, y=predicted, name="predicted", marker_color=SOURCES["predicted"])
     for label, run in runs.items():
-        attained = [run.summary.service(name).attainment for name in names]
+        found = [run.find(name) for name in names]
+        attained = [None if one is None else one.attainment for one in found]
         shown = [None if value is None else value * 100 for value in attained]
         figure.add_bar(x=names, y=shown, name=label, marker_color=SOURCES.get(label))
     wanted = [targets[name] * 100 if name in targets else None for name in names]
@@ -114,16 +127,17 @@ def attainment_figure(plan: Plan, runs: Mapping[str, Run], targets: Mapping[str,
     return _styled(figure, 340)
 
 
-def latency_figure(plan: Plan, runs: Mapping[str, Run], deadlines: Mapping[str, float]) -> Any:
-    """Return p50 (solid) and p99 (pale) latency per service, predicted and from each run, with the deadline."""
-    names = [prediction.service for prediction in plan.predicted]
+def latency_figure(plan: Plan, runs: Mapping[str, Run], names: Sequence[str], deadlines: Mapping[str, float]) -> Any:
+    """Return p50 (solid) and p99 (pale) of services and workflows, predicted and of each run, with the deadline."""
     figure = go.Figure()
-    sources: list[tuple[str, list[float | None], list[float | None]]] = [
-        ("predicted", [p.latency_s.p50 for p in plan.predicted], [p.latency_s.p99 for p in plan.predicted])
-    ]
+    known = {prediction.service: (prediction.latency_s.p50, prediction.latency_s.p99) for prediction in plan.predicted}
+    pairs = [known.get(name, (None, None)) for name in names]
+    sources = [("predicted", [p50 for p50, _ in pairs], [p99 for _, p99 in pairs])]
     for label, run in runs.items():
-        found = [run.summary.service(name).latency_s for name in names]
-        sources.append((label, [latency.p50 for latency in found], [latency.p99 for latency in found]))
+        found = [run.find(name) for name in names]
+        p50s = [None if one is None else one.latency_s.p50 for one in found]
+        p99s = [None if one is None else one.latency_s.p99 for one in found]
+        sources.append((label, p50s, p99s))
     for label, p50, p99 in sources:
         for name, values, opacity in (("p50", p50, 1.0), ("p99", p99, 0.45)):
             shown = [None if value is None else value * 1000 for value in values]
@@ -169,7 +183,7 @@ def _styled(figure: Any, height: int) -> Any:
     figure.update_layout(
         height=height,
         template="plotly_white",
-        margin={"l": 60, "r": 20, "t": 70, "b": 45},
+        margin={"l": 60, "r": 20, "t": 90, "b": 45},
         font={"family": "system-ui, sans-serif", "size": 13},
         legend={"orientation": "h", "yref": "container", "yanchor": "top", "y": 0.985, "xanchor": "right", "x": 1},
     )

@@ -17,7 +17,8 @@ main{max-width:1120px;margin:0 auto;padding:24px 20px 60px}
 h1{font-size:26px;margin:0 0 4px} h2{font-size:19px;margin:34px 0 6px}
 p.lead{margin:0 0 12px;color:#51606f} .muted{color:#6b7987;font-size:13px}
 .facts{display:flex;flex-wrap:wrap;gap:6px 22px;margin:10px 0 0;padding:0;list-style:none;font-size:14px}
-.facts b{font-weight:600} .card{background:#fff;border:1px solid #dfe5ea;border-radius:8px;padding:14px 16px}
+.facts b{font-weight:600} .card{background:#fff;border:1px solid #dfe5ea;border-radius:8px;padding:14px 16px;
+overflow-x:auto}
 .remark{background:#fff6e5;border:1px solid #f0d9a8;border-radius:6px;padding:8px 12px;margin:8px 0;font-size:14px}
 table{border-collapse:collapse;width:100%;font-size:14px} th,td{padding:5px 10px;border-bottom:1px solid #e6ebef}
 th{text-align:left;font-weight:600;color:#3d4b59} td.n,th.n{text-align:right;font-variant-numeric:tabular-nums}
@@ -42,10 +43,10 @@ def document(title: str, body: str) -> str:
     )
 
 
-def plot(figure: Any) -> str:
-    """Return a plotly figure as HTML, in a card."""
+def plot(figure: Any, *, least_px: int = 560) -> str:
+    """Return a plotly figure as HTML, in a card that scrolls where the window leaves it less than ``least_px``."""
     html: str = to_html(figure, include_plotlyjs=False, full_html=False, config={"displayModeBar": False})
-    return f'<div class="card" style="margin-top:12px">{html}</div>'
+    return f'<div class="card" style="margin-top:12px"><div style="min-width:{least_px}px">{html}</div></div>'
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, text_columns: int) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from html import escape
 
+from foreplan.profile_series import UNITS
 from foreplan.report import figures
 from foreplan.report.content import Content
 from foreplan.report.html import document, plot, table
@@ -45,15 +46,37 @@ def _placement(content: Content) -> str:
 
 
 def _results(content: Content) -> str:
-    if not content.plan.predicted:
+    names = content.names()
+    if not names:
         return ""
-    known = content.services.services if content.services else ()
+    known = (*content.services.services, *content.services.workflows) if content.services else ()
     targets = {service.name: service.slo.attainment for service in known}
     deadlines = {entry.service: entry.deadline_s for group in content.plan.groups for entry in group.loadout}
-    plots = plot(figures.attainment_figure(content.plan, content.runs, targets))
-    plots += plot(figures.latency_figure(content.plan, content.runs, deadlines))
-    lead = "The planner's prediction beside what the simulator and the live system made of the same arrivals."
-    return f'<h2>Attainment and latency</h2><p class="lead">{lead}</p>{_result_table(content)}{plots}'
+    workflows = content.services.workflows if content.services else ()
+    deadlines |= {workflow.name: workflow.slo.deadline_s for workflow in workflows}
+    plots = plot(figures.attainment_figure(content.plan, content.runs, names, targets))
+    plots += plot(figures.latency_figure(content.plan, content.runs, names, deadlines))
+    lead = f'<p class="lead">{escape(_results_lead(content))}</p>'
+    return f"<h2>Attainment and latency</h2>{lead}{_result_table(content)}{plots}"
+
+
+def _results_lead(content: Content) -> str:
+    """Return what the figures compare; runs that were offered different requests are not told as one comparison."""
+    if not content.runs:
+        return "The planner's prediction."
+    offered = [{each.service: each.offered for each in run.summary.services} for run in content.runs.values()]
+    if any(each != offered[0] for each in offered):
+        made = f"what became of other arrivals in each of: {', '.join(content.runs)}; compare with care"
+    else:
+        made = "what the simulator and the live system made of the same arrivals"
+    lead = f"The planner's prediction beside {made}."
+    if any(
+        each.good + each.late and each.latency_s.p99 is None
+        for run in content.runs.values()
+        for each in run.summary.services
+    ):
+        lead += " A p99 needs 100 requests that finished, and is left out where there are fewer."
+    return lead
 
 
 def _result_table(content: Content) -> str:
@@ -70,25 +93,33 @@ def _result_table(content: Content) -> str:
         "p99 (ms)",
     ]
     rows: list[list[str]] = []
-    for prediction in content.plan.predicted:
-        latency = prediction.latency_s
-        rate = f"{prediction.offered_rps:.3g} rps"
-        cells = [prediction.service, "predicted", rate, "", "", "", "", f"{prediction.attainment:.1%}"]
-        rows.append([*cells, _ms(latency.p50), _ms(latency.p99), ""])
+    predictions = {prediction.service: prediction for prediction in content.plan.predicted}
+    for name in content.names():
+        first = name
+        if prediction := predictions.get(name):
+            latency = prediction.latency_s
+            rate = f"{prediction.offered_rps:.3g}\u00a0rps"
+            cells = [name, "predicted", rate, "", "", "", "", f"{prediction.attainment:.1%}"]
+            rows.append([*cells, _ms(latency.p50), _ms(latency.p99), ""])
+            first = ""
         for label, run in content.runs.items():
-            found = run.summary.service(prediction.service)
+            found = run.find(name)
+            if found is None:
+                continue
             counts = [str(count) for count in (found.offered, found.good, found.late, found.dropped, found.failed)]
             attained = "" if found.attainment is None else f"{found.attainment:.1%}"
             mean_batch = "" if found.mean_batch is None else f"{found.mean_batch:.2f}"
             latencies = [_ms(found.latency_s.p50), _ms(found.latency_s.p99)]
-            rows.append(["", label, *counts, attained, *latencies, mean_batch])
+            rows.append([first, label, *counts, attained, *latencies, mean_batch])
+            first = ""
     return f'<div class="card">{table([*columns, "mean batch"], rows, text_columns=2)}</div>'
 
 
 def _timelines(content: Content) -> str:
     if not content.runs:
         return ""
-    services = [prediction.service for prediction in content.plan.predicted]
+    offered = {each.service for run in content.runs.values() for each in run.summary.services if each.offered}
+    services = [name for name in content.names() if name in offered]
     lead = "Requests per second by the time they were due, and how many of those ended well."
     drawn = plot(figures.timeline_figure(content.runs, services))
     return f'<h2>Rate and goodput</h2><p class="lead">{lead}</p>{drawn}'
@@ -99,7 +130,8 @@ def _forecast(content: Content) -> str:
         return ""
     drawn = plot(figures.forecast_figure(content.demand, content.history, content.actual))
     method = escape(content.demand.method or "the demand that the plan was made from")
-    return f'<h2>Forecast against actual</h2><p class="lead">{method}</p>{drawn}'
+    heading = "Forecast" if content.actual is None else "Forecast against actual"
+    return f'<h2>{heading}</h2><p class="lead">{method}</p>{drawn}'
 
 
 def _profiles(content: Content) -> str:
@@ -110,7 +142,11 @@ def _profiles(content: Content) -> str:
         if (content.services)
         else [profile.model for profile in content.profiles]
     )
-    drawn = plot(figures.profile_figure(content.profiles, models))
+    drawn = "".join(
+        plot(figure, least_px=720)
+        for phase in UNITS
+        if (figure := figures.profile_figure(content.profiles, models, phase)).data
+    )
     lead = "Dots are measured means, with the way up to p99; lines are the latency model that the planner uses."
     return f'<h2>Profiles</h2><p class="lead">{lead}</p>{drawn}'
 

@@ -123,6 +123,8 @@ def test_the_page_and_the_table_tell_every_outcome(study, outcomes):
     assert "a remark" in page
     assert "ilp by least-finish (`foreplan gateway --routing least-finish`)" in page
     assert "random by weighted-random (simulated only)" in page
+    assert page.count("Of seed 0 at load 1, SLO scale 1, burstiness as recorded.") == 2
+    assert '"ticktext":["0.001","0.002","0.005"' in page
 
 
 def test_the_axis_of_burstiness_shows_the_recorded_trace_and_bars_end_at_everything(outcomes):

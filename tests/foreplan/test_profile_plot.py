@@ -54,3 +54,11 @@ def test_the_page_needs_no_network_and_escapes_names() -> None:
     assert page.count("<h2>") == 2
     assert "&lt;b&gt;" in page
     assert 'src="http' not in page
+
+
+def test_the_band_of_an_estimate_is_a_factor_of_two_to_either_side() -> None:
+    rows = [row(batch, 0.1 * batch) for batch in (1, 2)]
+    figure = profile_figure([profile(*rows).model_copy(update={"source": "modelled", "error_ratio": 1.0})])
+    bands = {trace.xaxis: trace for trace in figure.data if trace.fill == "toself"}
+    assert (bands["x"].y[0], bands["x"].y[-1]) == pytest.approx((200, 50))
+    assert (bands["x2"].y[0], bands["x2"].y[-1]) == pytest.approx((20, 5))

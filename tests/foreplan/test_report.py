@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import re
 
 import numpy as np
@@ -7,12 +8,14 @@ import pandas as pd
 import pytest
 
 from evaluator import evaluate
-from foreplan.report import Content, Run, render
+from foreplan.report import Content, Run, figures, render
 from foreplan.report.content import timeline
 from plans import Demand, Services
 from profiles.document import Profile
 from profiles.library import ProfileLibrary
 from tests.plans.strategies import cluster, entry, group, plan
+from tests.profiles.documents import profile, row
+from traces.outcomes import summarise
 from traces.table import RequestTrace
 
 
@@ -126,3 +129,57 @@ def test_a_timeline_is_in_requests_per_second_whatever_the_bin(bin_s):
     requests = full_content().runs["measured"].requests
     counts = timeline(requests, bin_s=bin_s, end_s=30.0)
     assert counts.offered_rps.sum() * bin_s == pytest.approx(len(requests))
+
+
+def test_workflows_that_the_runs_served_are_told_beside_the_services():
+    content = full_content()
+    edge = {"from": "detect", "to": "segment"}
+    wanted = Services.model_validate(
+        {
+            **SERVICES.model_dump(by_alias=True, mode="json"),
+            "workflows": [{"name": "plates", "slo": {"deadline": 0.9}, "edges": [edge]}],
+        }
+    )
+    rows = pd.DataFrame(
+        {"arrival_s": np.arange(1, 60) / 2, "service": ["plates", "detect", "plates"] * 19 + ["plates"] * 2}
+    )
+    result = evaluate(PLAN, wanted, RequestTrace(rows))
+    runs = {"simulated": Run(summary=result.summary, requests=result.requests)}
+    content = dataclasses.replace(content, services=wanted, runs=runs)
+    assert content.names() == ["detect", "segment", "plates"]
+    page = render(content)
+    assert "<tr><td>plates</td><td>simulated</td><td class=n>40</td>" in page
+    assert figures.latency_figure(PLAN, runs, content.names(), {"plates": 0.9}).data[-1].y[-1] == 900
+
+
+def test_runs_of_other_arrivals_are_not_told_as_one_comparison():
+    content = full_content()
+    assert "made of the same arrivals" in render(content)
+    fewer = content.runs["measured"].requests.iloc[:-7]
+    services = [service.name for service in SERVICES.services]
+    measured = Run(summary=summarise(fewer, wall_s=30.0, gpus=3, services=services), requests=fewer)
+    page = render(dataclasses.replace(content, runs={**content.runs, "measured": measured}))
+    assert "what became of other arrivals in each of: simulated, measured; compare with care" in page
+    assert "made of the same arrivals" not in page
+
+
+def test_a_missing_p99_is_explained_and_a_forecast_alone_is_called_so():
+    content = full_content()
+    runs = {}
+    for label, run in content.runs.items():
+        few = run.requests.iloc[:40]
+        summary = summarise(few, wall_s=30.0, gpus=3, services=["detect", "segment"])
+        runs[label] = Run(summary=summary, requests=few)
+    page = render(dataclasses.replace(content, runs=runs, actual=None))
+    assert "A p99 needs 100 requests that finished" in page
+    assert "<h2>Forecast</h2>" in page
+    assert "A p99 needs" not in render(dataclasses.replace(content, runs={}))
+
+
+def test_the_phases_of_a_model_that_generates_have_axes_of_their_own():
+    rows = [row(batch, 0.1, phase="decode", input_tokens=64) for batch in (1, 2)]
+    library = ProfileLibrary([profile(row(1, 10.0), *rows, model="detect-model")])
+    page = render(dataclasses.replace(full_content(), profiles=library))
+    assert "Latency of a batch (ms)" in page
+    assert "Latency of a decode step (ms)" in page
+    assert "Latency of a prefill" not in page
