@@ -155,6 +155,9 @@ async def test_sequences_and_batches_share_a_group(tmp_path: Path) -> None:
 async def test_a_stream_gives_token_by_token_and_errors_by_request(tmp_path: Path) -> None:
     async with running_agent(tmp_path) as agent:
         await agent.apply(desired(1, g0=[chat(), replica("double")]))
+        answered = [await agent.inference.ModelConfig(pb.ModelConfigRequest(name=name)) for name in ("chat", "double")]
+        told = [(one.config.max_batch_size, one.config.model_transaction_policy.decoupled) for one in answered]
+        assert told == [(0, True), (4, False)]
         double = encode_request("double", {"x": np.ones((1, 4), np.float32)}, request_id="d")
         call = agent.inference.ModelStreamInfer(timeout=WAIT_S)
         for one in (asked([5], "a", max_tokens=3), asked([50], "b", max_tokens=2), asked([100], "c"), double):

@@ -42,6 +42,8 @@ def test_a_chain_over_two_agents_answers_with_the_outputs_of_its_end(tmp_path: P
         told = await site.inference.ModelMetadata(pb.ModelMetadataRequest(name="flow"))
         assert [(one.name, list(one.shape)) for one in told.inputs] == [("first.x", [-1, 4])]
         assert [one.name for one in told.outputs] == ["last.y"]
+        config = (await site.inference.ModelConfig(pb.ModelConfigRequest(name="flow"))).config
+        assert [(one.name, list(one.dims)) for one in config.input] == [("first.x", [4])]
         counted = await site.inference.ModelStatistics(pb.ModelStatisticsRequest(name="flow"))
         assert counted.model_stats[0].inference_stats.success.count == 3
         for stage in ("first", "then", "last"):
