@@ -1,8 +1,9 @@
 """The control plane at the wire: protobuf messages to inner types and back.
 
-The one module that reads or builds messages of ``foreplan.control.v1``. For every inner type there is a pair
-``*_to_proto`` and ``*_from_proto``; decode after encode is the identity. What arrives is checked: a message that breaks
-the rules of its inner type raises `InvalidInput` with every fault.
+The one place that reads or builds messages of ``foreplan.control.v1``, with `routing_wire` for what gateways are told
+and tell, and `workflow_wire` for workflows. For every inner type there is a pair ``*_to_proto`` and ``*_from_proto``;
+decode after encode is the identity. What arrives is checked: a message that breaks the rules of its inner type raises
+`InvalidInput` with every fault.
 """
 
 from __future__ import annotations
@@ -11,22 +12,23 @@ import math
 from collections.abc import Iterable, Iterator
 
 from executor.proto import control_pb2 as pb
+from executor.routing_wire import (
+    gateway_state_from_proto,
+    gateway_state_to_proto,
+    routing_table_from_proto,
+    routing_table_to_proto,
+)
 from executor.state import (
     AgentState,
-    Backend,
     DesiredGroup,
     DesiredReplica,
     DesiredState,
-    GatewayState,
     GenerationRules,
     Phase,
     ReplicaKey,
     ReplicaState,
-    RoutingTable,
-    ServiceRoutes,
-    Target,
-    TargetState,
 )
+from executor.wire_fault import fault
 from executor.workflow_wire import workflow_faults, workflow_from_proto, workflow_to_proto
 from plans.errors import Fault, InvalidInput
 
@@ -168,50 +170,50 @@ def desired_state_from_proto(message: pb.DesiredState) -> DesiredState:
 
 def _desired_faults(message: pb.DesiredState) -> Iterator[Fault]:
     if message.generation < 1:
-        yield _fault("generation", message.generation, "a generation of at least 1")
+        yield fault("generation", message.generation, "a generation of at least 1")
     if not message.node:
-        yield _fault("node", repr(message.node), "the name of a node")
+        yield fault("node", repr(message.node), "the name of a node")
     ids = [group.id for group in message.groups]
     for position, group in enumerate(message.groups):
         field = f"groups[{position}]"
         if not group.id or ids.index(group.id) < position:
-            yield _fault(f"{field}.id", repr(group.id), "an id of its own")
+            yield fault(f"{field}.id", repr(group.id), "an id of its own")
         size = group.tensor_parallel * group.pipeline_parallel
         if size < 1 or len(group.gpus) != size or len(set(group.gpus)) < size:
             expected = "tensor_parallel * pipeline_parallel different devices, at least one"
-            yield _fault(f"{field}.gpus", list(group.gpus), expected)
+            yield fault(f"{field}.gpus", list(group.gpus), expected)
         services = [replica.service for replica in group.replicas]
         for index, replica in enumerate(group.replicas):
             yield from _replica_faults(replica, f"{field}.replicas[{index}]", len(group.gpus))
             if services.index(replica.service) < index:
-                yield _fault(f"{field}.replicas[{index}].service", repr(replica.service), "a service only once a group")
+                yield fault(f"{field}.replicas[{index}].service", repr(replica.service), "a service only once a group")
     names = [workflow.name for workflow in message.workflows]
     for position, workflow in enumerate(message.workflows):
         field = f"workflows[{position}]"
         if not workflow.name or names.index(workflow.name) < position:
-            yield _fault(f"{field}.name", repr(workflow.name), "a name of its own")
+            yield fault(f"{field}.name", repr(workflow.name), "a name of its own")
         yield from workflow_faults(workflow, field)
 
 
 def _replica_faults(replica: pb.Replica, field: str, gpus: int) -> Iterator[Fault]:
     for name in ("service", "variant"):
         if not getattr(replica, name):
-            yield _fault(f"{field}.{name}", "''", "a name")
+            yield fault(f"{field}.{name}", "''", "a name")
     for name in ("max_batch", "multi_frame"):
         if getattr(replica, name) < 1:
-            yield _fault(f"{field}.{name}", getattr(replica, name), "at least 1")
+            yield fault(f"{field}.{name}", getattr(replica, name), "at least 1")
     if not 0 < replica.deadline_s < math.inf:
-        yield _fault(f"{field}.deadline_s", replica.deadline_s, "seconds above 0 and finite")
+        yield fault(f"{field}.deadline_s", replica.deadline_s, "seconds above 0 and finite")
     if not 0 <= replica.rate_rps < math.inf:
-        yield _fault(f"{field}.rate_rps", replica.rate_rps, "requests per second, at least 0 and finite")
+        yield fault(f"{field}.rate_rps", replica.rate_rps, "requests per second, at least 0 and finite")
     if len(replica.batch_latency_s) != replica.max_batch:
         expected = f"one entry for each batch size up to max_batch ({replica.max_batch})"
-        yield _fault(f"{field}.batch_latency_s", f"{len(replica.batch_latency_s)} entries", expected)
+        yield fault(f"{field}.batch_latency_s", f"{len(replica.batch_latency_s)} entries", expected)
     if not all(0 < latency < math.inf for latency in replica.batch_latency_s):
-        yield _fault(f"{field}.batch_latency_s", list(replica.batch_latency_s), "seconds above 0 and finite")
+        yield fault(f"{field}.batch_latency_s", list(replica.batch_latency_s), "seconds above 0 and finite")
     if len(replica.memory_bytes) != gpus:
         expected = f"one entry for each of the group's {gpus} GPUs"
-        yield _fault(f"{field}.memory_bytes", f"{len(replica.memory_bytes)} entries", expected)
+        yield fault(f"{field}.memory_bytes", f"{len(replica.memory_bytes)} entries", expected)
     if replica.HasField("generation"):
         yield from _generation_faults(replica.generation, f"{field}.generation")
 
@@ -219,17 +221,13 @@ def _replica_faults(replica: pb.Replica, field: str, gpus: int) -> Iterator[Faul
 def _generation_faults(rules: pb.Generation, field: str) -> Iterator[Fault]:
     for name in ("ttft_s", "tpot_s"):
         if not 0 < getattr(rules, name) < math.inf:
-            yield _fault(f"{field}.{name}", getattr(rules, name), "seconds above 0 and finite")
+            yield fault(f"{field}.{name}", getattr(rules, name), "seconds above 0 and finite")
     if rules.max_prefill_tokens < 1:
-        yield _fault(f"{field}.max_prefill_tokens", rules.max_prefill_tokens, "at least 1")
+        yield fault(f"{field}.max_prefill_tokens", rules.max_prefill_tokens, "at least 1")
     tokens, seconds = list(rules.prefill_tokens), list(rules.prefill_s)
     rising = all(a < b for a, b in zip([0.0, *tokens], tokens, strict=False))
     if len(tokens) != len(seconds) or not rising or not all(0 < each < math.inf for each in (*tokens, *seconds)):
-        yield _fault(f"{field}.prefill_tokens", tokens, "rising numbers above 0, with one of prefill_s for each")
-
-
-def _fault(field: str, found: object, expected: str) -> Fault:
-    return Fault(field=field, found=str(found), expected=expected)
+        yield fault(f"{field}.prefill_tokens", tokens, "rising numbers above 0, with one of prefill_s for each")
 
 
 # Answers of the agent.
@@ -376,139 +374,4 @@ def agent_state_from_proto(message: pb.AgentState) -> AgentState:
         forward_port=message.forward_port,
         committed=desired_state_from_proto(message.committed) if message.HasField("committed") else None,
         underway=message.underway,
-    )
-
-
-# The gateway.
-
-
-def routing_table_to_proto(table: RoutingTable) -> pb.RoutingTable:
-    """Return the message for ``table``."""
-    return pb.RoutingTable(
-        generation=table.generation,
-        placement_digest=table.placement_digest,
-        backends=[pb.Backend(node=backend.node, address=backend.address) for backend in table.backends],
-        services=[
-            pb.ServiceRoutes(
-                service=routes.service,
-                deadline_s=routes.deadline_s,
-                targets=[
-                    pb.Target(
-                        group=target.group,
-                        node=target.node,
-                        weight=target.weight,
-                        variant=target.variant,
-                        share_s=target.share_s,
-                        alone_s=target.alone_s,
-                    )
-                    for target in routes.targets
-                ],
-                first_token_s=routes.first_token_s,
-                stage=routes.stage,
-            )
-            for routes in table.services
-        ],
-    )
-
-
-def routing_table_from_proto(message: pb.RoutingTable) -> RoutingTable:
-    """Return the table in ``message``.
-
-    Raises:
-        InvalidInput: The message contradicts itself; with every fault.
-    """
-    faults = list(_routing_faults(message))
-    if faults:
-        raise InvalidInput(faults)
-    return RoutingTable(
-        generation=message.generation,
-        placement_digest=message.placement_digest,
-        backends=tuple(Backend(node=backend.node, address=backend.address) for backend in message.backends),
-        services=tuple(
-            ServiceRoutes(
-                service=routes.service,
-                deadline_s=routes.deadline_s,
-                targets=tuple(
-                    Target(
-                        group=target.group,
-                        node=target.node,
-                        weight=target.weight,
-                        variant=target.variant,
-                        share_s=target.share_s,
-                        alone_s=target.alone_s,
-                    )
-                    for target in routes.targets
-                ),
-                first_token_s=routes.first_token_s if routes.HasField("first_token_s") else None,
-                stage=routes.stage,
-            )
-            for routes in message.services
-        ),
-    )
-
-
-def _routing_faults(message: pb.RoutingTable) -> Iterator[Fault]:
-    if message.generation < 1:
-        yield _fault("generation", message.generation, "a generation of at least 1")
-    nodes = [backend.node for backend in message.backends]
-    for position, backend in enumerate(message.backends):
-        if not backend.node or nodes.index(backend.node) < position:
-            yield _fault(f"backends[{position}].node", repr(backend.node), "a node only once")
-        if not backend.address:
-            yield _fault(f"backends[{position}].address", "''", "host:port")
-    services = [routes.service for routes in message.services]
-    for position, routes in enumerate(message.services):
-        field = f"services[{position}]"
-        if not routes.service or services.index(routes.service) < position:
-            yield _fault(f"{field}.service", repr(routes.service), "a service only once")
-        if not 0 <= routes.deadline_s < math.inf:
-            yield _fault(f"{field}.deadline_s", routes.deadline_s, "seconds of at least 0, finite")
-        for index, target in enumerate(routes.targets):
-            if target.node not in nodes:
-                yield _fault(f"{field}.targets[{index}].node", repr(target.node), "a node among the backends")
-            if not 0 < target.weight < math.inf:
-                yield _fault(f"{field}.targets[{index}].weight", target.weight, "a weight above 0, finite")
-
-
-def gateway_state_to_proto(state: GatewayState) -> pb.GatewayState:
-    """Return the message for ``state``."""
-    return pb.GatewayState(
-        version=state.version,
-        generation=state.generation,
-        placement_digest=state.placement_digest,
-        targets=[
-            pb.TargetState(
-                service=target.service,
-                group=target.group,
-                healthy=target.healthy,
-                reason=target.reason,
-                sent=target.sent,
-                failed=target.failed,
-                stage=target.stage,
-            )
-            for target in state.targets
-        ],
-        ready=state.ready,
-    )
-
-
-def gateway_state_from_proto(message: pb.GatewayState) -> GatewayState:
-    """Return the state in ``message``."""
-    return GatewayState(
-        version=message.version,
-        generation=message.generation,
-        placement_digest=message.placement_digest,
-        targets=tuple(
-            TargetState(
-                service=target.service,
-                group=target.group,
-                healthy=target.healthy,
-                reason=target.reason,
-                sent=target.sent,
-                failed=target.failed,
-                stage=target.stage,
-            )
-            for target in message.targets
-        ),
-        ready=message.ready,
     )

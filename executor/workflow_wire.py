@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 from executor.proto import control_pb2 as pb
 from executor.state import WorkflowEdge, WorkflowRules
+from executor.wire_fault import fault
 from plans.errors import Fault
 
 __all__ = ["workflow_faults", "workflow_from_proto", "workflow_to_proto"]
@@ -63,27 +64,23 @@ def workflow_from_proto(message: pb.Workflow) -> WorkflowRules:
 def workflow_faults(workflow: pb.Workflow, field: str) -> Iterator[Fault]:
     """Yield what is wrong with ``workflow``, which stands at ``field`` of the whole message."""
     if not 0 < workflow.deadline_s < math.inf:
-        yield _fault(f"{field}.deadline_s", workflow.deadline_s, "seconds above 0 and finite")
+        yield fault(f"{field}.deadline_s", workflow.deadline_s, "seconds above 0 and finite")
     if not 1 <= len(workflow.edges) <= _MOST_EDGES:
-        yield _fault(f"{field}.edges", f"{len(workflow.edges)} edges", f"1 to {_MOST_EDGES}")
+        yield fault(f"{field}.edges", f"{len(workflow.edges)} edges", f"1 to {_MOST_EDGES}")
     order = [stage.service for stage in workflow.stages]
     if not all(order) or len(set(order)) < len(order):
-        yield _fault(f"{field}.stages", order, "services, each once")
+        yield fault(f"{field}.stages", order, "services, each once")
         return
     for position, stage in enumerate(workflow.stages):
         if not 0 <= stage.tail_s < math.inf:
-            yield _fault(f"{field}.stages[{position}].tail_s", stage.tail_s, "seconds of at least 0, finite")
+            yield fault(f"{field}.stages[{position}].tail_s", stage.tail_s, "seconds of at least 0, finite")
     for position, edge in enumerate(workflow.edges):
         here = f"{field}.edges[{position}]"
         if not {edge.source, edge.target} <= set(order) or order.index(edge.source) >= order.index(edge.target):
-            yield _fault(here, f"{edge.source!r} to {edge.target!r}", "stages, the source before the target")
+            yield fault(here, f"{edge.source!r} to {edge.target!r}", "stages, the source before the target")
         if not 0 < edge.fanout < math.inf:
-            yield _fault(f"{here}.fanout", edge.fanout, "a number above 0, finite")
+            yield fault(f"{here}.fanout", edge.fanout, "a number above 0, finite")
         if edge.HasField("probability") and not 0 < edge.probability <= 1:
-            yield _fault(f"{here}.probability", edge.probability, "above 0 and at most 1")
+            yield fault(f"{here}.probability", edge.probability, "above 0 and at most 1")
         if edge.scatter and not edge.inputs:
-            yield _fault(f"{here}.inputs", "none", "what is scattered")
-
-
-def _fault(field: str, found: object, expected: str) -> Fault:
-    return Fault(field=field, found=str(found), expected=expected)
+            yield fault(f"{here}.inputs", "none", "what is scattered")
