@@ -22,6 +22,7 @@ __all__ = [
     "Arrivals",
     "Deadlines",
     "Replicas",
+    "check_entries",
     "compile_arrivals",
     "compile_deadlines",
     "compile_replicas",
@@ -103,12 +104,37 @@ def compile_replicas(
     """Return the arrays of ``plan``, with the spread and interference that ``profiles`` state.
 
     Raises:
-        InvalidInput: The plan names a service that ``services`` does not have.
+        InvalidInput: The plan names a service or a variant that ``services`` does not have.
     """
     weights = {(s, route.group): route.weight for s, routes in plan.routes.items() for route in routes}
     pairs = [(group, entry) for group in plan.groups for entry in group.loadout]
     weight = [weights.get((entry.service, group.id), 0.0) for group, entry in pairs]
     return replica_arrays(plan.groups, pairs, weight, services, cluster=cluster, profiles=profiles)
+
+
+def check_entries(entries: Sequence[LoadoutEntry], services: Services) -> None:
+    """Check that ``services`` has the service and the variant of every entry of a plan.
+
+    Raises:
+        InvalidInput: It lacks some; all are named.
+    """
+    variants = {service.name: [variant.model for variant in service.variants] for service in services.services}
+    faults = [
+        Fault(where="plan", field="groups", found=repr(name), expected="a service of services.yaml")
+        for name in sorted({entry.service for entry in entries} - variants.keys())
+    ]
+    faults += [
+        Fault(
+            where="plan",
+            field=f"groups: {name}.variant",
+            found=repr(variant),
+            expected=f"one of {', '.join(variants[name])}",
+        )
+        for name, variant in sorted({(entry.service, entry.variant) for entry in entries})
+        if name in variants and variant not in variants[name]
+    ]
+    if faults:
+        raise InvalidInput(faults)
 
 
 def replica_arrays(
@@ -123,15 +149,10 @@ def replica_arrays(
     """Return the arrays of the replicas ``pairs``, which are sorted by their group's place in ``groups``.
 
     Raises:
-        InvalidInput: An entry names a service that ``services`` does not have.
+        InvalidInput: An entry names a service or a variant that ``services`` does not have.
     """
     index = {service.name: position for position, service in enumerate(services.services)}
-    unknown = sorted({entry.service for _, entry in pairs} - index.keys())
-    if unknown:
-        raise InvalidInput(
-            Fault(where="plan", field="groups", found=repr(name), expected="a service of services.yaml")
-            for name in unknown
-        )
+    check_entries([entry for _, entry in pairs], services)
     place = {id(group): position for position, group in enumerate(groups)}
     most_stages = max((group.pp for group in groups), default=1)
     largest = max((entry.max_batch for _, entry in pairs), default=1)

@@ -13,6 +13,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
+from evaluator.scenario import check_entries
 from evaluator.single_pass_kernel import (
     EARLIEST_FREE,
     LEAST_FINISH,
@@ -21,7 +22,7 @@ from evaluator.single_pass_kernel import (
     counting_kernel,
     recording_kernel,
 )
-from plans.errors import Fault, InvalidInput
+from plans.errors import InvalidInput
 from plans.plan import Plan
 from plans.service import Services
 
@@ -127,15 +128,10 @@ def compile_hosts(plan: Plan, services: Services) -> Hosts:
     """Return where ``plan`` runs each service, with batches of one; replicas without routing weight are left out.
 
     Raises:
-        InvalidInput: The plan names a service that ``services`` does not have.
+        InvalidInput: The plan names a service or a variant that ``services`` does not have.
     """
     index = {service.name: position for position, service in enumerate(services.services)}
-    unknown = sorted({entry.service for group in plan.groups for entry in group.loadout} - index.keys())
-    if unknown:
-        raise InvalidInput(
-            Fault(where="plan", field="groups", found=repr(name), expected="a service of services.yaml")
-            for name in unknown
-        )
+    check_entries([entry for group in plan.groups for entry in group.loadout], services)
     weights = {(name, route.group): route.weight for name, routes in plan.routes.items() for route in routes}
     rows: list[list[tuple[int, int, float]]] = [[] for _ in index]
     latencies: list[tuple[float, ...]] = []

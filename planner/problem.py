@@ -56,11 +56,12 @@ def check(problem: Problem) -> tuple[str, ...]:
     if faults:
         raise InvalidInput(faults)
     known = service_demands(problem)
-    return tuple(
+    unnamed = tuple(
         f"{service.name}: the demand does not name it; planned for 0 requests per second"
         for service in problem.services.services
         if service.name not in known
     )
+    return (*unnamed, *_left_out(problem))
 
 
 def derived_services(problem: Problem) -> dict[str, tuple[tuple[str, float], ...]]:
@@ -152,6 +153,17 @@ def _unprofiled(problem: Problem) -> list[Fault]:
         if not any(
             problem.profiles.profile(variant.model, gpu_type) for variant in service.variants for gpu_type in present
         )
+    ]
+
+
+def _left_out(problem: Problem) -> list[str]:
+    """Return a warning for each variant that no plan can use, as nobody has profiled it."""
+    present = sorted({node.gpus.type for node in problem.cluster.nodes})
+    return [
+        f"{service.name}: {variant.model} has no profile on a GPU type present ({', '.join(present)}); it is left out"
+        for service in problem.services.services
+        for variant in service.variants
+        if not any(problem.profiles.profile(variant.model, gpu_type) for gpu_type in present)
     ]
 
 

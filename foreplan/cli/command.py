@@ -11,8 +11,9 @@ import inspect
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from enum import StrEnum
+from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
@@ -64,6 +65,7 @@ def command(app: typer.Typer, name: str) -> Callable[[Callable[..., None]], Call
 
         def run(**arguments: Any) -> None:
             chosen = {key: arguments.pop(key) for key in _SHARED}
+            files = _files(arguments)
             level = chosen["log_level"]
             out = Output(as_json=chosen["json_output"], color=not chosen["no_color"], log_level=level)
             logging.basicConfig(
@@ -73,7 +75,7 @@ def command(app: typer.Typer, name: str) -> Callable[[Callable[..., None]], Call
             )
             for group, kind in groups.items():
                 arguments[group] = kind(**{each.name: arguments.pop(each.name) for each in dataclasses.fields(kind)})
-            _guarded(function, out, arguments, debug=chosen["debug"])
+            _guarded(function, out, arguments, files, debug=chosen["debug"])
 
         run.__name__ = function.__name__
         run.__doc__ = function.__doc__
@@ -98,7 +100,16 @@ def _options(parameter: inspect.Parameter) -> Iterator[inspect.Parameter]:
         yield parameter
 
 
-def _guarded(function: Callable[..., None], out: Output, arguments: dict[str, Any], *, debug: bool) -> None:
+def _files(arguments: dict[str, Any]) -> dict[str, str]:
+    """Return the files among ``arguments`` by what a fault calls them, such as ``services``; of lists, lone files."""
+    lists = {name: value for name, value in arguments.items() if isinstance(value, list)}
+    alone = {name.removesuffix("s"): value[0] for name, value in lists.items() if len(value) == 1}
+    return {name: str(value) for name, value in (arguments | alone).items() if isinstance(value, Path)}
+
+
+def _guarded(
+    function: Callable[..., None], out: Output, arguments: dict[str, Any], files: Mapping[str, str], *, debug: bool
+) -> None:
     """Run a command; what Foreplan raises on purpose becomes a message, a bug becomes a request to report it."""
     try:
         function(out, **arguments)
@@ -112,7 +123,7 @@ def _guarded(function: Callable[..., None], out: Output, arguments: dict[str, An
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise typer.Exit(EXIT_ERROR) from None
     except Exception as error:  # noqa: BLE001 - the edge of the process
-        text, code = _explain(error)
+        text, code = _explain(error, files)
         out.error(text)
         _leave(code, debug=debug)
 
@@ -123,13 +134,17 @@ def _leave(code: int, *, debug: bool) -> NoReturn:
     raise typer.Exit(code) from None
 
 
-def _explain(error: Exception) -> tuple[str, int]:
-    from plans.errors import ApplyRolledBack, ForeplanError, StalePlan
+def _explain(error: Exception, files: Mapping[str, str]) -> tuple[str, int]:
+    from plans.errors import ApplyRolledBack, ForeplanError, InvalidInput, StalePlan
 
     if isinstance(error, StalePlan):
         return str(error), EXIT_STALE
     if isinstance(error, ApplyRolledBack):
         return str(error), EXIT_ROLLED_BACK
+    if isinstance(error, InvalidInput):
+        # What works on documents does not know which files they came from.
+        named = (dataclasses.replace(fault, where=files.get(fault.where, fault.where)) for fault in error.faults)
+        return str(InvalidInput(named)), EXIT_ERROR
     if isinstance(error, ForeplanError):
         return str(error), EXIT_ERROR
     if isinstance(error, OSError):

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from evaluator.scenario import compile_replicas
 from evaluator.single_pass import (
     Hosts,
     SinglePassTrace,
@@ -228,3 +229,14 @@ def test_a_plan_is_compiled_with_batches_of_one_and_without_what_gets_no_request
 def test_a_plan_of_unknown_services_is_refused():
     with pytest.raises(InvalidInput, match="'a'"):
         compile_hosts(plan_of([0.5, 0.5]), services_of("b"))
+
+
+def test_a_plan_of_unknown_variants_is_refused():
+    plan, services = plan_of([0.5, 0.5]), services_of("a")
+    entry = plan.groups[0].loadout[0]
+    group = plan.groups[0].model_copy(update={"loadout": (entry.model_copy(update={"variant": "other"}),)})
+    edited = plan.model_copy(update={"groups": (group, *plan.groups[1:])})
+    with pytest.raises(InvalidInput, match=rf"a\.variant: found 'other', expected one of {entry.variant}"):
+        compile_hosts(edited, services)
+    with pytest.raises(InvalidInput, match=r"a\.variant: found 'other'"):
+        compile_replicas(edited, services)

@@ -30,6 +30,12 @@ def planned(tmp_path_factory):
             "attainment: 1.2",
             "services.yaml:3: services[0].slo.attainment: found 1.2",
         ),
+        (
+            "services.yaml",
+            "model: fake-slow-20",
+            "model: unprofiled",
+            "services.yaml: services[1].variants: found service",
+        ),
         ("services.yaml", "model: fake-slow-20", "model: unprofiled", "a profile of one of them on a GPU type present"),
         (
             "services.yaml",
@@ -37,7 +43,7 @@ def planned(tmp_path_factory):
             "name: slow\n    pin: [node-z]",
             "found 'node-z', expected a node or node/index",
         ),
-        ("demand.json", '"service": "slow"', '"service": "ghost"', "'ghost'"),
+        ("demand.json", '"service": "slow"', '"service": "ghost"', "demand.json: services[1].service: found 'ghost'"),
         ("profiles/slow.json", '"batch": 2', '"batch": 0', "profiles/slow.json:1: rows[1].batch: found 0"),
         ("profiles/slow.json", '"format_version": "1.0"', '"format_version": "2.0"', "expected major version 1"),
     ],
@@ -294,3 +300,14 @@ def test_a_part_without_requests_is_kept_with_a_warning(workspace):
 def test_a_forecast_of_more_windows_than_memory_holds_is_refused(workspace):
     result = workspace.run("forecast", "--trace", "t.csv", "--windows", 10**9, "-o", "d.json", code=2)
     assert "20000" in result.stderr
+
+
+def test_a_fault_that_only_the_simulation_finds_names_the_file(planned):
+    planned.run("trace", "synth", "--service", "ghost=5", "--duration", 5, "-o", "ghost.csv")
+    result = planned.run("evaluate", "plan.json", "--services", "services.yaml", "--trace", "ghost.csv", code=1)
+    assert "error: ghost.csv: service: found 'ghost'" in result.stderr
+    planned.run("trace", "synth", "--service", "fast=5", "--duration", 5, "-o", "five.csv")
+    text = (planned.folder / "plan.json").read_text()
+    (planned.folder / "edited.json").write_text(text.replace('"variant": "fake-double"', '"variant": "other"'))
+    result = planned.run("evaluate", "edited.json", "--services", "services.yaml", "--trace", "five.csv", code=1)
+    assert "error: edited.json: groups: fast.variant: found 'other', expected one of fake-double" in result.stderr

@@ -43,6 +43,12 @@ def test_a_service_without_demand_is_planned_for_nothing_with_a_warning() -> Non
     assert check(quiet) == ("s: the demand does not name it; planned for 0 requests per second",)
 
 
+def test_a_variant_that_nobody_profiled_is_left_out_with_a_warning() -> None:
+    services = [latency_service("s", ("m", 1.0), ("typo", 0.9))]
+    given = problem(cluster(("a", "gpu", 1)), services, [profile("m"), profile("typo", "absent")], demand(s=5.0))
+    assert check(given) == ("s: typo has no profile on a GPU type present (gpu); it is left out",)
+
+
 def test_streams_times_fps_stand_for_the_rate_of_a_frequency_service() -> None:
     service = FrequencyService(name="video", slo=FrequencySlo(fps=30), variants=(Variant(model="m"),))
     wanted = ServiceDemand(service="video", streams=4, rate_rps=(Rate(mean=1.0),))
