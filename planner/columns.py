@@ -122,7 +122,7 @@ class ColumnSearch(Search):
     def _solve_tier(self, tier: Tier) -> bool:
         """Improve ``tier`` by columns, and by the exact model where that is small; True when proven infeasible."""
         self._generate(tier)
-        small = sum(len(group.options) for group in self._space.groups) <= LARGEST_EXACT_MODEL
+        small = self._space.pair_count <= LARGEST_EXACT_MODEL
         if self._finish and small and not self._closed(tier):
             return super()._solve_tier(tier)
         return False

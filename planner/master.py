@@ -252,7 +252,7 @@ class Master:
         column[pairs] = statics + places + np.arange(len(pairs))
         inside = (link.entry_row >= 0) & (column[link.entry_pair] >= 0)
         amounts = link.entry_share + link.entry_run / np.maximum(self._cap[link.entry_pair], 1e-9)
-        memory = np.concatenate([each.memory.mean(axis=1) for each in network.priced])
+        memory = np.concatenate([np.zeros(0), *(each.memory.mean(axis=1) for each in network.priced)])
         first_idle = statics + places + len(pairs)
         rank = np.full(len(link.pair_option), -1, dtype=np.int64)
         rank[idle] = np.arange(len(idle))

@@ -40,34 +40,30 @@ def best_shares(
         value += number * worth
         constant[touched] += number * amounts
     lengths_of = linking.first[pairs + 1] - linking.first[pairs]
-    starts = (
-        np.repeat(linking.first[pairs] - np.concatenate([[0], np.cumsum(lengths_of)[:-1]]), lengths_of)
-        if len(pairs)
-        else np.zeros(0, dtype=np.int64)
-    )
-    at = (starts + np.arange(len(starts))).astype(np.int64)
+    before = np.cumsum(lengths_of) - lengths_of
+    at = np.repeat(linking.first[pairs] - before, lengths_of) + np.arange(lengths_of.sum())
     column = np.repeat(np.arange(len(pairs)), lengths_of)
     row, run, share = linking.entry_row[at], linking.entry_run[at], linking.entry_share[at]
-    times = count[owner[column]] if len(pairs) else np.zeros(0)
+    times = count[owner[column]]
     inside = row >= 0
     np.add.at(constant, row[inside], (run * times)[inside])
     value += float((run * times)[~inside].sum())
     objective = np.concatenate([linking.static_objective, np.zeros(len(pairs))])
     np.add.at(objective, statics + column[~inside], share[~inside])
     scale = np.zeros(rows)
-    cap = space.share_cap[options] if len(pairs) else np.zeros(0)
-    least = space.requirements.least_share[options] if len(pairs) else np.zeros(0)
+    cap, least = space.share_cap[options], space.requirements.least_share[options]
     np.maximum.at(scale, row[inside], np.abs(share[inside]) * np.maximum(cap[column[inside]], 1e-9))
     static_upper = linking.static_upper.copy()
     static_upper[statics - linking.wastes :] = 0.0
-    given = float(np.sum(np.abs(objective[statics:]) * np.maximum(cap, least) * count[owner])) if len(pairs) else 0.0
+    most = np.maximum(cap, least)
+    given = float(np.sum(np.abs(objective[statics:]) * most * count[owner]))
     tokens = _token_rows(space, options, owner, count)
     times_free = np.array([free for _, _, free in tokens])
     program = LinearProgram(
         np.concatenate([linking.lower - constant, np.full(len(loadouts) + len(tokens), -np.inf)]),
         np.concatenate([linking.upper - constant, count, times_free]),
         np.concatenate([linking.static_lower, least * count[owner]]),
-        np.concatenate([static_upper, np.maximum(cap, least) * count[owner]]),
+        np.concatenate([static_upper, most * count[owner]]),
         objective,
         np.concatenate(
             [
@@ -92,9 +88,9 @@ def best_shares(
     found = program.solve(time_limit_s)
     if found is None:
         return None
-    shares = np.clip(found.values[statics:] / count[owner], 0.0, 1.0) if len(pairs) else np.zeros(0)
-    cuts = np.cumsum(lengths)[:-1]
-    return dict(zip(loadouts, np.split(shares, cuts), strict=True)), value + found.objective
+    shares = np.clip(found.values[statics:] / count[owner], 0.0, 1.0)
+    of_loadouts = np.split(shares, np.cumsum(lengths))[:-1]
+    return dict(zip(loadouts, of_loadouts, strict=True)), value + found.objective
 
 
 def _token_rows(

@@ -25,6 +25,7 @@ from tests.planner.problems import (
     FEATURES,
     QUIET,
     cluster,
+    crowd,
     demand,
     featured,
     generated,
@@ -226,6 +227,20 @@ def test_every_objective_is_left_with_a_bound_of_use_whatever_the_units_of_deman
     assert isinstance(outcome, Outcome)
     assert [tier.objective.name for tier in outcome.tiers] == ["goodput", "accuracy", "gpu-cost"]
     assert all(tier.gap < 0.6 for tier in outcome.tiers), [tier.gap for tier in outcome.tiers]
+
+
+@pytest.mark.parametrize(
+    ("model", "rate"), [("m", 0.0), ("huge", 5.0)], ids=["nothing is asked for", "nothing that is asked for can run"]
+)
+@pytest.mark.parametrize("objective", ["goodput", "max-min", "utility"])
+def test_where_nothing_can_be_placed_the_plan_is_empty(model: str, rate: float, objective: str) -> None:
+    wanted = crowd(latency_service("s", (model, 1.0)), s=rate)
+    settings = replace(COLUMNS, objective=objective)
+    result = solve(replace(wanted, settings=settings))
+    assert isinstance(result, Solved)
+    assert result.plan.groups == ()
+    assert result.plan.solver.gap == 0.0
+    assert sum(left.rate_rps for left in result.plan.unserved) == rate
 
 
 @pytest.mark.parametrize("seed", [1, 4, 7])
