@@ -87,8 +87,14 @@ def run_jobs(
         done: Called with a job's key when its result is there.
 
     Raises:
-        InvalidInput: Ray is asked for and not installed, or a kept file is damaged.
+        InvalidInput: Ray is asked for and not installed, ``kept`` is no folder and cannot be made, or a kept file is
+            damaged.
     """
+    if kept is not None:
+        try:
+            kept.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InvalidInput.of("a folder, or a place for one", where=kept, found=error.strerror) from error
     results: dict[str, Result] = {}
     waiting: list[Job] = []
     for job in jobs:
@@ -100,7 +106,6 @@ def run_jobs(
             done(job.key)
     for key, result in _run(waiting, engine, workers):
         if kept is not None:
-            kept.mkdir(parents=True, exist_ok=True)
             write_text(kept / f"{key}.json", json.dumps(result) + "\n")
         results[key] = result
         done(key)

@@ -90,6 +90,8 @@ def read_run(path: Path, plan: Plan, services: Services) -> Run:
     """
     try:
         requests = pd.read_parquet(path) if path.suffix == ".parquet" else pd.read_csv(path)
+    except FileNotFoundError as error:
+        raise InvalidInput.of("a request log", where=path, found="no such file") from error
     except (OSError, ValueError) as error:
         raise InvalidInput.of("a request log", where=path, found=str(error).splitlines()[0]) from error
     missing = {"scheduled_s", "service", "outcome", "latency_s"} - set(requests.columns)

@@ -22,6 +22,13 @@ if TYPE_CHECKING:
 
 __all__ = ["register"]
 
+_REMEDIES = {
+    "NOT_FOUND": " (the gateway has no plan with their service: see `foreplan status`)",
+    "UNAVAILABLE": " (no replica could take them: see `foreplan status`)",
+    "PERMISSION_DENIED": " (the certificate has no role that may)",
+}
+"""What a status of requests that failed points to."""
+
 
 def register(app: typer.Typer) -> None:
     """Add the commands to ``app``."""
@@ -70,6 +77,8 @@ def load(
         result = asyncio.run(_replay(arrivals, gateway, read_document(services, Services), how))
     for warning in result.warnings:
         out.warn(warning)
+    if failures := _failures(result):
+        out.warn(failures)
     if requests is not None:
         write_requests(requests, [result.requests])
     out.result(result.summary.to_json())
@@ -79,6 +88,14 @@ def load(
             f"interrupted: only {len(result.requests)} of {len(arrivals)} requests were sent, and are counted here"
         )
         raise typer.Exit(EXIT_INTERRUPTED)
+
+
+def _failures(result: LoadResult) -> str:
+    """Return how requests failed, the commonest first; empty where none did."""
+    failed = result.requests[result.requests["outcome"] == "failed"]
+    counts = failed["status"].value_counts()
+    text = ", ".join(f"{count} {status}{_REMEDIES.get(str(status), '')}" for status, count in counts.items())
+    return f"{len(failed)} requests failed: {text}" if text else ""
 
 
 async def _replay(arrivals: RequestTrace, gateway: str, services: Services, how: LoadOptions) -> LoadResult:

@@ -87,3 +87,10 @@ def test_a_local_ray_gives_the_same_results(tmp_path):
     pytest.importorskip("ray", reason="the ray extra is not installed")
     assert squares(run_jobs(jobs([3, 1, 2]), engine="ray", workers=2, kept=tmp_path)) == [9, 1, 4]
     assert len(list(tmp_path.iterdir())) == 3
+
+
+@pytest.mark.parametrize("name", ["file", "file/below"])
+def test_a_folder_that_cannot_be_made_is_told_before_anything_runs(tmp_path, name):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InvalidInput, match="expected a folder"):
+        run_jobs(jobs([1], fails), kept=tmp_path / name)

@@ -64,6 +64,9 @@ def test_a_plan_is_applied_served_replaced_and_rolled_back(live):
     dry = json.loads(live.run("apply", "plan.json", *where(live), "--dry-run", "--json").stdout)
     assert dry["outcome"] == "dry run"
     assert json.loads(live.run("status", *where(live), "--json").stdout)["generation"] == 0
+    without = live.run("load", "--trace", "t.csv", "--services", "services.yaml", "--gateway", live.gateway)
+    assert "requests failed: " in without.stderr
+    assert " NOT_FOUND (the gateway has no plan with their service" in without.stderr
 
     applied = json.loads(live.run("apply", "plan.json", *where(live), "--store", "store", "--json").stdout)
     assert (applied["outcome"], applied["generation"]) == ("applied", 1)

@@ -10,7 +10,8 @@ import pytest
 from evaluator import evaluate
 from foreplan.report import Content, Run, figures, render
 from foreplan.report.content import timeline
-from plans import Demand, Services
+from foreplan.runs import read_run
+from plans import Demand, InvalidInput, Services
 from profiles.document import Profile
 from profiles.library import ProfileLibrary
 from tests.plans.strategies import cluster, entry, group, plan
@@ -183,3 +184,8 @@ def test_the_phases_of_a_model_that_generates_have_axes_of_their_own():
     assert "Latency of a batch (ms)" in page
     assert "Latency of a decode step (ms)" in page
     assert "Latency of a prefill" not in page
+
+
+def test_a_request_log_that_is_not_there_is_called_so(tmp_path):
+    with pytest.raises(InvalidInput, match="found no such file, expected a request log"):
+        read_run(tmp_path / "none.parquet", PLAN, SERVICES)
