@@ -93,17 +93,23 @@ class Infeasibility:
         relaxation: The least change of numbers that helps; empty when there is none, or none was found in time.
         least: Whether it is proven that no smaller change helps.
         everywhere: Whether it is worked out for the whole problem; otherwise for the services of the conflict alone.
+        kept: Where nothing is proven to conflict: whether it is proven that all limits can be kept.
     """
 
     conflicts: Conflicts | None
     relaxation: tuple[Relaxation, ...] = ()
     least: bool = True
     everywhere: bool = True
+    kept: bool = False
 
     def lines(self) -> Iterator[str]:
         """Yield the answer as lines of text that fit a screen: at most 40 of at most 120 characters."""
         if self.conflicts is None:
-            yield "nothing is proven to conflict: these limits can be kept, or the time did not suffice to tell"
+            yield (
+                "nothing conflicts: there is a plan that keeps all of these limits"
+                if self.kept
+                else "nothing is proven to conflict, nor that all of these limits can be kept; a longer --time-limit may tell"
+            )
             return
         steps = [str(step) for step in self.relaxation]
         shown = (
@@ -127,7 +133,9 @@ def explain_infeasible(problem: Problem, *, clock: Callable[[], float], time_lim
     started_s = clock()
     found = _conflicting_limits(space, clock, started_s + _CONFLICT_SHARE * time_limit_s)
     if found is None:
-        return Infeasibility(conflicts=None)
+        stated = limits(problem)
+        kept = LimitModels(problem, stated, clock, started_s + time_limit_s).conflicting(stated) is False
+        return Infeasibility(conflicts=None, kept=kept)
     chosen, minimal = found
     conflicts = _described_all(problem, chosen, minimal, clock, started_s + _CONFLICT_SHARE * time_limit_s)
     relaxation, least, everywhere = least_relaxation(problem, chosen, clock, started_s + time_limit_s)

@@ -88,7 +88,8 @@ def print_profile(out: Output, profile: Profile) -> None:
 
     rows = sorted(profile.rows, key=lambda row: row.key)
     first = rows[0]
-    load, first_run = format_seconds(first.load_s), format_seconds(first.first_inference_s)
+    load = format_seconds(first.load_s) if first.load_s else "not known"
+    first_run = format_seconds(first.first_inference_s) if first.first_inference_s else "not known"
     optional: dict[str, Any] = {
         "phase": lambda row: None if row.phase == "whole" else row.phase,
         "tokens": lambda row: row.input_tokens,

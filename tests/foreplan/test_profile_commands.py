@@ -142,6 +142,7 @@ def test_what_a_command_has_finished_is_not_measured_again_after_it_failed(tmp_p
 def test_a_model_nobody_measured_is_estimated_and_flagged(tmp_path: Path) -> None:
     found = foreplan(tmp_path, "estimate", "bert-tiny-16", "--gpu-type", "l4-24gb", "-o", "p", "--batches", "1,8")
     assert "modelled, not measured" in found.stderr
+    assert "first inference not known" in found.stdout
     profile = read_document(tmp_path / "p" / "bert-tiny-16.l4-24gb.json", Profile)
     assert (profile.source, profile.meta.dtype) == ("modelled", "fp16")
     assert profile.error_ratio is not None

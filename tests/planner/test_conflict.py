@@ -175,7 +175,16 @@ def test_the_relaxation_is_as_small_as_it_can_be() -> None:
 
 def test_a_feasible_problem_has_nothing_to_relax() -> None:
     wanted = problem(cluster(("a", "gpu", 1)), [latency_service("s", ("m", 1.0))], [profile("m")], demand(s=1.0))
-    assert explain_infeasible(wanted, clock=time.monotonic, time_limit_s=5.0) == Infeasibility(conflicts=None)
+    assert explain_infeasible(wanted, clock=time.monotonic, time_limit_s=5.0) == Infeasibility(
+        conflicts=None, kept=True
+    )
+
+
+def test_what_is_proven_and_what_the_time_did_not_suffice_for_are_told_apart() -> None:
+    (proven,) = Infeasibility(conflicts=None, kept=True).lines()
+    assert proven == "nothing conflicts: there is a plan that keeps all of these limits"
+    (unknown,) = Infeasibility(conflicts=None).lines()
+    assert "nor that all of these limits can be kept; a longer --time-limit may tell" in unknown
 
 
 def crowded(services: int = 6, **fields: object) -> Problem:
