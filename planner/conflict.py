@@ -108,7 +108,8 @@ class Infeasibility:
             yield (
                 "nothing conflicts: there is a plan that keeps all of these limits"
                 if self.kept
-                else "nothing is proven to conflict, nor that all of these limits can be kept; a longer --time-limit may tell"
+                else "nothing is proven to conflict, nor that all of these limits can be kept; "
+                "a longer --time-limit may tell"
             )
             return
         steps = [str(step) for step in self.relaxation]
