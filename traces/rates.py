@@ -147,9 +147,6 @@ class RateTrace:
         steps = (self._frame["window_start_s"].to_numpy() - self.start_s) / self.window_s
         return np.asarray(np.round(steps), dtype=np.int64)
 
-    def _starts_s(self) -> npt.NDArray[np.float64]:
-        return np.asarray(self.start_s + np.arange(self.windows) * self.window_s, dtype=np.float64)
-
     def __len__(self) -> int:
         return len(self._frame)
 
