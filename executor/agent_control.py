@@ -60,7 +60,7 @@ class AgentServicer(pb_grpc.AgentServicer):
 
     async def GetState(self, request: pb.GetStateRequest, context: Context) -> pb.AgentState:  # noqa: N802
         """What the node runs now."""
-        return agent_state_to_proto(self.state(with_committed=request.with_committed))
+        return agent_state_to_proto(self.state(with_desired=request.with_desired))
 
     async def Validate(self, request: pb.DesiredState, context: Context) -> pb.ValidateResponse:  # noqa: N802
         """Every reason why the node cannot run the state; nothing is changed."""
@@ -128,7 +128,7 @@ class AgentServicer(pb_grpc.AgentServicer):
         except ForeplanError as error:
             return await context.abort(status_of(error), details_of(error))
 
-    def state(self, *, with_committed: bool = False) -> AgentState:
+    def state(self, *, with_desired: bool = False) -> AgentState:
         """Return the state of the node."""
         node = self._node
         workers = [group.process_id for group in node.upkeep.groups.values()]
@@ -147,7 +147,8 @@ class AgentServicer(pb_grpc.AgentServicer):
             leased_to=self._lease.holder(self._clock()),
             device_used_bytes=tuple(reading.used_bytes for reading in self.devices()),
             forward_port=self._forward_port(),
-            committed=node.committed if with_committed else None,
+            committed=node.committed if with_desired else None,
+            staged=node.staged if with_desired else None,
             underway=node.committed.underway if node.committed else False,
         )
 

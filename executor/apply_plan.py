@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from executor.assignment import routing_table
-from executor.state import AgentState, GatewayState, Phase, ReplicaKey
+from executor.state import AgentState, DesiredState, GatewayState, Phase, ReplicaKey
 from plans.cluster import Cluster
 from plans.errors import Fault, InvalidInput
 from plans.plan import Plan, Prior
@@ -133,8 +133,8 @@ def live_prior(live: Live) -> Prior | None:
     return Prior(generation=newest.generation, digest=newest.placement_digest)
 
 
-def is_at(state: AgentState | GatewayState, place: Prior) -> bool:
-    """Say whether a peer has committed, or routes, ``place``."""
+def is_at(state: AgentState | GatewayState | DesiredState, place: Prior) -> bool:
+    """Say whether a peer has committed, or routes, ``place``; or whether that is what a desired state is of."""
     return (state.generation, state.placement_digest) == (place.generation, place.digest)
 
 

@@ -85,21 +85,21 @@ class ClusterConnection:
         await asyncio.gather(*(channel.close(None) for channel in self._channels))
 
     async def states(
-        self, *, timeout_s: float, with_committed: bool = False
+        self, *, timeout_s: float, with_desired: bool = False
     ) -> tuple[dict[str, AgentState], dict[str, GatewayState], dict[str, RemoteFailure]]:
         """Ask every peer for its state; return agents by node, gateways by address, and the failures by peer.
 
-        ``with_committed``: ask agents for what they have committed as well.
+        ``with_desired``: ask agents for what they shall run as well.
         """
         (agents, lost_agents), (gateways, lost_gateways) = await asyncio.gather(
-            gather({node: self._agent_state(node, timeout_s, with_committed) for node in self.agents}),
+            gather({node: self._agent_state(node, timeout_s, with_desired) for node in self.agents}),
             gather({address: client.state(timeout_s=timeout_s) for address, client in self.gateways.items()}),
         )
         return agents, gateways, lost_agents | lost_gateways
 
-    async def _agent_state(self, node: str, timeout_s: float, with_committed: bool) -> AgentState:
+    async def _agent_state(self, node: str, timeout_s: float, with_desired: bool) -> AgentState:
         client = self.agents[node]
-        state = await client.state(timeout_s=timeout_s, with_committed=with_committed)
+        state = await client.state(timeout_s=timeout_s, with_desired=with_desired)
         if state.node != node:
             raise RemoteFailure(client.name, f"the agent there is that of node {state.node!r}", retryable=False)
         return state

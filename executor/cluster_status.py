@@ -111,7 +111,7 @@ async def status(
         InvalidInput: No gateway is named, or an address is none.
     """
     async with ClusterConnection(cluster, gateways, dialer) as connection:
-        agents, doors, lost = await connection.states(timeout_s=timeout_s, with_committed=True)
+        agents, doors, lost = await connection.states(timeout_s=timeout_s, with_desired=True)
     problems = {name: failure.problem for name, failure in lost.items()}
     return cluster_status(cluster, tuple(dict.fromkeys(gateways)), agents, doors, problems, plan)
 

@@ -94,9 +94,9 @@ class AgentClient:
         self.holder = ""
         self._stub = control_pb2_grpc.AgentStub(channel)  # type: ignore[no-untyped-call]
 
-    async def state(self, *, timeout_s: float, with_committed: bool = False) -> AgentState:
-        """Return what the agent reports of its node; with what it has committed, if that is asked for."""
-        call = self._stub.GetState(control_pb2.GetStateRequest(with_committed=with_committed), timeout=timeout_s)
+    async def state(self, *, timeout_s: float, with_desired: bool = False) -> AgentState:
+        """Return what the agent reports of its node; with what it shall run, if that is asked for."""
+        call = self._stub.GetState(control_pb2.GetStateRequest(with_desired=with_desired), timeout=timeout_s)
         message = await _answer(self.name, call, timeout_s)
         try:
             return wire.agent_state_from_proto(message)

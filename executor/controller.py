@@ -27,7 +27,7 @@ from executor.cluster_connection import ClusterConnection, joined
 from executor.cluster_status import ClusterStatus, status
 from executor.lease import LeaseTiming, holding, new_holder
 from executor.rollout import ApplyTimeouts, FlipRefused, Progress, ProgressEvent, Rollout, TakenBack
-from executor.rounds import PlannedWave, outlook, running_plan, stops
+from executor.rounds import PlannedWave, is_settled, outlook, running_plan, stops_from
 from executor.state import ReplicaKey
 from executor.tls import Dialer
 from executor.tracing import start_tracing
@@ -169,12 +169,13 @@ async def apply(
             await rollout.validate()
         else:
             await _reach(rollout.validate, rollout, live)
-        way = [rollout]
-        if any(rollout.deferred.values()) and (running := running_plan(live, plan)) is not None:
-            if not dry_run and _is_unsettled(live):
-                await _settle(rollout_to(running, live.generation))
-            way = [rollout_to(stop, generation + n) for n, stop in enumerate(stops(running, plan, cluster))]
-            way = way if await _is_possible(way) else [rollout]
+        running = running_plan(live, plan) if any(rollout.deferred.values()) else None
+        if running is not None and is_settled(live) and _has_left_over(live) and not dry_run:
+            await _settle(rollout_to(running, live.generation))
+        plans = stops_from(running, plan, cluster, settled=is_settled(live)) if running is not None else ()
+        way = [rollout_to(stop, generation + number) for number, stop in enumerate(plans)]
+        if not way or not await _is_possible(way):
+            way = [rollout]
         if dry_run:
             present = {one.key for one in changes(plan, live) if one.action != "load"}
             return WouldApply(
@@ -201,7 +202,7 @@ def _waiting(way: Sequence[Rollout]) -> tuple[ReplicaKey, ...]:
     return tuple(dict.fromkeys(key for rollout in way for keys in rollout.deferred.values() for key in keys))
 
 
-def _is_unsettled(live: Live) -> bool:
+def _has_left_over(live: Live) -> bool:
     """Say whether a node still runs what has left the plan, since an apply was cut short."""
     return any(one.left_over for state in live.agents.values() for one in state.replicas)
 
@@ -231,7 +232,7 @@ async def _live(connection: ClusterConnection, limits: ApplyTimeouts) -> Live:
     Raises:
         RemoteFailure: Some do not answer; with all of them, and what to do.
     """
-    agents, gateways, lost = await connection.states(timeout_s=limits.state_s, with_committed=True)
+    agents, gateways, lost = await connection.states(timeout_s=limits.state_s, with_desired=True)
     if lost:
         failure = joined(lost.values())
         remedy = (

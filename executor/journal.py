@@ -133,7 +133,7 @@ class Journal:
                 row = (desired, drained, _checksum(desired, drained))
                 connection.execute("UPDATE node SET desired = ?, drained = ?, checksum = ?", row)
         except sqlite3.Error as error:
-            raise StateNotStored(f"{self.path} cannot be written: {error}") from error
+            raise StateNotStored(f"{self.path} cannot be written: {error}; make room there, and try again") from error
 
     @contextlib.contextmanager
     def _opened(self) -> Iterator[sqlite3.Connection]:

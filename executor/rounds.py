@@ -18,7 +18,7 @@ from plans.cluster import Cluster
 from plans.plan import Group, LoadoutEntry, Plan, Route, TokenRules, TransitionStep
 from plans.transition import transition, waves_of
 
-__all__ = ["PlannedWave", "Stop", "outlook", "running_plan", "stops"]
+__all__ = ["PlannedWave", "Stop", "is_settled", "outlook", "running_plan", "stops", "stops_from"]
 
 _Place = tuple[str, str]
 """A group and a service."""
@@ -49,13 +49,21 @@ def running_plan(live: Live, target: Plan) -> Plan | None:
     """Return what all agents have committed, as far as the way from there to ``target`` needs it.
 
     Routes are in proportion to planned rates, the stages of a pipeline take equal times; workflows, predictions and the
-    like are those of ``target``. None where peers are not all at the same place, or do not tell what they committed.
+    like are those of ``target``. An apply of ``target`` may have been cut short while agents committed: then what those
+    that had not yet done so have staged counts.
+
+    None where the peers are at different places otherwise, or do not tell what they shall run.
     """
     prior = live_prior(live)
-    committed = [state.committed for state in live.agents.values()]
-    if prior is None or None in committed or not all(is_at(state, prior) for state in live.peers):
+    if prior is None or not (is_settled(live) or prior.digest == target.placement_digest):
         return None
-    groups = tuple(_group(state.node, group) for state in committed if state for group in state.groups)
+    states = [
+        next((one for one in (state.committed, state.staged) if one is not None and is_at(one, prior)), None)
+        for state in live.agents.values()
+    ]
+    if None in states:
+        return None
+    groups = tuple(_group(state.node, group) for state in states if state for group in state.groups)
     rates: dict[str, dict[str, float]] = defaultdict(dict)
     for group in groups:
         for entry in group.loadout:
@@ -69,6 +77,12 @@ def running_plan(live: Live, target: Plan) -> Plan | None:
         for service, of_group in rates.items()
     }
     return _stop_of(target, groups=groups, routes=routes, leads_to=prior.digest)
+
+
+def is_settled(live: Live) -> bool:
+    """Say whether every agent has committed, and every gateway routes, what is live."""
+    prior = live_prior(live)
+    return prior is not None and all(is_at(state, prior) for state in live.peers)
 
 
 def _group(node: str, group: DesiredGroup) -> Group:
@@ -173,6 +187,13 @@ def stops(running: Plan, target: Plan, cluster: Cluster) -> tuple[Plan, ...]:
         if told != (told := (set(old), late)):
             found.append(_stop(running, target, old, late))
     return (*found, target)
+
+
+def stops_from(running: Plan, target: Plan, cluster: Cluster, *, settled: bool) -> tuple[Plan, ...]:
+    """Return the stops from ``running``, which itself comes first where some peers are not there yet (``settled``)."""
+    way = stops(running, target, cluster)
+    is_there = {key for *_, key in _replicas(running)} == {key for *_, key in _replicas(target)}
+    return way if settled or is_there else (_stop_of(running, leads_to=target.placement_digest), *way)
 
 
 def _place(step: TransitionStep) -> _Place:

@@ -227,8 +227,8 @@ class AgentState:
     ``leased_to``: the controller that may change the node now; empty when none does.
     ``device_used_bytes``: memory in use on each device, by whomever; empty where it cannot be told (CPU).
     ``forward_port``: where gateways hand over requests; 0 for by gRPC calls.
-    ``committed``: what is committed, told only where it was asked for. ``underway``: that is a stop on the way to the
-    plan.
+    ``committed`` and ``staged``: what is, told only where it was asked for. ``underway``: what is committed is a stop
+    on the way to the plan.
     """
 
     node: str
@@ -246,6 +246,7 @@ class AgentState:
     device_used_bytes: tuple[int, ...] = ()
     forward_port: int = 0
     committed: DesiredState | None = None
+    staged: DesiredState | None = None
     underway: bool = False
 
 

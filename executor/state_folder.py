@@ -14,6 +14,7 @@ from plans.errors import InvalidInput
 __all__ = ["locked_folder", "made_folder", "storing"]
 
 _FLAG = "--state-dir"
+_MAKE_ROOM = "make room there, and try again"
 _REMEDY = "name a folder that this user may make and write"
 
 
@@ -61,10 +62,10 @@ def storing(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise StateNotStored(f"{path} cannot be written: {error.strerror or error}") from error
+        raise StateNotStored(f"{path} cannot be written: {error.strerror or error}; {_MAKE_ROOM}") from error
     except InvalidInput as error:
         found = "; ".join(fault.found for fault in error.faults)
-        raise StateNotStored(f"{path} cannot be written: {found}") from error
+        raise StateNotStored(f"{path} cannot be written: {found}; {_MAKE_ROOM}") from error
 
 
 def _unusable(path: Path, error: OSError) -> InvalidInput:

@@ -347,6 +347,7 @@ def agent_state_to_proto(state: AgentState) -> pb.AgentState:
         device_used_bytes=state.device_used_bytes,
         forward_port=state.forward_port,
         committed=desired_state_to_proto(state.committed) if state.committed else None,
+        staged=desired_state_to_proto(state.staged) if state.staged else None,
         underway=state.underway,
     )
 
@@ -355,7 +356,7 @@ def agent_state_from_proto(message: pb.AgentState) -> AgentState:
     """Return the state in ``message``.
 
     Raises:
-        InvalidInput: A replica's phase is one that this version does not know, or what is committed contradicts itself.
+        InvalidInput: A replica's phase is one that this version does not know, or what it shall run contradicts itself.
     """
     return AgentState(
         node=message.node,
@@ -373,5 +374,6 @@ def agent_state_from_proto(message: pb.AgentState) -> AgentState:
         device_used_bytes=tuple(message.device_used_bytes),
         forward_port=message.forward_port,
         committed=desired_state_from_proto(message.committed) if message.HasField("committed") else None,
+        staged=desired_state_from_proto(message.staged) if message.HasField("staged") else None,
         underway=message.underway,
     )

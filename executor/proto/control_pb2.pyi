@@ -23,10 +23,10 @@ REPLICA_PHASE_DRAINING: ReplicaPhase
 REPLICA_PHASE_FAILED: ReplicaPhase
 
 class GetStateRequest(_message.Message):
-    __slots__ = ("with_committed",)
-    WITH_COMMITTED_FIELD_NUMBER: _ClassVar[int]
-    with_committed: bool
-    def __init__(self, with_committed: _Optional[bool] = ...) -> None: ...
+    __slots__ = ("with_desired",)
+    WITH_DESIRED_FIELD_NUMBER: _ClassVar[int]
+    with_desired: bool
+    def __init__(self, with_desired: _Optional[bool] = ...) -> None: ...
 
 class DesiredState(_message.Message):
     __slots__ = ("generation", "placement_digest", "node", "groups", "workflows", "handover", "underway")
@@ -257,7 +257,7 @@ class ReplicaState(_message.Message):
     def __init__(self, key: _Optional[_Union[ReplicaKey, _Mapping]] = ..., phase: _Optional[_Union[ReplicaPhase, str]] = ..., reason: _Optional[str] = ..., queued: _Optional[int] = ..., running: _Optional[int] = ..., completed: _Optional[int] = ..., dropped: _Optional[int] = ..., failed: _Optional[int] = ..., batches: _Optional[int] = ..., expected_wait_s: _Optional[float] = ..., max_batch: _Optional[int] = ..., weight_bytes: _Optional[int] = ..., load_s: _Optional[float] = ..., left_over: _Optional[bool] = ...) -> None: ...
 
 class AgentState(_message.Message):
-    __slots__ = ("node", "version", "generation", "placement_digest", "staged_generation", "replicas", "device", "device_count", "resident_bytes", "ready", "drained", "leased_to", "device_used_bytes", "forward_port", "committed", "underway")
+    __slots__ = ("node", "version", "generation", "placement_digest", "staged_generation", "replicas", "device", "device_count", "resident_bytes", "ready", "drained", "leased_to", "device_used_bytes", "forward_port", "committed", "underway", "staged")
     NODE_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
     GENERATION_FIELD_NUMBER: _ClassVar[int]
@@ -274,6 +274,7 @@ class AgentState(_message.Message):
     FORWARD_PORT_FIELD_NUMBER: _ClassVar[int]
     COMMITTED_FIELD_NUMBER: _ClassVar[int]
     UNDERWAY_FIELD_NUMBER: _ClassVar[int]
+    STAGED_FIELD_NUMBER: _ClassVar[int]
     node: str
     version: str
     generation: int
@@ -290,7 +291,8 @@ class AgentState(_message.Message):
     forward_port: int
     committed: DesiredState
     underway: bool
-    def __init__(self, node: _Optional[str] = ..., version: _Optional[str] = ..., generation: _Optional[int] = ..., placement_digest: _Optional[str] = ..., staged_generation: _Optional[int] = ..., replicas: _Optional[_Iterable[_Union[ReplicaState, _Mapping]]] = ..., device: _Optional[str] = ..., device_count: _Optional[int] = ..., resident_bytes: _Optional[int] = ..., ready: _Optional[bool] = ..., drained: _Optional[bool] = ..., leased_to: _Optional[str] = ..., device_used_bytes: _Optional[_Iterable[int]] = ..., forward_port: _Optional[int] = ..., committed: _Optional[_Union[DesiredState, _Mapping]] = ..., underway: _Optional[bool] = ...) -> None: ...
+    staged: DesiredState
+    def __init__(self, node: _Optional[str] = ..., version: _Optional[str] = ..., generation: _Optional[int] = ..., placement_digest: _Optional[str] = ..., staged_generation: _Optional[int] = ..., replicas: _Optional[_Iterable[_Union[ReplicaState, _Mapping]]] = ..., device: _Optional[str] = ..., device_count: _Optional[int] = ..., resident_bytes: _Optional[int] = ..., ready: _Optional[bool] = ..., drained: _Optional[bool] = ..., leased_to: _Optional[str] = ..., device_used_bytes: _Optional[_Iterable[int]] = ..., forward_port: _Optional[int] = ..., committed: _Optional[_Union[DesiredState, _Mapping]] = ..., underway: _Optional[bool] = ..., staged: _Optional[_Union[DesiredState, _Mapping]] = ...) -> None: ...
 
 class Backend(_message.Message):
     __slots__ = ("node", "address")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -223,7 +225,8 @@ def _apply(
 
     plans = PlanStore(store) if store is not None and not dry_run else None
     if plans is not None:
-        plans.put(plan)  # first: a store that cannot be written is known before anything changes
+        with _writing(plans, "nothing was changed; make room there, or name another folder"):
+            plans.put(plan)  # first: a store that cannot be written is known before anything changes
     with out.progress("applying the plan") as step:
         result = asyncio.run(
             bring(
@@ -237,10 +240,28 @@ def _apply(
                 dialer=dialer,
             )
         )
+    _print_applied(out, result)
     if plans is not None and all(stored.generation != result.generation for stored in plans.generations()):
         # Also when nothing changed: an apply that was cut short and run again is live, and must be found again.
-        plans.record(result.generation, plan, applied_at=datetime.now(UTC).isoformat(timespec="seconds"))
-    _print_applied(out, result)
+        live = f"the plan is live as generation {result.generation} all the same"
+        with _writing(plans, f"{live}; make room there, and run this again to record it"):
+            plans.record(result.generation, plan, applied_at=datetime.now(UTC).isoformat(timespec="seconds"))
+
+
+@contextmanager
+def _writing(plans: PlanStore, remedy: str) -> Iterator[None]:
+    """Say which store cannot be written, and what that means.
+
+    Raises:
+        InvalidInput: It cannot.
+    """
+    from plans.errors import InvalidInput
+
+    try:
+        yield
+    except OSError as error:
+        found = error.strerror or str(error)
+        raise InvalidInput.of("a store that can be written", where=plans.root, found=found, remedy=remedy) from error
 
 
 def _event(out: Output, step: Step, event: ProgressEvent) -> None:
@@ -283,8 +304,8 @@ def _print_applied(out: Output, result: ApplyResult) -> None:
     if isinstance(result, NoChanges):
         for line in result.converged:
             out.say(f"put right: {line}")
-        how = "went on where an apply was cut short" if result.converged else "no changes"
-        out.say(f"{how}: the plan is live as generation {result.generation}")
+        how = "it was live already, and has been put right" if result.converged else "no changes: the plan is live"
+        out.say(f"{how} as generation {result.generation}")
     elif isinstance(result, Applied):
         out.say(f"applied as generation {result.generation} in {result.wall_s:.1f} s")
     else:

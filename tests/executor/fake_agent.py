@@ -147,6 +147,7 @@ class FakeAgent(_Scripted, control_pb2_grpc.AgentServicer):
             drained=self.drained,
             forward_port=self.forward.port if self.forward else 0,
             committed=self.desired,
+            staged=self.staged,
             underway=self.desired.underway if self.desired else False,
             ready=wanted <= {key for key, phase in self.phases.items() if phase is Phase.SERVING},
         )

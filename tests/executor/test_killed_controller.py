@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from executor.controller import Applied, NoChanges, apply, status
+from executor.controller import Applied, NoChanges, ProgressEvent, apply, status
 from executor.load import replay
 from plans.service import Services
 from tests.executor.controller_process import doomed_apply
@@ -69,3 +69,46 @@ def test_the_next_apply_goes_on_and_no_request_is_lost(
     assert found.live.digest == after.placement_digest
     assert {replica.group for replica in found.replicas} == {group.id for group in after.groups}
     assert not any(replica.problem for replica in found.replicas)
+
+
+WAVES = [
+    pytest.param(("commit", "done"), 3, 2, id="while-agents-commit-the-second-wave"),
+    pytest.param(("finish", "begun"), 1, 2, id="before-the-first-wave-ends"),
+    pytest.param(("stage", "begun"), 3, 2, id="before-the-second-wave"),
+    pytest.param(("route", "done"), 2, 1, id="when-the-second-wave-has-flipped"),
+    pytest.param(("finish", "begun"), 3, 1, id="before-the-second-wave-ends", marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize(("at", "count", "further"), WAVES)
+def test_the_next_apply_goes_on_wave_by_wave(
+    peers: tuple[Path, list[PeerProcess], PeerProcess], at: tuple[str, str], count: int, further: int
+) -> None:
+    """Every device is full. The next apply knows no plan but its own: agents say what they have committed."""
+    folder, agents, gateway = peers
+    cluster = cluster_of(*agents)
+    before, after = (
+        placement({group: {"chat": variant} for group in ("a/0", "b/0", "b/1")}, memory_bytes=700 * 2**20)
+        for variant in ("fake-slow-20", "fake-double")
+    )
+    asyncio.run(apply(before, cluster, [gateway.address], prior=asyncio.run(status(cluster, [gateway.address])).live))
+    assert doomed_apply(folder, after, before.placement_digest, agents, gateway, at, count) == -signal.SIGKILL
+    assert not asyncio.run(status(cluster, [gateway.address])).healthy
+    arrivals = RequestTrace(pd.DataFrame({"arrival_s": np.arange(60) / 60.0, "service": "chat"}))
+    commits: list[str] = []
+
+    def progress(event: ProgressEvent) -> None:
+        if (event.step, event.outcome, event.peer) == ("commit", "done", "a"):
+            commits.append(event.step)
+
+    async def loaded_apply() -> Any:
+        loading = replay(arrivals, gateway.address, SERVICES)
+        result, _ = await asyncio.gather(loading, apply(after, cluster, [gateway.address], progress=progress))
+        return result
+
+    result = asyncio.run(loaded_apply())
+    assert set(result.requests["outcome"]) == {"good"}
+    assert len(commits) == further
+    found = asyncio.run(status(cluster, [gateway.address]))
+    assert [(one.group, one.variant) for one in found.replicas] == [(g, "fake-double") for g in ("a/0", "b/0", "b/1")]
+    assert not any(one.problem for one in (*found.replicas, *found.agents, *found.gateways))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import defaultdict
 
 from hypothesis import given
@@ -9,7 +10,7 @@ from hypothesis import given
 from executor import wire
 from executor.apply_plan import Live
 from executor.assignment import desired_state, routing_table
-from executor.rounds import outlook, running_plan, stops
+from executor.rounds import outlook, running_plan, stops, stops_from
 from executor.state import AgentState, GatewayState, ReplicaKey
 from plans import transition
 from plans.transition import waves_of
@@ -112,16 +113,38 @@ def test_the_way_from_what_agents_tell_is_that_from_the_plan_itself(before, afte
 
 def test_what_peers_of_different_places_run_is_no_plan():
     before = plan([group("node-0", (0,), [entry("detect")])])
+    after = plan([group("node-0", (1,), [entry("detect")])])
     there = live(before)
-    assert running_plan(there, before) is not None
+    assert running_plan(there, after) is not None
     for agents, gateways in (
         ({}, {"g:1": GatewayState(version="", generation=3, placement_digest="other")}),
         ({"node-0": AgentState(node="node-0", version="", generation=3)}, {}),
         ({"node-0": AgentState(node="node-0", version="", generation=4, placement_digest=before.placement_digest)}, {}),
     ):
         mixed = Live(agents={**there.agents, **agents}, gateways={**there.gateways, **gateways})
-        assert running_plan(mixed, before) is None
-    assert running_plan(Live(agents={}, gateways={}), before) is None
+        assert running_plan(mixed, after) is None
+    assert running_plan(Live(agents={}, gateways={}), after) is None
+
+
+@given(tight_plans(), tight_plans())
+def test_what_an_agent_has_staged_counts_where_others_committed_it_for_the_same_plan(before, after):
+    """A kill between the commits of a stop: what was to stand there comes first, and then the rest of the way."""
+    way = stops(before, after, cluster())
+    there = live(way[0], 5, underway=len(way) > 1)
+    behind, ahead = there.agents.values()
+    staged = dataclasses.replace(behind, generation=4, placement_digest="old", committed=None, staged=behind.committed)
+    mixed = Live(agents={behind.node: staged, ahead.node: ahead}, gateways=live(before, 4).gateways)
+    known = running_plan(mixed, after)
+    assert known is not None
+    assert set(_keys(known)) == set(_keys(way[0]))
+    further = stops_from(known, after, cluster(), settled=False)
+    assert set(_keys(further[0])) == set(_keys(way[0]))
+    assert further[0].placement_digest == after.placement_digest
+    assert further[-1] is after
+    if after.placement_digest != before.placement_digest:
+        assert running_plan(mixed, before) is None  # for another plan they are at different places
+    lost = dataclasses.replace(staged, staged=None)
+    assert running_plan(Live(agents={behind.node: lost, ahead.node: ahead}, gateways=mixed.gateways), after) is None
 
 
 @given(tight_plans(), tight_plans())

@@ -116,6 +116,7 @@ agent_states = st.builds(
     device_used_bytes=st.lists(counts, max_size=3).map(tuple),
     forward_port=st.integers(0, 65535),
     committed=st.none() | desired_states(),
+    staged=st.none() | desired_states(),
     underway=st.booleans(),
 )
 gateway_states = st.builds(
