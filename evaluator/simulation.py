@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -101,7 +100,6 @@ def evaluate(
     trace: RequestTrace,
     *,
     settings: Settings | None = None,
-    overhead_s: float | None = None,
     cluster: Cluster | None = None,
     profiles: ProfileLibrary | None = None,
     changes: Sequence[Change] = (),
@@ -118,7 +116,6 @@ def evaluate(
         services: Deadlines and accuracies.
         trace: Arrivals.
         settings: How to simulate; the defaults are what the executor does.
-        overhead_s: Replaces that of ``settings``.
         cluster: GPU types of the nodes, to find profiles by; the network between them; and where later plans run.
         profiles: Where percentiles, interference factors and token costs come from; without them latencies do not vary,
             batches that run at once share the time, and generation is served by the plan's table.
@@ -136,8 +133,6 @@ def evaluate(
             there, plans shall change without a cluster, or a single pass is asked for where it does not apply.
     """
     chosen = settings or Settings()
-    if overhead_s is not None:
-        chosen = dataclasses.replace(chosen, overhead_s=overhead_s)
     _check(trace, chosen, timeline_s, profiled=cluster is not None and profiles is not None)
     if chosen.latency == "profile" and cluster is not None and profiles is not None:
         _check_profiled(plan, cluster, profiles)

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from evaluator import evaluate
+from evaluator import Settings, evaluate
 from plans import InvalidInput, Services
 from tests.evaluator import naive
 from tests.plans.strategies import entry, group, plan
@@ -63,7 +63,7 @@ def scenarios(draw):
 def test_every_request_ends_as_in_the_naive_simulator(scenario, overhead_s):
     one, deadlines, arrivals = scenario
     services = services_with(**deadlines)
-    result = evaluate(one, services, trace_of(arrivals), overhead_s=overhead_s).requests
+    result = evaluate(one, services, trace_of(arrivals), settings=Settings(overhead_s=overhead_s)).requests
     rows = [naive.Row(arrival_s=time, name=name) for time, name in arrivals]
     expected = naive.run(naive.Scenario(plan=one, services=services, rows=rows, overhead_s=overhead_s))
     for row, end in zip(result.itertuples(), expected, strict=True):
@@ -142,7 +142,7 @@ def test_names_and_numbers_that_make_no_sense_are_refused():
     with pytest.raises(InvalidInput, match="'segment', expected one of detect"):
         evaluate(one, services_with(detect=1.0), trace_of([(0.0, "segment")]))
     with pytest.raises(InvalidInput, match="at least 0 seconds"):
-        evaluate(one, services_with(detect=1.0), trace_of([(0.0, "detect")]), overhead_s=-1)
+        evaluate(one, services_with(detect=1.0), trace_of([(0.0, "detect")]), settings=Settings(overhead_s=-1))
     with pytest.raises(InvalidInput, match="at least one request"):
         evaluate(one, services_with(detect=1.0), trace_of([]))
 
