@@ -81,10 +81,14 @@ def forecast_figure(demand: Demand, history: RateTrace | None, actual: RateTrace
 
 
 def _add_band(figure: Any, demand: Demand, service: ServiceDemand, where: Mapping[str, Any]) -> None:
-    """Add the mean and the widest stated quantiles, held over each window."""
+    """Add the median and the widest stated quantiles, held over each window; the mean where no median is stated.
+
+    A method without parameters repeats the past as its mean, which need not lie within what its errors say.
+    """
     windows = len(service.rate_rps)
     x = (demand.start_s + np.arange(windows + 1) * demand.window_s) / 60
-    mean = [rate.mean for rate in service.rate_rps]
+    middle = "mean" if any("0.5" not in rate.quantiles for rate in service.rate_rps) else "median"
+    line_rps = [rate.mean if middle == "mean" else rate.quantiles["0.5"] for rate in service.rate_rps]
     levels = sorted(service.rate_rps[0].quantiles, key=float)
     if len(levels) >= 2:
         low, high = ([rate.quantiles[level] for rate in service.rate_rps] for level in (levels[0], levels[-1]))
@@ -96,7 +100,13 @@ def _add_band(figure: Any, demand: Demand, service: ServiceDemand, where: Mappin
         figure.add_scatter(x=x, y=[*high, high[-1]], name=name, legendgroup=name, **band, **fill, **where)
     line = {"color": SOURCES["simulated"], "shape": "hv"}
     figure.add_scatter(
-        x=x, y=[*mean, mean[-1]], name="forecast mean", legendgroup="mean", mode="lines", line=line, **where
+        x=x,
+        y=[*line_rps, line_rps[-1]],
+        name=f"forecast {middle}",
+        legendgroup="middle",
+        mode="lines",
+        line=line,
+        **where,
     )
 
 

@@ -189,3 +189,14 @@ def test_the_phases_of_a_model_that_generates_have_axes_of_their_own():
 def test_a_request_log_that_is_not_there_is_called_so(tmp_path):
     with pytest.raises(InvalidInput, match="found no such file, expected a request log"):
         read_run(tmp_path / "none.parquet", PLAN, SERVICES)
+
+
+@pytest.mark.parametrize(
+    ("quantiles", "name", "value"),
+    [({"0.1": 1.0, "0.5": 2.0, "0.9": 9.0}, "forecast median", 2.0), ({"0.1": 1.0, "0.9": 9.0}, "forecast mean", 0.5)],
+)
+def test_the_line_of_a_forecast_is_its_median_where_that_is_stated(quantiles, name, value):
+    service = {"service": "detect", "rate_rps": [{"mean": 0.5, "quantiles": quantiles}] * 2}
+    demand = Demand.model_validate({"window_s": 5, "services": [service]})
+    line = figures.forecast_figure(demand, None, None).data[-1]
+    assert (line.name, list(line.y)) == (name, [value] * 3)
