@@ -94,35 +94,41 @@ class ReplicaChange:
     action: Literal["load", "keep", "unload"]
 
 
-def check_plan(plan: Plan, cluster: Cluster) -> None:
+def check_plan(plan: Plan, cluster: Cluster, *, plan_name: str = "plan", cluster_name: str = "cluster") -> None:
     """Check that every node and device of ``plan`` exists in ``cluster``, and that every node has an address.
+
+    Faults call the two documents by ``plan_name`` and ``cluster_name``.
 
     Raises:
         InvalidInput: The plan is for another cluster, or an address is missing; all faults at once.
     """
-    faults = list(_cluster_faults(plan, cluster))
+    faults = list(_cluster_faults(plan, cluster, plan_name, cluster_name))
     if faults:
         raise InvalidInput(faults)
 
 
-def _cluster_faults(plan: Plan, cluster: Cluster) -> Iterator[Fault]:
+def _cluster_faults(plan: Plan, cluster: Cluster, plan_name: str, cluster_name: str) -> Iterator[Fault]:
     counts = {node.name: node.gpus.count for node in cluster.nodes}
     remedy = "this plan was made for another cluster; plan again for this one"
     for position, group in enumerate(plan.groups):
         field = f"groups[{position}]"
         if group.node not in counts:
             known = f"a node of the cluster: {', '.join(counts)}"
-            yield Fault(where="plan", field=f"{field}.node", found=repr(group.node), expected=known, remedy=remedy)
+            yield Fault(where=plan_name, field=f"{field}.node", found=repr(group.node), expected=known, remedy=remedy)
         else:
             count = counts[group.node]
             for gpu in group.gpus:
                 if gpu >= count:
                     expected = f"an index below {count}: {group.node!r} has no more GPUs"
-                    yield Fault(where="plan", field=f"{field}.gpus", found=str(gpu), expected=expected, remedy=remedy)
+                    yield Fault(
+                        where=plan_name, field=f"{field}.gpus", found=str(gpu), expected=expected, remedy=remedy
+                    )
     for position, node in enumerate(cluster.nodes):
         if not node.address:
             field = f"nodes[{position}].address"
-            yield Fault(where="cluster", field=field, found="nothing", expected=f"host:port of {node.name!r}'s agent")
+            yield Fault(
+                where=cluster_name, field=field, found="nothing", expected=f"host:port of {node.name!r}'s agent"
+            )
 
 
 def live_prior(live: Live) -> Prior | None:

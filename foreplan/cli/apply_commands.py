@@ -63,6 +63,7 @@ def apply(
     insecure: Insecure = False,
 ) -> None:
     """Bring all nodes and gateways to a plan, all or nothing."""
+    from executor.apply_plan import check_plan
     from plans.cluster import Cluster
     from plans.codec import read_plan
     from plans.documents import read_document
@@ -70,6 +71,7 @@ def apply(
     inventory = read_document(cluster, Cluster)
     dialer = cluster_dialer(inventory, gateway, client_cert, client_key, root_cert, insecure=insecure)
     wanted = read_plan(plan)
+    check_plan(wanted, inventory, plan_name=str(plan), cluster_name=str(cluster))
     if target:
         wanted = _targeted(wanted, inventory, gateway, store, target, dialer)
     prior = None if target else _prior_of_the_rest(wanted, inventory, gateway, store, dialer)
@@ -181,6 +183,7 @@ def rollback(
     insecure: Insecure = False,
 ) -> None:
     """Apply a plan of the store again, whatever is live."""
+    from executor.apply_plan import check_plan
     from executor.cluster_status import status as observe
     from plans.cluster import Cluster
     from plans.documents import read_document
@@ -192,7 +195,9 @@ def rollback(
     live = asyncio.run(observe(inventory, gateway, dialer=dialer)).live
     if generation is None:
         generation = _generation_before(plans, live)
-    plan = plans.get(plans.generation(generation).name)
+    stored = plans.generation(generation)
+    plan = plans.get(stored.name)
+    check_plan(plan, inventory, plan_name=str(stored.path), cluster_name=str(cluster))
     out.say(f"rolling back to the plan of generation {generation}")
     limits = _timeouts(timeout or [])
     _apply(out, plan, inventory, gateway, store, dry_run=dry_run, prior=live, timeouts=limits, dialer=dialer)

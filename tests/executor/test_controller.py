@@ -288,6 +288,21 @@ class TestRollBack:
 
         run(scenario)
 
+    def test_every_node_that_took_too_long_is_named_with_the_option_that_gives_it_longer(self) -> None:
+        async def scenario(made: Site) -> None:
+            await made.apply(FIRST)
+            held = [agent.hold("Stage") for agent in made.agents.values()]
+            with pytest.raises(ApplyRolledBack) as caught:
+                await made.apply(SECOND, timeouts=ApplyTimeouts(stage_s=0.05, abort_s=1.0))
+            for event in held:
+                event.set()
+            text = str(caught.value)
+            assert text.count("not done within 0.05 s; give it longer with --timeout stage=SECONDS") == len(NODES)
+            assert all(f"agent of {node} at" in text for node in NODES)
+            made.assert_runs(FIRST, 1)
+
+        run(scenario)
+
     def test_routes_that_every_gateway_refuses_are_taken_back(self) -> None:
         async def scenario(made: Site) -> None:
             await made.apply(FIRST)

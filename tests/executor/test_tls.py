@@ -167,6 +167,34 @@ def _wrong_channel(wrong: str, address: str, trusted: bytes, authority: Authorit
     return grpc.aio.secure_channel(address, credentials)
 
 
+def test_a_refused_operator_is_told_what_to_give(tmp_path: Path) -> None:
+    async def told(client: AgentClient | GatewayClient) -> str:
+        with pytest.raises(RemoteFailure) as caught:
+            await client.state(timeout_s=30)
+        return caught.value.problem
+
+    async def scenario() -> None:
+        async with site(tmp_path) as made:
+            other = Authority.made(tmp_path / "other").dialer(Role.OPERATOR)
+            options = channel_options(1 << 20)
+            async with (
+                Dialer().open(made.agent, options) as clear,
+                other.open(made.agent, options) as foreign,
+                made.open(Role.CLIENT, made.agent) as client,
+                made.open(Role.OPERATOR, made.agent) as operator,
+                grpc.aio.insecure_channel(f"127.0.0.1:{free_port()}") as nobody,
+            ):
+                assert "a certificate that it trusts: --grpc-client-cert" in await told(AgentClient(clear, "a"))
+                assert "no authority in --grpc-root-cert" in await told(AgentClient(foreign, "a"))
+                assert "give an operator's certificate" in await told(AgentClient(client, "a"))
+                assert "another kind of process answers" in await told(GatewayClient(operator, "a"))
+                refused = await told(AgentClient(nobody, "a"))
+                assert "Connection refused" in refused
+                assert "(" not in refused
+
+    run(scenario())
+
+
 def test_a_client_refuses_a_server_of_another_authority(tmp_path: Path) -> None:
     async def scenario() -> None:
         async with site(tmp_path) as made:

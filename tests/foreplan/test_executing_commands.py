@@ -63,6 +63,10 @@ def where(workspace):
 def test_a_plan_is_applied_served_replaced_and_rolled_back(live):
     dry = json.loads(live.run("apply", "plan.json", *where(live), "--dry-run", "--json").stdout)
     assert dry["outcome"] == "dry run"
+    (wave,) = dry["waves"]
+    assert (wave["at_s"], wave["unload"]) == (0.0, [])
+    assert len(wave["load"]) == len(dry["changes"])
+    assert "wave 1, from about 0.0 s" in live.run("apply", "plan.json", *where(live), "--dry-run").stdout
     assert json.loads(live.run("status", *where(live), "--json").stdout)["generation"] == 0
     without = live.run("load", "--trace", "t.csv", "--services", "services.yaml", "--gateway", live.gateway)
     assert "requests failed: " in without.stderr
@@ -177,11 +181,22 @@ def test_a_store_that_cannot_be_written_is_told_before_anything_changes(live):
     )
 
 
+def test_a_store_that_cannot_record_what_is_live_now_says_that_it_is(live):
+    (live.folder / "full" / "plans").mkdir(parents=True)
+    (live.folder / "full" / "generations").write_text("")
+    refused = live.run("apply", "plan.json", *where(live), "--store", "full", code=1)
+    assert "the plan is live as generation" in refused.stderr
+    assert "run this again to record it" in refused.stderr
+    (live.folder / "full" / "generations").unlink()
+    assert "no changes" in live.run("apply", "plan.json", *where(live), "--store", "full").stdout
+    assert len(list((live.folder / "full" / "generations").iterdir())) == 1
+
+
 def test_a_plan_for_another_cluster_is_refused(live):
     document = json.loads((live.folder / "plan.json").read_text().replace("node-a", "node-x"))
     (live.folder / "foreign.json").write_text(json.dumps(document))
     result = live.run("apply", "foreign.json", *where(live), code=1)
-    assert "node-x" in result.stderr
+    assert "foreign.json: groups[0].node: found 'node-x', expected a node of the cluster" in result.stderr
 
 
 def test_a_status_that_nobody_answers_is_an_error_and_says_who_was_asked(tmp_path):
