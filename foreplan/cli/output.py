@@ -109,19 +109,31 @@ class Output:
         self._stderr.print(Text.assemble(("error: ", "bold red"), text))
 
     def table(self, columns: Sequence[str], rows: Iterable[Sequence[object]], *, title: str = "") -> None:
-        """Print a table: framed on a terminal, plain columns when piped; nothing with ``--json``."""
+        """Print a table: framed on a terminal, plain columns when piped; nothing with ``--json``.
+
+        One that is too wide for the terminal and has fewer rows than columns is turned: a line for each column.
+        """
         if self.as_json:
             return
+        cells = [[_cell(value) for value in row] for row in rows]
+        table = self._table(columns, cells, title)
+        if self._stdout.is_terminal and 0 < len(cells) < len(columns):
+            uncut = self._stdout.options.update(max_width=_UNCUT)
+            if self._stdout.measure(table, options=uncut).maximum > self._stdout.width:
+                head, *turned = [[column, *(row[position] for row in cells)] for position, column in enumerate(columns)]
+                table = self._table(head, turned, title)
+        self._stdout.print(table)
+
+    def _table(self, columns: Sequence[str], cells: Sequence[Sequence[str]], title: str) -> Table:
         on_terminal = self._stdout.is_terminal
         frame = box.ROUNDED if on_terminal else None
         table = Table(title=title or None, title_justify="left", box=frame, pad_edge=on_terminal)
-        cells = [[_cell(value) for value in row] for row in rows]
         for position, column in enumerate(columns):
             numeric = bool(cells) and all(_numeric(row[position]) for row in cells)
             table.add_column(column, justify="right" if numeric else "left", overflow="fold", no_wrap=not on_terminal)
         for row in cells:
             table.add_row(*(Text(text) for text in row))
-        self._stdout.print(table)
+        return table
 
     @contextmanager
     def progress(self, text: str, total: float | None = None, *, in_lines: bool = False) -> Iterator[Step]:

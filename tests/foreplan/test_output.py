@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+import re
 import sys
 
 from rich.console import Console
@@ -41,3 +42,39 @@ def test_a_closed_stdout_takes_all(monkeypatch):
     out.say("nobody reads this")
     out.flush()
     sys.stdout.close()
+
+
+class _Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def _lines(monkeypatch, width, columns, rows, *, terminal=True):
+    screen = _Terminal() if terminal else io.StringIO()
+    monkeypatch.setattr(sys, "stdout", screen)
+    monkeypatch.setenv("COLUMNS", str(width))
+    monkeypatch.setenv("TERM", "xterm")
+    Output(as_json=False, color=False).table(columns, rows, title="Times")
+    return screen.getvalue().splitlines()
+
+
+def test_a_table_too_wide_for_the_terminal_has_a_line_for_each_column(monkeypatch):
+    columns, rows = [f"percentile {n}" for n in range(9)], [[n / 7 for n in range(9)], [n / 3 for n in range(9)]]
+    lines = _lines(monkeypatch, 60, columns, rows)
+    assert max(len(re.sub(r"\x1b\[[0-9;]*m", "", line)) for line in lines) <= 60
+    for n, column in enumerate(columns):
+        (line,) = [line for line in lines if column in line]
+        assert f"{n / 7:.4g}" in line
+        assert f"{n / 3:.4g}" in line
+    assert len(_lines(monkeypatch, 160, columns, rows)) == 7  # title, three rules, head, two rows
+
+
+def test_a_piped_table_stays_as_it_is_however_wide(monkeypatch):
+    columns = [f"percentile {n}" for n in range(30)]
+    title, head, row = _lines(monkeypatch, 60, columns, [range(30)], terminal=False)
+    assert (title.strip(), head.split("  ")[0], row.split()[-1]) == ("Times", "percentile 0", "29")
+
+
+def test_a_long_table_is_not_turned(monkeypatch):
+    lines = _lines(monkeypatch, 30, ["a long name of a column", "another one"], [[n, n] for n in range(40)])
+    assert len(lines) > 40
