@@ -24,12 +24,16 @@ _PAUSE_S = 0.05
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Drained:
-    """How a drain, or its end, went: ``services`` are those of the node, ``wall_s`` how long it took."""
+    """How a drain, or its end, went: ``services`` are those of the node, ``wall_s`` how long it took.
+
+    ``ready``: everything that the node shall run serves; after a restart it may still be loading.
+    """
 
     node: str
     drained: bool
     services: tuple[str, ...]
     wall_s: float
+    ready: bool = True
 
 
 async def set_drained(
@@ -94,18 +98,25 @@ async def set_drained(
                 stays = f"it stays {'drained' if drained else 'in the rotation'}; `foreplan status` tells more"
                 raise RemoteFailure(node, f"after {timeout_s:g} s: {problem}; {stays}", retryable=True)
             await asyncio.sleep(_PAUSE_S)
-    return Drained(node=node, drained=drained, services=services, wall_s=clock() - start_s)
+        ready = (await connection.agents[node].state(timeout_s=_CALL_S)).ready
+    return Drained(node=node, drained=drained, services=services, wall_s=clock() - start_s, ready=ready)
 
 
 def sole_services(node: str, agents: dict[str, AgentState]) -> tuple[str, ...]:
-    """Return the services that ``node`` serves and no other node in rotation does."""
-    serving = {
-        name: {replica.key.service for replica in state.replicas if replica.phase is Phase.SERVING}
-        for name, state in agents.items()
-        if not state.drained or name == node
+    """Return the services that ``node`` serves, or is about to, and that no other node in rotation serves."""
+    here = {
+        replica.key.service
+        for replica in agents[node].replicas
+        if replica.phase in (Phase.SERVING, Phase.LOADING) and not replica.left_over
     }
-    elsewhere = set().union(*(services for name, services in serving.items() if name != node))
-    return tuple(sorted(serving.get(node, set()) - elsewhere))
+    elsewhere = {
+        replica.key.service
+        for name, state in agents.items()
+        if name != node and not state.drained
+        for replica in state.replicas
+        if replica.phase is Phase.SERVING
+    }
+    return tuple(sorted(here - elsewhere))
 
 
 async def _remaining(connection: ClusterConnection, node: str, drained: bool) -> str:

@@ -199,6 +199,8 @@ def rollback(
     plan = plans.get(stored.name)
     check_plan(plan, inventory, plan_name=str(stored.path), cluster_name=str(cluster))
     out.say(f"rolling back to the plan of generation {generation}")
+    if not dry_run:
+        out.note(f"should this be cut short, `foreplan rollback {generation}` goes on from there")
     limits = _timeouts(timeout or [])
     _apply(out, plan, inventory, gateway, store, dry_run=dry_run, prior=live, timeouts=limits, dialer=dialer)
 

@@ -128,5 +128,6 @@ def _drain(
     dialer = cluster_dialer(inventory, gateways, *files, insecure=insecure)
     done = asyncio.run(set_drained(inventory, gateways, node, drained, force=force, timeout_s=timeout_s, dialer=dialer))
     out.result({"node": node, "drained": drained, "services": list(done.services), "wall_s": done.wall_s})
-    how = "is drained: no gateway sends to it, and nothing runs" if drained else "takes requests again"
+    back = "takes requests again" if done.ready else "takes requests again as soon as its replicas serve"
+    how = "is drained: no gateway sends to it, and nothing runs" if drained else back
     out.say(f"{node} {how} ({done.wall_s:.1f} s)")

@@ -53,9 +53,9 @@ def test_a_drained_node_gets_no_requests_until_it_is_taken_back(tmp_path: Path) 
 
 
 def test_what_only_a_drained_node_serves_elsewhere_does_not_count() -> None:
-    def agent(node: str, *services: str, drained: bool = False) -> AgentState:
+    def agent(node: str, *services: str, drained: bool = False, phase: Phase = Phase.SERVING) -> AgentState:
         replicas = tuple(
-            ReplicaState(key=ReplicaKey(group=f"{node}/0", service=service, variant="v"), phase=Phase.SERVING)
+            ReplicaState(key=ReplicaKey(group=f"{node}/0", service=service, variant="v"), phase=phase)
             for service in services
         )
         return AgentState(node=node, version="", replicas=replicas, drained=drained)
@@ -63,6 +63,9 @@ def test_what_only_a_drained_node_serves_elsewhere_does_not_count() -> None:
     agents = {"a": agent("a", "x", "y"), "b": agent("b", "x", drained=True), "c": agent("c", "y")}
     assert sole_services("a", agents) == ("x",)
     assert sole_services("c", agents) == ()
+    loading = agents | {"a": agent("a", "x", "y", phase=Phase.LOADING)}
+    assert sole_services("a", loading) == ("x",)  # it would load, and nobody would send to it
+    assert sole_services("c", loading) == ("y",)
 
 
 def test_a_dead_node_keeps_nobody_from_draining_another_and_a_dead_gateway_is_told_before_anything_changes(
