@@ -84,10 +84,18 @@ class Cluster(Document):
     @model_validator(mode="after")
     def _names_agree(self) -> Cluster:
         seen: set[str] = set()
+        addresses: set[str] = set()
         for position, node in enumerate(self.nodes):
             if node.name in seen:
                 raise ValueError(f"nodes[{position}].name to be a name of its own: found {node.name!r} again")
             seen.add(node.name)
+            if node.address and not 0 < int(node.address.rpartition(":")[2]) < 65536:
+                raise ValueError(
+                    f"nodes[{position}].address to be host:port with a port of 1 to 65535: found {node.address!r}"
+                )
+            if node.address and node.address in addresses:
+                raise ValueError(f"nodes[{position}].address to be one of its own: found {node.address!r} again")
+            addresses.add(node.address)
             if node.gpus.type not in self.gpu_types:
                 known = ", ".join(sorted(self.gpu_types))
                 raise ValueError(f"nodes[{position}].gpus.type to be one of {known}: found {node.gpus.type!r}")

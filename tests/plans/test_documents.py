@@ -83,6 +83,8 @@ def test_all_faults_come_at_once_each_with_its_line():
         (("count: 8", "count: eight"), "nodes[0].gpus.count"),
         (("cost_per_hour: 3.9", "cost_per_hour: .nan"), "gpu_types.h100-80gb.cost_per_hour"),
         (('"10.0.0.1:7443"', "nowhere"), "nodes[0].address"),
+        (('"10.0.0.1:7443"', '"10.0.0.1:65536"'), "nodes[0].address"),
+        (('"10.0.0.1:7443"', '"10.0.0.1:0"'), "nodes[0].address"),
         (("type: h100-80gb", "type: h200"), "nodes[0].gpus.type"),
         (("name: node-a", 'name: "../etc"'), "nodes[0].name"),
     ],
