@@ -14,6 +14,7 @@ import gc
 import logging
 import multiprocessing
 import shutil
+import signal
 import socket
 import tempfile
 import time
@@ -129,7 +130,8 @@ class _Keeper:
             name=f"gateway-{self._member.index}",
         )
         with ours:
-            self._process.start()
+            with _interrupts_held():  # Ctrl-C is the parent's to answer, also while the process starts
+                self._process.start()
             theirs.close()
             problem = await asyncio.to_thread(_heard, ours)
         if problem:
@@ -171,6 +173,16 @@ def _heard(ours: Connection) -> str:
         return ours.recv_bytes().decode()
     except EOFError:
         return "it ended before it listened; see its log"
+
+
+@contextlib.contextmanager
+def _interrupts_held() -> Iterator[None]:
+    """Hold back SIGINT here for a moment, and for ever in processes that are started meanwhile."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 async def _ended(process: SpawnProcess) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import signal
 import socket
 import subprocess
 import sys
@@ -146,6 +147,16 @@ def test_what_http_does_not_know_is_told_as_json(site: tuple[PeerProcess, PeerPr
         with caught.value as answer:
             assert answer.code == code
             assert json.loads(answer.read())["error"]
+
+
+def test_an_interrupt_from_the_keyboard_is_for_the_process_that_keeps_them(
+    site: tuple[PeerProcess, PeerProcess],
+) -> None:
+    for member in members(site[1]):
+        told = Path(f"/proc/{member.pid}/status").read_text()
+        (blocked,) = [int(line.split()[1], 16) for line in told.splitlines() if line.startswith("SigBlk:")]
+        assert blocked & 1 << signal.SIGINT - 1
+        assert not blocked & 1 << signal.SIGTERM - 1
 
 
 def test_it_ends_with_all_its_processes(site: tuple[PeerProcess, PeerProcess]) -> None:
