@@ -342,9 +342,10 @@ def print_summary(out: Output, summary: RunSummary) -> None:
     if measured:
         out.table(["group", "utilisation"], [[group.group, f"{group.utilisation:.1%}"] for group in measured])
     attained = "-" if summary.attainment is None else f"{summary.attainment:.2%}"
+    used = f", {summary.gpu_hours:.4g} GPU-hours" if summary.gpu_hours else ""
     out.say(
         f"{summary.requests} requests in {summary.wall_s:.4g} s: goodput {summary.goodput_rps:.4g} of "
-        f"{summary.offered_rps:.4g} rps, attainment {attained}, {summary.gpu_hours:.4g} GPU-hours"
+        f"{summary.offered_rps:.4g} rps, attainment {attained}{used}"
     )
 
 

@@ -94,7 +94,7 @@ def run(
     seed: Seed = 0,
 ) -> None:
     """Measure latency, memory and load time of models on this machine."""
-    from executor.runtime.names import check_names
+    from executor.runtime.names import check_names, local_model
     from foreplan.device import Device
     from foreplan.measure import measure
     from foreplan.resume import RowStore
@@ -125,6 +125,10 @@ def run(
         _check_pairs(models, where)
     stop = StopRule(point_s=point_seconds)
     check_names(models, model_dir)
+    if model_dir is not None:
+        for model in models:
+            if local_model(model, model_dir) is None:
+                out.warn(f"{model} is not in {model_dir}: measuring the registry's model of that name")
     profile_documents.make_folder(output)
     store = RowStore(output, where, grid, stop)
     if fresh:

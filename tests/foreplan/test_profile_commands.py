@@ -134,6 +134,8 @@ def test_what_a_command_has_finished_is_not_measured_again_after_it_failed(tmp_p
     before = (tmp_path / "p" / "bert-tiny-16.cpu.json").read_bytes()
     again = foreplan(tmp_path, "run", "bert-tiny-16", "damaged", "-o", "p", *grid, code=1)
     assert "measured already" in again.stderr
+    assert "bert-tiny-16 is not in models: measuring the registry's model of that name" in again.stderr
+    assert "damaged is not in models" not in again.stderr
     assert (tmp_path / "p" / "bert-tiny-16.cpu.json").read_bytes() == before
     foreplan(tmp_path, "run", "bert-tiny-16", "-o", "p", *grid)  # goes to its end, and leaves nothing behind
     assert [path.name for path in (tmp_path / "p").iterdir()] == ["bert-tiny-16.cpu.json"]
