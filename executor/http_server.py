@@ -18,6 +18,8 @@ __all__ = ["http_server", "metrics_application", "role_check"]
 
 _GRACE_S = 5.0
 """How long requests may go on once the server is told to stop."""
+_LINGER_S = 10.0
+"""How long a client that is refused may go on sending before its connection is closed."""
 
 _log = logging.getLogger("executor.http")
 _METRICS = "text/plain; version=0.0.4; charset=utf-8"
@@ -52,7 +54,12 @@ async def http_server(
         raise InvalidInput.of("host:port, such as 127.0.0.1:8000", where=where, found=repr(address))
     # aiohttp lets requests go on for this time twice, the second time without reading more of them.
     runner = web.AppRunner(
-        application, access_log=None, logger=_log, shutdown_timeout=_GRACE_S / 2, handler_cancellation=True
+        application,
+        access_log=None,
+        logger=_log,
+        shutdown_timeout=_GRACE_S / 2,
+        handler_cancellation=True,
+        lingering_time=_LINGER_S,
     )
     await runner.setup()
     try:

@@ -140,6 +140,8 @@ def test_what_is_not_served_says_what_is(
 def test_a_body_that_is_too_large_or_does_not_come_is_refused_and_its_connection_closed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("executor.http_server._LINGER_S", 0.1)
+
     async def answered(address: str, length: int, sent: bytes) -> bytes:
         reader, writer = await asyncio.open_connection(*address.split(":"))
         writer.write(b"POST /v2/models/chat/infer HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % length)
