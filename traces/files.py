@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import gzip
 import math
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -226,8 +227,8 @@ def _parquet_schema(path: Path) -> pa.Schema:
 
 
 def _damaged_parquet(path: Path, error: Exception) -> InvalidInput:
-    if isinstance(error, FileNotFoundError | IsADirectoryError | PermissionError) and error.strerror:
-        return InvalidInput.of("a readable file", where=path, found=error.strerror)
+    if isinstance(error, FileNotFoundError | IsADirectoryError | PermissionError) and error.errno:
+        return InvalidInput.of("a readable file", where=path, found=os.strerror(error.errno))
     found = (str(error).splitlines() or [type(error).__name__])[0]
     remedy = "the file is cut short or damaged: fetch or write it again"
     return InvalidInput.of("a whole Parquet file", where=path, found=found, remedy=remedy)

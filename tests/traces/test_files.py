@@ -113,7 +113,8 @@ def test_a_damaged_file_is_a_named_fault(tmp_path, name, content):
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
 def test_a_missing_file_or_a_folder_is_a_named_fault(tmp_path, suffix):
-    assert "No such file" in fault_of(lambda: read_request_trace(tmp_path / f"none{suffix}"))[0].found
+    missing = fault_of(lambda: read_request_trace(tmp_path / f"none{suffix}"))[0]
+    assert missing.found == "No such file or directory"
     (tmp_path / f"folder{suffix}").mkdir()
     assert fault_of(lambda: read_request_trace(tmp_path / f"folder{suffix}"))
 
