@@ -3,7 +3,6 @@ from __future__ import annotations
 import asyncio
 import io
 import json
-import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -13,6 +12,7 @@ import aiohttp
 import pytest
 
 from tests.executor.fake_agent import FakeAgent
+from tests.executor.logged import errors_logged
 from tests.executor.test_gateway import agents, door, run, table
 from tests.free_port import free_port
 
@@ -70,7 +70,7 @@ def test_whatever_a_client_sends_is_answered_and_fills_no_log(
             assert (await posted(session, EMPTY))[0] == 200
 
     run(scenario())
-    assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
+    assert not errors_logged(caplog)
 
 
 def test_what_cannot_be_taken_is_refused_before_its_body_is_looked_at(tmp_path: Path) -> None:
@@ -96,7 +96,7 @@ def test_a_name_that_is_no_text_is_no_service(tmp_path: Path, path: str, caplog:
             assert (answer.status, answer.content_type) == (404, "application/json")
 
     run(scenario())
-    assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
+    assert not errors_logged(caplog)
 
 
 def test_a_broken_body_of_a_request_that_was_refused_already_fills_no_log(
@@ -114,7 +114,7 @@ def test_a_broken_body_of_a_request_that_was_refused_already_fills_no_log(
             writer.close()
 
     run(scenario())
-    assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
+    assert not errors_logged(caplog)
 
 
 @pytest.mark.parametrize(
@@ -189,4 +189,4 @@ def test_what_is_no_http_is_refused_and_fills_no_log(
             writer.close()
 
     run(scenario())
-    assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
+    assert not errors_logged(caplog)
