@@ -4,8 +4,9 @@ The model sleeps, so the two cores are free for everything else; what is added i
 less the time that the batch ran, for requests that met no other in queue or batch (arrivals 40 ms apart on each of four
 devices). In the same run the same clients send the same requests to the same model inside a bare grpc.aio server: that
 is what any server costs, and the client itself. One client is that of `foreplan load`, grpc.aio; the other writes the
-same frames to a socket (`light_client`), which leaves out what a gRPC library takes for itself at the client. To reach:
-p50 at most 1.5 ms, p99 at most 5 ms.
+same frames to a socket (`light_client`), which leaves out what a gRPC library takes for itself at the client. Gateway
+and bare server keep to one core each (``gateway --pin-cores``) unless the second argument is ``free``. To reach: p50 at
+most 1.5 ms, p99 at most 5 ms.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from executor_site import about, placed, running_site, services_of
 from light_client import LightClient
 from timed_runtime import TimedRuntime
 
+from executor.cores import core_of_process, pin_process
 from executor.infer_header import read_answer_header
 from executor.load import LoadOptions, replay
 from executor.load_run import LoadRun, Schedule
@@ -36,6 +38,7 @@ from executor.tensors import decode_inputs, encode_request, encode_response
 from traces.table import RequestTrace
 
 VARIANT, RATE_RPS, SECONDS = "timed-20-0-37500", 100.0, float(sys.argv[1]) if len(sys.argv) > 1 else 20.0
+PINNED = sys.argv[2:] != ["free"]
 ROUNDS, WARM_S = 4, 2.0
 SERVICE, METHOD = "inference.GRPCInferenceService", "ModelInfer"
 
@@ -49,7 +52,8 @@ def main() -> None:
     bare.start()
     address = f"127.0.0.1:{ours.recv()}"
     print(about())
-    with running_site(devices=4) as site:
+    print("gateway and bare server " + ("on a core each" if PINNED else "on any core"))
+    with running_site(devices=4, gateway_options=["--pin-cores"] * PINNED) as site:
         site.apply(plan)
         runs: dict[str, Callable[[float], Coroutine[Any, Any, pd.DataFrame]]] = {
             "gateway and agent, grpc.aio client": lambda seconds: _ours(site.gateway, seconds),
@@ -139,6 +143,8 @@ def _cpu_s(pid: int | None) -> float:
 
 def _serve_bare(connection: Connection) -> None:
     """Serve the model the plain way: parse, run in a thread, answer."""
+    if PINNED:
+        pin_process((core_of_process(0, 1),))
     model = TimedRuntime().load(VARIANT, 1)
 
     def ran(inputs: Any) -> tuple[Any, float]:

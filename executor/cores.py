@@ -13,7 +13,7 @@ from typing import TypeVar
 
 from plans.errors import InvalidInput
 
-__all__ = ["at_low_priority", "cores_of", "lower_priority", "own_cores", "pin_process"]
+__all__ = ["at_low_priority", "core_of_process", "cores_of", "lower_priority", "own_cores", "pin_process"]
 
 _STEP = 10
 """By how much nicer threads are that nobody waits for: they get a tenth of the processor time of others beside them."""
@@ -36,7 +36,7 @@ def own_cores(device_count: int, threads: int) -> tuple[int, ...]:
         InvalidInput: They are fewer than ``threads`` for each of ``device_count`` devices, or the operating system
             cannot tell.
     """
-    cores = tuple(sorted(os.sched_getaffinity(0))) if hasattr(os, "sched_getaffinity") else ()
+    cores = _usable_cores()
     if len(cores) < device_count * threads:
         raise InvalidInput.of(
             f"at least {device_count * threads}: {threads} threads for each of {device_count} devices",
@@ -45,6 +45,27 @@ def own_cores(device_count: int, threads: int) -> tuple[int, ...]:
             remedy="use fewer threads, or leave workers unpinned",
         )
     return cores
+
+
+def _usable_cores() -> tuple[int, ...]:
+    return tuple(sorted(os.sched_getaffinity(0))) if hasattr(os, "sched_getaffinity") else ()
+
+
+def core_of_process(index: int, count: int) -> int:
+    """Return the core of process ``index`` of ``count``, each with its own: the last ones, since workers get the first.
+
+    Raises:
+        InvalidInput: This process may use fewer than ``count`` cores, or the operating system cannot tell.
+    """
+    cores = _usable_cores()
+    if len(cores) < count:
+        raise InvalidInput.of(
+            f"at least {count}: one for each process",
+            where="--pin-cores",
+            found=f"{len(cores)} cores",
+            remedy="run fewer processes, or leave them unpinned",
+        )
+    return cores[-1 - index]
 
 
 def pin_process(cores: tuple[int, ...]) -> None:

@@ -62,6 +62,8 @@ class GatewayConfig:
         poll_interval_s: Seconds between two questions for an agent's state.
         poll_timeout_s: Seconds without an answer after which an agent counts as lost. Together with the interval this
             bounds how long a machine that hangs stays in the rotation.
+        pin_cores: Whether each process keeps to a processor core of its own, the last ones of those it may use: the
+            threads that hand a request on then wake each other without a way from core to core.
         grace_s: Seconds that requests in flight get when the gateway is told to stop.
         tls: Certificate, key and authorities, towards callers and agents; without them everything is in the clear.
         insecure: Whether it may be so off loopback.
@@ -76,6 +78,7 @@ class GatewayConfig:
     max_in_flight: int = 8192
     poll_interval_s: float = 0.25
     poll_timeout_s: float = 0.7
+    pin_cores: bool = False
     grace_s: float = 5.0
     tls: TlsFiles | None = None
     insecure: bool = False

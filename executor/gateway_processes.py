@@ -23,6 +23,7 @@ from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnProcess
 from pathlib import Path
 
+from executor.cores import core_of_process, pin_process
 from executor.gateway import GatewayConfig, serve_gateway
 from executor.gateway_family import Member
 from executor.grpc_server import stop_signals
@@ -52,15 +53,25 @@ def run_gateway(
     """Run a gateway of one or more processes until SIGTERM or SIGINT.
 
     Raises:
-        InvalidInput: As for `executor.gateway.serve_gateway`; or ``processes`` is below 1.
+        InvalidInput: As for `executor.gateway.serve_gateway`; or ``processes`` is below 1, or more than there are cores
+            to pin them to.
         BadStoredData: As for it.
     """
     if processes < 1:
         raise InvalidInput.of("at least 1", where="--processes", found=processes)
+    if config.pin_cores:
+        core_of_process(0, processes)  # said before anything is started
     if processes == 1:
+        _pin(config)
         _run(_serve_until_told(config, on_ready, asyncio.Event()))
     else:
         asyncio.run(serve_gateways(config, processes, on_ready, log_level=log_level))
+
+
+def _pin(config: GatewayConfig, index: int = 0, count: int = 1) -> None:
+    """Keep this process to its core, if it shall: before it starts threads."""
+    if config.pin_cores:
+        pin_process((core_of_process(index, count),))
 
 
 def _run(serving: object) -> None:
@@ -199,6 +210,7 @@ async def _ended(process: SpawnProcess) -> None:
 def _child(config: GatewayConfig, member: Member, log_level: str, ready: Connection) -> None:
     configure_logging(log_level)
     try:
+        _pin(config, member.index, member.count)
         _run(_serve_below_parent(config, member, ready))
     except ForeplanError as error:
         with contextlib.suppress(OSError):

@@ -126,6 +126,7 @@ def gateway(
     processes: Annotated[int, typer.Option(help="Processes that share the port.", min=1)] = 1,
     http: Annotated[str, typer.Option(metavar="HOST:PORT", help="The protocol's HTTP form, under /v2.")] = "",
     metrics: Metrics = "",
+    pin_cores: Annotated[bool, typer.Option("--pin-cores", help="Keep each process on a core of its own.")] = False,
     routing: Annotated[
         Literal["corrected", "least-finish", "weighted"],
         typer.Option(help="By plan weight corrected by waits, to the least expected finish, or by weight alone."),
@@ -148,6 +149,7 @@ def gateway(
         http=http,
         metrics=metrics,
         routing=routing,
+        pin_cores=pin_cores,
         tls=server_files(server_cert, server_key, root_cert),
         insecure=insecure,
     )

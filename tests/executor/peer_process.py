@@ -29,10 +29,13 @@ _END_S = 60.0
 class PeerProcess:
     """One process; `start` again after `kill` listens on the same address with the same state."""
 
-    def __init__(self, kind: str, folder: Path, *, node: str = "", processes: int = 1, http: str = "") -> None:
+    def __init__(
+        self, kind: str, folder: Path, *, node: str = "", processes: int = 1, http: str = "", pinned: bool = False
+    ) -> None:
         self.kind = kind
         self.processes = processes
         self.http = http
+        self.pinned = pinned
         self.node = node
         self.folder = folder
         self.address = f"127.0.0.1:{free_port()}"  # comes back on it: no outgoing connection may take it meanwhile
@@ -47,7 +50,13 @@ class PeerProcess:
             self._reap()
         self.folder.mkdir(parents=True, exist_ok=True)
         arguments = [self.kind, "--listen", self.address, "--state-dir", str(self.folder), "--node", self.node]
-        arguments += ["--processes", str(self.processes), "--http", self.http]
+        arguments += [
+            "--processes",
+            str(self.processes),
+            "--http",
+            self.http,
+            *(["--pin-cores"] if self.pinned else []),
+        ]
         with (self.folder / "log").open("a") as log:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "tests.executor.peer_process", *arguments],
@@ -158,6 +167,7 @@ def main() -> None:
     parser.add_argument("--node", required=True)
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--http", default="")
+    parser.add_argument("--pin-cores", action="store_true")
     chosen = parser.parse_args()
     if chosen.kind == "gateway":
         _gateway(chosen)
@@ -184,7 +194,9 @@ def _gateway(chosen: argparse.Namespace) -> None:
     from executor.gateway import GatewayConfig
     from executor.gateway_processes import run_gateway
 
-    config = GatewayConfig(listen=chosen.listen, state_dir=chosen.state_dir, http=chosen.http)
+    config = GatewayConfig(
+        listen=chosen.listen, state_dir=chosen.state_dir, http=chosen.http, pin_cores=chosen.pin_cores
+    )
     run_gateway(config, _say, processes=chosen.processes)
 
 

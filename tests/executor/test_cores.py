@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from executor.cores import at_low_priority, cores_of, own_cores
+from executor.cores import at_low_priority, core_of_process, cores_of, own_cores
 from plans.errors import InvalidInput
 
 
@@ -27,6 +27,13 @@ def test_too_few_cores_are_refused():
     assert own_cores(1, here) == tuple(sorted(os.sched_getaffinity(0)))
     with pytest.raises(InvalidInput, match=f"{here} cores, expected at least {2 * here}"):
         own_cores(2, here)
+
+
+def test_processes_get_a_core_each_from_the_last_one_on():
+    here = sorted(os.sched_getaffinity(0))
+    assert [core_of_process(index, len(here)) for index in range(len(here))] == here[::-1]
+    with pytest.raises(InvalidInput, match=f"{len(here)} cores, expected at least {len(here) + 1}: one for each"):
+        core_of_process(0, len(here) + 1)
 
 
 def test_a_process_is_kept_on_its_cores_with_the_threads_that_it_had_already():

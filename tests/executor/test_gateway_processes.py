@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import os
 import signal
 import socket
 import subprocess
@@ -42,9 +43,14 @@ SECOND = placement({"a/1": {"double": "fake-double"}}, prior=FIRST)
 def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[PeerProcess, PeerProcess]]:
     folder = tmp_path_factory.mktemp("family")
     agent = PeerProcess("agent", folder / "a", node="a")
-    gateway = PeerProcess("gateway", folder / "g", processes=2, http=f"127.0.0.1:{free_port()}")
+    http, pinned = f"127.0.0.1:{free_port()}", len(cores()) > 1
+    gateway = PeerProcess("gateway", folder / "g", processes=2, http=http, pinned=pinned)
     with processes(agent, gateway):
         yield agent, gateway
+
+
+def cores() -> list[int]:
+    return sorted(os.sched_getaffinity(0))
 
 
 def members(gateway: PeerProcess) -> list[psutil.Process]:
@@ -86,6 +92,24 @@ def test_both_processes_follow_every_plan(site: tuple[PeerProcess, PeerProcess])
         assert asyncio.run(ask(gateway.address, 12)) == ["OK"] * 12
         assert live is not None
         assert live.digest == plan.placement_digest
+
+
+@pytest.mark.skipif(len(cores()) < 2, reason="two processes need a core each")
+def test_every_thread_of_a_process_keeps_to_a_core_of_its_own(site: tuple[PeerProcess, PeerProcess]) -> None:
+    found = []
+    for member in members(site[1]):
+        threads = {frozenset(os.sched_getaffinity(thread.id)) for thread in member.threads()}
+        assert len(member.threads()) > 1
+        assert len(threads) == 1
+        found.append(sorted(*threads))
+    assert sorted(found) == [[core] for core in cores()[-2:]]
+
+
+def test_more_processes_than_cores_are_not_pinned(tmp_path: Path) -> None:
+    config = GatewayConfig(listen="127.0.0.1:0", state_dir=tmp_path / "g", pin_cores=True)
+    with pytest.raises(InvalidInput, match=r"--pin-cores: found .* cores, expected at least"):
+        run_gateway(config, processes=len(cores()) + 1)
+    assert not (tmp_path / "g").exists()
 
 
 def test_a_killed_process_comes_back_with_the_routes_in_force(site: tuple[PeerProcess, PeerProcess]) -> None:
