@@ -23,6 +23,7 @@ __all__ = [
     "Span",
     "WaveSpans",
     "check_changes",
+    "check_failure",
     "check_places",
     "random_failures",
     "schedule",
@@ -184,8 +185,18 @@ def check_changes(changes: Sequence[Change], cluster: Cluster | None) -> None:
         if isinstance(change, PlanChange):
             faults.extend(_plan_faults(change.plan, cluster, f"[{position}].plan"))
         elif cluster is not None:
-            faults.extend(_place_faults(change, cluster, f"[{position}]"))
+            faults.extend(_place_faults(change, cluster, "changes", f"[{position}]."))
     if faults:
+        raise InvalidInput(faults)
+
+
+def check_failure(failure: Failure, cluster: Cluster, where: str) -> None:
+    """Check that what fails is in ``cluster``; ``where`` names the failure in errors.
+
+    Raises:
+        InvalidInput: It is not.
+    """
+    if faults := list(_place_faults(failure, cluster, where)):
         raise InvalidInput(faults)
 
 
@@ -217,13 +228,14 @@ def _places_of(plan: Plan, cluster: Cluster, where: str, field: str) -> Iterable
             yield Fault(where=where, field=field, found=repr(group.id), expected=expected)
 
 
-def _place_faults(change: Failure | Recovery, cluster: Cluster, field: str) -> Iterable[Fault]:
+def _place_faults(change: Failure | Recovery, cluster: Cluster, where: str, prefix: str = "") -> Iterable[Fault]:
     counts = {node.name: node.gpus.count for node in cluster.nodes}
     if change.node not in counts:
-        yield Fault(where="changes", field=f"{field}.node", found=repr(change.node), expected="a node of the cluster")
+        expected = f"a node of the cluster: {', '.join(sorted(counts))}"
+        yield Fault(where=where, field=f"{prefix}node", found=repr(change.node), expected=expected)
     elif change.gpu is not None and not 0 <= change.gpu < counts[change.node]:
         expected = f"a device of {change.node}: 0 to {counts[change.node] - 1}"
-        yield Fault(where="changes", field=f"{field}.gpu", found=str(change.gpu), expected=expected)
+        yield Fault(where=where, field=f"{prefix}gpu", found=str(change.gpu), expected=expected)
 
 
 def _loads(steps: Sequence[TransitionStep], target: Plan, start_s: float) -> tuple[Span, ...]:

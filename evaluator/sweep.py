@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import importlib.util
 import json
 import multiprocessing
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
+from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any, Final, Literal
 
@@ -134,12 +137,35 @@ def _run(jobs: Sequence[Job], engine: Engine, workers: int) -> Iterator[tuple[st
         for job in jobs:
             yield job.key, job.work(*job.arguments)
     else:
-        # Spawned: threads of libraries (OpenMP, gRPC) do not survive a fork.
-        context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(max_workers=workers, mp_context=context) as pool:
+        yield from _run_in_processes(jobs, workers)
+
+
+def _run_in_processes(jobs: Sequence[Job], workers: int) -> Iterator[tuple[str, Result]]:
+    # Spawned: threads of libraries (OpenMP, gRPC) do not survive a fork.
+    pool = ProcessPoolExecutor(max_workers=workers, mp_context=multiprocessing.get_context("spawn"))
+    others = set(multiprocessing.active_children())
+    try:
+        with _interrupts_held():  # Ctrl-C is this process's to answer
             futures = {pool.submit(job.work, *job.arguments): job.key for job in jobs}
-            for future in as_completed(futures):
-                yield futures[future], future.result()
+        for future in as_completed(futures):
+            yield futures[future], future.result()
+    except BaseException:
+        for child in set(multiprocessing.active_children()) - others:
+            child.terminate()
+        raise
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+@contextlib.contextmanager
+def _interrupts_held() -> Iterator[None]:
+    """Hold back SIGINT here for a moment, and for ever in processes that are started meanwhile."""
+    resource_tracker.ensure_running()  # its start would let Ctrl-C through again
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _run_on_ray(jobs: Sequence[Job], workers: int) -> Iterator[tuple[str, Result]]:

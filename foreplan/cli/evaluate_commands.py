@@ -297,16 +297,21 @@ def _changes(
     seed: int,
 ) -> list[Change]:
     """Return the changes that the options ask for, by time."""
-    from evaluator.changes import random_failures
+    from evaluator.changes import Failure, check_failure, random_failures
     from foreplan.changes import failures_of, plan_change_of
     from plans.errors import InvalidInput
 
     changes: list[Change] = [plan_change_of(text) for text in then]
-    changes += [change for text in fail for change in failures_of(text)]
+    failures = {text: failures_of(text) for text in fail}
+    changes += [change for found in failures.values() for change in found]
     if (mtbf_s is None) != (mttr_s is None):
         raise InvalidInput.of("both or neither", where="--mtbf and --mttr", found="one of them")
     if (changes or mtbf_s is not None) and context.cluster is None:
         raise InvalidInput.of("the cluster that changes", where="--cluster", found="none")
+    for text, found in failures.items():
+        for failure in found:
+            if context.cluster is not None and isinstance(failure, Failure):
+                check_failure(failure, context.cluster, f"--fail {text}")
     if mtbf_s is not None and mttr_s is not None and context.cluster is not None:
         changes += random_failures(
             context.cluster, mtbf_s=mtbf_s, mttr_s=mttr_s, until_s=arrivals.duration_s, seed=seed

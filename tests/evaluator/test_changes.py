@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 
 from evaluator import Settings, evaluate
-from evaluator.changes import Failure, PlanChange, Recovery, check_changes, random_failures, schedule
+from evaluator.changes import Failure, PlanChange, Recovery, check_changes, check_failure, random_failures, schedule
 from plans import InvalidInput, Services
 from tests.plans.strategies import cluster, entry, group, plan
 from traces.table import RequestTrace
@@ -135,6 +135,14 @@ def test_changes_that_make_no_sense_are_refused_all_at_once():
     with pytest.raises(InvalidInput, match="mtbf_s"):
         random_failures(cluster(), mtbf_s=0, mttr_s=1, until_s=1, seed=1)
     check_changes([Failure(at_s=0.0, node="anything")], None)
+
+
+def test_what_fails_is_named_as_its_caller_spells_it():
+    check_failure(Failure(at_s=1.0, node="node-0"), cluster(), "--fail node-0@1")
+    with pytest.raises(
+        InvalidInput, match=r"^--fail node-9@1: node: found 'node-9', expected a node of the cluster: node-0"
+    ):
+        check_failure(Failure(at_s=1.0, node="node-9"), cluster(), "--fail node-9@1")
 
 
 def test_a_plan_of_another_cluster_is_refused_with_every_group():

@@ -2,6 +2,10 @@
 
 import json
 import os
+import signal
+import subprocess
+import sys
+import threading
 
 import pytest
 
@@ -15,6 +19,10 @@ def square(number):
 
 def fails(number):
     raise ValueError(f"no {number}")
+
+
+def stays(number):
+    threading.Event().wait()
 
 
 def jobs(numbers, work=square):
@@ -47,6 +55,30 @@ def test_what_ended_before_a_failure_is_kept(tmp_path):
     with pytest.raises(ValueError, match="no 7"):
         run_jobs([*jobs([2]), *jobs([7], fails)], kept=tmp_path)
     assert json.loads((tmp_path / "job-2.json").read_text())["square"] == 4
+
+
+def test_an_interrupt_ends_the_processes_at_once_and_without_a_word_from_them():
+    script = """if True:
+        import sys
+        from evaluator.sweep import run_jobs
+        from tests.evaluator.test_sweep import jobs, stays
+        try:
+            run_jobs([*jobs([1]), *jobs([2, 3], stays)], workers=2, done=lambda key: print(key, flush=True))
+        except KeyboardInterrupt:
+            sys.exit(130)
+    """
+    with subprocess.Popen(
+        [sys.executable, "-c", script],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "job-1\n"
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+        _, said = process.communicate(timeout=60)
+    assert (process.returncode, said) == (130, "")
 
 
 @pytest.mark.parametrize("text", ["{", "[1]", ""])
