@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import logging
 import signal
+import socket
 import threading
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -67,6 +68,7 @@ class RpcServer:
                 ("grpc.max_send_message_length", max_message_bytes),
             ]
         )
+        self._shared_port = shared_port
         self._credentials = credentials
         self._guard = Guard(role) if credentials else None
         self.checks = HealthServicer()
@@ -92,11 +94,13 @@ class RpcServer:
         if not (host and port.isdigit() and int(port) < 65536):
             raise InvalidInput.of("host:port, such as 127.0.0.1:8001", where="--listen", found=repr(address))
         try:
+            if not self._shared_port:
+                _check_free(host, int(port))  # gRPC would write of a taken one to stderr before it says so
             if self._credentials is None:
                 bound = self._server.add_insecure_port(address)
             else:
                 bound = self._server.add_secure_port(address, self._credentials.server())
-        except RuntimeError as error:
+        except (OSError, RuntimeError) as error:
             raise _unusable(address) from error
         if bound == 0:
             raise _unusable(address)
@@ -109,6 +113,19 @@ class RpcServer:
     async def stop(self, grace_s: float) -> None:
         """Stop; calls in flight get ``grace_s`` seconds to end."""
         await self._server.stop(grace_s)
+
+
+def _check_free(host: str, port: int) -> None:
+    """Bind a socket there, and close it.
+
+    Raises:
+        OSError: That is not possible.
+    """
+    found = socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    family, kind, protocol, _, place = found[0]
+    with socket.socket(family, kind, protocol) as alone:
+        alone.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        alone.bind(place)
 
 
 def _unusable(address: str) -> InvalidInput:

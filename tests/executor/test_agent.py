@@ -425,7 +425,7 @@ def test_a_damaged_journal_stops_the_agent(tmp_path):
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1:{port}", "no-such-host.invalid:1", "nonsense"])
-def test_an_address_that_cannot_be_listened_on_is_named(tmp_path, address):
+def test_an_address_that_cannot_be_listened_on_is_named_once(tmp_path, address, capfd):
     async def scenario(text):
         async with running_agent(tmp_path, address=text):
             pass
@@ -437,6 +437,7 @@ def test_an_address_that_cannot_be_listened_on_is_named(tmp_path, address):
         with pytest.raises(InvalidInput) as caught:
             asyncio.run(scenario(text))
     assert text in str(caught.value)
+    assert "bind" not in capfd.readouterr().err  # as gRPC says it
 
 
 def test_two_agents_cannot_share_a_port(tmp_path):
