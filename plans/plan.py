@@ -193,11 +193,12 @@ class Polish(Document):
     Attributes:
         scorer: What simulated the candidates.
         arrivals: Where the sampled arrivals come from.
-        traces: Sampled traces that every candidate was scored on.
-        requests: Requests of the sampled traces that the predictions rest on; the search has not seen them.
+        traces: Sampled traces that the predictions rest on; neither the search nor the choice has seen them.
+        requests: Requests of these.
         candidates: Placements that were simulated.
-        start_attainment: Weighted share served in time by the start, on traces that the search has not seen; under
-            another objective than goodput, what it is worth as a share of the most that there is to have.
+        start_attainment: Weighted share served in time by the start, on the traces by which one of what the search
+            found was chosen; under another objective than goodput, what it is worth as a share of the most that there
+            is to have.
         attainment: The same of this plan, on the same traces.
         wall_s: Seconds that it took.
         objective: What was raised.

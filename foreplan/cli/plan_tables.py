@@ -65,8 +65,8 @@ def _print_certificate(out: Output, plan: Plan) -> None:
     if plan.polish is not None:
         polish = plan.polish
         out.say(
-            f"polished by {polish.scorer} on {polish.traces} traces ({polish.arrivals}): attainment "
-            f"{polish.start_attainment:.2%} -> {polish.attainment:.2%} on traces kept out of the search; "
+            f"polished by {polish.scorer}: attainment {polish.start_attainment:.2%} -> {polish.attainment:.2%} on the "
+            f"traces that it was chosen by; predicted below on {polish.traces} others ({polish.arrivals}); "
             f"{polish.candidates} candidates, {format_seconds(polish.wall_s)}"
         )
 
