@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import hashlib
 import importlib.util
 import json
 import multiprocessing
-import signal
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
-from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any, Final, Literal
 
 from plans.documents import write_text
 from plans.errors import InvalidInput
+from plans.interrupts import interrupts_held
 
 __all__ = ["SIMULATOR", "Engine", "Job", "code_digest", "key_of", "run_jobs"]
 
@@ -145,7 +143,7 @@ def _run_in_processes(jobs: Sequence[Job], workers: int) -> Iterator[tuple[str, 
     pool = ProcessPoolExecutor(max_workers=workers, mp_context=multiprocessing.get_context("spawn"))
     others = set(multiprocessing.active_children())
     try:
-        with _interrupts_held():  # Ctrl-C is this process's to answer
+        with interrupts_held():  # Ctrl-C is this process's to answer
             futures = {pool.submit(job.work, *job.arguments): job.key for job in jobs}
         for future in as_completed(futures):
             yield futures[future], future.result()
@@ -155,17 +153,6 @@ def _run_in_processes(jobs: Sequence[Job], workers: int) -> Iterator[tuple[str, 
         raise
     finally:
         pool.shutdown(cancel_futures=True)
-
-
-@contextlib.contextmanager
-def _interrupts_held() -> Iterator[None]:
-    """Hold back SIGINT here for a moment, and for ever in processes that are started meanwhile."""
-    resource_tracker.ensure_running()  # its start would let Ctrl-C through again
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _run_on_ray(jobs: Sequence[Job], workers: int) -> Iterator[tuple[str, Result]]:

@@ -14,7 +14,6 @@ import gc
 import logging
 import multiprocessing
 import shutil
-import signal
 import socket
 import tempfile
 import time
@@ -30,6 +29,7 @@ from executor.grpc_server import stop_signals
 from executor.logs import configure_logging
 from executor.state_folder import locked_folder
 from plans.errors import ForeplanError, InvalidInput, RemoteFailure
+from plans.interrupts import interrupts_held
 
 __all__ = ["run_gateway", "serve_gateways"]
 
@@ -141,7 +141,7 @@ class _Keeper:
             name=f"gateway-{self._member.index}",
         )
         with ours:
-            with _interrupts_held():  # Ctrl-C is the parent's to answer, also while the process starts
+            with interrupts_held():  # Ctrl-C is the parent's to answer, also while the process starts
                 self._process.start()
             theirs.close()
             problem = await asyncio.to_thread(_heard, ours)
@@ -184,16 +184,6 @@ def _heard(ours: Connection) -> str:
         return ours.recv_bytes().decode()
     except EOFError:
         return "it ended before it listened; see its log"
-
-
-@contextlib.contextmanager
-def _interrupts_held() -> Iterator[None]:
-    """Hold back SIGINT here for a moment, and for ever in processes that are started meanwhile."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 async def _ended(process: SpawnProcess) -> None:

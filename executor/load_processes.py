@@ -10,12 +10,10 @@ import contextlib
 import io
 import multiprocessing
 import multiprocessing.connection
-import signal
 import struct
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 
 import numpy as np
@@ -26,6 +24,7 @@ from executor.latency_histogram import LatencyHistogram
 from executor.load_run import SHORTEST_S, LoadProgress, LoadRun, Schedule
 from executor.tls import Credentials, Dialer, TlsFiles
 from plans.errors import ForeplanError, RemoteFailure
+from plans.interrupts import interrupts_held
 
 __all__ = ["LoadTarget", "replay_in_processes"]
 
@@ -64,18 +63,14 @@ def replay_in_processes(
         RemoteFailure: A process of the load client failed; says how.
     """
     context = multiprocessing.get_context("spawn")
-    resource_tracker.ensure_running()  # its start would let Ctrl-C through again
     children = []
     for index in range(processes):
         ours, theirs = context.Pipe()
         child = context.Process(
             target=_child, args=(schedule.part(index, processes), list(bodies), target, theirs), daemon=True
         )
-        mask = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])  # children begin with it
-        try:
+        with interrupts_held():
             child.start()
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         theirs.close()
         children.append((child, ours))
     try:
