@@ -175,7 +175,7 @@ class InferenceFrontDoor:
                                 first_try.keep()
                                 code = _status(answer)
                                 if is_first and not is_last_try and code is _Code.UNAVAILABLE:
-                                    self._switchboard.suspect(service, target.group, "it answered UNAVAILABLE")
+                                    self._switchboard.suspect(service, target, "it answered UNAVAILABLE")
                                     break
                                 is_first = False
                                 yield answer + mark
@@ -185,7 +185,7 @@ class InferenceFrontDoor:
                     code = failed.code
                     if not is_first or is_last_try or failed.code is not _Code.UNAVAILABLE:
                         raise
-                    self._suspect(service, target.group, failed)
+                    self._suspect(service, target, failed)
             raise self._no_replica(service, arrival_s + timeout_s)
         except CallFailed as failed:
             code = failed.code
@@ -307,13 +307,13 @@ class InferenceFrontDoor:
                 failed = error
                 if error.code is not _Code.UNAVAILABLE:
                     break
-                self._suspect(service, target.group, error)
+                self._suspect(service, target, error)
                 without = target.group
         raise failed or self._no_replica(service, deadline_s)
 
-    def _suspect(self, service: str, group: str, error: CallFailed) -> None:
+    def _suspect(self, service: str, target: Target, error: CallFailed) -> None:
         if not isinstance(error, GivenUp):
-            self._switchboard.suspect(service, group, f"it answered UNAVAILABLE: {error.details}")
+            self._switchboard.suspect(service, target, f"it answered UNAVAILABLE: {error.details}")
 
     def _no_replica(self, service: str, deadline_s: float) -> CallFailed:
         """Return why a request was sent to no replica."""

@@ -199,6 +199,10 @@ class Peer:
             self.answers = found is not None
             self._on_view(self.backend, view)
 
+    def outdate(self) -> None:
+        """Pass over the answers to questions that are under way: something newer is known of the agent."""
+        self._answered = self._polls
+
     async def _poll_for_ever(self) -> None:
         while True:
             self._wake.clear()

@@ -10,7 +10,7 @@ from executor.first_tries import FirstTries
 from executor.gateway_journal import RoutingJournal
 from executor.gateway_peer import Peer, PeerTiming
 from executor.routing import NodeView, Router, Routing
-from executor.state import Backend, RoutingTable
+from executor.state import Backend, RoutingTable, Target
 from executor.tls import Dialer
 
 __all__ = ["Switchboard"]
@@ -108,10 +108,12 @@ class Switchboard:
         if (peer := self._former.pop(node, None)) is not None:
             self._close(peer, 0.0)
 
-    def suspect(self, service: str, group: str, problem: str) -> None:
-        """Take a target out of the rotation until its agent is heard again."""
-        _log.warning("event=suspected service=%s group=%s problem=%r", service, group, problem)
-        self.router.suspect(service, group, problem)
+    def suspect(self, service: str, target: Target, problem: str) -> None:
+        """Take a target out of the rotation until its agent answers to a question that is asked from now on."""
+        _log.warning("event=suspected service=%s group=%s problem=%r", service, target.group, problem)
+        if (peer := self._peers.get(target.node)) is not None:
+            peer.outdate()
+        self.router.suspect(service, target.group, problem)
         self._on_change()
 
     async def close(self, grace_s: float) -> None:

@@ -149,6 +149,35 @@ class TestForwarding:
 
         run(scenario())
 
+    def test_its_agents_answer_to_an_earlier_question_does_not_bring_it_back(self, tmp_path: Path) -> None:
+        async def scenario() -> None:
+            timing = {"poll_interval_s": 0.01, "poll_timeout_s": 60}
+            async with agents("a", "b") as (a, b), door(tmp_path, **timing) as front:
+                await front.control.set_routes(table(a, b), timeout_s=5)
+
+                async def asked() -> None:
+                    before = len(a.calls)
+                    while len(a.calls) == before:
+                        await asyncio.sleep(0)
+
+                async def well() -> bool:
+                    return all(target.healthy for target in (await front.state()).targets)
+
+                before = a.hold("GetState")
+                await asked()
+                a.infer_status = Code.UNAVAILABLE
+                for _ in range(2):
+                    await front.infer()
+                after = a.held["GetState"] = asyncio.Event()
+                before.set()
+                await asked()
+                assert not await well()
+                after.set()
+                while not await well():
+                    await asyncio.sleep(0)
+
+        run(scenario())
+
     def test_it_is_retried_once_and_no_more(self, tmp_path: Path) -> None:
         async def scenario() -> None:
             async with agents("a", "b", "c") as three, door(tmp_path, poll_interval_s=60) as front:
