@@ -119,7 +119,9 @@ class Successors:
         return found
 
     def suspect(self, service: str, place: Place, problem: str) -> None:
-        """Take a replica out of the rotation until its agent is heard again."""
+        """Take a replica out of the rotation until its agent answers to a question that is asked from now on."""
+        if place.peer is not None:
+            place.peer.outdate()
         place.router.suspect(service, place.group, problem)
 
     def problem(self, service: str) -> str:
