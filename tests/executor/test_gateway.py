@@ -73,7 +73,8 @@ def request(
 
 @asynccontextmanager
 async def door(tmp_path: Path, **options: Any) -> AsyncIterator[Door]:
-    config = GatewayConfig(listen="127.0.0.1:0", state_dir=tmp_path, **options)
+    patient = {"poll_timeout_s": 30.0}  # a busy machine is no lost agent
+    config = GatewayConfig(listen="127.0.0.1:0", state_dir=tmp_path, **(patient | options))
     async with running_gateway(config) as address:
         front = Door.to(address)
         async with front.channel:

@@ -12,17 +12,20 @@ from executor.runtime.memory import peak_growth_bytes, peak_tensor_bytes
 MIB = 2**20
 
 FAULTS = """
-import resource, sys
+import resource, statistics, sys
 import torch
 from executor.runtime.memory import keep_freed_memory
 
+def faults_so_far():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+
 def page_faults():
-    for _ in range(4):
-        torch.ones(10 * 2**20)  # until the allocator has found its holes
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    for _ in range(4):
+    found = []
+    for _ in range(15):
+        before = faults_so_far()
         torch.ones(10 * 2**20)  # 40 MiB, 10240 pages: above what the C library keeps by itself
-    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+        found.append(faults_so_far() - before)
+    return statistics.median_low(found)  # the first ones are new until the allocator has found its holes
 
 dropped = page_faults()
 if not keep_freed_memory():
