@@ -147,7 +147,7 @@ def _run_in_processes(jobs: Sequence[Job], workers: int) -> Iterator[tuple[str, 
             futures = {pool.submit(job.work, *job.arguments): job.key for job in jobs}
         for future in as_completed(futures):
             yield futures[future], future.result()
-    except BaseException:
+    except BaseException:  # nobody waits for what still runs
         for child in set(multiprocessing.active_children()) - others:
             child.terminate()
         raise

@@ -25,7 +25,7 @@ from pathlib import Path
 from executor.cores import core_of_process, pin_process
 from executor.gateway import GatewayConfig, serve_gateway
 from executor.gateway_family import Member
-from executor.grpc_server import stop_signals
+from executor.grpc_server import check_free, stop_signals
 from executor.logs import configure_logging
 from executor.state_folder import locked_folder
 from plans.errors import ForeplanError, InvalidInput, RemoteFailure
@@ -269,17 +269,17 @@ def _reserved(address: str, where: str) -> Iterator[str]:
     with socket.socket(family, socket.SOCK_STREAM) as held:
         held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         try:
-            _bind_alone(family, place)
+            _wait_until_free(*place)
             held.bind(place)
-        except OSError as error:
+        except (OSError, UnicodeError) as error:
             remedy = "stop what listens there, or choose another address"
             expected = "an address of this machine with a free port"
             raise InvalidInput.of(expected, where=where, found=address, remedy=remedy) from error
         yield f"{host}:{held.getsockname()[1]}"
 
 
-def _bind_alone(family: socket.AddressFamily, place: tuple[str, int]) -> None:
-    """Bind a socket that shares its port with no other, and close it: another gateway would get half of the requests.
+def _wait_until_free(host: str, port: int) -> None:
+    """See to it that nobody listens there: another gateway would get half of the requests.
 
     Processes of a gateway whose parent was killed may listen for a moment yet.
 
@@ -288,13 +288,11 @@ def _bind_alone(family: socket.AddressFamily, place: tuple[str, int]) -> None:
     """
     end_s = time.monotonic() + _FREE_S
     while True:
-        with socket.socket(family, socket.SOCK_STREAM) as alone:
-            alone.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                alone.bind(place)
-            except OSError:
-                if time.monotonic() >= end_s:
-                    raise
-            else:
-                return
+        try:
+            check_free(host, port)
+        except OSError:
+            if time.monotonic() >= end_s:
+                raise
+        else:
+            return
         time.sleep(_FIRST_PAUSE_S)

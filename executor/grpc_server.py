@@ -26,7 +26,7 @@ from executor.roles import Guard, Role
 from executor.tls import Credentials
 from plans.errors import InvalidInput
 
-__all__ = ["HealthServicer", "RpcServer", "stop_signals"]
+__all__ = ["HealthServicer", "RpcServer", "check_free", "stop_signals"]
 
 
 def _is_ours(record: logging.LogRecord) -> bool:
@@ -95,12 +95,12 @@ class RpcServer:
             raise InvalidInput.of("host:port, such as 127.0.0.1:8001", where="--listen", found=repr(address))
         try:
             if not self._shared_port:
-                _check_free(host, int(port))  # gRPC would write of a taken one to stderr before it says so
+                check_free(host, int(port))  # gRPC would write of a taken one to stderr before it says so
             if self._credentials is None:
                 bound = self._server.add_insecure_port(address)
             else:
                 bound = self._server.add_secure_port(address, self._credentials.server())
-        except (OSError, RuntimeError) as error:
+        except (OSError, RuntimeError, UnicodeError) as error:
             raise _unusable(address) from error
         if bound == 0:
             raise _unusable(address)
@@ -115,11 +115,12 @@ class RpcServer:
         await self._server.stop(grace_s)
 
 
-def _check_free(host: str, port: int) -> None:
-    """Bind a socket there, and close it.
+def check_free(host: str, port: int) -> None:
+    """Bind a socket that shares its port with no other, and close it.
 
     Raises:
         OSError: That is not possible.
+        UnicodeError: ``host`` can be no name.
     """
     found = socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     family, kind, protocol, _, place = found[0]

@@ -424,7 +424,7 @@ def test_a_damaged_journal_stops_the_agent(tmp_path):
 # The process.
 
 
-@pytest.mark.parametrize("address", ["127.0.0.1:{port}", "no-such-host.invalid:1", "nonsense"])
+@pytest.mark.parametrize("address", ["127.0.0.1:{port}", "no-such-host.invalid:1", "a..b:1", "nonsense"])
 def test_an_address_that_cannot_be_listened_on_is_named_once(tmp_path, address, capfd):
     async def scenario(text):
         async with running_agent(tmp_path, address=text):
