@@ -1,22 +1,34 @@
-"""Which processor cores a worker runs on, and what it does at low priority: so workers disturb each other little."""
+"""Which processor cores a process runs on, what it does at low priority, and whether the cores may fall asleep."""
 
 from __future__ import annotations
 
 import contextlib
 import os
+import struct
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
 
 from plans.errors import InvalidInput
 
-__all__ = ["at_low_priority", "core_of_process", "cores_of", "lower_priority", "own_cores", "pin_process"]
+__all__ = [
+    "at_low_priority",
+    "core_of_process",
+    "cores_awake",
+    "cores_of",
+    "lower_priority",
+    "own_cores",
+    "pin_process",
+]
 
 _STEP = 10
 """By how much nicer threads are that nobody waits for: they get a tenth of the processor time of others beside them."""
+
+_WAKING = Path("/dev/cpu_dma_latency")
+"""Takes the microseconds that a core may need to wake up, in force until it is closed (power/pm_qos_interface)."""
 
 _Result = TypeVar("_Result")
 
@@ -89,3 +101,24 @@ def at_low_priority(act: Callable[[], _Result]) -> _Result:
     """Return what ``act`` returns, or raise what it raises, from a thread of low priority."""
     with ThreadPoolExecutor(max_workers=1, initializer=lower_priority) as thread:
         return thread.submit(act).result()
+
+
+@contextlib.contextmanager
+def cores_awake(switch: Path = _WAKING) -> Iterator[None]:
+    """Keep every core of this machine from falling asleep inside the block; the kernel ends it with the process, too.
+
+    Raises:
+        InvalidInput: The kernel has no such switch, or this process may not use it.
+    """
+    try:
+        held = switch.open("r+b", buffering=0)
+    except OSError as error:
+        raise InvalidInput.of(
+            f"{switch}, open for writing",
+            where="--keep-awake",
+            found=error.strerror or str(error),
+            remedy="run as root, or let this user write to it; or leave the option out",
+        ) from error
+    with held:
+        held.write(struct.pack("=i", 0))
+        yield

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 from pathlib import Path
 from typing import Annotated, Literal
@@ -17,6 +18,10 @@ __all__ = ["register"]
 
 StateDir = Annotated[Path, typer.Option("--state-dir", metavar="DIR", help="Where state that survives a kill is kept.")]
 Metrics = Annotated[str, typer.Option("--metrics", metavar="HOST:PORT", help="Answer Prometheus there: /metrics.")]
+KeepAwake = Annotated[
+    bool,
+    typer.Option("--keep-awake", help="Let no core of this machine fall asleep: sooner answers for more power."),
+]
 
 
 def register(app: typer.Typer) -> None:
@@ -46,6 +51,7 @@ def agent(
     pin_cores: Annotated[
         bool, typer.Option("--pin-cores", help="Give each device's worker --threads cores of its own.")
     ] = False,
+    keep_awake: KeepAwake = False,
     runtime: Annotated[
         str, typer.Option(metavar="MODULE:FACTORY", help="What runs the models.")
     ] = "executor.runtime.group_runtime:TorchGroupRuntime",
@@ -63,6 +69,7 @@ def agent(
     import uvloop
 
     from executor.agent import AgentConfig, serve_agent
+    from executor.cores import cores_awake
     from executor.logs import configure_logging
     from plans.cluster import Cluster
     from plans.documents import read_document
@@ -106,7 +113,8 @@ def agent(
         gc.freeze()  # a round of the collector over all modules holds up requests for some 50 ms
         _ready(out, "agent", f"{host}:{port}", node)
 
-    uvloop.run(serve_agent(config, on_ready=ready))
+    with cores_awake() if keep_awake else contextlib.nullcontext():
+        uvloop.run(serve_agent(config, on_ready=ready))
 
 
 def _size_bytes(text: str, option: str) -> int:
@@ -127,6 +135,7 @@ def gateway(
     http: Annotated[str, typer.Option(metavar="HOST:PORT", help="The protocol's HTTP form, under /v2.")] = "",
     metrics: Metrics = "",
     pin_cores: Annotated[bool, typer.Option("--pin-cores", help="Keep each process on a core of its own.")] = False,
+    keep_awake: KeepAwake = False,
     routing: Annotated[
         Literal["corrected", "least-finish", "weighted"],
         typer.Option(help="By plan weight corrected by waits, to the least expected finish, or by weight alone."),
@@ -137,6 +146,7 @@ def gateway(
     insecure: Insecure = False,
 ) -> None:
     """Run a gateway: the front door that routes requests by the plan in force. Stops on SIGTERM."""
+    from executor.cores import cores_awake
     from executor.gateway import GatewayConfig
     from executor.gateway_processes import run_gateway
     from executor.logs import configure_logging
@@ -153,7 +163,8 @@ def gateway(
         tls=server_files(server_cert, server_key, root_cert),
         insecure=insecure,
     )
-    run_gateway(config, lambda address: _ready(out, "gateway", address), processes=processes, log_level=log_level)
+    with cores_awake() if keep_awake else contextlib.nullcontext():
+        run_gateway(config, lambda address: _ready(out, "gateway", address), processes=processes, log_level=log_level)
 
 
 def _ready(out: Output, role: str, address: str, name: str = "") -> None:

@@ -1,15 +1,17 @@
 from __future__ import annotations
 
 import os
+import struct
 import subprocess
 import sys
 import threading
 
+import psutil
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from executor.cores import at_low_priority, core_of_process, cores_of, own_cores
+from executor.cores import at_low_priority, core_of_process, cores_awake, cores_of, own_cores
 from plans.errors import InvalidInput
 
 
@@ -71,3 +73,25 @@ def test_what_fails_at_low_priority_is_told_to_the_caller():
 
     with pytest.raises(LookupError, match="on purpose"):
         at_low_priority(fail)
+
+
+@pytest.mark.parametrize("missing", [True, False])
+def test_cores_that_cannot_be_kept_awake_are_told_with_a_remedy(tmp_path, missing):
+    switch = tmp_path / "cpu_dma_latency"
+    if not missing:
+        switch.mkdir()  # what cannot be written to, for root as well
+    with pytest.raises(InvalidInput, match=r"--keep-awake: found .*expected .*cpu_dma_latency.*leave the option out"):
+        cores_awake(switch).__enter__()
+
+
+def test_cores_are_kept_awake_until_the_block_ends(tmp_path):
+    switch = tmp_path / "cpu_dma_latency"
+    switch.touch()
+
+    def held():
+        return str(switch) in {one.path for one in psutil.Process().open_files()}
+
+    with cores_awake(switch):
+        assert struct.unpack("=i", switch.read_bytes()) == (0,)
+        assert held()
+    assert not held()
