@@ -18,6 +18,7 @@ from typing import Any
 import grpc
 import grpc.aio
 from cryptography import x509
+from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from cryptography.x509.oid import NameOID
@@ -67,7 +68,7 @@ class Credentials:
         self.version = 1
         self._marks = _marks(files)
         self._material = _read(files)
-        self._contexts: list[ssl.SSLContext] = []
+        self._server_context, self._client_context = self._made_contexts(self._marks)
 
     def refresh(self) -> bool:
         """Take up files that have changed; return whether there is new material. Cheap when nothing changed."""
@@ -77,15 +78,14 @@ class Credentials:
         self._marks = marks
         try:
             material = _read(self.files)
+            if material == self._material:
+                return False
+            server, client = self._made_contexts(marks)
         except InvalidInput as error:
             _log.warning("event=certificates_unusable action=keep_the_old problem=%r", str(error))
             return False
-        if material == self._material:
-            return False
-        self._material = material
+        self._material, self._server_context, self._client_context = material, server, client
         self.version += 1
-        for context in self._contexts:
-            _load(context, self.files)
         _log.info("event=certificates_reloaded file=%s version=%d", self.files.certificate, self.version)
         return True
 
@@ -115,21 +115,39 @@ class Credentials:
         )
 
     def ssl_context(self) -> ssl.SSLContext:
-        """Return a context for an HTTPS server that asks every caller for a certificate; `refresh` updates it."""
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        context.minimum_version = ssl.TLSVersion.TLSv1_2
-        context.verify_mode = ssl.CERT_REQUIRED
-        _load(context, self.files)
-        self._contexts.append(context)
-        return context
+        """Return a context for an HTTPS server that asks every caller for a certificate.
+
+        Each handshake goes by what is in the files then: what they trust no more is refused from there on.
+        """
+        self.refresh()
+        return self._server_context
 
     def client_context(self) -> ssl.SSLContext:
         """Return a context for a connection to a server, from what is in the files now."""
         self.refresh()
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-        context.minimum_version = ssl.TLSVersion.TLSv1_2
-        _load(context, self.files)
-        return context
+        return self._client_context
+
+    def _made_contexts(self, marks: _Marks) -> tuple[ssl.SSLContext, ssl.SSLContext]:
+        """Return contexts for a server and for a client, of the files that were just read and had ``marks``.
+
+        A context made before cannot be changed instead: it would trust for ever what it once did.
+
+        Raises:
+            InvalidInput: The files cannot be used, or have changed meanwhile.
+        """
+        server = _loaded(ssl.PROTOCOL_TLS_SERVER, self.files)
+        server.verify_mode = ssl.CERT_REQUIRED
+        server.num_tickets = 0  # a session that goes on without a handshake would outlive its authority
+        server.sni_callback = self._hand_over
+        client = _loaded(ssl.PROTOCOL_TLS_CLIENT, self.files)
+        if _marks(self.files) != marks:
+            raise InvalidInput.of("files that stay as they are", where=self.files.certificate, found="changes")
+        return server, client
+
+    def _hand_over(self, connection: ssl.SSLSocket | ssl.SSLObject, _: str | None, __: ssl.SSLContext) -> None:
+        """Let a handshake that begins, with or without a server's name, go by what is in the files now."""
+        self.refresh()
+        connection.context = self._server_context
 
     def _server_configuration(self) -> Any:
         material = self._material
@@ -199,7 +217,11 @@ def check_transport(address: str, credentials: Credentials | None, *, insecure: 
     raise InvalidInput.of("certificates for an address off loopback", where=where, found=address, remedy=remedy)
 
 
-def _marks(files: TlsFiles) -> tuple[tuple[int, int, int] | None, ...]:
+_Marks = tuple[tuple[int, int, int] | None, ...]
+"""By what a change of the files is noticed."""
+
+
+def _marks(files: TlsFiles) -> _Marks:
     marks: list[tuple[int, int, int] | None] = []
     for path in files.all:
         try:
@@ -211,6 +233,9 @@ def _marks(files: TlsFiles) -> tuple[tuple[int, int, int] | None, ...]:
     return tuple(marks)
 
 
+_REMEDY = "copy certificate and key together from where `foreplan certs` made them, or make them anew with it"
+
+
 def _read(files: TlsFiles) -> _Material:
     faults: list[Fault] = []
     contents: list[bytes] = []
@@ -218,7 +243,8 @@ def _read(files: TlsFiles) -> _Material:
         try:
             contents.append(path.read_bytes())
         except OSError as error:
-            faults.append(Fault(where=str(path), found=error.strerror or str(error), expected="a PEM file"))
+            found = error.strerror or str(error)
+            faults.append(Fault(where=str(path), found=found, expected="a PEM file", remedy=_REMEDY))
     if faults:
         raise InvalidInput(faults)
     material = _Material(certificate=contents[0], key=contents[1], authorities=contents[2])
@@ -234,7 +260,8 @@ def _faults(files: TlsFiles, material: _Material) -> list[Fault]:
     try:
         own = x509.load_pem_x509_certificates(material.certificate)[0]
     except ValueError as error:
-        faults.append(Fault(where=str(files.certificate), found=str(error), expected="a certificate"))
+        fault = Fault(where=str(files.certificate), found=str(error), expected="a certificate", remedy=_REMEDY)
+        faults.append(fault)
     now = datetime.now(UTC)
     if own is not None and not own.not_valid_before_utc <= now <= own.not_valid_after_utc:
         found = f"valid from {own.not_valid_before_utc:%Y-%m-%d %H:%M} to {own.not_valid_after_utc:%Y-%m-%d %H:%M} UTC"
@@ -244,19 +271,28 @@ def _faults(files: TlsFiles, material: _Material) -> list[Fault]:
     try:
         x509.load_pem_x509_certificates(material.authorities)
     except ValueError as error:
-        faults.append(Fault(where=str(files.authorities), found=str(error), expected="certificates of authorities"))
+        expected, remedy = "certificates of authorities", "copy the authority's ca.pem there"
+        faults.append(Fault(where=str(files.authorities), found=str(error), expected=expected, remedy=remedy))
     try:
         key = serialization.load_pem_private_key(material.key, password=None)
-    except (ValueError, TypeError) as error:
-        faults.append(Fault(where=str(files.key), found=str(error), expected="a private key without a password"))
+    except (ValueError, TypeError, UnsupportedAlgorithm) as error:
+        expected = "a private key without a password"
+        faults.append(Fault(where=str(files.key), found=str(error), expected=expected, remedy=_REMEDY))
     if own is not None and key is not None:
         form = (Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
         if own.public_key().public_bytes(*form) != key.public_key().public_bytes(*form):
-            found = "the key of another certificate"
-            faults.append(Fault(where=str(files.key), found=found, expected=f"the key of {files.certificate}"))
+            found, expected = "the key of another certificate", f"the key of {files.certificate}"
+            faults.append(Fault(where=str(files.key), found=found, expected=expected, remedy=_REMEDY))
     return faults
 
 
-def _load(context: ssl.SSLContext, files: TlsFiles) -> None:
-    context.load_verify_locations(files.authorities)
-    context.load_cert_chain(files.certificate, files.key)
+def _loaded(protocol: int, files: TlsFiles) -> ssl.SSLContext:
+    context = ssl.SSLContext(protocol)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    try:
+        context.load_verify_locations(files.authorities)
+        context.load_cert_chain(files.certificate, files.key)
+    except OSError as error:  # that of the TLS library is one too
+        found = error.strerror or str(error)
+        raise InvalidInput.of("certificates that TLS can use", where=files.certificate, found=found) from error
+    return context

@@ -21,6 +21,7 @@ from executor.agent import AgentConfig, serve_agent
 from executor.control_client import AgentClient, GatewayClient, channel_options
 from executor.controller import apply
 from executor.gateway import GatewayConfig, running_gateway
+from executor.http_server import http_server, metrics_application
 from executor.proto import open_inference_pb2_grpc
 from executor.roles import Guard, Role, roles_of_names
 from executor.state import RoutingTable
@@ -244,6 +245,48 @@ def test_files_that_are_wrong_for_a_while_change_nothing(tmp_path: Path, caplog:
     authority.issue(Role.CLIENT)
     assert credentials.refresh()
     assert credentials.version == 2
+
+
+def test_a_certificate_whose_key_is_not_copied_yet_leaves_connections_by_the_old_one_possible(tmp_path: Path) -> None:
+    authority = Authority.made(tmp_path)
+    credentials = Credentials(authority.issue(Role.GATEWAY))
+    before = credentials.client_context()
+    files, other = credentials.files, authority.issue(Role.CLIENT)
+    files.certificate.write_bytes(other.certificate.read_bytes())
+    assert credentials.client_context() is before
+    files.key.write_bytes(other.key.read_bytes())
+    assert credentials.client_context() is not before
+
+
+def test_https_goes_by_the_files_of_now_and_trusts_no_authority_that_has_left_them(tmp_path: Path) -> None:
+    """Nothing but the handshake itself looks at the files here: nobody calls by gRPC, nobody polls."""
+    from executor.certificates import rotate, rotate_authority
+
+    async def scenario() -> None:
+        authority = Authority.made(tmp_path / "ca")
+        server, files = Credentials(authority.issue(Role.AGENT)), authority.issue(Role.CLIENT)
+        shutil.copytree(authority.folder, tmp_path / "stolen")
+
+        async def asked(callers: Path) -> int:
+            context = ssl.create_default_context(cafile=str(files.authorities))
+            context.load_cert_chain(callers / "client.pem", callers / "client-key.pem")
+            async with (
+                aiohttp.ClientSession() as session,
+                session.get(f"https://127.0.0.1:{port}/metrics", ssl=context) as answer,
+            ):
+                return answer.status
+
+        page = metrics_application(lambda: b"up 1")
+        async with http_server(page, "127.0.0.1:0", where="--metrics", credentials=server) as port:
+            assert await asked(tmp_path / "stolen") == 200
+            for _ in range(2):  # after the second time the first authority is trusted no more
+                rotate_authority(authority.folder)
+                rotate(authority.folder)
+            with pytest.raises(aiohttp.ClientError):
+                await asked(tmp_path / "stolen")
+            assert await asked(authority.folder) == 200
+
+    run(scenario())
 
 
 def test_http_asks_for_certificates_too(tmp_path: Path) -> None:
