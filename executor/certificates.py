@@ -7,7 +7,8 @@
 
 After `rotate_authority`, ``ca.pem`` holds the new certificate and those that are still needed: the one before, and each
 that signed a certificate in the folder. So peers trust each other while certificates are replaced one by one. Keys are
-readable by their owner only, and every file is replaced atomically.
+readable by their owner only, and every file is replaced atomically, ``ca.pem`` before its key: after a kill in between
+the authority is what it was.
 """
 
 from __future__ import annotations
@@ -160,12 +161,12 @@ def rotate_authority(folder: Path, *, days: int = 3650, now: datetime | None = N
         InvalidInput: The folder holds no authority.
     """
     _check_days(days)
-    _authority(folder)
+    current, _ = _authority(folder)
     start = now or datetime.now(UTC)
-    newest, *older = _certificates(folder / "ca.pem")
+    others = [one for one in _certificates(folder / "ca.pem") if one != current]
     paths = [folder / f"{name}.pem" for name in _issued(folder)]
     issued = [_certificates(path)[0] for path in paths if path.is_file()]
-    needed = [newest, *(old for old in older if any(_has_signed(old, one) for one in issued))]
+    needed = [current, *(other for other in others if any(_has_signed(other, one) for one in issued))]
     return _write_authority(folder, days, start, before=[old for old in needed if old.not_valid_after_utc > start])
 
 
@@ -236,9 +237,9 @@ def _write_authority(folder: Path, days: int, now: datetime, *, before: Sequence
         .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
         .sign(key, hashes.SHA256())
     )
-    _write_key(folder / "ca-key.pem", key)
     bundle = b"".join(one.public_bytes(serialization.Encoding.PEM) for one in (certificate, *before))
-    _write(folder / "ca.pem", bundle)
+    _write(folder / "ca.pem", bundle)  # first: cut short here, the old key still has its certificate in it
+    _write_key(folder / "ca-key.pem", key)
     return read_certificate(folder / "ca.pem")
 
 
@@ -251,9 +252,10 @@ def _authority(folder: Path) -> tuple[x509.Certificate, ec.EllipticCurvePrivateK
         key = serialization.load_pem_private_key(path.read_bytes(), password=None)
     except (ValueError, TypeError) as error:
         raise BadStoredData(path, f"this is no private key ({error})") from error
-    certificate = _certificates(folder / "ca.pem")[0]
-    if not isinstance(key, ec.EllipticCurvePrivateKey) or key.public_key() != certificate.public_key():
-        raise BadStoredData(path, "it is not the key of the certificate in ca.pem")
+    known = _certificates(folder / "ca.pem")
+    certificate = next((one for one in known if one.public_key() == key.public_key()), None)
+    if not isinstance(key, ec.EllipticCurvePrivateKey) or certificate is None:
+        raise BadStoredData(path, "it is not the key of a certificate in ca.pem; restore both from one copy")
     try:
         certificate.verify_directly_issued_by(certificate)
     except (ValueError, TypeError, InvalidSignature) as error:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from cryptography import x509
 
+from executor import certificates
 from executor.certificates import init_authority, issue, read_certificate, rotate, rotate_authority
 from executor.roles import Role
 from plans.errors import BadStoredData, InvalidInput
@@ -120,3 +121,29 @@ def test_an_authority_changed_twice_stays_trusted_as_long_as_it_has_signed_a_cer
 def test_there_is_nothing_to_rotate_without_an_authority(tmp_path: Path) -> None:
     with pytest.raises(InvalidInput, match="certs init"):
         rotate(tmp_path / "nowhere")
+
+
+def test_an_authority_whose_making_or_change_was_cut_short_is_lost_in_no_case(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def cut_short(path: Path, key: object) -> None:
+        raise KeyboardInterrupt(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(certificates, "_write_key", cut_short)
+        with pytest.raises(KeyboardInterrupt):
+            init_authority(tmp_path)
+    init_authority(tmp_path)
+    old = x509.load_pem_x509_certificate((tmp_path / "ca.pem").read_bytes())
+    with monkeypatch.context() as patch:
+        patch.setattr(certificates, "_write_key", cut_short)
+        with pytest.raises(KeyboardInterrupt):
+            rotate_authority(tmp_path)
+    issue(tmp_path, "me", Role.CLIENT)
+    mine = x509.load_pem_x509_certificate((tmp_path / "me.pem").read_bytes())
+    mine.verify_directly_issued_by(old)
+    rotate_authority(tmp_path)
+    new, *kept = x509.load_pem_x509_certificates((tmp_path / "ca.pem").read_bytes())
+    assert kept == [old]
+    issue(tmp_path, "you", Role.CLIENT)
+    x509.load_pem_x509_certificate((tmp_path / "you.pem").read_bytes()).verify_directly_issued_by(new)
