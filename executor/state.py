@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass
+from typing import NamedTuple
 
 __all__ = [
     "AgentState",
@@ -39,9 +40,8 @@ class Phase(enum.Enum):
     FAILED = "failed"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, order=True)
-class ReplicaKey:
-    """A replica's identity: one variant of one service on one group of GPUs."""
+class ReplicaKey(NamedTuple):
+    """A replica's identity: one variant of one service on one group of GPUs. Looked up often."""
 
     group: str
     service: str
