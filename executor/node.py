@@ -90,7 +90,7 @@ class Node:
             clock=clock,
         )
         self._journal = journal
-        self._moving = asyncio.Lock()  # held while a call moves the generation, never while it waits for loads
+        self._moving = asyncio.Lock()  # held while a call moves the node on, never while it waits for loads
         self._is_staged = False
         self._waiting: tuple[ReplicaKey, ...] = ()  # of what is staged: must wait for memory
         self._moves: set[asyncio.Task[None]] = set()
@@ -178,11 +178,17 @@ class Node:
     async def drain(self, drained: bool) -> None:
         """Take the node out of the rotation, or back into it; stored first.
 
+        A caller that goes away does not stop it half way.
+
         Raises:
             StateNotStored: The state folder cannot be written.
         """
-        await asyncio.to_thread(self._journal.write_drained, drained)
-        self.drained = drained
+        await self._whole(self._drain(drained))
+
+    async def _drain(self, drained: bool) -> None:
+        async with self._moving:  # also because the journal is for one writer at a time
+            await asyncio.to_thread(self._journal.write_drained, drained)
+            self.drained = drained
         _log.info("event=%s", "drained" if drained else "undrained")
 
     async def stage(self, desired: DesiredState) -> tuple[ReplicaKey, ...]:

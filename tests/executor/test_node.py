@@ -130,9 +130,16 @@ class HeldJournal(Journal):
         self.go_on = threading.Event()
 
     def write(self, state):
+        self.hold()
+        super().write(state)
+
+    def write_drained(self, drained):
+        self.hold()
+        super().write_drained(drained)
+
+    def hold(self):
         self.writing.set()
         assert self.go_on.wait(WAIT_S)
-        super().write(state)
 
 
 @pytest.mark.parametrize("move", ["commit", "abort"])
@@ -154,6 +161,25 @@ def test_a_caller_that_goes_away_does_not_part_the_journal_from_the_node(tmp_pat
             await following
             stored = Journal(tmp_path / "state").read()
             assert made.generation == stored.generation == {"commit": 2, "abort": 1}[move]
+
+    asyncio.run(scenario())
+
+
+def test_a_drain_whose_caller_goes_away_is_made_and_stored_before_the_next_change(tmp_path):
+    async def scenario():
+        async with node(tmp_path, spare_worker=False) as made:
+            held = made._journal = HeldJournal(tmp_path / "state")
+            calling = asyncio.create_task(made.drain(True))
+            await asyncio.to_thread(held.writing.wait, WAIT_S)
+            calling.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await calling
+            following = asyncio.create_task(made.stage(desired(1)))  # waits for its turn
+            held.go_on.set()
+            await following
+            await made.commit(*g(1))
+            stored = Journal(tmp_path / "state")
+            assert (made.drained, made.generation) == (stored.read_drained(), stored.read().generation) == (True, 1)
 
     asyncio.run(scenario())
 
