@@ -92,10 +92,11 @@ class Regions:
             OSError: There is no memory.
             ValueError: An input is not as its model says.
         """
-        self._turn = (self._turn + 1) % len(self._regions)
-        layout = self._regions[self._turn].layout(link, loaded, batch.key.variant, batch.items)
+        turn = (self._turn + 1) % len(self._regions)
+        layout = self._regions[turn].layout(link, loaded, batch.key.variant, batch.items)
         parts = {place.name: [one.inputs[place.name] for one in batch.pending] for place in layout.inputs}
         link.segment.write(parts, layout.inputs)
+        self._turn = turn  # only now: a batch that was not sent leaves the place free, and the next one holds answers
         return link.run(batch.key.variant, layout.inputs, layout.output_offset_bytes, layout.output_bytes, on_freed)
 
 

@@ -207,8 +207,13 @@ class GroupServer:
     # Who is next.
 
     def _dispatch(self) -> None:
-        """Start the next batch or iteration, if the worker is free and something waits."""
-        while self._running is None and self.worker.phase is WorkerPhase.READY:
+        """Start the next batch or iteration, if the worker is free and something waits.
+
+        The first stage of a pipeline may be far ahead of a later one, which answers nobody sooner for that. No more
+        batches are under way than there are devices: each needs its place in the shared memory until it is answered.
+        """
+        most_further = len(self.gpus) - 1
+        while self._running is None and len(self._further) <= most_further and self.worker.phase is WorkerPhase.READY:
             deadline_s = self._requests.next_deadline_s()
             lane = self._lanes.next(deadline_s)
             if lane is not None:

@@ -6,9 +6,12 @@ Gates are files in the model folder: a load or run that waits ends once its file
 from __future__ import annotations
 
 import os
+import threading
 import time
 from collections.abc import Mapping
+from concurrent.futures import Future
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 import numpy as np
@@ -17,7 +20,8 @@ from numpy.typing import NDArray
 from executor.runtime.protocol import InvalidTensor, OutOfDeviceMemory
 from tests.executor.fake_runtime import FakeModel, FakeRuntime
 
-TROUBLES = ("dies-at-load", "dies-at-run", "gated-load", "gated-run", "no-memory", "picky", "raises", "twice", "twin")
+TROUBLES = ("dies-at-load", "dies-at-run", "gated-load", "gated-run", "no-memory", "picky", "pipeline")
+TROUBLES += ("raises", "twice", "twin")
 
 
 class ScriptedRuntime(FakeRuntime):
@@ -33,6 +37,8 @@ class ScriptedRuntime(FakeRuntime):
             raise OutOfDeviceMemory(f"{variant} does not fit")
         if variant == "gated-load":
             _wait_for(self.model_dir, "load")
+        if variant == "pipeline":
+            return ScriptedPipeline(name=variant, max_batch=max_batch, model_dir=self.model_dir)
         loaded = super().load("fake-double" if variant in TROUBLES else variant, max_batch)
         return ScriptedModel(name=variant, max_batch=loaded.max_batch, model_dir=self.model_dir)
 
@@ -54,6 +60,28 @@ class ScriptedModel(FakeModel):
         if self.name == "picky" and np.any(inputs["x"] < 0):
             raise InvalidTensor.of("numbers of at least 0", field="x", found="a negative number")
         return super().run(inputs)
+
+
+class ScriptedPipeline(FakeModel):
+    """Its first stage takes a batch whenever there is one, its second waits for the gate ``run``."""
+
+    def __init__(self, *, name: str, max_batch: int, model_dir: Path | None) -> None:
+        super().__init__(name=name, max_batch=max_batch)
+        between: SimpleQueue[tuple[Future[dict[str, NDArray[Any]]], NDArray[Any]]] = SimpleQueue()
+        object.__setattr__(self, "between", between)
+
+        def second_stage() -> None:
+            while True:
+                answer, hidden = between.get()
+                _wait_for(model_dir, "run")
+                answer.set_result({"y": 2 * hidden})
+
+        threading.Thread(target=second_stage, daemon=True).start()
+
+    def submit(self, inputs: Mapping[str, NDArray[Any]]) -> Future[dict[str, NDArray[Any]]]:
+        answer: Future[dict[str, NDArray[Any]]] = Future()
+        self.between.put((answer, inputs["x"].copy()))
+        return answer
 
 
 def _wait_for(folder: Path | None, name: str) -> None:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import time
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from executor.group_server import GroupServer
 from executor.segment import SharedSegment
 from executor.state import ReplicaKey
 from executor.worker_link import WorkerSettings
-from tests.executor.running_agent import WAIT_S, replica, worker_processes
+from tests.executor.running_agent import WAIT_S, eventually, replica, worker_processes
 
 SCRIPTED = "tests.executor.scripted_runtime:ScriptedRuntime"
 
@@ -22,11 +23,11 @@ def key(variant):
 
 
 @contextlib.asynccontextmanager
-async def server(folder, *variants, **changed):
+async def server(folder, *variants, gpus=(0,), **changed):
     """A group whose worker has loaded ``variants``, each for a service of its name, and the reasons of its losses."""
     settings = WorkerSettings(runtime=SCRIPTED, model_dir=folder, log_level="CRITICAL", **changed)
     lost = []
-    made = GroupServer("n/0", (0,), settings, lost.append)
+    made = GroupServer("n/0", gpus, settings, lost.append)
     try:
         await made.start_worker(None)
         for variant in variants:
@@ -96,6 +97,48 @@ def test_requests_whose_answer_cannot_be_read_are_told_so(tmp_path, monkeypatch)
                 with pytest.raises(ReplicaUnavailable, match="cannot be read"):
                     await call
             await ask(made, "twice")
+
+    asyncio.run(scenario())
+
+
+def test_batches_that_pile_up_between_the_stages_of_a_pipeline_keep_their_own_answers(tmp_path):
+    async def scenario():
+        async with server(tmp_path, "pipeline", gpus=(0, 1)) as (made, _):
+            made.configure(key("pipeline"), replica("pipeline", "pipeline", max_batch=1, shape=(1, 2)))
+            arrays = [np.full((1, 4), number, np.float32) for number in range(9)]
+            end_s = made._clock() + 60.0
+            waiting = [made.submit(key("pipeline"), {"x": array}, 1, end_s).answer for array in arrays]
+            await eventually(lambda: len(made._further) >= 2)  # both devices have one; the others wait outside
+            (tmp_path / "run").touch()
+            time.sleep(0.1)  # the event loop is held up: answers lie where they are while the worker goes on
+            answers = await asyncio.wait_for(asyncio.gather(*waiting), WAIT_S)
+            assert [answer.outputs["y"].tolist() for answer in answers] == [(2 * array).tolist() for array in arrays]
+
+    asyncio.run(scenario())
+
+
+def test_a_batch_that_cannot_be_sent_takes_no_place_from_answers_that_are_not_taken_out_yet(tmp_path, monkeypatch):
+    async def scenario():
+        async with server(tmp_path, "twice") as (made, _):
+            made.configure(key("twice"), replica("twice", "twice", max_batch=8))
+            await made.worker.load("twice", 8, (5,))
+            for _ in range(2):
+                await ask(made, "twice", 8)  # from now on both places are large enough for what follows
+            write = SharedSegment.write
+
+            def refuse_twos(self, parts, places):
+                if parts["x"][0][0, 0] == 2:
+                    raise OSError(errno.ENOSPC, "no space left")
+                write(self, parts, places)
+
+            monkeypatch.setattr(SharedSegment, "write", refuse_twos)
+            arrays = [np.full((items, 4), number, np.float32) for number, items in ((1, 1), (2, 8), (3, 8))]
+            end_s = made._clock() + 60.0
+            waiting = [made.submit(key("twice"), {"x": array}, len(array), end_s).answer for array in arrays]
+            first, refused, last = await asyncio.wait_for(asyncio.gather(*waiting, return_exceptions=True), WAIT_S)
+            assert isinstance(refused, ReplicaUnavailable)
+            assert (first.outputs["y"] == 2).all()
+            assert (last.outputs["y"] == 6).all()
 
     asyncio.run(scenario())
 
