@@ -114,7 +114,7 @@ def sole_services(node: str, agents: dict[str, AgentState]) -> tuple[str, ...]:
         for name, state in agents.items()
         if name != node and not state.drained
         for replica in state.replicas
-        if replica.phase is Phase.SERVING
+        if replica.phase is Phase.SERVING and not replica.left_over  # nobody is routed to what has left the plan
     }
     return tuple(sorted(here - elsewhere))
 

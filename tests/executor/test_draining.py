@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -63,6 +64,8 @@ def test_what_only_a_drained_node_serves_elsewhere_does_not_count() -> None:
     agents = {"a": agent("a", "x", "y"), "b": agent("b", "x", drained=True), "c": agent("c", "y")}
     assert sole_services("a", agents) == ("x",)
     assert sole_services("c", agents) == ()
+    left = tuple(dataclasses.replace(one, left_over=True) for one in agents["c"].replicas)
+    assert sole_services("a", agents | {"c": dataclasses.replace(agents["c"], replicas=left)}) == ("x", "y")
     loading = agents | {"a": agent("a", "x", "y", phase=Phase.LOADING)}
     assert sole_services("a", loading) == ("x",)  # it would load, and nobody would send to it
     assert sole_services("c", loading) == ("y",)
