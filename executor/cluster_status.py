@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -181,6 +181,11 @@ def _replicas(
                 healthy.append(address)
             else:
                 left_out[target.group, target.service] = f"gateway {address} sends it nothing: {target.reason}"
+    places = {
+        address: {(target.group, target.service) for target in door.targets if not target.stage}
+        for address, door in doors.items()
+        if live and is_at(door, live)
+    }
     found = []
     for node in cluster.nodes:
         agent = agents.get(node.name)
@@ -202,7 +207,9 @@ def _replicas(
                     desired=key in wanted,
                     phase=state.phase if state else None,
                     routed_by=tuple(routed[key.group, key.service]) if key in wanted else (),
-                    problem=_difference(key in wanted, state, agent) or left_out.get((key.group, key.service), ""),
+                    problem=_difference(key in wanted, state, agent)
+                    or left_out.get((key.group, key.service), "")
+                    or _unrouted(key, agent, places),
                     state=state,
                 )
             )
@@ -235,6 +242,14 @@ def _difference(desired: bool, state: ReplicaState | None, agent: AgentState | N
     if state.phase is not Phase.SERVING:
         return f"it is {state.phase.value}: {state.reason}" if state.reason else f"it is {state.phase.value}"
     return ""
+
+
+def _unrouted(key: ReplicaKey, agent: AgentState | None, places: Mapping[str, Collection[tuple[str, str]]]) -> str:
+    """Return which gateways, of those that route the live plan, do not route to a replica that it gives a rate."""
+    groups = agent.committed.groups if agent and agent.committed else ()
+    rated = any(group.key_of(one) == key and one.rate_rps > 0 for group in groups for one in group.replicas)
+    missing = [address for address, routed in places.items() if (key.group, key.service) not in routed]
+    return f"gateway {', '.join(missing)} does not route to it; {_remedy(agent)}" if rated and missing else ""
 
 
 def _peer_json(peer: PeerStatus) -> dict[str, Any]:

@@ -43,9 +43,15 @@ def agent(node: str, *replicas: ReplicaState, generation: int = 2, ready: bool =
     )
 
 
-def _group(key: ReplicaKey) -> DesiredGroup:
+def _group(key: ReplicaKey, *, rate_rps: float = 0.0) -> DesiredGroup:
     runs = DesiredReplica(
-        service=key.service, variant=key.variant, max_batch=1, deadline_s=1, batch_latency_s=(1,), memory_bytes=(1,)
+        service=key.service,
+        variant=key.variant,
+        max_batch=1,
+        deadline_s=1,
+        batch_latency_s=(1,),
+        memory_bytes=(1,),
+        rate_rps=rate_rps,
     )
     return DesiredGroup(id=key.group, gpus=(0,), replicas=(runs,))
 
@@ -151,6 +157,25 @@ def test_a_replica_that_a_gateway_leaves_out_says_why() -> None:
     door = GatewayState(version="", generation=2, placement_digest="d2", targets=(target,))
     found = seen([agent("a", replica("a/0")), agent("b")], door)
     assert found.replicas[0].problem == "gateway g:1 sends it nothing: its agent did not answer in time"
+
+
+def test_a_replica_that_had_to_wait_and_was_not_routed_to_before_the_controller_died_says_so() -> None:
+    waited = replica("a/1")
+    groups = (_group(replica("a/0").key, rate_rps=1.0), _group(waited.key, rate_rps=1.0))
+    committed = DesiredState(generation=2, placement_digest="d2", node="a", groups=groups)
+    one = agent("a", replica("a/0"), waited, committed=committed)
+    found = seen([one, agent("b")], gateway("a/0"))
+    problem = "gateway g:1 does not route to it; "
+    assert {entry.group: entry.problem for entry in found.replicas} == {
+        "a/0": "",
+        "a/1": f"{problem}run `foreplan apply` again",
+    }
+    assert not found.healthy
+    busy = seen([dataclasses.replace(one, leased_to="host:7"), agent("b")], gateway("a/0"))
+    assert busy.replicas[1].problem == f"{problem}controller host:7 is at work"
+    assert seen([one, agent("b")], gateway("a/0", "a/1")).healthy
+    behind = seen([one, agent("b")], gateway("a/0", generation=1))
+    assert [entry.problem for entry in behind.replicas] == ["", ""]  # that is said of the gateway
 
 
 def test_peers_that_do_not_answer_are_named_and_their_replicas_are_still_listed() -> None:
