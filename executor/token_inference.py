@@ -64,11 +64,15 @@ def token_request(
 def _count(value: object, name: str, default: int) -> int:
     if value is None:
         return default
-    if isinstance(value, str) and value.isdecimal():
+    if isinstance(value, str) and value.isdecimal() and len(value) <= _LONGEST_COUNT:
         value = int(value)
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise InvalidInput.of("a whole number above 0", field=f"parameters.{name}", found=repr(value))
     return value
+
+
+_LONGEST_COUNT = 18
+"""Digits of a number in a text: more tokens than that nobody has, and to read thousands of digits is an error."""
 
 
 async def generated_answer(
@@ -129,7 +133,8 @@ async def _cancelled_with(server: GroupServer, sequence: Generating) -> AsyncIte
     try:
         yield
     finally:
-        if not sequence.answer.done():
+        # Who awaits the answer itself and is cancelled cancels it too.
+        if not sequence.answer.done() or sequence.answer.cancelled():
             server.cancel_generation(sequence)
 
 
