@@ -7,6 +7,7 @@ and the last has the parameter ``triton_final_response``. An error is an answer 
 from __future__ import annotations
 
 import asyncio
+import enum
 from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Callable
 from contextlib import AbstractContextManager, aclosing, nullcontext
 from typing import TypeVar
@@ -26,6 +27,14 @@ STATUS_PARAMETER = "status"
 _SIDE_BY_SIDE = 64
 """Requests of one stream that are answered at a time; further ones are not read before."""
 
+
+class _Mark(enum.Enum):
+    """What stands among the answers of a stream: one request has all of its own, or all requests have."""
+
+    ANSWERED = enum.auto()
+    END = enum.auto()
+
+
 _Request = TypeVar("_Request")
 _Answer = TypeVar("_Answer")
 
@@ -38,9 +47,9 @@ async def interleaved(
     """Yield the answers to all requests, in the order in which they come.
 
     ``answers`` raises nothing; all that is done for one request is done in one task, inside of ``around``. When the
-    caller stops, what is under way is cancelled.
+    caller stops, what is under way is cancelled. While it takes no answers, no more requests are read.
     """
-    found: asyncio.Queue[_Answer | None] = asyncio.Queue()  # bounded by what models generate for so many
+    found: asyncio.Queue[_Answer | _Mark] = asyncio.Queue()  # bounded by what models generate for so many
     room = asyncio.Semaphore(_SIDE_BY_SIDE)
 
     async def one(request: _Request) -> None:
@@ -50,7 +59,7 @@ async def interleaved(
                     async for answer in mine:
                         found.put_nowait(answer)
         finally:
-            room.release()
+            found.put_nowait(_Mark.ANSWERED)
 
     async def read() -> None:
         async with asyncio.TaskGroup() as group:
@@ -59,10 +68,13 @@ async def interleaved(
                 group.create_task(one(request))
 
     reader = asyncio.get_running_loop().create_task(read())
-    reader.add_done_callback(lambda _: found.put_nowait(None))
+    reader.add_done_callback(lambda _: found.put_nowait(_Mark.END))
     try:
-        while (answer := await found.get()) is not None:
-            yield answer
+        while (answer := await found.get()) is not _Mark.END:
+            if answer is _Mark.ANSWERED:
+                room.release()  # only now: its answers are taken
+            else:
+                yield answer
         await reader
     finally:
         reader.cancel()
