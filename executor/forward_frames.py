@@ -79,6 +79,11 @@ class Frames(asyncio.BufferedProtocol):
         else:
             self.transport.abort()
 
+    @property
+    def unsent_bytes(self) -> int:
+        """Bytes that the operating system has not taken yet, for the other end does not read."""
+        return self.transport.get_write_buffer_size() if self.transport is not None else 0
+
     def put(self, message: Any, body: Body = b"") -> None:
         """Send ``message`` at the end of this turn of the event loop at the latest, or once the connection is there."""
         if not self._waiting and self.transport is not None:

@@ -34,6 +34,8 @@ _log = logging.getLogger("executor.forwarding")
 _CODES = {code.value[0]: code for code in grpc.StatusCode}
 _ENVELOPE_BYTES = 1 << 16
 _CONNECT_S = 2.0
+_MOST_UNSENT_BYTES = 1 << 26
+"""Bytes that may wait for an agent to read them. One that hangs reads nothing, and keeps its connection for minutes."""
 _LONGEST_TRANSIT_S, _MOST_OF_TIMEOUT = 0.02, 0.1
 """What is allowed for the way between a gateway and an agent: seconds, and the part of a request's time, at most."""
 
@@ -69,6 +71,7 @@ class ForwardLink:
         credentials: For TLS, or None.
         on_wait: Told the expected wait of a group, seconds, with every answer from it.
         max_message_bytes: Largest request and answer.
+        most_unsent_bytes: Bytes that may wait for the agent to read them; requests beyond are refused.
 
     Attributes:
         port: Where the agent takes connections; 0 while that is not known.
@@ -81,6 +84,7 @@ class ForwardLink:
         on_wait: Callable[[str, float], None],
         *,
         max_message_bytes: int,
+        most_unsent_bytes: int = _MOST_UNSENT_BYTES,
     ) -> None:
         self.port = 0
         self._host = host
@@ -88,6 +92,7 @@ class ForwardLink:
         self._on_wait = on_wait
         self._limit_bytes = max_message_bytes + _ENVELOPE_BYTES
         self._full_bytes = shared_bytes(max_message_bytes)
+        self._most_unsent_bytes = most_unsent_bytes
         self._numbers = itertools.count(1)
         self._pending: dict[int, _Sent] = {}
         self._transit = Delay()
@@ -102,9 +107,12 @@ class ForwardLink:
         from the client and back takes time too, as much as far as can be seen from here.
 
         Raises:
-            CallFailed: It was refused, the connection broke, or ``timeout_s`` passed.
+            CallFailed: It was refused, the connection broke or takes nothing more, or ``timeout_s`` passed.
         """
         frames = self._frames or self._connect()
+        if frames.unsent_bytes > self._most_unsent_bytes:
+            problem = f"its agent does not read: {frames.unsent_bytes} bytes wait to be sent to it"
+            raise CallFailed(grpc.StatusCode.UNAVAILABLE, problem)
         number = next(self._numbers)
         answer: asyncio.Future[bytes] = self._loop.create_future()
         self._pending[number] = _Sent(answer, group, self._loop.time())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 import struct
 from collections.abc import AsyncIterator, Coroutine
 from contextlib import asynccontextmanager
@@ -79,6 +80,24 @@ def test_law_bodies_of_any_size_come_back_whole(sizes: list[int]) -> None:
             bodies = [bytes([number + 1]) * size for number, size in enumerate(sizes)]
             answers = await asyncio.gather(*(link.send(body, "g", 5) for body in bodies))
             assert answers == [b"g" + body for body in bodies]
+
+    run(scenario())
+
+
+def test_an_agent_that_reads_nothing_costs_no_more_memory_than_may_wait_for_it() -> None:
+    async def scenario() -> None:
+        with socket.create_server(("127.0.0.1", 0)) as hanging:
+            most_bytes = 4 << 20
+            link = ForwardLink(
+                "127.0.0.1", None, lambda group, wait_s: None, max_message_bytes=1 << 24, most_unsent_bytes=most_bytes
+            )
+            link.port = hanging.getsockname()[1]
+            found = [await code(link.send(bytes(200_000), "g", 0.001)) for _ in range(200)]
+            assert found[0] is grpc.StatusCode.DEADLINE_EXCEEDED
+            assert found[-1] is grpc.StatusCode.UNAVAILABLE
+            assert link._frames is not None
+            assert link._frames.unsent_bytes < most_bytes + 300_000
+            await link.close(0.0)
 
     run(scenario())
 
