@@ -17,7 +17,7 @@ import grpc
 import grpc.aio
 
 from executor.answer_bytes import EXTENSIONS, MODEL_VERSION, AnswerWriter, answer_message
-from executor.errors import PlacementIsPlanned, RequestRefused, UnknownService, details_of, status_of
+from executor.errors import PlacementIsPlanned, RequestRefused, UnknownService, details_of, shortened, status_of
 from executor.forwarding import Body, CallFailed
 from executor.infer_header import GROUP_METADATA, LONGEST_DEADLINE_S
 from executor.lane import Generated
@@ -184,7 +184,7 @@ class InferenceServicer(pb_grpc.GRPCInferenceServiceServicer):
             self._chosen(request.model_name, "", None)
         except RequestRefused as error:
             problem = f"{error}; placement follows the plan: change it and run `foreplan apply`"
-            return await context.abort(status_of(PlacementIsPlanned()), problem)
+            return await context.abort(status_of(PlacementIsPlanned()), shortened(problem))
         return pb.RepositoryModelLoadResponse()
 
     async def RepositoryModelUnload(  # noqa: N802
@@ -194,7 +194,7 @@ class InferenceServicer(pb_grpc.GRPCInferenceServiceServicer):
         problem = (
             f"{request.model_name!r} is not unloaded by clients: leave it out of the plan and run `foreplan apply`"
         )
-        return await context.abort(status_of(PlacementIsPlanned()), problem)
+        return await context.abort(status_of(PlacementIsPlanned()), shortened(problem))
 
     async def ModelInfer(self, request: pb.ModelInferRequest, context: Context) -> pb.ModelInferResponse:  # noqa: N802
         """Run one request, batched with others where that serves all deadlines."""
@@ -298,7 +298,7 @@ class InferenceServicer(pb_grpc.GRPCInferenceServiceServicer):
             counters = {name: found for name, found in counters.items() if name == request.name}
             if not counters:
                 problem = f"service {request.name!r} does not run on node {self._node.settings.node!r}"
-                return await context.abort(grpc.StatusCode.NOT_FOUND, problem)
+                return await context.abort(grpc.StatusCode.NOT_FOUND, shortened(problem))
         return pb.ModelStatisticsResponse(
             model_stats=[statistics_to_proto(name, MODEL_VERSION, found) for name, found in counters.items()]
         )

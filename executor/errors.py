@@ -45,10 +45,12 @@ __all__ = [
     "WrongGeneration",
     "details_of",
     "request_error",
+    "shortened",
     "status_of",
 ]
 
-_DETAILS_LENGTH = 2000
+_DETAILS_BYTES = 2000
+"""Of a message; what is not ASCII takes three times its bytes on the way. Clients refuse headers of 8 to 16 KiB."""
 
 
 class RequestRefused(ForeplanError):
@@ -148,9 +150,16 @@ def status_of(error: ForeplanError) -> grpc.StatusCode:
 
 
 def details_of(error: ForeplanError) -> str:
-    """Return the message of ``error`` as gRPC can carry it: trailers are headers, and long ones are refused."""
-    text = str(error)
-    return text if len(text) <= _DETAILS_LENGTH else f"{text[: _DETAILS_LENGTH - 2]} …"
+    """Return the message of ``error``, `shortened`."""
+    return shortened(str(error))
+
+
+def shortened(details: str) -> str:
+    """Return a message as gRPC can carry it: trailers are headers, and with long ones the status is lost too."""
+    data = details.encode(errors="replace")
+    if len(data) <= _DETAILS_BYTES:
+        return details
+    return f"{data[: _DETAILS_BYTES - 2].decode(errors='ignore')} …"
 
 
 def request_error(replica: str, error: BaseException) -> ForeplanError:

@@ -18,7 +18,7 @@ from typing import Any, Protocol
 import grpc
 
 from executor.delay import Delay
-from executor.errors import details_of, status_of
+from executor.errors import details_of, shortened, status_of
 from executor.forward_frames import Body, Frames
 from executor.forward_wire import Answer, Request, decode_answers, decode_requests, encode_answers, encode_requests
 from executor.logs import log_failure
@@ -46,12 +46,12 @@ def shared_bytes(max_message_bytes: int) -> int:
 
 
 class CallFailed(Exception):
-    """A request ended with a status other than OK."""
+    """A request ended with a status other than OK; its details are what a client may be told."""
 
     def __init__(self, code: grpc.StatusCode, details: str) -> None:
         super().__init__(f"{code.name}: {details}")
         self.code = code
-        self.details = details
+        self.details = shortened(details)
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,6 +3,7 @@ from __future__ import annotations
 import inspect
 
 import grpc
+import pytest
 
 from executor import errors
 from plans.errors import ForeplanError, InvalidInput
@@ -35,6 +36,14 @@ def test_an_error_without_an_entry_has_the_status_of_its_nearest_ancestor():
 def test_a_long_message_is_cut_to_what_a_trailer_can_carry():
     assert errors.details_of(ForeplanError("short")) == "short"
     assert len(errors.details_of(ForeplanError("x" * 100_000))) == 2000
+    assert errors.shortened("x" * 2000) == "x" * 2000
+
+
+@pytest.mark.parametrize("character", ["é", "漢", "😀"])  # each of their bytes takes three in a trailer
+def test_characters_count_by_what_they_take_in_a_trailer_and_are_not_cut_in_two(character):
+    cut = errors.shortened("ab" + 3000 * character)
+    assert 1990 < len(cut.encode()) < 2010
+    assert set(cut) == {"a", "b", character, " ", "…"}
 
 
 def test_a_client_is_told_whether_its_inputs_the_model_or_the_worker_failed():

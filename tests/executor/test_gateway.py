@@ -192,6 +192,28 @@ class TestForwarding:
 
         run(scenario())
 
+    @pytest.mark.parametrize("name", ["x" * 20_000, "é" * 5000])
+    def test_a_name_that_is_longer_than_a_message_can_be_is_told_of_with_the_right_status(
+        self, tmp_path: Path, name: str
+    ) -> None:
+        async def scenario() -> None:
+            async with agents("a") as (a,), door(tmp_path) as front:
+                await front.control.set_routes(table(a), timeout_s=5)
+                for call in (
+                    front.infer(name),
+                    front.inference.ModelMetadata(inference.ModelMetadataRequest(name=name), timeout=5),
+                    front.inference.ModelStatistics(inference.ModelStatisticsRequest(name=name), timeout=5),
+                ):
+                    code, details = await front.code(call)
+                    assert code is Code.NOT_FOUND
+                    assert details.startswith("no service ")
+                load = inference.RepositoryModelLoadRequest(model_name=name)
+                assert (await front.code(front.inference.RepositoryModelLoad(load, timeout=5)))[0] is (
+                    Code.FAILED_PRECONDITION
+                )
+
+        run(scenario())
+
     @pytest.mark.parametrize("status", [Code.INVALID_ARGUMENT, Code.RESOURCE_EXHAUSTED, Code.DEADLINE_EXCEEDED])
     def test_any_other_status_is_the_agents_answer_and_passed_on(self, tmp_path: Path, status: Code) -> None:
         async def scenario() -> None:
