@@ -65,6 +65,11 @@ class PlanStore:
             raise BadStoredData(path, "its content does not match its digest; restore it from a backup or delete it")
         return read_plan(path)
 
+    def names(self) -> tuple[str, ...]:
+        """Return the name of every plan, the one stored last first; also of those that were never noted as live."""
+        files = [path for path in (self.root / "plans").glob("sha256-*.json") if path.is_file()]
+        return tuple(path.stem for path in sorted(files, key=lambda path: (-path.stat().st_mtime_ns, path.name)))
+
     def record(self, generation: int, plan: Plan, *, applied_at: str) -> StoredPlan:
         """Store ``plan`` as ``generation`` and make it current."""
         name = self.put(plan)

@@ -89,11 +89,11 @@ def _prior_of_the_rest(
 
     if store is None:
         return None
-    kept = PlanStore(store)
-    stored = [kept.get(one.name) for one in kept.generations()]
-    parts = {one.placement_digest for one in stored if is_part_of(one, plan)}
-    live = asyncio.run(observe(cluster, gateways, dialer=dialer)).live if parts else None
-    return live if live is not None and live.digest in parts else None
+    live = asyncio.run(observe(cluster, gateways, dialer=dialer)).live
+    if live is None or live.digest in {plan.placement_digest, *([plan.prior.digest] if plan.prior else [])}:
+        return None
+    found = _stored(PlanStore(store), live)
+    return live if found is not None and is_part_of(found, plan) else None
 
 
 def _targeted(
@@ -121,7 +121,7 @@ def _targeted(
     expected = f"the store that holds the live plan, of generation {live.generation}"
     if store is None:
         raise InvalidInput.of(expected, where="--store", found="nothing", remedy=remedy)
-    found = _stored(PlanStore(store), live.digest)
+    found = _stored(PlanStore(store), live)
     if found is None:
         raise InvalidInput.of(expected, where=store, found="no such plan", remedy=remedy)
     known = {plan.placement_digest, *([plan.prior.digest] if plan.prior else [])}
@@ -130,13 +130,14 @@ def _targeted(
     return targeted(plan, found, nodes, live)
 
 
-def _stored(plans: PlanStore, digest: str) -> Plan | None:
-    """Return the plan in the store whose placement has ``digest``, the newest first; None without one."""
-    for stored in reversed(plans.generations()):
-        found = plans.get(stored.name)
-        if found.placement_digest == digest:
-            return found
-    return None
+def _stored(plans: PlanStore, live: Prior) -> Plan | None:
+    """Return the plan in the store that is live, also when the apply was killed before it noted that; None without one.
+
+    The one noted under that generation is looked at first: to read a plan takes time, and a store keeps all.
+    """
+    noted = [one.name for one in plans.generations() if one.generation == live.generation]
+    candidates = (plans.get(name) for name in dict.fromkeys((*noted, *plans.names())))
+    return next((one for one in candidates if one.placement_digest == live.digest), None)
 
 
 def _timeouts(given: list[str]) -> ApplyTimeouts:
@@ -231,9 +232,10 @@ def _apply(
     from plans.store import PlanStore
 
     plans = PlanStore(store) if store is not None and not dry_run else None
+    name = ""
     if plans is not None:
         with _writing(plans, "nothing was changed; make room there, or name another folder"):
-            plans.put(plan)  # first: a store that cannot be written is known before anything changes
+            name = plans.put(plan)  # first: a store that cannot be written is known before anything changes
     with out.progress("applying the plan") as step:
         result = asyncio.run(
             bring(
@@ -248,8 +250,11 @@ def _apply(
             )
         )
     _print_applied(out, result)
-    if plans is not None and all(stored.generation != result.generation for stored in plans.generations()):
-        # Also when nothing changed: an apply that was cut short and run again is live, and must be found again.
+    if plans is not None and (result.generation, name) not in [
+        (one.generation, one.name) for one in plans.generations()
+    ]:
+        # Also when nothing changed: an apply that was cut short and run again is live, and must be found again. And
+        # where the store has that number of an earlier cluster, whose agents began anew.
         live = f"the plan is live as generation {result.generation} all the same"
         with _writing(plans, f"{live}; make room there, and run this again to record it"):
             plans.record(result.generation, plan, applied_at=datetime.now(UTC).isoformat(timespec="seconds"))

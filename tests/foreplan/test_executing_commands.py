@@ -124,6 +124,23 @@ def test_a_plan_reaches_nodes_one_after_the_other_and_a_stale_one_reaches_none(l
     live.run("rollback", "1", *where(live), "--store", "store")
 
 
+def test_what_an_apply_did_not_live_to_note_is_found_and_noted_by_the_next(live):
+    """After the test above: plan.json is live, and next.json was made against it."""
+    kept = [*where(live), "--store", "store", "--json"]
+    to_one = ["apply", "next.json", *kept, "--target", "node-a"]
+    made = json.loads(live.run(*to_one).stdout)
+    record = live.folder / "store" / "generations" / f"{made['generation']:010d}.json"
+    noted = record.read_text()
+    record.unlink()
+    assert json.loads(live.run(*to_one).stdout)["outcome"] == "no changes"
+    assert json.loads(record.read_text())["generation"] == made["generation"]
+    earlier = json.loads(noted) | {"plan": json.loads((record.parent / f"{1:010d}.json").read_text())["plan"]}
+    record.write_text(json.dumps(earlier))  # as a store has it that outlived the agents' journals
+    live.run(*to_one)
+    assert json.loads(record.read_text())["plan"] != earlier["plan"]
+    live.run("rollback", "1", *where(live), "--store", "store")
+
+
 @pytest.mark.parametrize("processes", ["1", "2"])
 def test_an_interrupted_replay_keeps_what_it_has_and_says_so(live, processes):
     """Ctrl-C reaches every process of the terminal's group, whatever it has come to."""

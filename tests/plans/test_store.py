@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import os
+
 import pytest
 from hypothesis import given
 
@@ -32,6 +34,15 @@ def test_generations_are_kept_and_the_last_recorded_is_current(tmp_path):
     assert (current.generation, store.get(current.name)) == (2, plan([]))
     assert [stored.generation for stored in store.generations()] == [1, 2]
     assert store.get(store.generation(1).name) == ONE
+
+
+def test_plans_are_named_the_last_one_first_whether_noted_or_not(tmp_path):
+    store = PlanStore(tmp_path)
+    assert store.names() == ()
+    noted = store.record(1, ONE, applied_at="")
+    os.utime(noted.path, ns=(0, 0))
+    other = store.put(plan([]))
+    assert store.names() == (other, noted.name)
 
 
 def test_an_unknown_generation_or_plan_is_named(tmp_path):
