@@ -58,9 +58,11 @@ class AnswerWriter:
         key = (message.model_name, message.id, answer.variant, answer.batch_items, shapes)
         known = self._known.get(key)
         if known is None:
-            if len(self._known) >= _KNOWN:
-                self._known.clear()
-            known = self._known[key] = _in_common(answer_message(head, answer))
+            known = _in_common(answer_message(head, answer))
+            if head.recurs:  # otherwise it holds what the client likes, such as an id of a megabyte
+                if len(self._known) >= _KNOWN:
+                    self._known.clear()
+                self._known[key] = known
         start, tags = known
         parts = [start, _QUEUE_S, _DOUBLE.pack(answer.queue_s), _RUN_S, _DOUBLE.pack(answer.run_s)]
         for tag, (_, array) in zip(tags, outputs, strict=True):

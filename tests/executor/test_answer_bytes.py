@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import tracemalloc
+
 import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
@@ -7,7 +9,7 @@ from hypothesis.extra import numpy as arrays_of
 
 from executor.answer_bytes import AnswerWriter, answer_message
 from executor.proto import open_inference_pb2 as pb
-from executor.request_head import RequestHead
+from executor.request_head import HeadReader, RequestHead
 from executor.runtime.protocol import NUMPY_TYPES
 from executor.tensors import TensorLimits, encode_request
 from executor.whole_requests import Answer
@@ -27,7 +29,7 @@ answers = st.builds(
 
 
 def head_of(request: pb.ModelInferRequest) -> RequestHead:
-    return RequestHead.of(request, request.raw_input_contents, TensorLimits())
+    return HeadReader(TensorLimits()).read(request.SerializeToString())[0]
 
 
 heads = st.builds(
@@ -53,3 +55,17 @@ def test_more_answers_than_are_remembered_are_written() -> None:
     for items in (*range(1, 1100), 1):
         answer = Answer(outputs={"y": np.ones((1, 1))}, variant="v", batch_items=items, queue_s=0.5, run_s=0.25)
         assert pb.ModelInferResponse.FromString(writer.write(head, answer)) == answer_message(head, answer)
+
+
+def test_long_ids_of_requests_are_not_kept() -> None:
+    writer = AnswerWriter()
+    answer = Answer(outputs={"y": np.ones((1, 1))}, variant="v", batch_items=1, queue_s=0.5, run_s=0.25)
+    tracemalloc.start()
+    try:
+        for number in range(100):
+            request_id = f"{number}" + "i" * 100_000
+            head = head_of(encode_request("m", {"x": np.zeros((1, 1), np.float32)}, request_id=request_id))
+            assert pb.ModelInferResponse.FromString(writer.write(head, answer)).id == request_id
+        assert tracemalloc.get_traced_memory()[0] < 2_000_000
+    finally:
+        tracemalloc.stop()
