@@ -7,6 +7,7 @@ the few small ones to the generated parser. Field numbers: executor/proto/open_i
 from __future__ import annotations
 
 import math
+import reprlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -44,6 +45,9 @@ LONGEST_DEADLINE_S = 86_400.0
 _MOST_FIELDS = 1000
 """Top-level fields of a message: tensors and parameters. They are looked at one by one."""
 
+_LONGEST_STREAM = 128
+"""Characters of the name of a stream: gateways remember many."""
+
 _MODEL_NAME, _PARAMETERS, _RAW_CONTENTS = 1, 4, 7
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 
@@ -74,7 +78,7 @@ def read_infer_header(request: bytes) -> InferHeader:
     """Read the header of a serialised ``ModelInferRequest``; cost does not grow with the size of the tensors.
 
     Raises:
-        InvalidInput: The bytes are no such message, or a parameter that sets a deadline is no such number.
+        InvalidInput: The bytes are no such message, or a parameter that sets a deadline or names a stream is none.
     """
     try:
         header = messages.ModelInferRequest.FromString(_small_fields(request))
@@ -177,8 +181,16 @@ def small_fields(message: bytes) -> bytes:
 
 
 def stream_of(request: messages.ModelInferRequest) -> str:
-    """Return the stream of which ``request`` is a frame: its parameter ``sequence_id``, a number but 0 or a text."""
+    """Return the stream of which ``request`` is a frame: its parameter ``sequence_id``, a number but 0 or a text.
+
+    Raises:
+        InvalidInput: The text is too long to be kept, as with Triton.
+    """
     value = parameter(request.parameters, "sequence_id")
+    if isinstance(value, str) and len(value) > _LONGEST_STREAM:
+        expected = f"a number, or a text of at most {_LONGEST_STREAM} characters"
+        found = reprlib.repr(value)
+        raise InvalidInput.of(expected, where="request", field="parameters.sequence_id", found=found)
     return str(value) if value and not isinstance(value, bool | float) else ""
 
 

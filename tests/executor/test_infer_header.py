@@ -97,3 +97,10 @@ def test_a_deadline_as_text_counts() -> None:
 def test_a_deadline_that_is_no_time_is_refused(value: float | str | bool) -> None:
     with pytest.raises(InvalidInput, match="deadline_ms"):
         read_infer_header(request(deadline_ms=value))
+
+
+def test_the_name_of_a_stream_is_a_number_or_a_short_text() -> None:
+    assert read_infer_header(request(sequence_id="s" * 128)).stream == "s" * 128
+    assert read_infer_header(request(sequence_id=2**62)).stream == str(2**62)
+    with pytest.raises(InvalidInput, match="at most 128 characters"):
+        read_infer_header(request(sequence_id="s" * 129))
