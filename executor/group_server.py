@@ -175,6 +175,7 @@ class GroupServer:
             stream: The stream that it is a frame of; empty for none.
 
         Raises:
+            Hopeless: The deadline has passed already.
             QueueFull: Too much waits already, or more than can be done before the deadline.
             ReplicaUnavailable: The replica is not here.
         """

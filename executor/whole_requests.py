@@ -146,6 +146,8 @@ class WholeRequests:
         """Close the queue of a replica; what waits in it fails with ``reason``."""
         for waiting in (*self._dispatcher.close(key), *self._bundles.close(key)):
             self._refuse(waiting, ReplicaUnavailable(f"{key}: {reason}"))
+        self.settle([one for one in self._alone if one.waiting.key == key], ReplicaUnavailable(f"{key}: {reason}"))
+        self._alone = deque(one for one in self._alone if one.waiting.key != key)
 
     def fail_all(self, reason: str) -> None:
         """Let everything that waits fail; its queues stay open."""
@@ -206,6 +208,8 @@ class WholeRequests:
 
     def cancel(self, pending: Pending) -> None:
         """Forget a request whose client went away; one that runs already runs to its end."""
+        if pending.answer.done() and not pending.answer.cancelled():
+            return  # it was counted as what it became
         if self._bundles.remove(pending.waiting):
             self._pending.pop(pending.waiting.number, None)
             self._set_flush()
@@ -220,9 +224,12 @@ class WholeRequests:
         """Refuse a request without hope, before it makes the queue longer.
 
         Raises:
+            Hopeless: Its time is over.
             QueueFull: The work before it takes `HOPELESS_RATIO` times as long as it has.
         """
         left_s = waiting.deadline_s - now_s
+        if left_s <= 0:
+            raise Hopeless(f"{waiting.key}: the deadline has passed before it could be queued")
         all_s = self._dispatcher.queue_work_s(waiting.key, self._bundles.gathered(waiting.key).items)
         if all_s > HOPELESS_RATIO * left_s:  # a first look, which costs nothing
             wait_s = self._dispatcher.work_before_s(waiting, self._bundles.items_before(waiting))
@@ -274,7 +281,11 @@ class WholeRequests:
 
     def run_alone(self, pending: Iterable[Pending]) -> None:
         """Let requests whose batch was refused for one of them wait again, to be run one by one before all others."""
-        self._alone.extend(pending)
+        for one in pending:
+            if one.waiting.key in self._rules:
+                self._alone.append(one)
+            else:
+                self.settle([one], ReplicaUnavailable(f"{one.waiting.key} is not here any more"))
 
     def settle(self, pending: Iterable[Pending], error: ForeplanError) -> None:
         """Let requests that have no answer yet fail with ``error``."""

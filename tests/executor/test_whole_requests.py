@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from executor.dispatcher import QueueLimits
-from executor.errors import QueueFull
+from executor.errors import Hopeless, QueueFull, ReplicaUnavailable
 from executor.state import ReplicaKey
 from executor.statistics import Counters
 from executor.whole_requests import Pending, ReplicaRules, WholeRequests
@@ -21,6 +21,7 @@ class Queue:
 
     def __init__(self, *, largest_s: float = 0.01, **limits: int) -> None:
         rules = {KEY: ReplicaRules(max_batch=8, latency_s=(largest_s,) * 8, frames=4, stages=1, generation=None)}
+        self.rules = rules
         self.counters = Counters()
         self.now_s = 0.0
         self.ready = asyncio.Event()
@@ -100,3 +101,43 @@ async def test_clients_that_go_away_take_their_frames_with_them() -> None:
     assert queue.counters.dropped == 7
     assert queue.requests.next() == queued[:1]
     assert queue.requests.next() == []
+
+
+@inside_a_loop
+async def test_a_request_whose_time_is_over_is_told_so_and_not_to_send_less() -> None:
+    queue = Queue()
+    queue.now_s = 5.0
+    with pytest.raises(Hopeless, match="the deadline has passed"):
+        queue.submit(deadline_s=4.999)
+    assert (queue.requests.queued(KEY), queue.counters.dropped) == (0, 1)
+
+
+@inside_a_loop
+async def test_a_client_that_leaves_after_its_answer_was_there_is_counted_once() -> None:
+    queue = Queue()
+    failed, gone = queue.submit(), queue.submit()
+    assert queue.requests.next() == [failed, gone]
+    queue.requests.settle([failed], ReplicaUnavailable("its worker was lost"))
+    gone.answer.cancel()
+    for pending in (failed, gone):
+        queue.requests.cancel(pending)
+    assert (queue.counters.failed, queue.counters.dropped) == (1, 1)
+    assert failed.answer.exception() is not None
+
+
+@pytest.mark.parametrize("closed_before", [False, True])
+def test_what_was_to_run_alone_fails_with_its_replica(closed_before: bool) -> None:
+    async def scenario() -> None:
+        queue = Queue()
+        pending = queue.submit()
+        assert queue.requests.next() == [pending]
+        if closed_before:
+            queue.requests.close(KEY, "it left the plan")
+            del queue.rules[KEY]
+        queue.requests.run_alone([pending])
+        if not closed_before:
+            queue.requests.close(KEY, "it left the plan")
+        assert isinstance(pending.answer.exception(), ReplicaUnavailable)
+        assert queue.requests.next() == []
+
+    asyncio.run(scenario())
