@@ -160,6 +160,8 @@ def _content(data: Any, datatype: str, shape: list[int], where: str) -> bytes:
     dtype = NUMPY_TYPES[datatype]
     try:
         given = np.array(data)
+        if datatype == "UINT64" and given.dtype.kind == "f":  # as numpy has small and very large numbers together
+            given = _whole_numbers(data, given)
         if given.dtype.kind not in "biuf" or (given.dtype.kind == "f" and dtype.kind != "f"):
             raise InvalidInput.of(f"numbers of {datatype}", field=where, found=f"a list of {given.dtype}")
         if (given.dtype.kind == "b") != (dtype.kind == "b"):
@@ -179,6 +181,18 @@ def _content(data: Any, datatype: str, shape: list[int], where: str) -> bytes:
     if array.size != math.prod(shape):
         raise InvalidInput.of(f"{math.prod(shape)} values for shape {shape}", field=where, found=f"{array.size} values")
     return array.astype(dtype.newbyteorder("<")).tobytes()
+
+
+def _whole_numbers(data: Any, given: np.ndarray[Any, np.dtype[Any]]) -> np.ndarray[Any, np.dtype[Any]]:
+    """Return ``data`` as 64-bit numbers without a sign where it holds whole numbers only, else as it was ``given``.
+
+    Raises:
+        OverflowError: One of them is no such number.
+    """
+    numbers = np.array(data, dtype=object)
+    if not all(type(number) is int for number in numbers.flat):
+        return given
+    return numbers.astype(np.uint64)
 
 
 def parsed_json(text: bytes | memoryview, limits: TensorLimits) -> Any:

@@ -30,6 +30,15 @@ def test_numbers_become_the_same_raw_tensor_nested_or_flat(datatype: str) -> Non
         assert decoded.tolist() == values
 
 
+@pytest.mark.parametrize("values", [[1, 2**63], [2**64 - 1, 0], [[7, 2**63 + 1]]])
+def test_small_and_very_large_numbers_without_a_sign_go_together(values: list[Any]) -> None:
+    count = int(np.size(values))
+    tensor = {"name": "x", "datatype": "UINT64", "shape": [count], "data": values}
+    message = request_from_http("s", "", json.dumps({"inputs": [tensor]}).encode(), None).message
+    flat = values[0] if isinstance(values[0], list) else values
+    assert np.frombuffer(message.raw_input_contents[0], "<u8").tolist() == flat
+
+
 def test_binary_tensors_lie_behind_the_object_in_their_order() -> None:
     header = json.dumps(
         {
