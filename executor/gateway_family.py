@@ -147,6 +147,7 @@ def merged(states: Sequence[GatewayState]) -> GatewayState:
                 reason=worst.reason,
                 sent=sum(one.sent for one in same),
                 failed=sum(one.failed for one in same),
+                stage=target.stage,
             )
         )
     return GatewayState(

@@ -252,3 +252,10 @@ def test_states_are_merged_to_the_oldest_and_the_worst() -> None:
         7,
     )
     assert merged([state(3, healthy=True, sent=1), state(2, healthy=True, sent=1)]).generation == 2
+
+
+def test_several_processes_tell_of_each_target_what_one_does() -> None:
+    target = TargetState(service="flow", group="a/0", healthy=True, reason="", sent=3, failed=1, stage="detect")
+    one = GatewayState(version="0", generation=2, placement_digest="d", targets=(target,), ready=True)
+    assert merged([one]) == one
+    assert [found.stage for found in merged([one, one]).targets] == ["detect"]
