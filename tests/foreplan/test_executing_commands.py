@@ -126,19 +126,21 @@ def test_a_plan_reaches_nodes_one_after_the_other_and_a_stale_one_reaches_none(l
 
 def test_what_an_apply_did_not_live_to_note_is_found_and_noted_by_the_next(live):
     """After the test above: plan.json is live, and next.json was made against it."""
-    kept = [*where(live), "--store", "store", "--json"]
+    kept = [*where(live), "--store", "other-store", "--json"]
+    before = json.loads(live.run("apply", "plan.json", *kept).stdout)["generation"]
     to_one = ["apply", "next.json", *kept, "--target", "node-a"]
-    made = json.loads(live.run(*to_one).stdout)
-    record = live.folder / "store" / "generations" / f"{made['generation']:010d}.json"
-    noted = record.read_text()
+    made = json.loads(live.run(*to_one).stdout)["generation"]
+    records = live.folder / "other-store" / "generations"
+    record, other = records / f"{made:010d}.json", records / f"{before:010d}.json"
     record.unlink()
     assert json.loads(live.run(*to_one).stdout)["outcome"] == "no changes"
-    assert json.loads(record.read_text())["generation"] == made["generation"]
-    earlier = json.loads(noted) | {"plan": json.loads((record.parent / f"{1:010d}.json").read_text())["plan"]}
+    noted = json.loads(record.read_text())
+    assert noted["generation"] == made
+    earlier = noted | {"plan": json.loads(other.read_text())["plan"]}
     record.write_text(json.dumps(earlier))  # as a store has it that outlived the agents' journals
     live.run(*to_one)
-    assert json.loads(record.read_text())["plan"] != earlier["plan"]
-    live.run("rollback", "1", *where(live), "--store", "store")
+    assert json.loads(record.read_text())["plan"] == noted["plan"]
+    live.run("rollback", before, *where(live), "--store", "other-store")
 
 
 @pytest.mark.parametrize("processes", ["1", "2"])
