@@ -56,6 +56,7 @@ class Switchboard:
         self._problems: dict[Backend, str] = {}
         self._leaving: set[asyncio.Task[None]] = set()
         self._installing = asyncio.Lock()
+        self._installs: set[asyncio.Task[None]] = set()
 
     def restore(self) -> None:
         """Put the table of the journal in force, if there is one. Its targets join the rotation as agents answer.
@@ -71,11 +72,17 @@ class Switchboard:
     async def install(self, table: RoutingTable, *, stored: bool = False) -> None:
         """Put ``table`` in force, all at once, after its agents were asked for their state and it is stored.
 
-        With ``stored`` another process has stored it.
+        With ``stored`` another process has stored it. A caller that goes away does not stop it half way.
 
         Raises:
             StalePlan: The table may not follow the one in force.
         """
+        task = asyncio.create_task(self._install(table, stored=stored))
+        self._installs.add(task)
+        task.add_done_callback(self._installed)
+        await asyncio.shield(task)
+
+    async def _install(self, table: RoutingTable, *, stored: bool) -> None:
         async with self._installing:
             self.router.check_generation(table)
             fresh = self._new_peers(table)
@@ -88,6 +95,11 @@ class Switchboard:
                 raise
             self._put_in_force(table, fresh)
             _log.info("event=routed generation=%d services=%d", table.generation, len(table.services))
+
+    def _installed(self, task: asyncio.Task[None]) -> None:
+        self._installs.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            _log.warning("event=routes_refused reason=%r", str(error))
 
     def peer(self, node: str) -> Peer | None:
         """Return the peer of ``node``; None when no table in force names it."""
@@ -118,6 +130,7 @@ class Switchboard:
 
     async def close(self, grace_s: float) -> None:
         """Stop watching every agent; calls in flight get ``grace_s`` seconds to end."""
+        await asyncio.gather(*self._installs, return_exceptions=True)
         peers, self._peers, self._former = [*self._peers.values(), *self._former.values()], {}, {}
         await asyncio.gather(*(peer.close(grace_s) for peer in peers), *self._leaving)
 
