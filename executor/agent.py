@@ -25,7 +25,7 @@ from executor.metrics import exposition
 from executor.mps import mps_is_running
 from executor.node import Node, NodeSettings
 from executor.proto import control_pb2, control_pb2_grpc, open_inference_pb2, open_inference_pb2_grpc
-from executor.roles import Role
+from executor.roles import Guard, Role
 from executor.state import Phase
 from executor.state_folder import locked_folder
 from executor.tensors import TensorLimits
@@ -220,7 +220,7 @@ class _Services:
             yield
             return
         async with http_server(
-            metrics_application(self._metrics),
+            metrics_application(self._metrics, Guard(Role.AGENT) if credentials else None),
             self._config.metrics,
             where="--metrics",
             credentials=credentials,

@@ -218,8 +218,8 @@ class _Process:
     def _http_servers(self) -> list[tuple[str, contextlib.AbstractAsyncContextManager[int]]]:
         config, member = self._config, self._member
         servers: list[tuple[str, contextlib.AbstractAsyncContextManager[int]]] = []
+        guard = Guard(Role.GATEWAY) if self._credentials else None
         if config.http:
-            guard = Guard(Role.GATEWAY) if self._credentials else None
             http = http_server(
                 gateway_application(self._door, guard, config.max_message_bytes),
                 config.http,
@@ -235,7 +235,7 @@ class _Process:
                 f"{host}:{int(port) + member.index}" if member and port.isdigit() and port != "0" else config.metrics
             )
             metrics = http_server(
-                metrics_application(self._metrics),
+                metrics_application(self._metrics, guard),
                 address,
                 where="--metrics",
                 credentials=self._credentials,

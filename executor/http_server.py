@@ -10,7 +10,7 @@ from typing import Any
 from aiohttp import web
 from aiohttp.http_exceptions import HttpProcessingError
 
-from executor.roles import Guard
+from executor.roles import METRICS, Guard
 from executor.tls import Credentials, check_transport, peer_identity
 from plans.errors import InvalidInput
 
@@ -90,10 +90,15 @@ def _is_ours(record: logging.LogRecord) -> bool:
 _log.addFilter(_is_ours)
 
 
-def metrics_application(render: Callable[[], bytes]) -> web.Application:
-    """Return an application that answers ``GET /metrics`` with what ``render`` returns."""
+def metrics_application(render: Callable[[], bytes], guard: Guard | None = None) -> web.Application:
+    """Return an application that answers ``GET /metrics`` with what ``render`` returns.
 
-    async def metrics(_: web.Request) -> web.Response:
+    ``guard`` says who may ask; without one, everybody.
+    """
+
+    async def metrics(request: web.Request) -> web.Response:
+        if guard is not None and (problem := role_check(guard, METRICS, request)):
+            return web.Response(status=403, text=problem)
         return web.Response(body=render(), headers={"Content-Type": _METRICS})
 
     application = web.Application()

@@ -12,7 +12,8 @@ role          may call
 ``client``    a gateway's inference
 ============  ==========================================================================================
 
-Health checks and reflection are open to every role. A method that the table does not know is refused.
+Health checks, reflection and metrics are open to every role, and to nobody without one. A method that the table does
+not know is refused.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from typing import Any
 import grpc
 import grpc.aio
 
-__all__ = ["Guard", "Role", "role_uri", "roles_of_names"]
+__all__ = ["METRICS", "Guard", "Role", "role_uri", "roles_of_names"]
 
 _log = logging.getLogger("executor.security")
 
@@ -50,7 +51,11 @@ _INFERENCE = "/inference.GRPCInferenceService/"
 _ANY = frozenset(Role)
 _OPERATOR = frozenset({Role.OPERATOR})
 
+METRICS = "/metrics"
+"""Stands for the page that Prometheus reads, as if it were a method."""
+
 _OPEN: Mapping[str, frozenset[Role]] = {
+    METRICS: _ANY,
     "/grpc.health.v1.Health/": _ANY,
     "/grpc.reflection.v1alpha.ServerReflection/": _ANY,
 }

@@ -16,6 +16,7 @@ import grpc
 import grpc.aio
 import numpy as np
 import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from executor.agent import AgentConfig, serve_agent
 from executor.control_client import AgentClient, GatewayClient, channel_options
@@ -309,6 +310,34 @@ def test_http_asks_for_certificates_too(tmp_path: Path) -> None:
                         pass
 
     run(scenario())
+
+
+def test_a_certificate_of_no_role_opens_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As an authority issues it that signs for others than Foreplan too."""
+
+    async def scenario() -> None:
+        async with site(tmp_path) as made:
+            with monkeypatch.context() as patch:
+                patch.setattr("executor.certificates.role_uri", lambda role: f"urn:other:{role}")
+                stranger = Credentials(made.authority.issue(Role.OPERATOR, "stranger"))
+            for url in (f"{made.http}/v2/health/live", f"{made.gateway_metrics}/metrics", f"{made.metrics}/metrics"):
+                async with (
+                    aiohttp.ClientSession() as session,
+                    session.get(f"https://{url}", ssl=stranger.client_context()) as answer,
+                ):
+                    assert (answer.status, "'stranger' has no role" in await answer.text()) == (403, True)
+            for address in (made.gateway, made.agent):
+                async with Dialer(stranger).open(address, ()) as channel:
+                    assert await infer(channel) == "PERMISSION_DENIED"
+                    stub: Any = health_pb2_grpc.HealthStub(channel)
+                    with pytest.raises(grpc.aio.AioRpcError, match="has no role"):
+                        await stub.Check(health_pb2.HealthCheckRequest(), timeout=30)
+
+    run(scenario())
+    refused = [one.getMessage() for one in caplog.records if "event=refused" in one.getMessage()]
+    assert len([one for one in refused if "method=/metrics" in one]) == 2
 
 
 @pytest.mark.parametrize("wrong", ["in the clear", "no certificate", "another authority", "expired"])
