@@ -23,7 +23,7 @@ from executor.infer_header import LONGEST_DEADLINE_S, InferHeader, group_message
 from executor.proto import open_inference_pb2 as messages
 from executor.state import ServiceRoutes, Target
 from executor.statistics import add_statistics
-from executor.stream_inference import STATUS_PARAMETER, error_response, interleaved
+from executor.stream_inference import FINAL, STATUS_PARAMETER, error_response, interleaved
 from executor.tracing import NoSpans, join_trace, traceparent_in
 from plans.errors import InvalidInput
 
@@ -173,23 +173,30 @@ class InferenceFrontDoor:
                         async with contextlib.aclosing(peer.stream(request, target.group, remaining_s)) as found:
                             async for answer in found:
                                 first_try.keep()
-                                code = _status(answer)
-                                if is_first and not is_last_try and code is _Code.UNAVAILABLE:
+                                status, is_final = _status(answer)
+                                if is_first and not is_last_try and status is _Code.UNAVAILABLE:
                                     self._switchboard.suspect(service, target, "it answered UNAVAILABLE")
                                     break
                                 is_first = False
-                                yield answer + mark
+                                if is_final:  # a client that leaves before has CANCELLED it
+                                    code = _shown(status)
+                                yield _told_in_stream(answer, status) + mark
                             else:
+                                if is_first:
+                                    raise CallFailed(
+                                        _Code.INTERNAL, f"{target.group} ended its stream without an answer"
+                                    )
+                                code = _shown(status)
                                 return
                 except CallFailed as failed:
-                    code = failed.code
                     if not is_first or is_last_try or failed.code is not _Code.UNAVAILABLE:
                         raise
                     self._suspect(service, target, failed)
             raise self._no_replica(service, arrival_s + timeout_s)
         except CallFailed as failed:
-            code = failed.code
-            raise
+            told = _told(failed)
+            code = told.code
+            raise told from failed
         finally:
             self.metrics.end(service, code, self._clock() - arrival_s)
 
@@ -336,9 +343,15 @@ def _timeout_s(time_remaining_s: float | None, asked_s: float | None, default_s:
     return min(LONGEST_DEADLINE_S, time_remaining_s if asked_s is None else min(asked_s, time_remaining_s))
 
 
+def _shown(code: grpc.StatusCode) -> grpc.StatusCode:
+    """Return what a client is shown: ABORTED says, to gateways, that a later stage of a workflow was unavailable."""
+    return _Code.UNAVAILABLE if code is _Code.ABORTED else code
+
+
 def _told(failed: CallFailed) -> CallFailed:
-    """Return what a client is told: ABORTED says, to gateways, that a later stage of a workflow was unavailable."""
-    return CallFailed(_Code.UNAVAILABLE, failed.details) if failed.code is _Code.ABORTED else failed
+    """Return what a client is told."""
+    code = _shown(failed.code)
+    return failed if code is failed.code else CallFailed(code, failed.details)
 
 
 def _parsed(request: bytes) -> messages.ModelInferRequest:
@@ -349,9 +362,22 @@ def _parsed(request: bytes) -> messages.ModelInferRequest:
         return messages.ModelInferRequest()
 
 
-def _status(answer: bytes) -> grpc.StatusCode:
-    """Return the status that a ``ModelStreamInferResponse`` tells of."""
+def _status(answer: bytes) -> tuple[grpc.StatusCode, bool]:
+    """Return the status that a ``ModelStreamInferResponse`` tells of, and whether it is the last to its request."""
     read = messages.ModelStreamInferResponse.FromString(answer)
+    parameters = read.infer_response.parameters
+    is_final = FINAL in parameters and parameters[FINAL].bool_param
     if not read.error_message:
-        return _Code.OK
-    return _CODES.get(read.infer_response.parameters[STATUS_PARAMETER].string_param, _Code.UNKNOWN)
+        return _Code.OK, is_final
+    return _CODES.get(parameters[STATUS_PARAMETER].string_param, _Code.UNKNOWN), is_final
+
+
+def _told_in_stream(answer: bytes, status: grpc.StatusCode) -> bytes:
+    """Return what a client is told with an answer of ``status``."""
+    code = _shown(status)
+    if code is status:
+        return answer
+    read = messages.ModelStreamInferResponse.FromString(answer)
+    details = read.error_message.removeprefix(f"{status.name}: ")
+    asked = read.infer_response
+    return error_response(asked.id, asked.model_name, code, details).SerializeToString()
