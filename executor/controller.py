@@ -135,7 +135,8 @@ async def apply(
 
     Raises:
         InvalidInput: The plan is for another cluster, or a node cannot run its part; with all faults.
-        StalePlan: Something else is live than what the plan was made against, or another controller is at work.
+        StalePlan: Something else is live than what the plan was made against, or another controller is at work; also
+            one that took over from this one before the flip.
         ApplyRolledBack: A step before the flip failed, and everything was taken back.
         RemoteFailure: A peer cannot be reached; or the routes have flipped and some peers are not done yet, in which
             case running the apply again goes on from there.
@@ -314,7 +315,10 @@ async def _flip(rollout: Rollout, before: Live) -> dict[str, RemoteFailure]:
 
 
 async def _roll_back(rollout: Rollout, before: Live, cause: RemoteFailure) -> None:
-    raise ApplyRolledBack(f"{cause}; {_told(await rollout.abort(before))}") from cause
+    end = await rollout.abort(before)
+    if end.successor is not None:
+        raise StalePlan(f"{cause}; {_told(end)}; plan again from what is live once that is done") from cause
+    raise ApplyRolledBack(f"{cause}; {_told(end)}") from cause
 
 
 def _told(end: TakenBack) -> str:

@@ -164,7 +164,11 @@ class Rollout:
             {node: self._repeat("abort", node, self._aborting(node), self._timeouts.abort_s) for node in agents}
         )
         states, _, _ = await self._connection.states(timeout_s=self._timeouts.state_s)
-        successors = {node: max(s.generation, s.staged_generation) for node, s in states.items() if self._is_past(s)}
+        successors = {
+            node: max(state.generation, state.staged_generation)
+            for node, state in states.items()
+            if self._is_past(state) or state.leased_to not in ("", agents[node].holder)
+        }
         found = [
             f"{failure}; it still holds generation {self.generation}, which the next apply takes back"
             for node, failure in lost.items()

@@ -145,6 +145,7 @@ class FakeAgent(_Scripted, control_pb2_grpc.AgentServicer):
             staged_generation=self.staged.generation if self.staged else 0,
             replicas=tuple(ReplicaState(key=key, phase=phase) for key, phase in sorted(self.phases.items())),
             drained=self.drained,
+            leased_to=self.lease.holder(time.monotonic()),
             forward_port=self.forward.port if self.forward else 0,
             committed=self.desired,
             staged=self.staged,

@@ -361,7 +361,7 @@ class TestRollBack:
             agent._failures["Stage"].append((Code.FAILED_PRECONDITION, False))
             agent.staged = winner
             held.set()
-            with pytest.raises(ApplyRolledBack, match=r"another apply \(generation 5\) took over") as caught:
+            with pytest.raises(StalePlan, match=r"another apply \(generation 5\) took over") as caught:
                 await losing
             assert "still holds" not in str(caught.value)
             assert "back where it was" not in str(caught.value)
@@ -381,7 +381,7 @@ class TestRollBack:
                 if (event.step, event.peer, event.outcome) == ("commit", "a", "failed"):
                     agent.generation, agent.digest = other
 
-            with pytest.raises(ApplyRolledBack, match=r"another apply \(generation 2\) took over"):
+            with pytest.raises(StalePlan, match=r"another apply \(generation 2\) took over"):
                 await made.apply(SECOND, progress=progress)
             assert (agent.generation, agent.digest) == other
 

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable, Coroutine
 from typing import Any
 
 import pytest
+from grpc import StatusCode as Code
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -107,6 +109,32 @@ class TestHolding:
             assert {agent.generation for agent in site.agents.values()} == {2}
             assert site.gateway.table is not None
             assert site.gateway.table.placement_digest == won.placement_digest
+
+        run(scenario)
+
+    @pytest.mark.parametrize("done", [True, False], ids=["done", "at work"])
+    def test_a_controller_that_stalls_until_its_lease_has_ended_is_stale_when_it_wakes(self, done: bool) -> None:
+        async def scenario(site: Site) -> None:
+            await site.apply(FIRST)
+            stalled = site.agents["a"]
+            stalled.calls.clear()
+            wakes = stalled.hold("Stage")
+            losing = asyncio.create_task(site.apply(SECOND))
+            while "Stage" not in stalled.calls:
+                await asyncio.sleep(0)
+            stalled.held.clear()
+            for agent in site.agents.values():
+                agent.lease = Lease()
+                if not done:
+                    agent.lease.ask("two", 60, time.monotonic())
+                    agent.fail("Abort", Code.FAILED_PRECONDITION, times=2)
+            if done:
+                assert isinstance(await site.apply(OTHER), Applied)
+            stalled.fail("Stage", Code.FAILED_PRECONDITION)
+            wakes.set()
+            with pytest.raises(StalePlan, match=r"another apply \(generation \d\) took over") as caught:
+                await losing
+            assert "taken back" not in str(caught.value)
 
         run(scenario)
 
