@@ -107,7 +107,7 @@ def answer_header(header: messages.ModelInferResponse) -> AnswerHeader:
     variant = parameter(header.parameters, "variant")
     group = parameter(header.parameters, "group")
     return AnswerHeader(
-        batch_size=int(batch_size) if isinstance(batch_size, int | float) and batch_size >= 1 else None,
+        batch_size=int(batch_size) if isinstance(batch_size, int | float) and 1 <= batch_size < math.inf else None,
         run_s=float(run_s) if isinstance(run_s, int | float) else None,
         variant=variant if isinstance(variant, str) else None,
         group=group if isinstance(group, str) else None,

@@ -96,7 +96,8 @@ def _started(connections: Sequence[Connection]) -> float:
         _received(connection, index)
     start_s = time.monotonic() + _LEAD_S
     for connection in connections:
-        connection.send_bytes(struct.pack("<d", start_s))
+        with contextlib.suppress(BrokenPipeError):  # it has just ended, which is seen when it is read from
+            connection.send_bytes(struct.pack("<d", start_s))
     return start_s
 
 
@@ -145,7 +146,7 @@ def _sum(latest: dict[int, tuple[int, int, LatencyHistogram]], total: int) -> Lo
 def _received(connection: Connection, index: int) -> tuple[bytes, bytes]:
     try:
         message = connection.recv_bytes()
-    except EOFError as error:
+    except (EOFError, ConnectionResetError) as error:
         raise RemoteFailure(f"load process {index}", "ended before its work was done", retryable=False) from error
     if message[:1] == _FAILED:
         raise RemoteFailure(f"load process {index}", message[1:].decode(), retryable=False)

@@ -13,6 +13,7 @@ from typing import Any
 import grpc
 import grpc.aio
 import numpy as np
+from google.protobuf.message import DecodeError
 from numpy.typing import NDArray
 
 from executor.infer_header import AnswerHeader, answer_header
@@ -104,6 +105,8 @@ async def stream_answer(send: Any, request: bytes, deadline_s: float) -> Streame
             header = answer_header(answer.infer_response)
     except grpc.aio.AioRpcError as error:
         return StreamedAnswer(status=error.code().name)
+    except DecodeError:
+        return StreamedAnswer(status=grpc.StatusCode.INTERNAL.name)  # what a client makes of a broken answer
     finally:
         call.cancel()
     code = grpc.StatusCode.OK if tokens else grpc.StatusCode.INTERNAL

@@ -1,7 +1,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine
+import math
+from collections.abc import AsyncIterator, Coroutine
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import grpc
 import grpc.aio
 import numpy as np
 import pandas as pd
+import psutil
 import pytest
 
 from executor.control_client import GatewayClient
@@ -16,11 +18,13 @@ from executor.gateway import GatewayConfig, running_gateway
 from executor.infer_header import group_mark, read_answer_header
 from executor.load import LoadOptions, LoadProgress, replay
 from executor.load_requests import example_inputs
+from executor.load_tokens import stream_answer
 from executor.proto import open_inference_pb2 as inference
 from executor.state import Backend, ReplicaKey, RoutingTable, ServiceRoutes, Target
 from plans.errors import InvalidInput, RemoteFailure
 from plans.service import Services
 from tests.executor.fake_agent import FakeAgent
+from tests.executor.running_agent import eventually
 from traces.table import RequestTrace
 
 Code = grpc.StatusCode
@@ -332,6 +336,11 @@ class TestAnswerHeader:
         assert (whole.model_name, list(whole.raw_output_contents)) == ("m", [b"12345"])
         assert set(whole.parameters) == {"batch_size", "run_s", "group"}
 
+    def test_a_batch_without_end_is_none(self) -> None:
+        answer = inference.ModelInferResponse()
+        answer.parameters["batch_size"].double_param = math.inf
+        assert read_answer_header(answer.SerializeToString()).batch_size is None
+
     def test_bytes_that_are_no_answer_are_refused(self) -> None:
         with pytest.raises(InvalidInput, match="ModelInferResponse"):
             read_answer_header(b"\xff\xff\xff")
@@ -349,6 +358,23 @@ class TestProcesses:
                 assert set(result.requests["group"]) == {"a/0"}
                 assert len(bench.agent.served) == 60
                 assert (seen[-1].done, seen[-1].good, seen[-1].latency.count) == (60, 60, 60)
+
+        run(scenario())
+
+    def test_a_process_that_is_killed_is_named_whatever_it_was_told_before(self, tmp_path: Path) -> None:
+        async def scenario() -> None:
+            async with Bench(tmp_path) as bench:
+                how = LoadOptions(processes=2)
+                task = asyncio.create_task(replay(requests(100_000, gap_s=0.01), bench.address, SERVICES, how))
+                while len(bench.agent.served) < 10:
+                    await asyncio.sleep(0)
+                first, second = (one for one in psutil.Process().children() if "spawn_main" in str(one.cmdline()))
+                first.suspend()
+                how.stop.set()
+                await eventually(lambda: second.status() == psutil.STATUS_ZOMBIE)  # so both were told to stop
+                first.kill()
+                with pytest.raises(RemoteFailure, match="ended before its work was done"):
+                    await task
 
         run(scenario())
 
@@ -370,3 +396,26 @@ class TestProcesses:
     def test_no_process_is_refused(self, tmp_path: Path) -> None:
         with pytest.raises(InvalidInput, match="--processes"):
             run(replay(requests(1), "127.0.0.1:1", SERVICES, LoadOptions(processes=0)))
+
+
+class Broken:
+    """A stream whose only answer cannot be read."""
+
+    def __init__(self, _: object, timeout: float) -> None:
+        self.is_cancelled = False
+
+    async def write(self, _: bytes) -> None:
+        return
+
+    async def done_writing(self) -> None:
+        return
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        yield b"\xff\xff\xff"
+
+    def cancel(self) -> None:
+        self.is_cancelled = True
+
+
+def test_a_token_that_cannot_be_read_fails_its_request_and_not_the_run() -> None:
+    assert asyncio.run(stream_answer(Broken, b"", 1.0)).status == "INTERNAL"
