@@ -2,7 +2,8 @@
 
 This thread reads messages and runs batches: handing a batch to another thread would cost more than reading it. A second
 one loads models, so a load holds up no batch longer than the two share the processor; it is taken up between batches. A
-third waits for the end of the pipe: when the agent is gone, the process exits at once.
+third waits for the end of the pipe: when the agent is gone, the process exits at once. So it does when a process of the
+group's other devices ends, for which a fourth waits.
 """
 
 from __future__ import annotations
@@ -84,6 +85,7 @@ class Worker:
         segment: The memory shared with it.
         runtime: Loads the models.
         on_gone: Called, from a thread of its own, when the agent is gone, whatever runs then.
+        on_lost: Called, from any thread, when devices of the group are lost: nothing can be run on it any more.
     """
 
     def __init__(
@@ -92,6 +94,7 @@ class Worker:
         segment: SharedSegment,
         runtime: GroupRuntime,
         on_gone: Callable[[], None] = lambda: None,
+        on_lost: Callable[[DevicesLost], None] = lambda error: None,
     ) -> None:
         self._connection = connection
         self._segment = segment
@@ -101,11 +104,13 @@ class Worker:
         self._sending = threading.Lock()
         self._loads: queue.SimpleQueue[Load] = queue.SimpleQueue()
         self._on_gone = on_gone
+        self._on_lost = on_lost
 
     def serve(self) -> bool:
         """Answer until the agent says stop (True: what ran before is finished) or is gone (False)."""
         threading.Thread(target=self._load_all, name="load", daemon=True).start()
         threading.Thread(target=self._await_end, name="end", daemon=True).start()
+        threading.Thread(target=self._await_loss, name="loss", daemon=True).start()
         self._send(Ready(process=os.getpid(), variants=tuple(self._runtime.names())))
         return self._read()
 
@@ -115,6 +120,12 @@ class Worker:
         pipe.register(self._connection, select.POLLRDHUP)
         pipe.poll()
         self._on_gone()
+
+    def _await_loss(self) -> None:
+        await_loss = getattr(self._runtime, "await_loss", None)
+        lost = await_loss() if await_loss is not None else None
+        if lost is not None:
+            self._on_lost(lost)
 
     def _read(self) -> bool:
         frames = FrameSplitter()
@@ -174,9 +185,8 @@ class Worker:
         except InvalidInput as error:
             answer = Failed(call=call, problem=str(error), invalid_input=True)
         except DevicesLost as error:
-            _log.error("event=devices_lost problem=%r action=exit", str(error))
-            logging.shutdown()
-            os._exit(1)
+            self._on_lost(error)
+            answer = Failed(call=call, problem=str(error))
         except ForeplanError as error:
             answer = Failed(call=call, problem=str(error))
         except Exception as error:  # noqa: BLE001 - the edge between a model's code and this process
@@ -337,9 +347,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
             connection.sendall(encode_from_worker(Failed(call=0, problem=str(error), invalid_input=True)))
             return 1
         gc.freeze()  # a round of the collector over torch and all else would hold up a batch for a tenth of a second
-        if not Worker(connection, SharedSegment(options.segment), runtime, on_gone=_exit).serve():
+        if not Worker(connection, SharedSegment(options.segment), runtime, _exit, _exit_without_devices).serve():
             _exit()
     return 0
+
+
+def _exit_without_devices(error: DevicesLost) -> NoReturn:
+    _log.error("event=devices_lost problem=%r action=exit", str(error))
+    logging.shutdown()
+    os._exit(1)
 
 
 def _exit() -> NoReturn:

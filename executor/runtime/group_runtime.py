@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from executor.cores import at_low_priority
-from executor.runtime.protocol import LoadedModel
+from executor.runtime.protocol import DevicesLost, LoadedModel
 from executor.runtime.torch_runtime import TorchRuntime
 from plans.errors import InvalidInput
 
@@ -34,6 +34,7 @@ class TorchGroupRuntime:
 
     Raises:
         InvalidInput: An argument is wrong.
+        DevicesLost: The process of another device ended during its start.
     """
 
     def __init__(
@@ -87,6 +88,10 @@ class TorchGroupRuntime:
     def names(self) -> tuple[str, ...]:
         """Names that `load` knows, sorted."""
         return (self._single or self._several).names()
+
+    def await_loss(self) -> DevicesLost | None:
+        """Wait until the process of another device ended; None where there is none."""
+        return None if self._single is not None else self._several.await_loss()
 
     def load(self, variant: str, max_batch: int, shape: tuple[int, int] = (1, 1)) -> LoadedModel:
         """Load ``variant``; see `executor.runtime.protocol.GroupRuntime`."""

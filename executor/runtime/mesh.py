@@ -8,6 +8,7 @@ Ranks are numbered stage by stage: rank ``stage * tp + k`` is shard k of a stage
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from datetime import timedelta
 
@@ -43,8 +44,21 @@ class World:
         )
         self._meshes: dict[tuple[int, int], Mesh] = {}
 
+    @property
+    def absent(self) -> tuple[int, ...]:
+        """Ranks that have not come to `join` yet; asked in rank 0, which would wait for them there for ever."""
+        return tuple(rank for rank in range(1, self.size) if not self.store.check([_arrived(rank)]))
+
+    def here(self) -> contextlib.AbstractContextManager[object]:
+        """Make this rank's device the current one of this thread: CUDA begins each thread with the first of all.
+
+        What torch puts on "the" CUDA device, such as the shards of a model, would go there.
+        """
+        return torch.cuda.device(self.device) if self.device.type == "cuda" else contextlib.nullcontext()
+
     def join(self) -> None:
         """Meet the other ranks; returns when all are there."""
+        self.store.set(_arrived(self.rank), "")
         backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=self.store, rank=self.rank, world_size=self.size, timeout=_FOREVER)
 
@@ -95,6 +109,10 @@ class Mesh:
         own = torch.tensor([int(holds)])
         dist.all_reduce(own, op=dist.ReduceOp.MIN)
         return bool(own.item())
+
+
+def _arrived(rank: int) -> str:
+    return f"arrived/{rank}"
 
 
 def send(tensor: torch.Tensor, rank: int) -> None:

@@ -14,6 +14,7 @@ import contextlib
 import itertools
 import json
 import os
+import select
 import subprocess
 import sys
 import threading
@@ -53,6 +54,7 @@ class ParallelTorchRuntime:
 
     Raises:
         InvalidInput: An argument is wrong.
+        DevicesLost: A rank ended during its start.
     """
 
     def __init__(
@@ -72,9 +74,34 @@ class ParallelTorchRuntime:
         ]
         self._turns = threading.Lock()
         self._expected: SimpleQueue[_Expected | None] = SimpleQueue()
+        self._await_ranks()
         self.world.join()
         self._receiver = threading.Thread(target=self._receive, name="outputs", daemon=True)
         self._receiver.start()
+
+    def _await_ranks(self) -> None:
+        """Return when every rank is about to join; to wait for one that has ended would last for ever."""
+        while absent := self.world.absent:
+            ended = [rank for rank in absent if self._ranks[rank - 1].poll() is not None]
+            if ended:
+                self._end_ranks()
+                problem = (
+                    f"rank {ended[0]} ended with exit code {self._ranks[ended[0] - 1].returncode} during its start"
+                )
+                raise DevicesLost(f"{problem}; what it wrote to stderr says why")
+            time.sleep(_LOOK_S)
+
+    def await_loss(self) -> DevicesLost:
+        """Wait until a rank ends, whatever runs or does not, and return that; see `GroupRuntime`.
+
+        NCCL, which moves tensors between the devices of one machine without connections, would wait for it for ever.
+        """
+        pipes = select.poll()
+        for process in self._ranks:
+            assert process.stdin is not None
+            pipes.register(process.stdin, 0)  # an error is told in any case: that nobody reads any more
+        pipes.poll()
+        return DevicesLost("the process of another device of the group ended")
 
     def names(self) -> tuple[str, ...]:
         """Names that `load` knows, sorted."""
@@ -112,7 +139,7 @@ class ParallelTorchRuntime:
 
         What fails in the middle leaves the ranks out of step: the group is lost.
         """
-        with self._turns:
+        with self._turns, self.world.here():
             try:
                 yield self._tell
             except (RuntimeError, OSError) as error:
@@ -131,6 +158,10 @@ class ParallelTorchRuntime:
         """End the other ranks."""
         self._expected.put(None)
         self._receiver.join(timeout=5)
+        self._end_ranks()
+        dist.destroy_process_group()
+
+    def _end_ranks(self) -> None:
         for process in self._ranks:
             assert process.stdin is not None
             with contextlib.suppress(OSError):  # it has ended already
@@ -141,7 +172,6 @@ class ParallelTorchRuntime:
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
-        dist.destroy_process_group()
 
     def _tell(self, **command: Any) -> None:
         line = (json.dumps(command) + "\n").encode()
@@ -301,6 +331,8 @@ class ParallelGeneratingModel(ParallelModel):
 
 
 _NUMBERS = itertools.count(1)
+_LOOK_S = 0.02
+"""How often is looked whether all ranks are there."""
 _HOST = torch.device("cpu")
 
 

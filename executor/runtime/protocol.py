@@ -229,7 +229,11 @@ class Runtime(Protocol):
 
 
 class GroupRuntime(Protocol):
-    """Loads models by name onto all devices of a group."""
+    """Loads models by name onto all devices of a group.
+
+    One that has processes of its own has an ``await_loss`` too, which returns `DevicesLost` once one of them has ended,
+    or at once None where all is in this process.
+    """
 
     def names(self) -> tuple[str, ...]:
         """Names that `load` knows, sorted."""

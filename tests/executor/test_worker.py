@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 
-from executor.runtime.protocol import OutOfDeviceMemory
+from executor.runtime.protocol import DevicesLost, OutOfDeviceMemory
 from executor.segment import SharedSegment, place_all
 from executor.worker import Worker, runtime_factory
 from executor.worker_wire import (
@@ -71,14 +71,14 @@ class LoadsAtPriorities(ScriptedRuntime):
 
 
 @contextlib.contextmanager
-def worker(folder, on_gone=lambda: None, runtime=None):
+def worker(folder, on_gone=lambda: None, runtime=None, on_lost=lambda error: None):
     ours, theirs = socket.socketpair()
     ours.settimeout(WAIT_S)
     segment = SharedSegment.create()
     segment.grow(1 << 16)
     theirs_segment = SharedSegment(os.dup(segment.descriptor))
     ended = []
-    served = Worker(theirs, theirs_segment, runtime or ScriptedRuntime(model_dir=folder), on_gone)
+    served = Worker(theirs, theirs_segment, runtime or ScriptedRuntime(model_dir=folder), on_gone, on_lost)
     thread = threading.Thread(target=lambda: ended.append(served.serve()))
     thread.start()
     agent = Agent(ours, segment)
@@ -183,6 +183,32 @@ def test_the_end_of_the_pipe_is_noticed_in_the_middle_of_a_batch(tmp_path):
         (tmp_path / "run").touch()
         thread.join(WAIT_S)
         assert ended == [False]
+
+
+class LosesDevices(ScriptedRuntime):
+    """A runtime whose other devices are lost when the test says so."""
+
+    def __init__(self, folder):
+        super().__init__(model_dir=folder)
+        self.gone = threading.Event()
+
+    def await_loss(self):
+        assert self.gone.wait(WAIT_S)
+        return DevicesLost("one of two")
+
+
+def test_lost_devices_are_noticed_without_a_batch(tmp_path):
+    runtime, told, heard = LosesDevices(tmp_path), [], threading.Event()
+
+    def note(error):
+        told.append(str(error))
+        heard.set()
+
+    with worker(tmp_path, runtime=runtime, on_lost=note):
+        assert told == []
+        runtime.gone.set()
+        assert heard.wait(WAIT_S)
+        assert told == ["one of two"]
 
 
 def test_a_load_that_comes_with_a_batch_begins_before_the_batch(tmp_path):

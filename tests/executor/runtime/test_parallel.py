@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import threading
+
 import numpy as np
 import pytest
 import torch
@@ -126,6 +129,8 @@ def test_two_shapes_of_two_models_run_side_by_side(two):
 LONG = (700, 3, 200, 400, 100, 600)
 """Lengths of prompts that a stage reads in four passes."""
 
+WAIT_S = 60.0
+
 PROMPTS = [[(7 * position + 31 * row) % 1024 for position in range(5 + row)] for row in range(4)]
 
 
@@ -246,13 +251,56 @@ def test_prompts_of_many_tokens_go_through_a_pipeline_in_several_passes(two):
     model.close()
 
 
+def test_a_rank_that_ends_during_its_start_is_not_waited_for():
+    found = []
+
+    def start():
+        try:
+            ParallelTorchRuntime(["cpu", "cuda:99"])
+        except DevicesLost as error:
+            found.append(str(error))
+
+    starting = threading.Thread(target=start, daemon=True)
+    starting.start()
+    starting.join(WAIT_S)
+    assert found == ["rank 1 ended with exit code 1 during its start; what it wrote to stderr says why"]
+
+
+def test_turns_are_taken_on_the_device_of_the_group_whatever_their_thread(two, monkeypatch):
+    """CUDA begins each thread with device 0, on which shards of a model loaded there would be cut."""
+    current = []
+
+    @contextlib.contextmanager
+    def on(device):
+        current.append((str(device), threading.current_thread().name))
+        yield
+        current.append("left")
+
+    def take_turn():
+        with two.turn():
+            current.append("turn")
+
+    monkeypatch.setattr(two.world, "device", torch.device("cuda:3"))
+    monkeypatch.setattr(torch.cuda, "device", on)
+    loading = threading.Thread(target=take_turn, name="load")
+    loading.start()
+    loading.join()
+    assert current == [("cuda:3", "load"), "turn", "left"]
+
+
 def test_a_rank_that_ends_loses_the_group(two):
     """The last test of the module: nothing can be run afterwards."""
+    found = []
+    watch = threading.Thread(target=lambda: found.append(two.await_loss()), daemon=True)
+    watch.start()
     model = two.load("llama-tiny", 1, (1, 2))
     sequences = model.sequences(8)
     sequences.prefill([(1, (1, 2, 3))])
+    assert found == []
     two._ranks[0].kill()
     two._ranks[0].wait()
+    watch.join(WAIT_S)
+    assert isinstance(found[0], DevicesLost)
     with pytest.raises(DevicesLost, match="rank"):
         sequences.decode([1])
     with pytest.raises(DevicesLost, match="rank"):
