@@ -157,10 +157,12 @@ class InferenceFrontDoor:
         code = _Code.CANCELLED
         try:
             for is_last_try in (False, True):
+                remaining_s = arrival_s + timeout_s - self._clock()
+                if remaining_s <= 0:
+                    break
                 target = self._router.choose(service, without=without, stream=header.stream)
                 peer = self._switchboard.peer(target.node) if target else None
-                remaining_s = arrival_s + timeout_s - self._clock()
-                if target is None or peer is None or remaining_s <= 0:
+                if target is None or peer is None:
                     break
                 if without:
                     self.metrics.retried(service)
@@ -299,10 +301,12 @@ class InferenceFrontDoor:
         failed: CallFailed | None = None
         without = ""
         for is_last_try in (False, True):
+            remaining_s = deadline_s - self._clock()
+            if remaining_s <= 0:
+                break
             target = self._router.choose(service, without=without, stream=stream)
             peer = self._switchboard.peer(target.node) if target else None
-            remaining_s = deadline_s - self._clock()
-            if target is None or peer is None or remaining_s <= 0:
+            if target is None or peer is None:
                 break
             if failed is not None:
                 self.metrics.retried(service)

@@ -305,6 +305,19 @@ class TestDeadlines:
 
         run(scenario())
 
+    def test_a_request_without_time_is_sent_to_nobody_and_counted_for_nobody(self, tmp_path: Path) -> None:
+        async def scenario() -> None:
+            async with agents("a") as (a,), door(tmp_path) as front:
+                await front.control.set_routes(table(a), timeout_s=5)
+                late = request()
+                late.parameters["deadline_ms"].double_param = 1e-9
+                code, details = await front.code(front.inference.ModelInfer(late, timeout=50))
+                assert (code, details) == (Code.DEADLINE_EXCEEDED, "no time left for 'chat' when it arrived")
+                assert [target.sent for target in (await front.state()).targets] == [0]
+                assert not a.served
+
+        run(scenario())
+
     def test_a_replica_that_hangs_costs_the_deadline_and_no_more(self, tmp_path: Path) -> None:
         async def scenario() -> None:
             async with agents("a") as (a,), door(tmp_path) as front:
