@@ -131,23 +131,43 @@ class _Keeper:
         """Start the process and wait until it listens.
 
         Raises:
-            RemoteFailure: It ended before that; its log says why.
+            RemoteFailure: It ended before that, and its log says why; or the system has no room for it.
+        """
+        name = f"gateway process {self._member.index}"
+        try:
+            ours = self._started()
+        except OSError as error:
+            problem = f"cannot be started: {error.strerror or error}"
+            raise RemoteFailure(name, problem, retryable=True) from error
+        with ours:
+            problem = await asyncio.to_thread(_heard, ours)
+        if problem:
+            raise RemoteFailure(name, problem, retryable=True)
+        assert self._process is not None
+        _log.info("event=gateway_process index=%d process=%d", self._member.index, self._process.pid)
+
+    def _started(self) -> Connection:
+        """Start the process; return the end of a pipe on which it says when it listens.
+
+        Raises:
+            OSError: That is not possible now.
         """
         context = multiprocessing.get_context("spawn")
         ours, theirs = context.Pipe(duplex=False)
-        self._process = context.Process(
-            target=_child,
-            args=(self._config, self._member, self._log_level, theirs),
-            name=f"gateway-{self._member.index}",
-        )
-        with ours:
-            with interrupts_held():  # Ctrl-C is the parent's to answer, also while the process starts
-                self._process.start()
-            theirs.close()
-            problem = await asyncio.to_thread(_heard, ours)
-        if problem:
-            raise RemoteFailure(f"gateway process {self._member.index}", problem, retryable=True)
-        _log.info("event=gateway_process index=%d process=%d", self._member.index, self._process.pid)
+        with theirs:
+            process = context.Process(
+                target=_child,
+                args=(self._config, self._member, self._log_level, theirs),
+                name=f"gateway-{self._member.index}",
+            )
+            try:
+                with interrupts_held():  # Ctrl-C is the parent's to answer, also while the process starts
+                    process.start()
+            except OSError:
+                ours.close()
+                raise
+        self._process = process
+        return ours
 
     async def keep(self) -> None:
         """Start the process again whenever it dies, after a pause that grows while it dies soon."""
@@ -161,8 +181,10 @@ class _Keeper:
             _log.error("event=gateway_process_lost index=%d exit=%s", self._member.index, code)
             pause_s = _FIRST_PAUSE_S if clock() - since_s > _STEADY_S else min(_LONGEST_PAUSE_S, 2 * pause_s)
             await asyncio.sleep(pause_s)
-            with contextlib.suppress(RemoteFailure):
+            try:
                 await self.start()
+            except RemoteFailure as failure:
+                _log.error("event=gateway_process_not_started index=%d problem=%r", self._member.index, str(failure))
 
     async def stop(self, grace_s: float) -> None:
         """End the process: kindly first."""

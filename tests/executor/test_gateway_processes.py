@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import json
+import multiprocessing
 import os
 import signal
 import socket
@@ -12,6 +14,7 @@ import subprocess
 import sys
 import urllib.request
 from collections.abc import Iterator
+from multiprocessing.context import SpawnProcess
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +28,14 @@ from executor.cluster_status import status
 from executor.controller import Applied, apply
 from executor.gateway import GatewayConfig
 from executor.gateway_family import merged
-from executor.gateway_processes import run_gateway
+from executor.gateway_processes import run_gateway, serve_gateways
 from executor.proto import open_inference_pb2_grpc
 from executor.state import GatewayState, TargetState
 from executor.tensors import encode_request
 from plans.errors import InvalidInput
 from tests.executor.peer_process import ROOT, PeerProcess, cluster_of, outlived, processes
 from tests.executor.placements import placement
-from tests.executor.running_agent import eventually
+from tests.executor.running_agent import WAIT_S, eventually
 from tests.free_port import free_port
 
 FIRST = placement({"a/0": {"double": "fake-double"}})
@@ -212,6 +215,40 @@ def test_a_port_that_another_gateway_shares_among_its_processes_is_taken(
         addresses = {"listen": "127.0.0.1:0", option: f"127.0.0.1:{theirs.getsockname()[1]}"}
         with pytest.raises(InvalidInput, match=f"--{option}: found 127.0.0.1:.* a free port"):
             run_gateway(GatewayConfig(state_dir=tmp_path, **addresses), processes=2)
+
+
+def test_a_process_that_the_system_has_no_room_for_is_started_as_soon_as_it_has(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    start, refused = SpawnProcess.start, list[SpawnProcess]()
+
+    def starved(process: SpawnProcess) -> None:
+        if not refused:
+            refused.append(process)
+            raise BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")
+        start(process)
+
+    def second() -> int | None:
+        return next((one.pid for one in multiprocessing.active_children() if one.name == "gateway-1"), None)
+
+    async def scenario() -> None:
+        ready = asyncio.get_running_loop().create_future()
+        config = GatewayConfig(listen="127.0.0.1:0", state_dir=tmp_path)
+        serving = asyncio.create_task(serve_gateways(config, 2, ready.set_result, log_level="ERROR"))
+        await asyncio.wait({ready, serving}, timeout=WAIT_S, return_when=asyncio.FIRST_COMPLETED)
+        try:
+            killed = second()
+            assert killed is not None
+            monkeypatch.setattr(SpawnProcess, "start", starved)
+            os.kill(killed, signal.SIGKILL)
+            await eventually(lambda: second() not in (None, killed))
+        finally:
+            os.kill(os.getpid(), signal.SIGTERM)
+            await asyncio.wait_for(serving, WAIT_S)
+
+    asyncio.run(scenario())
+    assert "event=gateway_process_not_started index=1" in caplog.text
+    assert len(refused) == 1
 
 
 def test_a_process_that_does_not_end_when_it_is_told_to_is_ended_by_force() -> None:
