@@ -164,10 +164,18 @@ class _Routes:
     async def infer(self, request: web.Request) -> web.Response:
         model, version = _asked(request)
         self._door.check_admission(model)  # before its body costs anything
-        length = _json_bytes(request)
-        asked = request_from_http(model, version, await _body(request), length, self._limits)
+        try:
+            asked = request_from_http(model, version, await _body(request), _json_bytes(request), self._limits)
+        except (InvalidInput, web.RequestPayloadError):
+            self._door.metrics.refused(model, _Code.INVALID_ARGUMENT)
+            raise
+        message = asked.message.SerializeToString()
+        most_bytes = self._limits.total_bytes
+        if len(message) > most_bytes:  # no agent takes it
+            self._door.metrics.refused(model, _Code.RESOURCE_EXHAUSTED)
+            raise web.HTTPRequestEntityTooLarge(most_bytes, len(message))
         join_trace(request.headers.get("traceparent", ""))  # for this request: each has a task of its own
-        answer = await self._door.answer(asked.message.SerializeToString(), None)
+        answer = await self._door.answer(message, None)
         found = messages.ModelInferResponse.FromString(answer)
         # What takes long to write is written beside the requests of others.
         if len(answer) > _LONG_BYTES:

@@ -14,6 +14,7 @@ import pytest
 from tests.executor.fake_agent import FakeAgent
 from tests.executor.logged import errors_logged
 from tests.executor.test_gateway import agents, door, run, table
+from tests.executor.test_metrics import scraped
 from tests.free_port import free_port
 
 INPUT = {"name": "x", "datatype": "FP32", "shape": [1], "data": [0.5]}
@@ -85,6 +86,40 @@ def test_what_cannot_be_taken_is_refused_before_its_body_is_looked_at(tmp_path: 
             assert (status, "1 requests are in flight at this gateway, its limit" in problem) == (429, True)
             agent.infer_waits_for.set()
             assert (await held)[0] == 200
+
+    run(scenario())
+
+
+def test_requests_that_cannot_be_read_are_counted_for_their_service(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        metrics = f"127.0.0.1:{free_port()}"
+        async with served(tmp_path, metrics=metrics) as (_, session):
+            await posted(session, EMPTY)
+            await posted(session, b"no json")
+            await posted(session, body(), Content_Encoding="gzip")
+            await posted(session, b"no json", service="nobody")
+            name, found = "executor_gateway_requests_total", await scraped(metrics)
+            counts = {labels: count for (key, labels), count in found.items() if key == name}
+            assert counts == {
+                (("code", "OK"), ("service", "chat")): 1,
+                (("code", "INVALID_ARGUMENT"), ("service", "chat")): 2,
+                (("code", "NOT_FOUND"), ("service", "")): 1,
+            }
+            assert found["executor_gateway_requests_in_flight", ()] == 0
+
+    run(scenario())
+
+
+def test_what_is_larger_than_agents_take_is_too_large_and_not_too_many(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with served(tmp_path, max_message_bytes=4096) as (agent, session):
+            tensor = INPUT | {"shape": [1023], "parameters": {"binary_data_size": 4092}}
+            head = json.dumps({"inputs": [{name: tensor[name] for name in tensor if name != "data"}]}).encode()
+            length = {"Inference_Header_Content_Length": str(len(head))}
+            status, problem = await posted(session, head + bytes(4092), **length)
+            assert (status, "Maximum request body size 4096 exceeded" in problem) == (413, True), problem
+            assert not agent.served
+            assert (await posted(session, EMPTY))[0] == 200
 
     run(scenario())
 
