@@ -38,6 +38,7 @@ _HOST = re.compile(rf"(\*\.)?{_LABEL}(\.{_LABEL})*")
 _BACKDATED = timedelta(minutes=5)
 """Clocks of a cluster differ a little."""
 _LONGEST_HOST = 253
+_MOST_DAYS = 36_500
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,7 +56,7 @@ def init_authority(folder: Path, *, days: int = 3650, now: datetime | None = Non
     """Make an authority in ``folder``, which is made when missing.
 
     Raises:
-        InvalidInput: There is one already, ``days`` is below 1, or the folder cannot be written.
+        InvalidInput: There is one already, ``days`` is impossible, or the folder cannot be written.
     """
     if (folder / "ca-key.pem").exists():
         remedy = "use it, or replace it with `foreplan certs rotate --ca`"
@@ -132,9 +133,10 @@ def rotate(
     Running processes take the new files up by themselves.
 
     Raises:
-        InvalidInput: There is no such certificate, or the folder holds no authority.
-        BadStoredData: A certificate cannot be read.
+        InvalidInput: There is no such certificate, the folder holds no authority, or ``days`` is impossible.
+        BadStoredData: A certificate cannot be read, or names no role; none was replaced.
     """
+    _check_days(days)
     _authority(folder)
     found = []
     for name in names or _issued(folder):
@@ -143,13 +145,11 @@ def rotate(
             raise InvalidInput.of(
                 "the name of a certificate in the folder", where=folder, field="NAME", found=repr(name)
             )
-        found.append(read_certificate(path))
-    renewed = []
-    for old in found:
+        old = read_certificate(path)
         if old.role is None:
-            raise BadStoredData(old.path, "it names no role, so it was not issued by `foreplan certs`")
-        renewed.append(issue(folder, old.name, old.role, hosts=old.hosts, days=days, now=now))
-    return tuple(renewed)
+            raise BadStoredData(path, "it names no role, so it was not issued by `foreplan certs`")
+        found.append((old, old.role))
+    return tuple(issue(folder, old.name, role, hosts=old.hosts, days=days, now=now) for old, role in found)
 
 
 def rotate_authority(folder: Path, *, days: int = 3650, now: datetime | None = None) -> Certificate:
@@ -158,7 +158,7 @@ def rotate_authority(folder: Path, *, days: int = 3650, now: datetime | None = N
     Copy ``ca.pem`` to every process first, then `rotate` the certificates.
 
     Raises:
-        InvalidInput: The folder holds no authority.
+        InvalidInput: The folder holds no authority, or ``days`` is impossible.
     """
     _check_days(days)
     current, _ = _authority(folder)
@@ -295,8 +295,8 @@ def _host_name(host: str) -> x509.GeneralName:
 
 
 def _check_days(days: int) -> None:
-    if days < 1:
-        raise InvalidInput.of("at least 1", field="--days", found=days)
+    if not 1 <= days <= _MOST_DAYS:
+        raise InvalidInput.of(f"1 to {_MOST_DAYS}", field="--days", found=days)
 
 
 def _write_key(path: Path, key: ec.EllipticCurvePrivateKey) -> None:

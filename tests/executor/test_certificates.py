@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import stat
+from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -147,3 +148,29 @@ def test_an_authority_whose_making_or_change_was_cut_short_is_lost_in_no_case(
     assert kept == [old]
     issue(tmp_path, "you", Role.CLIENT)
     x509.load_pem_x509_certificate((tmp_path / "you.pem").read_bytes()).verify_directly_issued_by(new)
+
+
+@pytest.mark.parametrize("days", [0, 36_501, 10_000_000])
+def test_a_time_that_no_calendar_has_is_refused_everywhere(folder: Path, days: int) -> None:
+    calls: list[Callable[[], object]] = [
+        lambda: init_authority(folder.with_name("new"), days=days),
+        lambda: issue(folder, "me", Role.CLIENT, days=days),
+        lambda: rotate(folder, days=days),
+        lambda: rotate_authority(folder, days=days),
+    ]
+    for call in calls:
+        with pytest.raises(InvalidInput, match=rf"--days: found {days}, expected 1 to 36500"):
+            call()
+
+
+def test_rotating_replaces_all_or_nothing_where_one_was_issued_by_somebody_else(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    issue(folder, "a", Role.CLIENT)
+    with monkeypatch.context() as patch:
+        patch.setattr(certificates, "role_uri", lambda role: f"urn:other:{role}")
+        issue(folder, "b", Role.CLIENT)
+    before = (folder / "a.pem").read_bytes()
+    with pytest.raises(BadStoredData, match=r"b\.pem.*names no role"):
+        rotate(folder)
+    assert (folder / "a.pem").read_bytes() == before
