@@ -60,8 +60,9 @@ class ClusterConnection:
         if not gateways:
             raise InvalidInput.of("the host:port of at least one gateway", where="--gateway", found="none")
         for address in gateways:
-            if not address.rpartition(":")[2].isdigit() or address.startswith(":"):
-                raise InvalidInput.of("host:port", where="--gateway", found=repr(address))
+            host, _, port = address.rpartition(":")
+            if not (host and port.isdecimal() and 0 < int(port) < 65536):  # gRPC would dial the rest by 65536
+                raise InvalidInput.of("host:port, such as 127.0.0.1:8001", where="--gateway", found=repr(address))
         self._cluster = cluster
         self._dialer = dialer or Dialer()
         self._addresses = tuple(dict.fromkeys(gateways))

@@ -83,7 +83,7 @@ def drain(
     force: Annotated[
         bool, typer.Option("--force", help="Also when a service then has no replica elsewhere, and fails.")
     ] = False,
-    timeout: Annotated[float, typer.Option(metavar="SECONDS", help="How long to wait until it is idle.")] = 60.0,
+    timeout: Annotated[float, typer.Option(metavar="SECONDS", help="How long to wait until it is idle.", min=0)] = 60.0,
     client_cert: ClientCert = None,
     client_key: ClientKey = None,
     root_cert: RootCert = None,
@@ -98,7 +98,7 @@ def undrain(
     node: NodeName,
     cluster: ClusterFile,
     gateway: Gateways,
-    timeout: Annotated[float, typer.Option(metavar="SECONDS", help="How long to wait until it is used.")] = 60.0,
+    timeout: Annotated[float, typer.Option(metavar="SECONDS", help="How long to wait until it is used.", min=0)] = 60.0,
     client_cert: ClientCert = None,
     client_key: ClientKey = None,
     root_cert: RootCert = None,

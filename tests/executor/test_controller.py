@@ -260,7 +260,7 @@ class TestRefused:
 
         run(scenario)
 
-    @pytest.mark.parametrize("gateways", [[], ["nowhere"]])
+    @pytest.mark.parametrize("gateways", [[], ["nowhere"], [":80"], ["127.0.0.1:0"], ["127.0.0.1:73537"], ["h:²"]])
     def test_gateways_must_be_named_by_address(self, gateways: list[str]) -> None:
         async def scenario(made: Site) -> None:
             with pytest.raises(InvalidInput, match="--gateway"):
