@@ -223,9 +223,8 @@ class GroupServer:
             if deadline_s == math.inf:
                 return
             pending = self._requests.next()
-            if not pending:
-                return
-            self._start(pending[0].waiting.key, pending)
+            if pending:  # otherwise all were dropped, and a lane may be next
+                self._start(pending[0].waiting.key, pending)
 
     def _iterate(self, lane: Lane) -> None:
         """Have the next iteration of ``lane`` done, if it has any."""

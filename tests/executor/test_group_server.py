@@ -10,10 +10,11 @@ import pytest
 
 from executor.errors import Hopeless, QueueFull, ReplicaUnavailable
 from executor.group_server import GroupServer
+from executor.lane import TokenRequest
 from executor.segment import SharedSegment
-from executor.state import ReplicaKey
+from executor.state import GenerationRules, ReplicaKey
 from executor.worker_link import WorkerSettings
-from tests.executor.running_agent import WAIT_S, eventually, replica, worker_processes
+from tests.executor.running_agent import FAKE, WAIT_S, eventually, replica, worker_processes
 
 SCRIPTED = "tests.executor.scripted_runtime:ScriptedRuntime"
 
@@ -25,7 +26,7 @@ def key(variant):
 @contextlib.asynccontextmanager
 async def server(folder, *variants, gpus=(0,), **changed):
     """A group whose worker has loaded ``variants``, each for a service of its name, and the reasons of its losses."""
-    settings = WorkerSettings(runtime=SCRIPTED, model_dir=folder, log_level="CRITICAL", **changed)
+    settings = WorkerSettings(**{"runtime": SCRIPTED, "model_dir": folder, "log_level": "CRITICAL", **changed})
     lost = []
     made = GroupServer("n/0", gpus, settings, lost.append)
     try:
@@ -139,6 +140,24 @@ def test_a_batch_that_cannot_be_sent_takes_no_place_from_answers_that_are_not_ta
             assert isinstance(refused, ReplicaUnavailable)
             assert (first.outputs["y"] == 2).all()
             assert (last.outputs["y"] == 6).all()
+
+    asyncio.run(scenario())
+
+
+def test_requests_that_are_dropped_hold_up_no_sequence_that_is_due_later(tmp_path):
+    async def scenario():
+        async with server(tmp_path, "fake-slow-20", "fake-double", runtime=FAKE) as (made, _):
+            chat, rules = key("fake-count"), GenerationRules(ttft_s=WAIT_S, tpot_s=WAIT_S, kv_bytes=500)
+            made.configure(chat, replica("fake-count", "fake-count", generation=rules))
+            await made.worker.load("fake-count", 4, (5,), kv_bytes=500)
+            busy = asyncio.create_task(ask(made, "fake-slow-20"))
+            await asyncio.sleep(0)
+            hopeless = made.submit(key("fake-double"), {"x": np.ones((1, 4), np.float32)}, 1, made._clock() + 0.002)
+            sequence = made.generate(chat, TokenRequest(prompt=(1,), new_tokens=3))
+            with pytest.raises(Hopeless):
+                await hopeless.answer
+            assert (await asyncio.wait_for(sequence.answer, WAIT_S)).tokens == (2, 3, 4)
+            await busy
 
     asyncio.run(scenario())
 
