@@ -2,7 +2,8 @@
 
 The evaluator simulates the same rules (docs/evaluator.md). A bundle enters when it is full, or when waiting longer
 would be late: at the deadline of its first frame less the latency of the largest batch. It has the deadline of its
-first frame. No clock here: requests and the time go in, what enters the queue comes out.
+first frame. That is the earliest one where all have as long; where a client gives a later frame less time, that one's
+counts. No clock here: requests and the time go in, what enters the queue comes out.
 """
 
 from __future__ import annotations
@@ -57,17 +58,15 @@ class Bundles:
             now_s: The time, on the clock of the deadlines.
         """
         place = (frame.key, stream)
-        bundle = self._gathering.get(place)
-        if bundle is None:
-            if most <= 1 or frame.deadline_s - largest_s <= now_s:
-                return frame
-            bundle = self._gathering[place] = _Bundle([], largest_s)
+        if most <= 1 or frame.deadline_s - largest_s <= now_s:
+            return frame  # it cannot wait, and the others of its stream need not be late with it
+        bundle = self._gathering.setdefault(place, _Bundle([], largest_s))
+        is_soonest = all(frame.deadline_s < one.deadline_s for one in bundle.frames)
         bundle.frames.append(frame)
         self._count(frame, 1)
-        if len(bundle.frames) == 1:
+        if is_soonest:
             self._set_due(place, bundle)
-            return None
-        if sum(one.items for one in bundle.frames) < most:
+        if len(bundle.frames) == 1 or sum(one.items for one in bundle.frames) < most:
             return None
         return Waiting.bundle(self._taken(place))
 
@@ -118,12 +117,13 @@ class Bundles:
         Cost is linear in the frames.
         """
         bundles = (bundle.frames for place, bundle in self._gathering.items() if place[0] == request.key)
-        return sum(one.items for frames in bundles if goes_before(frames[0], request) for one in frames)
+        return sum(one.items for frames in bundles if goes_before(Waiting.bundle(frames), request) for one in frames)
 
     def _set_due(self, place: _Place, bundle: _Bundle) -> None:
-        """Note when a bundle with a new first frame must enter."""
-        first = bundle.frames[0]
-        heapq.heappush(self._due, (first.deadline_s - bundle.ahead_s, next(self._order), place, first.number))
+        """Note when a bundle with another first or soonest frame must enter."""
+        soonest_s = min(frame.deadline_s for frame in bundle.frames)
+        entry = (soonest_s - bundle.ahead_s, next(self._order), place, bundle.frames[0].number)
+        heapq.heappush(self._due, entry)
 
     def _taken(self, place: _Place) -> list[Waiting]:
         """Return the frames of a bundle, and forget it."""

@@ -94,11 +94,13 @@ class Waiting:
 
     @classmethod
     def bundle(cls, frames: Sequence[Waiting]) -> Waiting:
-        """Return ``frames`` as a bundle, with the deadline of the first; one frame is none."""
+        """Return ``frames`` as a bundle, with their earliest deadline and most urgent priority; one frame is none."""
         if len(frames) == 1:
             return frames[0]
         return dataclasses.replace(
             frames[0],
+            deadline_s=min(frame.deadline_s for frame in frames),
+            priority=min(frame.priority for frame in frames),
             items=sum(frame.items for frame in frames),
             payload_bytes=sum(frame.payload_bytes for frame in frames),
             frames=tuple(frames),

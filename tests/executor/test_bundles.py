@@ -54,6 +54,24 @@ def test_a_frame_that_cannot_wait_enters_at_once() -> None:
     assert bundles.next_s() is None
 
 
+def test_a_later_frame_with_less_time_brings_its_bundle_in_sooner() -> None:
+    bundles = Bundles()
+    add(bundles, frame(1, 10, priority=9))
+    add(bundles, frame(2, 5, priority=5))
+    assert bundles.next_s() == 3
+    (bundle,) = bundles.due(3)
+    assert [part.number for part in bundle.parts] == [1, 2]
+    assert (bundle.deadline_s, bundle.priority) == (5, 5)
+    assert bundles.next_s() is None
+
+
+def test_a_frame_that_cannot_wait_leaves_the_others_of_its_stream_their_time() -> None:
+    bundles = Bundles()
+    add(bundles, frame(1, 10))
+    assert add(bundles, frame(2, 1.9)) == frame(2, 1.9)
+    assert bundles.next_s() == 8
+
+
 def test_closing_gives_back_every_frame_by_itself() -> None:
     bundles = Bundles()
     add(bundles, frame(1))
@@ -75,6 +93,8 @@ def test_law_every_frame_comes_out_once_and_none_after_its_time(
         out += [ready] if ready else []
         next_s = bundles.next_s()
         assert next_s is None or next_s > now_s
+        gathering = {(place, one.deadline_s) for place, bundle in bundles._gathering.items() for one in bundle.frames}
+        assert all(next_s is not None and next_s <= deadline_s - 1.0 for _, deadline_s in gathering)
     out += bundles.due(1e9)
     assert sorted(part.number for one in out for part in one.parts) == list(range(len(frames)))
     assert all(len(one.parts) <= most for one in out)
