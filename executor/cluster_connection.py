@@ -15,7 +15,7 @@ from executor.tls import Dialer
 from plans.cluster import Cluster
 from plans.errors import InvalidInput, RemoteFailure
 
-__all__ = ["ClusterConnection", "gather", "joined"]
+__all__ = ["ClusterConnection", "check_gateway", "gather", "joined"]
 
 _MAX_MESSAGE_BYTES = 64 * 2**20
 _Answer = TypeVar("_Answer")
@@ -47,6 +47,17 @@ async def _outcome(call: Awaitable[_Answer]) -> tuple[_Answer | None, RemoteFail
         return None, failure
 
 
+def check_gateway(address: str) -> None:
+    """Refuse what is no address of a gateway.
+
+    Raises:
+        InvalidInput: ``address`` is no ``host:port``.
+    """
+    host, _, port = address.rpartition(":")
+    if not (host and port.isdecimal() and 0 < int(port) < 65536):  # gRPC would dial the rest by 65536
+        raise InvalidInput.of("host:port, such as 127.0.0.1:8001", where="--gateway", found=repr(address))
+
+
 class ClusterConnection:
     """Clients for the agents of ``cluster`` (by node name) and for the gateways (by address). An async context.
 
@@ -60,9 +71,7 @@ class ClusterConnection:
         if not gateways:
             raise InvalidInput.of("the host:port of at least one gateway", where="--gateway", found="none")
         for address in gateways:
-            host, _, port = address.rpartition(":")
-            if not (host and port.isdecimal() and 0 < int(port) < 65536):  # gRPC would dial the rest by 65536
-                raise InvalidInput.of("host:port, such as 127.0.0.1:8001", where="--gateway", found=repr(address))
+            check_gateway(address)
         self._cluster = cluster
         self._dialer = dialer or Dialer()
         self._addresses = tuple(dict.fromkeys(gateways))

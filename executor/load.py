@@ -17,6 +17,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from executor.cluster_connection import check_gateway
 from executor.control_client import channel_options
 from executor.load_processes import LoadTarget, replay_in_processes
 from executor.load_requests import Arrays, build_requests
@@ -103,11 +104,12 @@ async def replay(
         options: How to send it.
 
     Raises:
-        InvalidInput: The trace names what is neither service nor workflow of ``services``, it is empty, or an option is
-            out of range.
+        InvalidInput: The trace names what is neither service nor workflow of ``services``, it is empty, ``gateway`` is
+            no address, or an option is out of range.
         RemoteFailure: The gateway cannot be reached at the start.
     """
     how = options or LoadOptions()
+    check_gateway(gateway)
     _check(trace, services, how)
     schedule = Schedule(
         due_s=trace.arrival_s / how.speed,

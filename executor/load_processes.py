@@ -10,6 +10,7 @@ import contextlib
 import io
 import multiprocessing
 import multiprocessing.connection
+import signal
 import struct
 import time
 from collections.abc import Callable, Sequence
@@ -57,7 +58,7 @@ def replay_in_processes(
 ) -> tuple[pd.DataFrame, float]:
     """Send ``schedule`` from ``processes`` processes; return what `LoadRun.frame` says of all requests, and seconds.
 
-    ``is_stopped`` is asked now and then whether to end the run early. A Ctrl-C goes to this process only.
+    ``is_stopped`` is asked now and then whether to end the run early. A Ctrl-C or SIGTERM goes to this process only.
 
     Raises:
         RemoteFailure: A process of the load client failed; says how.
@@ -69,7 +70,7 @@ def replay_in_processes(
         child = context.Process(
             target=_child, args=(schedule.part(index, processes), list(bodies), target, theirs), daemon=True
         )
-        with interrupts_held():
+        with interrupts_held(signal.SIGTERM):  # a supervisor may tell the whole group
             child.start()
         theirs.close()
         children.append((child, ours))

@@ -62,6 +62,8 @@ async def build_requests(
         await live(messages.ServerLiveRequest(), timeout=_ASK_S)
     except grpc.aio.AioRpcError as error:
         failure = remote_failure(gateway, error)
+        if error.code() is grpc.StatusCode.PERMISSION_DENIED:
+            raise RemoteFailure(gateway, f"{failure.problem}; a client's will do", retryable=False) from error
         problem = f"the gateway cannot be reached ({failure.problem}); start `foreplan gateway` or correct the address"
         raise RemoteFailure(gateway, problem, retryable=True) from error
     requests = {}

@@ -11,10 +11,10 @@ __all__ = ["interrupts_held"]
 
 
 @contextlib.contextmanager
-def interrupts_held() -> Iterator[None]:
-    """Hold back SIGINT here for a moment, and for ever in processes that are started meanwhile."""
+def interrupts_held(*others: signal.Signals) -> Iterator[None]:
+    """Hold back SIGINT, and ``others``, here for a moment, and for ever in processes that are started meanwhile."""
     resource_tracker.ensure_running()  # its start would let Ctrl-C through again
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, *others})
     try:
         yield
     finally:

@@ -24,10 +24,12 @@ __all__ = ["register"]
 
 _REMEDIES = {
     "NOT_FOUND": " (the gateway has no plan with their service: see `foreplan status`)",
-    "UNAVAILABLE": " (no replica could take them: see `foreplan status`)",
+    "UNAVAILABLE": " (the gateway went away, or no replica could take them: see `foreplan status`)",
     "PERMISSION_DENIED": " (the certificate has no role that may)",
 }
 """What a status of requests that failed points to."""
+
+_STOPS = (signal.SIGINT, signal.SIGTERM)
 
 
 def register(app: typer.Typer) -> None:
@@ -53,7 +55,8 @@ def load(
 ) -> None:
     """Replay a trace against a live gateway, open loop, and count what became of every request.
 
-    Ctrl-C ends the run early: what was sent is written and counted all the same. A second one ends the command.
+    Ctrl-C or SIGTERM ends the run early: what was sent is written and counted all the same. A second Ctrl-C ends the
+    command.
     """
     from executor.load import LoadOptions
     from foreplan.runs import check_table_name, write_requests
@@ -63,6 +66,7 @@ def load(
     if requests is not None:
         check_table_name(requests)
     dialer = client_dialer([gateway], client_cert, client_key, root_cert, insecure=insecure)
+    known = read_document(services, Services)
     arrivals = read_requests(trace, out)
     with out.progress(f"replaying {len(arrivals)} requests", total=len(arrivals), in_lines=True) as step:
         how = LoadOptions(
@@ -74,15 +78,15 @@ def load(
             on_progress=lambda progress: _show(step, progress),
             tls=dialer.credentials.files if dialer.credentials else None,
         )
-        result = asyncio.run(_replay(arrivals, gateway, read_document(services, Services), how))
+        result = asyncio.run(_replay(arrivals, gateway, known, how))
     for warning in result.warnings:
         out.warn(warning)
     if failures := _failures(result):
         out.warn(failures)
-    if requests is not None:
-        write_requests(requests, [result.requests])
     out.result(result.summary.to_json())
     print_summary(out, result.summary)
+    if requests is not None:
+        write_requests(requests, [result.requests])  # last: where it fails, the run was not for nothing
     if how.stop.is_set():
         out.error(
             f"interrupted: only {len(result.requests)} of {len(arrivals)} requests were sent, and are counted here"
@@ -99,20 +103,23 @@ def _failures(result: LoadResult) -> str:
 
 
 async def _replay(arrivals: RequestTrace, gateway: str, services: Services, how: LoadOptions) -> LoadResult:
-    """Replay; a Ctrl-C ends the run, and the next one everything."""
+    """Replay; a Ctrl-C or SIGTERM ends the run, and the next one everything."""
     from executor.load import replay
 
     loop = asyncio.get_running_loop()
 
     def stop() -> None:
-        loop.remove_signal_handler(signal.SIGINT)
+        for number in _STOPS:
+            loop.remove_signal_handler(number)
         how.stop.set()
 
-    loop.add_signal_handler(signal.SIGINT, stop)
+    for number in _STOPS:
+        loop.add_signal_handler(number, stop)
     try:
         return await replay(arrivals, gateway, services, how)
     finally:
-        loop.remove_signal_handler(signal.SIGINT)
+        for number in _STOPS:
+            loop.remove_signal_handler(number)
 
 
 def _show(step: Step, progress: LoadProgress) -> None:

@@ -419,3 +419,9 @@ class Broken:
 
 def test_a_token_that_cannot_be_read_fails_its_request_and_not_the_run() -> None:
     assert asyncio.run(stream_answer(Broken, b"", 1.0)).status == "INTERNAL"
+
+
+@pytest.mark.parametrize("address", ["nope", ":8001", "127.0.0.1:0", "127.0.0.1:99999"])
+def test_what_is_no_address_of_a_gateway_is_refused_before_it_is_dialled(address: str) -> None:
+    with pytest.raises(InvalidInput, match=rf"--gateway: found '{address}', expected host:port"):
+        asyncio.run(replay(requests(1), address, SERVICES))

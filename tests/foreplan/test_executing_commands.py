@@ -143,19 +143,9 @@ def test_what_an_apply_did_not_live_to_note_is_found_and_noted_by_the_next(live)
     live.run("rollback", before, *where(live), "--store", "other-store")
 
 
-@pytest.mark.parametrize("processes", ["1", "2"])
-def test_an_interrupted_replay_keeps_what_it_has_and_says_so(live, processes):
-    """Ctrl-C reaches every process of the terminal's group, whatever it has come to."""
-    flags = [
-        "--services",
-        "services.yaml",
-        "--gateway",
-        live.gateway,
-        "--requests",
-        "cut.csv",
-        "--processes",
-        processes,
-    ]
+def _interrupted(live, number, requests, *, processes="1", meanwhile=lambda: None):
+    """Replay slowly, send signal ``number`` to the group when something is under way; return code, stdout, stderr."""
+    flags = ["--services", "services.yaml", "--gateway", live.gateway, "--requests", requests, "--processes", processes]
     command = [sys.executable, "-m", "foreplan", "load", "--trace", "t.csv", "--speed", "0.01", *flags]
     with subprocess.Popen(
         command, cwd=live.folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
@@ -166,13 +156,31 @@ def test_an_interrupted_replay_keeps_what_it_has_and_says_so(live, processes):
             time.sleep(0.01)
         while processes == "2" and not of_it.children():
             time.sleep(0.01)
-        os.killpg(load.pid, signal.SIGINT)
+        meanwhile()
+        os.killpg(load.pid, number)
         out, told = load.communicate(timeout=120)
-    assert load.returncode == 130, told
-    assert "interrupted: only" in told
     assert "Traceback" not in out + told
+    return load.returncode, out, told
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("processes", ["1", "2"])
+def test_an_interrupted_replay_keeps_what_it_has_and_says_so(live, processes, number):
+    """Ctrl-C reaches every process of the group, and so may a supervisor's SIGTERM, whatever it has come to."""
+    code, out, told = _interrupted(live, number, "cut.csv", processes=processes)
+    assert code == 130, told
+    assert "interrupted: only" in told
     assert "requests in" in out
     assert (live.folder / "cut.csv").read_text().startswith("service,scheduled_s,")
+    (live.folder / "cut.csv").unlink()
+
+
+def test_a_replay_whose_requests_cannot_be_written_any_more_tells_its_figures_first(live):
+    (live.folder / "gone").mkdir()
+    code, out, told = _interrupted(live, signal.SIGINT, "gone/cut.csv", meanwhile=(live.folder / "gone").rmdir)
+    assert code == 1, told
+    assert "requests in" in out
+    assert "gone: found no such folder" in told
 
 
 def test_a_port_in_use_is_named(live):
