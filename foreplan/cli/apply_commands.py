@@ -190,6 +190,7 @@ def rollback(
     from plans.documents import read_document
     from plans.store import PlanStore
 
+    _check_store(store)
     plans = PlanStore(store)
     inventory = read_document(cluster, Cluster)
     dialer = cluster_dialer(inventory, gateway, client_cert, client_key, root_cert, insecure=insecure)
@@ -214,6 +215,20 @@ def _generation_before(plans: PlanStore, live: Prior | None) -> int:
         if live is None or plans.get(stored.name).placement_digest != live.digest:
             return stored.generation
     raise InvalidInput.of("a stored plan other than the live one", where=plans.root, found="none")
+
+
+def _check_store(store: Path) -> None:
+    """Refuse a store to read from that is none.
+
+    Raises:
+        InvalidInput: There is no such folder.
+    """
+    from plans.errors import InvalidInput
+
+    if not store.is_dir():
+        found = "no folder" if store.exists() else "no such folder"
+        remedy = "give the --store that plans were applied with"
+        raise InvalidInput.of("a plan store", where=store, found=found, remedy=remedy)
 
 
 def _apply(

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import importlib.util
+import re
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -13,6 +16,9 @@ from foreplan.cli.command import command
 from foreplan.cli.options import ClusterFile
 from foreplan.cli.output import Output
 from foreplan.cli.tls_options import Insecure, RootCert, ServerCert, ServerKey, server_files
+
+if TYPE_CHECKING:
+    from plans.errors import Fault
 
 __all__ = ["register"]
 
@@ -36,8 +42,8 @@ def agent(
     node: Annotated[str, typer.Option(metavar="NAME", help="Which node of the cluster this is.")],
     state_dir: StateDir,
     listen: Annotated[str | None, typer.Option(metavar="HOST:PORT", help="Instead of the node's address.")] = None,
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
-    dtype: Annotated[str, typer.Option(help="fp32, bf16 or fp16.")] = "fp32",
+    device: Annotated[str, typer.Option(help="cpu, cuda or cuda:INDEX.")] = "cpu",
+    dtype: Annotated[Literal["fp32", "bf16", "fp16"], typer.Option(help="What models compute in.")] = "fp32",
     threads: Annotated[int, typer.Option(help="CPU threads of one device's worker.", min=1)] = 1,
     model_dir: Annotated[Path | None, typer.Option(metavar="DIR", help="Folder of local models (safetensors).")] = None,
     compiled: Annotated[bool, typer.Option("--compile", help="Run batches by torch.compile.")] = False,
@@ -73,7 +79,7 @@ def agent(
     from executor.logs import configure_logging
     from plans.cluster import Cluster
     from plans.documents import read_document
-    from plans.errors import InvalidInput
+    from plans.errors import Fault, InvalidInput
 
     inventory = read_document(cluster, Cluster)
     known = {one.name: one for one in inventory.nodes}
@@ -82,6 +88,13 @@ def agent(
     address = listen or known[node].address
     if not address:
         raise InvalidInput.of("an address for the node, or --listen", where=cluster, field=node, found="none")
+    host_cache_bytes = _size_bytes(host_cache, "--host-cache")
+    faults = [*_device_faults(device, cuda_graphs=cuda_graphs), *_place_faults(model_dir, runtime)]
+    if swap and (host_cache_bytes < 1 or compiled or cuda_graphs):
+        expected = "a --host-cache, and neither --compile nor --cuda-graphs"
+        faults.append(Fault(where="--swap", found="swapping without", expected=expected))
+    if faults:
+        raise InvalidInput(faults)
     log_level = (out.log_level or "info").upper()
     configure_logging(log_level)
     config = AgentConfig(
@@ -97,7 +110,7 @@ def agent(
         model_dir=model_dir,
         compiled=compiled,
         cuda_graphs=cuda_graphs,
-        host_cache_bytes=_size_bytes(host_cache, "--host-cache"),
+        host_cache_bytes=host_cache_bytes,
         swap_models=swap,
         pin_cores=pin_cores,
         log_level=log_level,
@@ -115,6 +128,34 @@ def agent(
 
     with cores_awake() if keep_awake else contextlib.nullcontext():
         uvloop.run(serve_agent(config, on_ready=ready))
+
+
+def _device_faults(device: str, *, cuda_graphs: bool) -> Iterator[Fault]:
+    """Yield what no worker could start with; whether a GPU is there it sees itself."""
+    from plans.errors import Fault
+
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
+        yield Fault(where="--device", found=repr(device), expected="cpu, cuda or cuda:INDEX")
+    elif cuda_graphs and device == "cpu":
+        yield Fault(where="--cuda-graphs", found="--device cpu", expected="a CUDA device", remedy="leave them off")
+
+
+def _place_faults(model_dir: Path | None, runtime: str) -> Iterator[Fault]:
+    """Yield which folder or module is not there. Without importing what it names: a runtime may take seconds."""
+    from plans.errors import Fault
+
+    if model_dir is not None and not model_dir.is_dir():
+        found = f"{model_dir} ({'no folder' if model_dir.exists() else 'no such folder'})"
+        yield Fault(where="--model-dir", found=found, expected="a folder of models")
+    module, _, factory = runtime.partition(":")
+    try:
+        is_there = bool(module and factory) and importlib.util.find_spec(module) is not None
+    except (ImportError, ValueError):  # of the package that it is in
+        is_there = False
+    if not is_there:
+        yield Fault(
+            where="--runtime", found=repr(runtime), expected="MODULE:FACTORY, with a module that can be imported"
+        )
 
 
 def _size_bytes(text: str, option: str) -> int:

@@ -61,3 +61,40 @@ def test_servers_off_loopback_need_certificates(tmp_path: Path) -> None:
     refused = foreplan("gateway", "--listen", "0.0.0.0:0", "--state-dir", tmp_path)
     assert refused.exit_code == 1
     assert "--insecure" in refused.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "named"),
+    [
+        (["--device", "tpu"], 1, "--device: found 'tpu', expected cpu, cuda or cuda:INDEX"),
+        (["--dtype", "int8"], 2, "--dtype"),
+        (["--model-dir", "nowhere"], 1, "--model-dir: found nowhere (no such folder)"),
+        (["--cuda-graphs"], 1, "--cuda-graphs: found --device cpu"),
+        (["--runtime", "nowhere"], 1, "--runtime: found 'nowhere'"),
+        (["--runtime", "nowhere.at_all:Runtime"], 1, "--runtime: found 'nowhere.at_all:Runtime'"),
+        (["--swap"], 1, "--swap"),
+    ],
+)
+def test_an_agent_that_could_never_load_a_model_does_not_start(
+    tmp_path: Path, options: list[str], code: int, named: str
+) -> None:
+    from plans.documents import write_text
+
+    node = '- {name: a, address: "10.0.0.1:1", gpus: {type: cpu, count: 1}}'  # refused too, if all else were right
+    write_text(tmp_path / "cluster.yaml", f"gpu_types: {{cpu: {{memory: 1GiB}}}}\nnodes:\n  {node}\n")
+    flags = ["--cluster", tmp_path / "cluster.yaml", "--node", "a", "--state-dir", tmp_path / "state"]
+    refused = foreplan("agent", *flags, *options)
+    assert (refused.exit_code, refused.stdout) == (code, "")
+    assert named in refused.stderr
+
+
+@pytest.mark.parametrize("name", ["nowhere", "cluster.yaml"])
+def test_a_rollback_names_a_store_that_is_none(tmp_path: Path, name: str) -> None:
+    from plans.documents import write_text
+
+    node = '- {name: a, address: "127.0.0.1:1", gpus: {type: cpu, count: 1}}'
+    write_text(tmp_path / "cluster.yaml", f"gpu_types: {{cpu: {{memory: 1GiB}}}}\nnodes:\n  {node}\n")
+    where = ["--cluster", tmp_path / "cluster.yaml", "--gateway", "127.0.0.1:1", "--store", tmp_path / name]
+    refused = foreplan("rollback", *where)
+    assert refused.exit_code == 1
+    assert "folder, expected a plan store; give the --store that plans were applied with" in refused.stderr
