@@ -237,7 +237,9 @@ def _difference(desired: bool, state: ReplicaState | None, agent: AgentState | N
         if state.phase is Phase.DRAINING:
             return "it has left the plan and drains"
         if agent.staged_generation and not state.left_over:
-            return f"it is loaded for generation {agent.staged_generation}, not committed yet; {_remedy(agent)}"
+            how = {Phase.LOADING: "it loads", Phase.FAILED: f"it could not be loaded ({state.reason})"}
+            stage = f"{how.get(state.phase, 'it is loaded')} for generation {agent.staged_generation}"
+            return f"{stage}, not committed yet; {_remedy(agent)}"
         return f"it is not part of the plan; {_remedy(agent, ' to unload it')}"
     if state.phase is not Phase.SERVING:
         return f"it is {state.phase.value}: {state.reason}" if state.reason else f"it is {state.phase.value}"

@@ -5,6 +5,8 @@ import dataclasses
 import json
 from typing import Any
 
+import pytest
+
 from executor.cluster_status import ClusterStatus, cluster_status, status
 from executor.state import (
     AgentState,
@@ -127,13 +129,22 @@ def test_without_a_gateway_what_agents_have_committed_is_the_plan() -> None:
     assert not found.healthy
 
 
-def test_what_is_staged_only_is_not_desired_yet_and_says_what_it_waits_for() -> None:
+@pytest.mark.parametrize(
+    ("phase", "how"),
+    [
+        (Phase.STAGED, "it is loaded"),
+        (Phase.LOADING, "it loads"),
+        (Phase.FAILED, "it could not be loaded (no room)"),
+    ],
+)
+def test_what_is_staged_only_is_not_desired_yet_and_says_what_it_waits_for(phase: Phase, how: str) -> None:
+    reason = "no room" if phase is Phase.FAILED else ""
     staged = agent(
-        "a", replica("a/0"), replica("a/1", Phase.STAGED), beside={"a/1"}, staged_generation=3, leased_to="host:7"
+        "a", replica("a/0"), replica("a/1", phase, reason), beside={"a/1"}, staged_generation=3, leased_to="host:7"
     )
     found = seen([staged, agent("b")], gateway("a/0"))
     assert [entry.desired for entry in found.replicas] == [True, False]
-    problem = "it is loaded for generation 3, not committed yet; "
+    problem = f"{how} for generation 3, not committed yet; "
     assert found.replicas[1].problem == problem + "controller host:7 is at work"
     alone = seen([dataclasses.replace(staged, leased_to=""), agent("b")], gateway("a/0"))
     assert alone.replicas[1].problem == problem + "run `foreplan apply` again"
