@@ -18,6 +18,9 @@ _READ_BYTES = 1 << 16
 _JOINED_BYTES = 1 << 14
 """Bodies up to here are joined: a call to send more costs more than a copy."""
 
+_MOST_HEAD_BYTES = 1 << 12
+"""An item takes no more of a frame beside its body: its numbers, and texts, which are `executor.errors.shortened`."""
+
 Body = bytes | memoryview
 """A serialised message; what is not bytes is a part of a frame."""
 
@@ -167,10 +170,11 @@ def _parts(items: Iterable[_Item], full_bytes: int) -> Iterator[list[_Item]]:
     part: list[_Item] = []
     total = 0
     for item in items:
-        if part and total + len(item.body) > full_bytes:
+        size_bytes = len(item.body) + _MOST_HEAD_BYTES
+        if part and total + size_bytes > full_bytes:
             yield part
             part, total = [], 0
         part.append(item)
-        total += len(item.body)
+        total += size_bytes
     if part:
         yield part

@@ -72,6 +72,19 @@ def test_requests_of_one_moment_are_answered_each_with_its_own() -> None:
     run(scenario())
 
 
+def test_thousands_of_one_moment_are_in_no_frame_that_is_longer_than_is_taken() -> None:
+    async def scenario() -> None:
+        async with linked() as (_, link, _):
+            await link.send(b"x", "g", 60)
+            bodies = [number.to_bytes(20) for number in range(6000)]
+            answers = await asyncio.gather(*(link.send(body, "g", 60) for body in bodies))
+            assert answers == [b"g" + body for body in bodies]
+            refused = await asyncio.gather(*(link.send(b"full", "g", 60) for _ in bodies), return_exceptions=True)
+            assert {str(error) for error in refused} == {"RESOURCE_EXHAUSTED: too much waits"}
+
+    run(scenario())
+
+
 @settings(max_examples=30, deadline=None)
 @given(st.lists(st.integers(1, 40_000) | st.sampled_from([16_384, 32_760, 32_768, 65_520, 65_530]), max_size=12))
 def test_law_bodies_of_any_size_come_back_whole(sizes: list[int]) -> None:
