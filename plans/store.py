@@ -42,11 +42,11 @@ class PlanStore:
         self.root = root
 
     def put(self, plan: Plan) -> str:
-        """Store a plan and return its name, ``sha256-…``; storing the same plan again changes nothing."""
+        """Store a plan and return its name, ``sha256-…``; storing the same plan again mends a damaged file."""
         text = plan.model_dump_json(indent=2, by_alias=True) + "\n"
         name = f"sha256-{hashlib.sha256(text.encode()).hexdigest()}"
         path = self._plan_path(name)
-        if not path.exists():
+        if not path.exists() or path.read_bytes() != text.encode():
             path.parent.mkdir(parents=True, exist_ok=True)
             write_text(path, text)
         return name
@@ -116,7 +116,9 @@ class PlanStore:
             content = json.loads(path.read_text(encoding="utf-8"))
             generation, name, applied_at = content["generation"], content["plan"], content["applied_at"]
         except (ValueError, KeyError, TypeError) as error:
-            raise BadStoredData(path, f"not a generation record ({error})") from error
+            raise BadStoredData(
+                path, f"not a generation record ({error}); restore it from a backup or delete it"
+            ) from error
         return StoredPlan(generation=int(generation), name=name, applied_at=applied_at, path=self._plan_path(name))
 
     def _plan_path(self, name: str) -> Path:

@@ -250,7 +250,8 @@ def _apply(
     name = ""
     if plans is not None:
         with _writing(plans, "nothing was changed; make room there, or name another folder"):
-            name = plans.put(plan)  # first: a store that cannot be written is known before anything changes
+            name = plans.put(plan)  # first: a store that cannot be used is known before anything changes
+            plans.generations()
     with out.progress("applying the plan") as step:
         result = asyncio.run(
             bring(

@@ -98,3 +98,20 @@ def test_a_rollback_names_a_store_that_is_none(tmp_path: Path, name: str) -> Non
     refused = foreplan("rollback", *where)
     assert refused.exit_code == 1
     assert "folder, expected a plan store; give the --store that plans were applied with" in refused.stderr
+
+
+def test_an_apply_names_a_store_with_a_damaged_record_before_it_asks_anybody(tmp_path: Path) -> None:
+    from plans.documents import write_document, write_text
+    from tests.executor.placements import placement
+
+    write_document(tmp_path / "plan.json", placement({}))
+    node = '- {name: a, address: "127.0.0.1:1", gpus: {type: cpu, count: 1}}'
+    write_text(tmp_path / "cluster.yaml", f"gpu_types: {{cpu: {{memory: 1GiB}}}}\nnodes:\n  {node}\n")
+    record = tmp_path / "store" / "generations" / "0000000001.json"
+    record.parent.mkdir(parents=True)
+    write_text(record, "{")
+    where = ["--cluster", tmp_path / "cluster.yaml", "--gateway", "127.0.0.1:1", "--store", tmp_path / "store"]
+    refused = foreplan("apply", tmp_path / "plan.json", *where)
+    assert refused.exit_code == 1
+    assert f"{record}: not a generation record" in refused.stderr
+    assert "restore it from a backup or delete it" in refused.stderr

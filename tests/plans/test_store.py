@@ -66,3 +66,11 @@ def test_damage_is_noticed(tmp_path):
     (tmp_path / "current").write_text("seven")
     with pytest.raises(BadStoredData, match="'seven'"):
         store.current()
+
+
+def test_a_damaged_plan_is_mended_when_it_is_stored_again(tmp_path):
+    store = PlanStore(tmp_path)
+    name = store.put(ONE)
+    (tmp_path / "plans" / f"{name}.json").write_text("{")
+    assert store.put(ONE) == name
+    assert store.get(name) == ONE
