@@ -9,6 +9,7 @@ group's other devices ends, for which a fourth waits.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import gc
 import importlib
@@ -102,6 +103,7 @@ class Worker:
         self._models: dict[str, _Held] = {}
         self._sequences: dict[str, SuccessiveSequences] = {}
         self._sending = threading.Lock()
+        self._in_use = threading.Lock()  # held by a batch from the look for its model on, and while one is replaced
         self._loads: queue.SimpleQueue[Load] = queue.SimpleQueue()
         self._on_gone = on_gone
         self._on_lost = on_lost
@@ -210,13 +212,15 @@ class Worker:
             except ForeplanError:
                 _close(held)
                 raise
-        self._models[message.variant] = held
-        if runner is not None and sequences is not None:
-            sequences.succeed(runner, functools.partial(_close, replaced))
-        else:
-            if runner is not None:
-                self._sequences[message.variant] = SuccessiveSequences(runner)
-            _close(replaced)
+        # A closed model must get no batch any more. One that is new here need not wait for the batches of others.
+        with self._in_use if replaced is not None else contextlib.nullcontext():
+            self._models[message.variant] = held
+            if runner is not None and sequences is not None:
+                sequences.succeed(runner, functools.partial(_close, replaced))
+            else:
+                if runner is not None:
+                    self._sequences[message.variant] = SuccessiveSequences(runner)
+                _close(replaced)
         _log.info("event=loaded variant=%s max_batch=%d load_s=%.3f", message.variant, message.max_batch, model.load_s)
         return self._loaded(message, model)
 
@@ -242,6 +246,10 @@ class Worker:
 
     def _run(self, message: Run) -> Done | None:
         """Run a batch, or start it where the model is a pipeline."""
+        with self._in_use:
+            return self._run_on_model(message)
+
+    def _run_on_model(self, message: Run) -> Done | None:
         held = self._models.get(message.variant)
         if held is None:
             raise UnknownVariant.of("a loaded variant", field="variant", found=repr(message.variant))

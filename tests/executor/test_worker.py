@@ -29,7 +29,7 @@ from executor.worker_wire import (
     encode_to_worker,
 )
 from plans.errors import InvalidInput
-from tests.executor.fake_runtime import FakeGenerator, FakeRuntime
+from tests.executor.fake_runtime import FakeGenerator, FakeModel, FakeRuntime
 from tests.executor.running_agent import WAIT_S
 from tests.executor.scripted_runtime import ScriptedRuntime
 
@@ -221,6 +221,47 @@ def test_a_load_that_comes_with_a_batch_begins_before_the_batch(tmp_path):
         assert loaded.call == 3
         (tmp_path / "run").touch()
         assert isinstance(agent.hear(), Done)
+
+
+class Replaced(FakeRuntime):
+    """A model that is loaded again during a batch, which sees whether it is closed under it."""
+
+    def __init__(self):
+        super().__init__()
+        self.loads = 0
+        self.begun, self.closed = threading.Event(), threading.Event()
+        self.closed_under_batch = None
+
+    def load(self, variant, max_batch, shape=(1, 1)):
+        self.loads += 1
+        if self.loads > 1:
+            assert self.begun.wait(WAIT_S)
+        return ReplacedModel(name=variant, max_batch=max_batch, runtime=self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReplacedModel(FakeModel):
+    runtime: Replaced
+
+    def run(self, inputs):
+        self.runtime.begun.set()
+        self.runtime.closed_under_batch = self.runtime.closed.wait(0.2)
+        return super().run(inputs)
+
+    def close(self):
+        self.runtime.closed.set()
+
+
+def test_a_model_that_is_replaced_is_closed_after_the_batch_that_has_it(tmp_path):
+    runtime = Replaced()
+    with worker(tmp_path, runtime=runtime) as (agent, _, _):
+        agent.ask(Load(call=1, variant="fake-double", max_batch=1))
+        batch = encode_to_worker(run(2, "fake-double", [[1, 2, 3, 4]], agent.segment))
+        again = Load(call=3, variant="fake-double", max_batch=2)
+        agent.connection.sendall(batch + encode_to_worker(again))
+        assert {type(agent.hear()), type(agent.hear())} == {Done, Loaded}
+        assert runtime.closed_under_batch is False
+        assert runtime.closed.wait(WAIT_S)
 
 
 class CountsInShapes(FakeRuntime):
