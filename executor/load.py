@@ -242,8 +242,13 @@ def _result(
 
 
 def _utilisation(frame: pd.DataFrame, wall_s: float) -> dict[str, float]:
-    """Return the share of the run that each group spent on batches with an answer; each batch counts once."""
-    served = frame.dropna(subset=["group", "run_s", "batch_size"])
+    """Return the share of the run that each group spent on batches with an answer; each batch counts once.
+
+    Nothing where answers do not tell of their batches, as those of workflows: groups would seem idler than they were.
+    """
+    served = frame[frame["outcome"].isin(["good", "late"])]
+    if served[["group", "run_s", "batch_size"]].isna().any(axis=None):
+        return {}
     busy_s = (served["run_s"] / served["batch_size"]).groupby(served["group"]).sum()
     return {str(group): min(1.0, float(total) / wall_s) for group, total in busy_s.items()}
 

@@ -14,6 +14,7 @@ import psutil
 import pytest
 
 from executor.control_client import GatewayClient
+from executor.forwarding import Body
 from executor.gateway import GatewayConfig, running_gateway
 from executor.infer_header import group_mark, read_answer_header
 from executor.load import LoadOptions, LoadProgress, replay
@@ -109,6 +110,27 @@ class TestReplay:
                 assert result.summary.requests == result.summary.good == 20
                 assert result.summary.gpu_hours == pytest.approx(2 * result.summary.wall_s / 3600)
                 assert [group.group for group in result.summary.groups] == ["a/0"]
+
+        run(scenario())
+
+    @pytest.mark.parametrize(("every", "told"), [(1, True), (2, False)])
+    def test_how_busy_groups_were_is_told_only_where_every_answer_tells_of_its_batch(
+        self, tmp_path: Path, every: int, told: bool
+    ) -> None:
+        class Batches(FakeAgent):
+            async def _forwarded(self, body: Body, group: str, timeout_s: float) -> bytes:
+                answer = inference.ModelInferResponse.FromString(await super()._forwarded(body, group, timeout_s))
+                if len(self.served) % every == 0:  # the others are as those of workflows
+                    answer.parameters["batch_size"].int64_param = 1
+                    answer.parameters["run_s"].double_param = 0.001
+                return answer.SerializeToString()
+
+        async def scenario() -> None:
+            bench = Bench(tmp_path)
+            bench.agent = Batches("a")
+            async with bench:
+                summary = (await replay(requests(4), bench.address, SERVICES)).summary
+                assert [group.utilisation is not None for group in summary.groups] == [told]
 
         run(scenario())
 
