@@ -1,11 +1,14 @@
-"""Sequences of a model that is loaded anew, in another shape, while they run: each goes on where it began."""
+"""Sequences of a model that is loaded anew, in another shape, while they run: each goes on where it began.
+
+Unless there is no memory left there: limits may have grown with the new load. Then it is read again by the new one.
+"""
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
 
-from executor.runtime.protocol import GenerationFacts, SequenceRunner
+from executor.runtime.protocol import GenerationFacts, InvalidTensor, SequenceRunner
 
 __all__ = ["SuccessiveSequences"]
 
@@ -22,6 +25,7 @@ class SuccessiveSequences:
     def __init__(self, runner: SequenceRunner) -> None:
         self._runner = runner
         self._numbers: set[int] = set()
+        self._contexts: dict[int, list[int]] = {}  # all tokens so far, of every sequence
         self._before: list[tuple[SequenceRunner, set[int], Callable[[], None]]] = []
         self._lock = threading.Lock()
 
@@ -54,6 +58,8 @@ class SuccessiveSequences:
         with self._lock:
             self._runner.free(numbers)
             self._numbers.difference_update(numbers)
+            for number in numbers:
+                self._contexts.pop(number, None)
             for runner, held, _ in self._before:
                 runner.free(tuple(held.intersection(numbers)))
                 held.difference_update(numbers)
@@ -64,22 +70,40 @@ class SuccessiveSequences:
         with self._lock:
             tokens = self._runner.prefill(contexts)
             self._numbers.update(number for number, _ in contexts)
+            for (number, context), token in zip(contexts, tokens, strict=True):
+                self._contexts[number] = [*context, token]
             return tokens
 
     def decode(self, numbers: Sequence[int]) -> list[int]:
         """Return one token more for each of these sequences."""
         with self._lock:
-            if not self._before:
-                return self._runner.decode(numbers)
-            tokens: dict[int, int] = {}
-            left = list(numbers)
-            for runner, held, _ in self._before:
-                if own := [number for number in left if number in held]:
+            tokens = self._decode(numbers) if self._before else self._runner.decode(numbers)
+            for number, token in zip(numbers, tokens, strict=True):
+                self._contexts[number].append(token)
+            return tokens
+
+    def _decode(self, numbers: Sequence[int]) -> list[int]:
+        tokens: dict[int, int] = {}
+        left, moved = list(numbers), []
+        for runner, held, _ in self._before:
+            own = [number for number in left if number in held]
+            left = [number for number in left if number not in held]
+            while own:
+                try:
                     tokens.update(zip(own, runner.decode(own), strict=True))
-                    left = [number for number in left if number not in held]
-            if left:
-                tokens.update(zip(left, self._runner.decode(left), strict=True))
-            return [tokens[number] for number in numbers]
+                    break
+                except InvalidTensor:  # it has them all, so it is its memory: the last to come makes room
+                    moved.append(own.pop())
+                    runner.free(moved[-1:])
+                    held.discard(moved[-1])
+        if left:
+            tokens.update(zip(left, self._runner.decode(left), strict=True))
+        if moved:
+            self._numbers.update(moved)
+            contexts = [(number, self._contexts[number]) for number in moved]
+            tokens.update(zip(moved, self._runner.prefill(contexts), strict=True))
+            self._close_ended()
+        return [tokens[number] for number in numbers]
 
     def _close_ended(self) -> None:
         for _, numbers, close in self._before:

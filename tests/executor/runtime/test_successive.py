@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 
+from executor.runtime.parallel import ParallelTorchRuntime
 from executor.runtime.protocol import GenerationFacts, InvalidTensor
 from executor.runtime.successive import SuccessiveSequences
+from executor.runtime.torch_runtime import TorchRuntime
 
 
 class Counting:
@@ -60,6 +62,30 @@ def test_what_began_before_goes_on_there_and_the_rest_on_the_new_one_in_the_orde
     assert (old.last.keys(), new.last.keys()) == ({1, 2}, {3})
     with pytest.raises(InvalidTensor):
         sequences.decode([4])
+
+
+@pytest.mark.parametrize("parallel", [False, True], ids=["one process", "two ranks"])
+def test_what_finds_no_memory_any_more_where_it_began_is_read_again_by_the_new_one(parallel):
+    """Memory grows with the new load, and with it what may run together: 20 tokens do not hold these two any more."""
+    prompts = [(number, [(7 * place + number) % 1024 for place in range(8)]) for number in (1, 2)]
+    alone = TorchRuntime().load("llama-tiny", 2).sequences(100)
+    wanted = [alone.prefill(prompts), *(alone.decode([1, 2]) for _ in range(8))]
+    runtime = ParallelTorchRuntime(["cpu", "cpu"]) if parallel else TorchRuntime()
+    shapes = [((1, 2),), ((2, 1),)] if parallel else [(), ()]
+    before, after = (runtime.load("llama-tiny", 2, *shape) for shape in shapes)
+    closed = []
+    sequences = SuccessiveSequences(before.sequences(20))
+    found = [sequences.prefill(prompts)]
+    sequences.succeed(after.sequences(100), lambda: closed.append(True))
+    sequences.hold(100)
+    found += [sequences.decode([1, 2]) for _ in range(8)]
+    assert found == wanted
+    assert closed == []  # sequence 1 has room where it began
+    sequences.free([1])
+    assert closed == [True]
+    assert sequences.decode([2]) == alone.decode([2])
+    if parallel:
+        runtime.close()
 
 
 def test_the_model_before_is_closed_once_when_its_last_sequence_has_ended(old, new):
