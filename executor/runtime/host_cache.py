@@ -100,6 +100,7 @@ class CachingTorchRuntime(TorchRuntime):
             raise InvalidInput.of("at least 1 byte", field="host_cache_bytes", found=budget_bytes)
         self.place = torch.device(device)
         self.cache = HostCache(budget_bytes)
+        self._building = threading.Lock()
 
     def build(self, variant: str) -> Recipe:
         """Return what is kept of ``variant``, on the device; else build it, and keep it where the budget allows.
@@ -116,18 +117,26 @@ class CachingTorchRuntime(TorchRuntime):
     def host_recipe(self, variant: str) -> Recipe:
         """Return what is kept of ``variant``; else build it, and keep it where the budget allows.
 
+        Threads may call it. They build one after the other: random weights come from torch's one generator, and
+        transformers sets what holds for the whole process while it builds.
+
         Raises:
             UnknownVariant: Neither the registry nor the folder has the model.
             InvalidInput: The model's folder is damaged.
         """
-        recipe = self.cache.get(variant)
-        if recipe is None:
+        return self.cache.get(variant) or self._built(variant)
+
+    def _built(self, variant: str) -> Recipe:
+        with self._building:
+            recipe = self.cache.get(variant)  # another thread may have built it meanwhile
+            if recipe is not None:
+                return recipe
             module, inputs, wanted = super().build(variant)
             recipe = cast(module, self.dtype).eval().requires_grad_(False), inputs, wanted
             kept = self.cache.put(variant, recipe)
             if kept and self.place.type == "cuda":
                 _pin(recipe[0])
-        return recipe
+            return recipe
 
 
 def size_bytes(module: torch.nn.Module) -> int:

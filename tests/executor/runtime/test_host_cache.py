@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import contextlib
 import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -148,3 +150,21 @@ def test_threads_may_share_a_cache() -> None:
     finally:
         sys.setswitchinterval(before_s)
     assert cache.held_bytes == 64 * 40
+
+
+def test_threads_build_one_after_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A load and a swap at once would draw their weights from one generator, each other ones than alone."""
+    both, met = threading.Barrier(2), []
+    build = TorchRuntime.build
+
+    def watched(self: TorchRuntime, variant: str) -> object:
+        with contextlib.suppress(threading.BrokenBarrierError):
+            both.wait(0.2)
+            met.append(variant)
+        return build(self, variant)
+
+    monkeypatch.setattr(TorchRuntime, "build", watched)
+    runtime = caching(1)
+    with ThreadPoolExecutor(2) as threads:
+        assert len(list(threads.map(runtime.host_recipe, ["bert-tiny-16", "mobilenet-v2-0.35"]))) == 2
+    assert met == []
