@@ -13,8 +13,8 @@ from executor.state import AgentState, Phase, ReplicaKey, ReplicaState
 from plans.cluster import Cluster
 from plans.errors import InvalidInput, RemoteFailure
 from tests.executor.fake_agent import FakeAgent
+from tests.executor.front_door import Door
 from tests.executor.placements import placement
-from tests.executor.test_gateway import Door
 
 PLAN = placement({"a/0": {"chat": "v", "alone": "v"}, "b/0": {"chat": "v"}})
 

@@ -11,7 +11,7 @@ import pytest
 
 from executor.first_tries import FirstTries, GivenUp
 from tests.executor.fake_agent import FakeAgent
-from tests.executor.test_gateway import Door, agents, door, request, run, table
+from tests.executor.front_door import Door, agents, door, request, run, table
 
 QUICK = {"poll_interval_s": 0.01, "poll_timeout_s": 0.05}
 

@@ -16,8 +16,8 @@ import pytest
 from executor.proto import open_inference_pb2 as pb
 from executor.state import Backend, DesiredReplica, RoutingTable, ServiceRoutes, Target
 from executor.tensors import encode_request
+from tests.executor.front_door import Door, door
 from tests.executor.running_agent import WAIT_S, AgentClient, desired, eventually, replica, running_agent
-from tests.executor.test_gateway import Door, door
 
 SCRIPTED = "tests.executor.scripted_runtime:ScriptedRuntime"
 Code = grpc.StatusCode

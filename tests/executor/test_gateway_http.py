@@ -12,8 +12,8 @@ import aiohttp
 import pytest
 
 from tests.executor.fake_agent import FakeAgent
+from tests.executor.front_door import agents, door, run, table
 from tests.executor.logged import errors_logged
-from tests.executor.test_gateway import agents, door, run, table
 from tests.executor.test_metrics import scraped
 from tests.free_port import free_port
 

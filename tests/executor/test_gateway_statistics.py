@@ -10,7 +10,7 @@ import grpc
 import pytest
 
 from executor.proto import open_inference_pb2 as inference
-from tests.executor.test_gateway import Door, agents, door, run, table
+from tests.executor.front_door import Door, agents, door, run, table
 from tests.free_port import free_port
 
 Code = grpc.StatusCode

@@ -13,8 +13,8 @@ import pytest
 from executor.proto import open_inference_pb2 as inference
 from executor.stream_inference import FINAL, error_response
 from tests.executor.fake_agent import FakeAgent
+from tests.executor.front_door import Door, agents, door, request, run, table
 from tests.executor.running_agent import eventually
-from tests.executor.test_gateway import Door, agents, door, request, run, table
 from tests.executor.test_metrics import scraped
 from tests.free_port import free_port
 

@@ -18,9 +18,9 @@ from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection_pb2
 
 from executor.proto import control_pb2, open_inference_pb2
+from tests.executor.front_door import agents, door, request, table
 from tests.executor.logged import errors_logged
 from tests.executor.running_agent import desired, replica, running_agent
-from tests.executor.test_gateway import agents, door, request, table
 
 Code = grpc.StatusCode
 INFERENCE = open_inference_pb2.DESCRIPTOR.services_by_name["GRPCInferenceService"]

@@ -17,8 +17,8 @@ from executor.metrics import BOUNDS_S, Durations, exposition
 from executor.proto import open_inference_pb2 as inference
 from executor.state import AgentState
 from executor.statistics import Counters, add_statistics, statistics_to_proto
+from tests.executor.front_door import Door, agents, table
 from tests.executor.running_agent import desired, eventually, replica, running_agent
-from tests.executor.test_gateway import Door, agents, table
 from tests.free_port import free_port
 
 
