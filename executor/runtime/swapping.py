@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +96,7 @@ class SwappingTorchRuntime:
             return swapped.model.run(inputs), swap_s
 
     def pin(self, swapped: SwappedModel, more_bytes: int) -> None:
-        """Keep a model on the device for good, with ``more_bytes`` beside it.
+        """Keep a model on the device for good, with ``more_bytes`` beside it, or instead of those of before.
 
         Raises:
             OutOfDeviceMemory: The device cannot hold both beside what else is pinned.
@@ -187,7 +187,33 @@ class SwappedGenerator(SwappedModel):
         self.generation: GenerationFacts = model.generation
         self._generating = model
 
-    def sequences(self, kv_tokens: int) -> LlamaSequences:
+    def sequences(self, kv_tokens: int) -> _PinnedSequences:
         """Return what runs sequences; see `GeneratingModel.sequences`."""
+        self._pin(kv_tokens)
+        return _PinnedSequences(self._generating.sequences(kv_tokens), self._pin, kv_tokens)
+
+    def _pin(self, kv_tokens: int) -> None:
         self._runtime.pin(self, kv_tokens * self.generation.kv_bytes_per_token)
-        return self._generating.sequences(kv_tokens)
+
+
+class _PinnedSequences:
+    """Sequences whose key-value memory counts among what is on the device, however large it grows.
+
+    Args:
+        own: Runs them.
+        pin: Finds room for so many tokens in all.
+        kv_tokens: Tokens that there is room for.
+    """
+
+    def __init__(self, own: LlamaSequences, pin: Callable[[int], None], kv_tokens: int) -> None:
+        self.facts, self.free, self.prefill, self.decode = own.facts, own.free, own.prefill, own.decode
+        self._own = own
+        self._pin = pin
+        self._kv_tokens = kv_tokens
+
+    def hold(self, kv_tokens: int) -> None:
+        """Have memory for ``kv_tokens`` tokens at least, in the place of other models where needed."""
+        if kv_tokens > self._kv_tokens:
+            self._pin(kv_tokens)
+            self._own.hold(kv_tokens)
+            self._kv_tokens = kv_tokens

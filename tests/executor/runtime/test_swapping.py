@@ -83,6 +83,22 @@ def test_a_model_that_generates_stays_with_its_memory(sizes):
         held.load("bert-base", 1)
 
 
+def test_key_value_memory_that_grows_counts_and_is_refused_beyond_the_limit(sizes):
+    token_bytes = 2048
+    held = runtime(sizes["llama-tiny"] + 400 * token_bytes)
+    sequences = held.load("llama-tiny", 1).sequences(100)
+    sequences.hold(50)
+    assert held.residency.held_bytes == sizes["llama-tiny"] + 100 * token_bytes
+    sequences.hold(400)
+    assert held.residency.held_bytes == held.residency.limit_bytes
+    first = sequences.prefill([(1, range(300))])
+    with pytest.raises(OutOfDeviceMemory, match="llama-tiny needs"):
+        sequences.hold(401)
+    alone = TorchRuntime().load("llama-tiny", 1).sequences(400)
+    assert first == alone.prefill([(1, range(300))])
+    assert sequences.decode([1]) == alone.decode([1])
+
+
 def test_batches_go_on_while_another_model_is_loaded(sizes):
     together = runtime(sizes[NAMES[0]] + sizes[NAMES[1]])
     model = together.load(NAMES[0], 1)
