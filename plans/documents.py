@@ -183,6 +183,7 @@ def atomic_writer(path: Path, *, mode: int = 0o644) -> Iterator[IO[bytes]]:
 
     Raises:
         InvalidInput: The folder does not exist or cannot be written.
+        OSError: The disk is full or failed; names ``path``.
     """
     check_writable(path)
     try:
@@ -197,8 +198,10 @@ def atomic_writer(path: Path, *, mode: int = 0o644) -> Iterator[IO[bytes]]:
             os.fsync(stream.fileno())
         temporary.chmod(mode)
         temporary.replace(path)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename is None:
+            error.filename = str(path)  # the system does not say which file a full disk has no room for
         raise
     folder = os.open(path.parent, os.O_RDONLY)
     try:

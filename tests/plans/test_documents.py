@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import errno
+import os
+
 import pytest
 from hypothesis import given
 
@@ -232,6 +235,16 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
         interrupted()
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_full_disk_is_told_with_the_file_that_it_has_no_room_for(tmp_path):
+    def full():
+        with atomic_writer(tmp_path / "x.json"):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with pytest.raises(OSError, match=r"No space left on device: '.*x\.json'"):
+        full()
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_writing_into_a_missing_folder_is_named(tmp_path):
