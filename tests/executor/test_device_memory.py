@@ -1,0 +1,115 @@
+# ruff: noqa: N802 - the names are those of NVML
+"""What NVML says of devices reaches us in CUDA's order, and nothing is made up."""
+
+from __future__ import annotations
+
+import sys
+from types import SimpleNamespace
+
+import pytest
+
+from executor.device_memory import DeviceReading, device_readings
+
+GPUS = ("GPU-aa01", "GPU-ab02", "GPU-bc03", "GPU-bd04")
+
+
+class NVMLError(Exception):
+    pass
+
+
+class Nvml:
+    """A machine with four GPUs, the first of which has a part ``MIG-5``: GPU k uses k MB, the part 50."""
+
+    NVMLError = NVMLError
+
+    def __init__(self):
+        self.open = 0
+        self.silent = set()
+
+    def nvmlInit(self):
+        self.open += 1
+
+    def nvmlShutdown(self):
+        self.open -= 1
+
+    def nvmlDeviceGetCount(self):
+        return len(GPUS)
+
+    def nvmlDeviceGetHandleByIndex(self, index):
+        return index
+
+    def nvmlDeviceGetUUID(self, handle):
+        return GPUS[handle]
+
+    def nvmlDeviceGetHandleByUUID(self, uuid):
+        if uuid != "MIG-5":
+            raise NVMLError("not found")
+        return 50
+
+    def nvmlDeviceGetMemoryInfo(self, handle):
+        if "memory" in self.silent:
+            raise NVMLError("lost")
+        return SimpleNamespace(used=handle * 10**6, total=10**9)
+
+    def nvmlDeviceGetUtilizationRates(self, handle):
+        if handle == 50:
+            raise NVMLError("not supported")
+        return SimpleNamespace(gpu=25)
+
+    def nvmlDeviceGetPowerUsage(self, handle):
+        if "power" in self.silent:
+            raise NVMLError("not supported")
+        return 70_000
+
+
+@pytest.fixture
+def nvml(monkeypatch):
+    made = Nvml()
+    monkeypatch.setitem(sys.modules, "pynvml", made)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    yield made
+    assert made.open == 0
+
+
+def used_mb(count=4):
+    return [reading.used_bytes // 10**6 for reading in device_readings("cuda", count)]
+
+
+def test_without_a_choice_they_are_the_first_of_the_machine(nvml):
+    assert used_mb() == [0, 1, 2, 3]
+    assert used_mb(2) == [0, 1]
+    assert device_readings("cuda", 1) == (
+        DeviceReading(used_bytes=0, total_bytes=10**9, utilisation=0.25, power_w=70.0),
+    )
+
+
+@pytest.mark.parametrize(
+    ("visible", "found"),
+    [
+        ("2,3", [2, 3]),
+        ("3, 0", [3, 0]),
+        ("GPU-bd04,GPU-ab", [3, 1]),
+        ("1,9,2", [1]),
+        ("GPU-cc,1", []),
+        ("-1", []),
+        ("", []),
+        ("MIG-5", [50]),
+        ("2,MIG-6,3", [2]),
+    ],
+)
+def test_where_cuda_sees_a_choice_they_are_those_in_its_order(nvml, monkeypatch, visible, found):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert used_mb() == found
+
+
+def test_what_a_device_does_not_say_is_not_told(nvml, monkeypatch):
+    nvml.silent.add("power")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "MIG-5")
+    (reading,) = device_readings("cuda", 1)
+    assert (reading.utilisation, reading.power_w) == (None, None)
+    nvml.silent.add("memory")
+    assert device_readings("cuda", 1) == ()
+
+
+def test_a_cpu_is_not_asked(nvml):
+    assert device_readings("cpu", 2) == ()
