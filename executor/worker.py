@@ -201,6 +201,8 @@ class Worker:
         replaced = self._models.get(message.variant)
         sequences = self._sequences.get(message.variant)
         if replaced is not None and sequences is not None and replaced.shape == message.shape:
+            if isinstance(replaced.model, GeneratesTokens):
+                replaced.model.widen(message.max_batch)
             return self._loaded(message, replaced.model)  # how many of them run together is the agent's business
         load = functools.partial(self._runtime.load, message.variant, message.max_batch, message.shape)
         model = load() if self._models else at_low_priority(load)  # beside models of its own it would hold them up

@@ -310,6 +310,10 @@ class ParallelGeneratingModel(ParallelModel):
             own = self._stage.sequences(kv_tokens, self.generation, self.name)
         return ParallelSequences(own, self._lead())
 
+    def widen(self, max_batch: int) -> None:
+        """Take batches of up to ``max_batch``; see `executor.runtime.protocol.GeneratesTokens`."""
+        self.max_batch = max(self.max_batch, max_batch)
+
     def phase_pass(self, phase: str, batch: int, tokens: int) -> ParallelPass:
         """Return a prefill or decode over all ranks, to be run again and again; one at a time, for the profiler.
 

@@ -207,6 +207,9 @@ class GeneratesTokens(LoadedModel, Protocol):
             OutOfDeviceMemory: The device cannot hold so many.
         """
 
+    def widen(self, max_batch: int) -> None:
+        """Answer whole requests in batches of up to ``max_batch`` from now on, if that is more than before."""
+
     @property
     def generation(self) -> GenerationFacts:
         """What it takes."""

@@ -192,6 +192,11 @@ class SwappedGenerator(SwappedModel):
         self._pin(kv_tokens)
         return _PinnedSequences(self._generating.sequences(kv_tokens), self._pin, kv_tokens)
 
+    def widen(self, max_batch: int) -> None:
+        """Take batches of up to ``max_batch``; see `executor.runtime.protocol.GeneratesTokens`."""
+        self._generating.widen(max_batch)
+        self.max_batch = self._generating.max_batch
+
     def _pin(self, kv_tokens: int) -> None:
         self._runtime.pin(self, kv_tokens * self.generation.kv_bytes_per_token)
 

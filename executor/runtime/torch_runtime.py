@@ -271,6 +271,10 @@ class GeneratingModel(TorchModel):
         """What it takes; only weights that were read know when an answer is complete."""
         return generation_facts(self._module.config, self._dtype, from_files=self.from_files)
 
+    def widen(self, max_batch: int) -> None:
+        """Take batches of up to ``max_batch``; see `executor.runtime.protocol.GeneratesTokens`."""
+        self.max_batch = max(self.max_batch, max_batch)
+
     def as_group(self) -> GenerationGroup:
         """Return the model as `profiles.profiler.profile_group` measures it."""
         return GenerationGroup(self.name, self, self._module, self._device, self._dtype)

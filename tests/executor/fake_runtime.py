@@ -60,6 +60,9 @@ class FakeGenerator(FakeModel):
     def sequences(self, kv_tokens: int) -> FakeSequences:
         return FakeSequences(self.generation, kv_tokens)
 
+    def widen(self, max_batch: int) -> None:
+        object.__setattr__(self, "max_batch", max(self.max_batch, max_batch))
+
 
 class FakeSequences:
     """Keeps the newest token and the length of each sequence, and minds the memory that they would take."""

@@ -319,6 +319,15 @@ def test_a_model_that_generates_changes_its_shape_and_its_sequences_end_where_th
         assert runtime.closed == [(2, 1), (1, 2)]
 
 
+def test_a_model_that_generates_takes_larger_batches_of_whole_requests_without_another_load(tmp_path):
+    with worker(tmp_path, runtime=FakeRuntime()) as (agent, _, _):
+        for call, max_batch in ((1, 1), (2, 2), (3, 1)):
+            load = Load(call=call, variant="fake-count", max_batch=max_batch, kv_bytes=500)
+            assert isinstance(agent.ask(load), Loaded)
+        assert isinstance(agent.ask(run(4, "fake-count", np.ones((2, 4)), agent.segment)), Done)
+        assert isinstance(agent.ask(run(5, "fake-count", np.ones((3, 4)), agent.segment)), Failed)
+
+
 def test_a_model_without_memory_for_sequences_is_closed_and_what_was_loaded_before_goes_on(tmp_path):
     runtime = CountsInShapes(full=[(1, 2)])
     with worker(tmp_path, runtime=runtime) as (agent, _, _):

@@ -69,6 +69,8 @@ def test_what_cannot_be_done_is_refused_and_the_ranks_live_on(runtime):
     with pytest.raises(InvalidTensor, match="batch of 1 to 2"):
         model.run(model.example(3))
     assert model.run(model.example(2))["logits"].shape == (2, 1, 1024)
+    model.widen(3)
+    assert model.run(model.example(3))["logits"].shape == (3, 1, 1024)
 
 
 @pytest.mark.parametrize("name", ["bert-tiny-16", "llama-tiny", "resnet-18"])

@@ -81,6 +81,8 @@ def test_a_model_that_generates_stays_with_its_memory(sizes):
     assert sequences.decode([1]) == alone.decode([1])
     with pytest.raises(OutOfDeviceMemory):
         held.load("bert-base", 1)
+    llama.widen(2)
+    assert llama.run(llama.example(2))["logits"].shape == (2, 1, 1024)
 
 
 def test_key_value_memory_that_grows_counts_and_is_refused_beyond_the_limit(sizes):
