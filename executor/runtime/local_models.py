@@ -16,6 +16,8 @@ from typing import Any
 
 import torch
 import transformers
+from huggingface_hub import constants
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
@@ -59,14 +61,26 @@ def quiet_transformers() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
+@contextmanager
+def _offline() -> Iterator[None]:
+    """Let nobody ask Hugging Face for what a configuration names, such as the repository of a backbone."""
+    before, constants.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE, True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
+
+
+@_offline()
 def load_folder(
     model_dir: Path, name: str, size: int | None = None
 ) -> tuple[PreTrainedModel, tuple[TensorSpec, ...], tuple[str, ...]]:
     """Read the model in ``model_dir / name``: the module, its inputs per item, and the names of its outputs.
 
-    ``config.json`` decides the architecture, through transformers' tables: no code from the folder runs. All
-    ``*.safetensors`` of the folder together are the weights; nothing else there is looked at, so no index, adapter or
-    link can lead elsewhere. ``size`` is the side of its images or the number of tokens; None for the model's own.
+    ``config.json`` decides the architecture, through transformers' tables: no code from the folder runs, and nothing is
+    downloaded. All ``*.safetensors`` of the folder together are the weights; nothing else there is looked at, so no
+    index, adapter or link can lead elsewhere. ``size`` is the side of its images or the number of tokens; None for the
+    model's own.
 
     Raises:
         InvalidInput: The configuration names no architecture known here, the weights are missing, lie outside
@@ -81,7 +95,7 @@ def load_folder(
         module, report = kind.from_pretrained(
             None, config=config, state_dict=_tensors(weights), output_loading_info=True
         )
-    except (ValueError, RuntimeError, KeyError) as error:
+    except (ValueError, RuntimeError, KeyError, ImportError) as error:  # ImportError: timm, which we do not have
         problem = _first_line(error)
         raise InvalidInput.of("weights of the architecture in config.json", where=folder, found=problem) from error
     _check_weights(report, folder)
@@ -97,7 +111,7 @@ def load_folder(
 def _config(folder: Path) -> Any:
     try:
         return transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (ValueError, OSError, KeyError, TypeError) as error:
+    except (ValueError, OSError, KeyError, TypeError, StrictDataclassError) as error:
         raise InvalidInput.of(
             "a configuration that transformers knows", where=folder / "config.json", found=_first_line(error)
         ) from error
@@ -145,7 +159,7 @@ def _first_line(error: Exception) -> str:
 def _class_of(config: Any, folder: Path) -> Any:
     """Return the class of transformers that the configuration names; it must be one for such configurations."""
     stated = (config.architectures or [""])[0]
-    found = getattr(transformers, stated, None) if _CLASS.fullmatch(stated) else None
+    found = getattr(transformers, stated, None) if isinstance(stated, str) and _CLASS.fullmatch(stated) else None
     if isinstance(found, type) and issubclass(found, PreTrainedModel) and found.config_class is type(config):
         return found
     raise InvalidInput.of(

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import socket
 from collections.abc import Callable
 from pathlib import Path
 
@@ -216,6 +217,36 @@ def test_an_unknown_model_type_is_refused(models: Path) -> None:
 def test_a_configuration_that_is_no_json_is_refused(models: Path) -> None:
     (models / "tiny" / "config.json").write_text("{")
     assert "a configuration that transformers knows" in refused(models)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"hidden_size": "wide"},
+        {"architectures": [5]},
+        {"model_type": "upernet", "architectures": ["UperNetForSemanticSegmentation"], "backbone": "some/where"},
+        {
+            "model_type": "detr",
+            "architectures": ["DetrForObjectDetection"],
+            "backbone": "resnet50",
+            "use_timm_backbone": True,
+        },
+    ],
+    ids=["a field's type", "a class's type", "a backbone elsewhere", "a backbone of timm"],
+)
+def test_a_configuration_that_cannot_be_followed_here_is_refused_and_nobody_else_asked(
+    models: Path, monkeypatch: pytest.MonkeyPatch, change: dict[str, object]
+) -> None:
+    asked: list[object] = []
+
+    def look_up(host: object, *_: object, **__: object) -> None:
+        asked.append(host)
+        raise socket.gaierror("no network in a test")
+
+    monkeypatch.setattr(socket, "getaddrinfo", look_up)
+    change_config(models, **change)
+    assert "config.json" in refused(models)
+    assert asked == []
 
 
 def test_code_in_the_folder_is_never_run(models: Path, tmp_path: Path) -> None:
