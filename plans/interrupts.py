@@ -6,8 +6,9 @@ import contextlib
 import signal
 from collections.abc import Iterator
 from multiprocessing import resource_tracker
+from types import FrameType
 
-__all__ = ["interrupts_held"]
+__all__ = ["interrupts_held", "terminations_as_interrupts"]
 
 
 @contextlib.contextmanager
@@ -19,3 +20,17 @@ def interrupts_held(*others: signal.Signals) -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@contextlib.contextmanager
+def terminations_as_interrupts() -> Iterator[None]:
+    """Take SIGTERM for Ctrl-C inside the block, so that what has begun is taken back. In the main thread only."""
+
+    def interrupt(_number: int, _frame: FrameType | None) -> None:
+        signal.raise_signal(signal.SIGINT)
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

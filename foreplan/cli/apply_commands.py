@@ -244,6 +244,7 @@ def _apply(
     prior: Prior | None = None,
 ) -> None:
     from executor.controller import apply as bring
+    from plans.interrupts import terminations_as_interrupts
     from plans.store import PlanStore
 
     plans = PlanStore(store) if store is not None and not dry_run else None
@@ -252,7 +253,7 @@ def _apply(
         with _writing(plans, "nothing was changed; make room there, or name another folder"):
             name = plans.put(plan)  # first: a store that cannot be used is known before anything changes
             plans.generations()
-    with out.progress("applying the plan") as step:
+    with terminations_as_interrupts(), out.progress("applying the plan") as step:
         result = asyncio.run(
             bring(
                 plan,

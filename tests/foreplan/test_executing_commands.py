@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -10,7 +12,7 @@ import time
 import psutil
 import pytest
 
-from tests.foreplan.workspace import ROOT, Workspace
+from tests.foreplan.workspace import ROOT, Workspace, cluster_text
 
 FAKE = ["--runtime", "tests.executor.fake_runtime:FakeRuntime"]
 
@@ -181,6 +183,27 @@ def test_a_replay_whose_requests_cannot_be_written_any_more_tells_its_figures_fi
     assert code == 1, told
     assert "requests in" in out
     assert "gone: found no such folder" in told
+
+
+@pytest.mark.parametrize("arguments", [("apply", "plan.json"), ("drain", "node-a")])
+def test_a_terminated_change_ends_as_an_interrupted_one(tmp_path, arguments):
+    workspace = Workspace.make(tmp_path)
+    workspace.plan()
+    with contextlib.ExitStack() as stack:  # they take connections, and say nothing
+        silent = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(3)]
+        silent[0].settimeout(60)
+        ports = [one.getsockname()[1] for one in silent]
+        address = f"127.0.0.1:{ports[2]}"
+        (tmp_path / "cluster.yaml").write_text(cluster_text(ports[:2]))
+        command = [sys.executable, "-m", "foreplan", *arguments, "--cluster", "cluster.yaml", "--gateway", address]
+        with subprocess.Popen(
+            command, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}, stderr=subprocess.PIPE, text=True
+        ) as change:
+            stack.enter_context(silent[0].accept()[0])
+            change.terminate()
+            _, told = change.communicate(timeout=120)
+    assert (change.returncode, "interrupted" in told) == (130, True)
+    assert "Traceback" not in told
 
 
 def test_a_port_in_use_is_named(live):
