@@ -52,7 +52,7 @@ def own_cores(device_count: int, threads: int) -> tuple[int, ...]:
     if len(cores) < device_count * threads:
         raise InvalidInput.of(
             f"at least {device_count * threads}: {threads} threads for each of {device_count} devices",
-            field="pin_cores",
+            where="--pin-cores",
             found=f"{len(cores)} cores",
             remedy="use fewer threads, or leave workers unpinned",
         )
