@@ -209,10 +209,9 @@ class Peer:
             if self._line.version != self._dialer.version:
                 self._replace_line()
             await self.poll()
-            try:
-                await asyncio.wait_for(self._wake.wait(), self._timing.poll_interval_s)
-            except TimeoutError:
-                continue
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(self._timing.poll_interval_s):  # wait_for may lose a cancellation (3.11)
+                    await self._wake.wait()
 
     def _replace_line(self) -> None:
         """Go on over a new channel, with the certificates of now; what is in flight ends on the old one."""
@@ -228,7 +227,8 @@ class Peer:
         while True:
             was_up = state is _UP
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(line.channel.wait_for_state_change(state), _LOOK_S)
+                async with asyncio.timeout(_LOOK_S):
+                    await line.channel.wait_for_state_change(state)
             if line is not self._line:
                 line = self._line
                 state = line.channel.get_state(try_to_connect=True)

@@ -259,7 +259,8 @@ class WorkerLink(asyncio.Protocol):
             if self._transport is not None and not self._transport.is_closing():
                 self._transport.write(encode_to_worker(Stop()))
                 with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(self._closed.wait(), grace_s)
+                    async with asyncio.timeout(grace_s):
+                        await self._closed.wait()
         finally:
             await self.kill()
 
@@ -301,7 +302,8 @@ class WorkerLink(asyncio.Protocol):
     async def _reap(self) -> None:
         assert self._process is not None
         try:
-            code = await asyncio.wait_for(self._process.wait(), _LAST_WORDS_S)
+            async with asyncio.timeout(_LAST_WORDS_S):
+                code = await self._process.wait()
         except TimeoutError:  # it closed its pipe and lives on: of no use to anybody
             self._process.kill()
             code = await self._process.wait()
