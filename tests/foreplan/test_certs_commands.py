@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,14 @@ from foreplan.cli.app import app
 
 
 def foreplan(*arguments: object) -> Any:
-    return CliRunner().invoke(app, [str(one) for one in arguments])
+    """Run the command in this process; a server's log, which it would leave behind, goes nowhere after it."""
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    try:
+        return CliRunner().invoke(app, [str(one) for one in arguments])
+    finally:
+        root.handlers[:] = handlers
+        root.setLevel(level)
 
 
 def test_an_authority_is_made_and_issues_and_rotates(tmp_path: Path) -> None:
