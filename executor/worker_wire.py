@@ -48,6 +48,9 @@ __all__ = [
 MAX_FRAME_BYTES = 4 * 2**20
 """Longest frame; messages name places of tensors and are far below it."""
 
+_LONGEST_PROBLEM = 1 << 16
+"""Characters of a problem that are told: what a model raises may be as long as its tensors."""
+
 _LENGTH = struct.Struct("<I")
 _HEAD = struct.Struct("<BQdd")  # kind, and of a batch: number of the call, seconds run, seconds waited for its model
 _OTHER, _BATCH = 0, 1
@@ -307,7 +310,7 @@ def encode_from_worker(message: FromWorker) -> bytes:
         case Failed():
             body = pb.FromWorker(
                 failed=pb.FromWorker.Failed(
-                    call=message.call, problem=message.problem, invalid_input=message.invalid_input
+                    call=message.call, problem=message.problem[:_LONGEST_PROBLEM], invalid_input=message.invalid_input
                 )
             )
     return _frame(body.SerializeToString())

@@ -124,3 +124,14 @@ def test_batches_in_one_place_differ_in_the_head_of_their_frames_only(found, one
 def test_a_frame_of_absurd_length_is_refused_before_it_is_read():
     with pytest.raises(wire.FrameError, match="4294967295 bytes"):
         wire.FrameSplitter().feed(b"\xff\xff\xff\xff")
+
+
+def test_a_problem_of_any_length_fits_into_a_frame() -> None:
+    frame = wire.encode_from_worker(wire.Failed(call=7, problem="\N{SNOWMAN}" * wire.MAX_FRAME_BYTES))
+    splitter = wire.FrameSplitter()
+    assert splitter.feed(frame[:9]) == []  # a read brings a part of it
+    (body,) = splitter.feed(frame[9:])
+    told = wire.decode_from_worker(body)
+    assert isinstance(told, wire.Failed)
+    assert told.call == 7
+    assert set(told.problem) == {"\N{SNOWMAN}"}
