@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from executor.first_tries import FirstTries
 from executor.gateway_journal import RoutingJournal
 from executor.gateway_peer import Peer, PeerTiming
+from executor.moves import WholeMoves
 from executor.routing import NodeView, Router, Routing
 from executor.state import Backend, RoutingTable, Target
 from executor.tls import Dialer
@@ -56,7 +57,7 @@ class Switchboard:
         self._problems: dict[Backend, str] = {}
         self._leaving: set[asyncio.Task[None]] = set()
         self._installing = asyncio.Lock()
-        self._installs: set[asyncio.Task[None]] = set()
+        self._moves = WholeMoves(_log)
 
     def restore(self) -> None:
         """Put the table of the journal in force, if there is one. Its targets join the rotation as agents answer.
@@ -77,10 +78,7 @@ class Switchboard:
         Raises:
             StalePlan: The table may not follow the one in force.
         """
-        task = asyncio.create_task(self._install(table, stored=stored))
-        self._installs.add(task)
-        task.add_done_callback(self._installed)
-        await asyncio.shield(task)
+        await self._moves.run(self._install(table, stored=stored))
 
     async def _install(self, table: RoutingTable, *, stored: bool) -> None:
         async with self._installing:
@@ -95,11 +93,6 @@ class Switchboard:
                 raise
             self._put_in_force(table, fresh)
             _log.info("event=routed generation=%d services=%d", table.generation, len(table.services))
-
-    def _installed(self, task: asyncio.Task[None]) -> None:
-        self._installs.discard(task)
-        if not task.cancelled() and (error := task.exception()) is not None:
-            _log.warning("event=routes_refused reason=%r", str(error))
 
     def peer(self, node: str) -> Peer | None:
         """Return the peer of ``node``; None when no table in force names it."""
@@ -130,7 +123,7 @@ class Switchboard:
 
     async def close(self, grace_s: float) -> None:
         """Stop watching every agent; calls in flight get ``grace_s`` seconds to end."""
-        await asyncio.gather(*self._installs, return_exceptions=True)
+        await self._moves.wait()
         peers, self._peers, self._former = [*self._peers.values(), *self._former.values()], {}, {}
         await asyncio.gather(*(peer.close(grace_s) for peer in peers), *self._leaving)
 

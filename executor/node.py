@@ -9,13 +9,13 @@ import asyncio
 import dataclasses
 import logging
 import time
-from collections.abc import Callable, Collection, Coroutine
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
-from typing import Any
 
 from executor.admission import NodeFacts, placement_faults
 from executor.errors import ReplicaUnavailable, StageFailed, UnknownService, WorkerGone, WorkerRefused, WrongGeneration
 from executor.journal import Journal
+from executor.moves import WholeMoves
 from executor.replica import Replica
 from executor.state import DesiredState, Phase, ReplicaKey, ReplicaState
 from executor.upkeep import Upkeep
@@ -93,7 +93,7 @@ class Node:
         self._moving = asyncio.Lock()  # held while a call moves the node on, never while it waits for loads
         self._is_staged = False
         self._waiting: tuple[ReplicaKey, ...] = ()  # of what is staged: must wait for memory
-        self._moves: set[asyncio.Task[None]] = set()
+        self._moves = WholeMoves(_log)
         self.drained = False
         self._before: DesiredState | None = None
         self._can_take_back = False
@@ -129,7 +129,7 @@ class Node:
 
     async def stop(self) -> None:
         """End every worker; what waits fails, what runs is finished."""
-        await asyncio.gather(*self._moves, return_exceptions=True)
+        await self._moves.wait()
         await self.upkeep.stop()
 
     @property
@@ -183,7 +183,7 @@ class Node:
         Raises:
             StateNotStored: The state folder cannot be written.
         """
-        await self._whole(self._drain(drained))
+        await self._moves.run(self._drain(drained))
 
     async def _drain(self, drained: bool) -> None:
         async with self._moving:  # also because the journal is for one writer at a time
@@ -235,7 +235,7 @@ class Node:
             WrongGeneration: It is older than what is committed, or is not what is staged.
             StageFailed: Something of it was lost since it was staged.
         """
-        await self._whole(self._commit(generation, digest))
+        await self._moves.run(self._commit(generation, digest))
         return generation
 
     async def _commit(self, generation: int, digest: str) -> None:
@@ -257,18 +257,6 @@ class Node:
             self.upkeep.commit(_keys(staged))
             self._on_move()
         _log.info("event=committed generation=%d digest=%s", generation, staged.placement_digest)
-
-    async def _whole(self, move: Coroutine[Any, Any, None]) -> None:
-        """Run ``move`` to its end even if the caller is cancelled: what is stored and what is known must not part."""
-        task = asyncio.get_running_loop().create_task(move)
-        self._moves.add(task)
-        task.add_done_callback(self._moved)
-        await asyncio.shield(task)
-
-    def _moved(self, task: asyncio.Task[None]) -> None:
-        self._moves.discard(task)
-        if not task.cancelled() and (error := task.exception()) is not None:
-            _log.warning("event=move_refused reason=%r", str(error))
 
     async def finish(self, generation: int, digest: str) -> int:
         """Drain and unload what left the plan, then load what had to wait; return when everything serves.
@@ -302,7 +290,7 @@ class Node:
         Raises:
             WrongGeneration: It is finished, or was committed before this agent was started; or it is older than that.
         """
-        await self._whole(self._abort(generation, digest))
+        await self._moves.run(self._abort(generation, digest))
         await self.upkeep.until(lambda: not self.upkeep.is_draining())
         return self.generation
 
