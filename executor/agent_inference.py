@@ -19,7 +19,7 @@ import grpc.aio
 from executor.answer_bytes import EXTENSIONS, MODEL_VERSION, AnswerWriter, answer_message
 from executor.errors import PlacementIsPlanned, RequestRefused, UnknownService, details_of, shortened, status_of
 from executor.forwarding import Body, CallFailed
-from executor.infer_header import GROUP_METADATA, LONGEST_DEADLINE_S
+from executor.infer_header import GROUP_METADATA, deadline_in_s
 from executor.lane import Generated
 from executor.model_config import model_config
 from executor.node import Node
@@ -39,19 +39,9 @@ from executor.worker_wire import Loaded
 from executor.workflow_service import Workflows
 from plans.errors import ForeplanError
 
-__all__ = ["InferenceServicer", "deadline_in_s"]
+__all__ = ["InferenceServicer"]
 
 Context = grpc.aio.ServicerContext[Any, Any]
-
-
-def deadline_in_s(asked_s: float | None, time_remaining_s: float | None, default_s: float) -> float:
-    """Return the seconds that a request may take from its arrival.
-
-    The sooner of the gRPC timeout and what its parameter asks for, or ``default_s`` when it carries neither; at most
-    `LONGEST_DEADLINE_S`.
-    """
-    given_s = [limit for limit in (time_remaining_s, asked_s) if limit is not None]
-    return min(LONGEST_DEADLINE_S, min(given_s, default=default_s))
 
 
 @dataclass(frozen=True, slots=True)

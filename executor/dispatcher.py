@@ -328,10 +328,14 @@ class Dispatcher:
 
     def next_deadline_s(self) -> float:
         """Return the earliest deadline of what waits; inf when nothing does, -inf when it has priority."""
-        heads = [queue.heap[0] for queue in self._queues.values() if queue.heap]
-        if any(head[0] < DEFAULT_PRIORITY for head in heads):
-            return -math.inf
-        return min((head[1] for head in heads), default=math.inf)
+        first_s = math.inf
+        for queue in self._queues.values():
+            if queue.heap:
+                priority, deadline_s, _, _ = queue.heap[0]
+                if priority < DEFAULT_PRIORITY:
+                    return -math.inf
+                first_s = min(first_s, deadline_s)
+        return first_s
 
     def queued(self, key: ReplicaKey) -> int:
         """Return how many requests wait for ``key``, each frame of a bundle by itself."""

@@ -98,6 +98,9 @@ class Frames(asyncio.BufferedProtocol):
 
     def _flush(self) -> None:
         waiting, self._waiting = self._waiting, []
+        if len(waiting) == 1:
+            self._send(waiting)
+            return
         for items in _parts(waiting, self._full_bytes):
             self._send(items)
 

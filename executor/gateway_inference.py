@@ -19,7 +19,14 @@ from executor.gateway_peer import INFERENCE, Peer
 from executor.gateway_repository import ServiceRepository, is_known_version, typed
 from executor.gateway_statistics import agents_statistics
 from executor.gateway_switchboard import Switchboard
-from executor.infer_header import LONGEST_DEADLINE_S, InferHeader, group_message, read_infer_header, small_fields
+from executor.infer_header import (
+    LONGEST_DEADLINE_S,
+    InferHeader,
+    deadline_in_s,
+    group_message,
+    read_infer_header,
+    small_fields,
+)
 from executor.proto import open_inference_pb2 as messages
 from executor.state import ServiceRoutes, Target
 from executor.statistics import add_statistics
@@ -215,7 +222,7 @@ class InferenceFrontDoor:
             raise CallFailed(_Code.INVALID_ARGUMENT, str(error)) from error
         routes = self.check_admission(header.service)
         default_s = routes.deadline_s if routes.first_token_s is None else LONGEST_DEADLINE_S
-        return header, _timeout_s(time_remaining_s, header.deadline_s, default_s)
+        return header, deadline_in_s(header.deadline_s, time_remaining_s, default_s)
 
     def check_admission(self, service: str) -> ServiceRoutes:
         """Return the routes of ``service``; refuse a request for it, whatever it holds, that cannot be taken now.
@@ -339,12 +346,6 @@ _ASK_S = 5.0
 
 _KNOWN_HEADERS, _LONGEST_KNOWN = 4096, 256
 """How many headers are remembered, and the longest of them in bytes."""
-
-
-def _timeout_s(time_remaining_s: float | None, asked_s: float | None, default_s: float) -> float:
-    if time_remaining_s is None:
-        return min(LONGEST_DEADLINE_S, default_s if asked_s is None else asked_s)
-    return min(LONGEST_DEADLINE_S, time_remaining_s if asked_s is None else min(asked_s, time_remaining_s))
 
 
 def _shown(code: grpc.StatusCode) -> grpc.StatusCode:

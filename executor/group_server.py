@@ -343,4 +343,6 @@ class GroupServer:
         except (OSError, ValueError):
             _log.exception("event=answer_not_read replica=%r", str(batch.key))
         finally:
-            self._requests.settle(batch.pending, ReplicaUnavailable(f"{batch.key}: the worker's answer cannot be read"))
+            if not all(one.answer.done() for one in batch.pending):
+                unread = ReplicaUnavailable(f"{batch.key}: the worker's answer cannot be read")
+                self._requests.settle(batch.pending, unread)

@@ -24,6 +24,7 @@ __all__ = [
     "AnswerHeader",
     "InferHeader",
     "answer_header",
+    "deadline_in_s",
     "deadline_of",
     "group_mark",
     "group_message",
@@ -50,6 +51,8 @@ _LONGEST_STREAM = 128
 
 _MODEL_NAME, _PARAMETERS, _RAW_CONTENTS = 1, 4, 7
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
+_MORE = 0x80
+"""A byte from here on is not the last of its integer."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -168,6 +171,17 @@ def _wrong_number(name: str, found: str) -> InvalidInput:
     return InvalidInput.of(_LIMITS[name], where="request", field=f"parameters.{name}", found=found)
 
 
+def deadline_in_s(asked_s: float | None, time_remaining_s: float | None, default_s: float) -> float:
+    """Return the seconds that a request may take from its arrival.
+
+    The sooner of the gRPC timeout and what its parameter asks for, or ``default_s`` when it carries neither; at most
+    `LONGEST_DEADLINE_S`.
+    """
+    if time_remaining_s is None:
+        return min(LONGEST_DEADLINE_S, default_s if asked_s is None else asked_s)
+    return min(LONGEST_DEADLINE_S, time_remaining_s if asked_s is None else min(asked_s, time_remaining_s))
+
+
 def small_fields(message: bytes) -> bytes:
     """Return the model name and parameters of a serialised request or answer as a message of their own.
 
@@ -211,9 +225,8 @@ def priority_of(request: messages.ModelInferRequest) -> int:
 
 def _small_fields(request: bytes) -> bytes:
     """Return the model name and parameters of a request or an answer as a message of their own."""
-    return b"".join(
-        request[start:end] for tag, start, _, end in _fields(request) if tag >> 3 in (_MODEL_NAME, _PARAMETERS)
-    )
+    wanted = (_MODEL_NAME, _PARAMETERS)
+    return b"".join([request[start:end] for tag, start, _, end in _fields(request) if tag >> 3 in wanted])
 
 
 def split_fields(request: bytes | memoryview) -> tuple[bytes, list[memoryview]]:
@@ -262,11 +275,15 @@ def _fields(message: bytes | memoryview) -> Iterator[tuple[int, int, int, int]]:
         fields += 1
         if fields > _MOST_FIELDS:
             raise ValueError(f"more than {_MOST_FIELDS} fields")
-        tag, position = _varint(message, position)
+        tag, position = message[position], position + 1
+        if tag >= _MORE:
+            tag, position = _varint(message, start)
         content = position
         wire_type = tag & 7
         if wire_type == _BYTES:
-            size, content = _varint(message, position)
+            size, content = message[position], position + 1
+            if size >= _MORE:
+                size, content = _varint(message, position)
             position = content + size
         elif wire_type == _VARINT:
             _, position = _varint(message, position)
@@ -286,7 +303,7 @@ def _varint(data: bytes | memoryview, position: int) -> tuple[int, int]:
         byte = data[position]
         position += 1
         value |= (byte & 0x7F) << shift
-        if byte < 0x80:
+        if byte < _MORE:
             return value, position
         shift += 7
         if shift > 63:

@@ -358,13 +358,15 @@ class Node:
             UnknownService: Nothing of that name is here.
             ReplicaUnavailable: It is here, but cannot serve now.
         """
-        mine = [replica for replica in self.upkeep.replicas.values() if replica.key.service == service]
+        mine = [
+            replica
+            for key, replica in self.upkeep.replicas.items()
+            if key.service == service and group in (None, key.group)
+        ]
         if not mine:
-            raise UnknownService(f"service {service!r} does not run on node {self.settings.node!r}")
-        if group is not None:
-            mine = [replica for replica in mine if replica.key.group == group]
-            if not mine:
-                raise ReplicaUnavailable(f"service {service!r} does not run on group {group!r}")
+            if not any(key.service == service for key in self.upkeep.replicas):
+                raise UnknownService(f"service {service!r} does not run on node {self.settings.node!r}")
+            raise ReplicaUnavailable(f"service {service!r} does not run on group {group!r}")
         serving = [replica for replica in mine if replica.phase is Phase.SERVING]
         if not serving:
             why = "; ".join(f"{one.key} is {one.phase.value}{': ' if one.reason else ''}{one.reason}" for one in mine)

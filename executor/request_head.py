@@ -73,7 +73,7 @@ class Fits:
     """Says whether requests fit a model, and remembers it of heads that come again."""
 
     def __init__(self) -> None:
-        self._known: dict[RequestHead, tuple[Loaded, int, int]] = {}
+        self._known: dict[tuple[RequestHead, int], tuple[Loaded, int, int]] = {}  # by head and id of what was loaded
 
     def items(self, head: RequestHead, loaded: Loaded, max_batch: int) -> int:
         """Return the items of a request for the model ``loaded``, between 1 and ``max_batch``.
@@ -83,7 +83,7 @@ class Fits:
         Raises:
             InvalidInput: The model takes no such inputs, or has no such outputs; with every fault of the inputs.
         """
-        known = self._known.get(head)
+        known = self._known.get((head, id(loaded)))
         if known is not None and known[0] is loaded and known[1] == max_batch:
             return known[2]
         if unknown := head.wanted - {spec.name for spec in loaded.outputs}:
@@ -93,7 +93,7 @@ class Fits:
         if head.recurs:
             if len(self._known) >= _KNOWN_HEADS:
                 self._known.clear()
-            self._known[head] = loaded, max_batch, items
+            self._known[head, id(loaded)] = loaded, max_batch, items
         return items
 
 

@@ -122,6 +122,8 @@ class WholeRequests:
 
         Frames that gather are not queued yet, as in the evaluator (docs/evaluator.md, section 5).
         """
+        if not self._pending:
+            return 0.0
         return math.fsum(
             self._dispatcher.items(key) * rules.latency_s[-1] / (rules.max_batch * rules.stages)
             for key, rules in self._rules.items()

@@ -10,8 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from executor import agent_inference
-from executor.agent_inference import deadline_in_s
-from executor.infer_header import deadline_of
+from executor.infer_header import deadline_in_s, deadline_of
 from executor.proto import open_inference_pb2 as pb
 from executor.state import Phase
 from executor.tensors import decode_outputs, encode_request
@@ -329,24 +328,6 @@ def test_the_server_is_not_ready_while_something_committed_does_not_serve(tmp_pa
             assert (await agent.inference.ServerLive(pb.ServerLiveRequest())).live
 
     asyncio.run(scenario())
-
-
-@given(st.none() | st.floats(0.001, 1e3), st.none() | st.integers(1, 10**6) | st.floats(0.001, 1e6))
-def test_the_sooner_deadline_holds_and_the_default_only_without_any(timeout_s, deadline_ms):
-    request = encode_request("s", {}, parameters={} if deadline_ms is None else {"deadline_ms": deadline_ms})
-    given_s = [one for one in (timeout_s, None if deadline_ms is None else deadline_ms / 1000) if one is not None]
-    assert deadline_in_s(deadline_of(request), timeout_s, 7.0) == (min(given_s) if given_s else 7.0)
-
-
-def test_a_deadline_as_text_counts_as_in_the_gateway():
-    assert deadline_in_s(deadline_of(encode_request("s", {}, parameters={"deadline_ms": "100"})), None, 7.0) == 0.1
-
-
-@pytest.mark.parametrize(("timeout_s", "default_s"), [(None, 1e15), (1e15, 7.0)])
-def test_no_deadline_is_farther_than_a_day(timeout_s, default_s):
-    request = encode_request("s", {}, parameters={"deadline_ms": 10**15})
-    assert deadline_in_s(deadline_of(request), timeout_s, default_s) == 86_400.0
-    assert deadline_in_s(deadline_of(encode_request("s", {})), timeout_s, default_s) == 86_400.0
 
 
 @pytest.mark.parametrize("bad", [0, -1, 0.0, float("nan"), float("inf"), "soon", True])

@@ -6,8 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from executor.infer_header import parsed_request, read_infer_header, split_fields
+from executor.infer_header import deadline_in_s, deadline_of, parsed_request, read_infer_header, split_fields
 from executor.proto import open_inference_pb2 as messages
+from executor.tensors import encode_request
 from plans.errors import InvalidInput
 
 
@@ -104,3 +105,21 @@ def test_the_name_of_a_stream_is_a_number_or_a_short_text() -> None:
     assert read_infer_header(request(sequence_id=2**62)).stream == str(2**62)
     with pytest.raises(InvalidInput, match="at most 128 characters"):
         read_infer_header(request(sequence_id="s" * 129))
+
+
+@given(st.none() | st.floats(0.001, 1e3), st.none() | st.integers(1, 10**6) | st.floats(0.001, 1e6))
+def test_the_sooner_deadline_holds_and_the_default_only_without_any(timeout_s, deadline_ms):
+    request = encode_request("s", {}, parameters={} if deadline_ms is None else {"deadline_ms": deadline_ms})
+    given_s = [one for one in (timeout_s, None if deadline_ms is None else deadline_ms / 1000) if one is not None]
+    assert deadline_in_s(deadline_of(request), timeout_s, 7.0) == (min(given_s) if given_s else 7.0)
+
+
+def test_a_deadline_as_text_counts_as_in_the_gateway():
+    assert deadline_in_s(deadline_of(encode_request("s", {}, parameters={"deadline_ms": "100"})), None, 7.0) == 0.1
+
+
+@pytest.mark.parametrize(("timeout_s", "default_s"), [(None, 1e15), (1e15, 7.0)])
+def test_no_deadline_is_farther_than_a_day(timeout_s, default_s):
+    request = encode_request("s", {}, parameters={"deadline_ms": 10**15})
+    assert deadline_in_s(deadline_of(request), timeout_s, default_s) == 86_400.0
+    assert deadline_in_s(deadline_of(encode_request("s", {})), timeout_s, default_s) == 86_400.0
