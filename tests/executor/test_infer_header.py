@@ -123,3 +123,24 @@ def test_no_deadline_is_farther_than_a_day(timeout_s, default_s):
     request = encode_request("s", {}, parameters={"deadline_ms": 10**15})
     assert deadline_in_s(deadline_of(request), timeout_s, default_s) == 86_400.0
     assert deadline_in_s(deadline_of(encode_request("s", {})), timeout_s, default_s) == 86_400.0
+
+
+@pytest.mark.parametrize("bad", [0, -1, 0.0, float("nan"), float("inf"), "soon", True])
+def test_a_deadline_that_is_no_number_above_0_is_refused(bad):
+    with pytest.raises(InvalidInput, match="deadline_ms"):
+        deadline_in_s(deadline_of(encode_request("s", {}, parameters={"deadline_ms": bad})), None, 1.0)
+
+
+@given(st.none() | st.integers(1, 10**6), st.none() | st.integers(0, 10**12))
+def test_the_timeout_that_triton_clients_send_counts_as_well_and_0_is_none(deadline_ms, timeout_us):
+    sent = {"deadline_ms": deadline_ms, "timeout": timeout_us}
+    request = encode_request("s", {}, parameters={name: value for name, value in sent.items() if value is not None})
+    limits_s = [deadline_ms / 1000] if deadline_ms else []
+    limits_s += [timeout_us / 1e6] if timeout_us else []
+    assert deadline_of(request) == (min([*limits_s, 86_400.0]) if limits_s else None)
+
+
+@pytest.mark.parametrize("bad", [-1, float("nan"), float("inf"), "soon", True])
+def test_a_timeout_that_is_no_time_is_refused(bad):
+    with pytest.raises(InvalidInput, match=r"parameters.timeout: .*microseconds"):
+        deadline_of(encode_request("s", {}, parameters={"timeout": bad}))
