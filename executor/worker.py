@@ -39,6 +39,7 @@ from executor.runtime.protocol import (
     LoadedModel,
     PipelinedModel,
     UnknownVariant,
+    check_outputs,
 )
 from executor.runtime.successive import SuccessiveSequences
 from executor.segment import SharedSegment
@@ -168,7 +169,7 @@ class Worker:
 
         def out(future: Future[dict[str, NDArray[Any]]]) -> None:
             def done() -> Done:
-                return self._done(message, future.result(), time.perf_counter() - start_s)
+                return self._done(message, model, future.result(), time.perf_counter() - start_s)
 
             self._answer(message.call, done)
 
@@ -262,7 +263,7 @@ class Worker:
         start_s = time.perf_counter()
         outputs = held.model.run(inputs)
         swap_s: float = getattr(held.model, "last_swap_s", 0.0)
-        return self._done(message, outputs, time.perf_counter() - start_s - swap_s, swap_s)
+        return self._done(message, held.model, outputs, time.perf_counter() - start_s - swap_s, swap_s)
 
     def _iterate(self, message: Iterate) -> Iterated:
         sequences = self._sequences.get(message.variant)
@@ -274,7 +275,10 @@ class Worker:
         tokens = sequences.prefill(message.prefill) if message.prefill else sequences.decode(message.decode)
         return Iterated(call=message.call, tokens=tuple(tokens), run_s=time.perf_counter() - start_s)
 
-    def _done(self, message: Run, outputs: Mapping[str, NDArray[Any]], run_s: float, swap_s: float = 0.0) -> Done:
+    def _done(
+        self, message: Run, model: LoadedModel, outputs: Mapping[str, NDArray[Any]], run_s: float, swap_s: float = 0.0
+    ) -> Done:
+        check_outputs(outputs, model.outputs, message.inputs[0].shape[0], message.variant)
         places = self._segment.write_outputs(outputs, message.output_offset_bytes, message.output_capacity_bytes)
         return Done(call=message.call, outputs=places, run_s=run_s, swap_s=swap_s)
 

@@ -31,7 +31,9 @@ __all__ = [
     "SequenceRunner",
     "TensorSpec",
     "UnknownVariant",
+    "WrongOutputs",
     "batch_of",
+    "check_outputs",
 ]
 
 NUMPY_TYPES: Mapping[str, np.dtype[Any]] = {
@@ -61,6 +63,10 @@ class InvalidTensor(InvalidInput):
 
 class DevicesLost(ForeplanError):
     """A process of the group's other devices ended: nothing can be run on the group any more."""
+
+
+class WrongOutputs(ForeplanError):
+    """A model returned something else than it says: its own fault, not that of what it was given."""
 
 
 class OutOfDeviceMemory(ForeplanError, MemoryError):
@@ -292,6 +298,26 @@ def batch_of(
     if faults:
         raise InvalidTensor(faults)
     return next(iter(batches.values()))
+
+
+def check_outputs(outputs: Mapping[str, NDArray[Any]], specs: tuple[TensorSpec, ...], items: int, where: str) -> None:
+    """Refuse outputs of a batch of ``items`` that are not as ``specs`` say: requests would get others' rows, or none.
+
+    Raises:
+        WrongOutputs: With every name that is missing or unknown, and every datatype and shape that is wrong.
+    """
+    faults = [f"{name!r} is none of its outputs" for name in outputs if name not in {spec.name for spec in specs}]
+    for spec in specs:
+        array = outputs.get(spec.name)
+        if array is None:
+            faults.append(f"{spec.name!r} is missing")
+        elif array.dtype != spec.dtype or array.shape != (items, *spec.shape):
+            faults.append(
+                f"{spec.name!r} is {array.dtype} of shape {list(array.shape)}, "
+                f"not {spec.datatype} of shape {[items, *spec.shape]}"
+            )
+    if faults:
+        raise WrongOutputs(f"{where} returned other outputs than it says: {'; '.join(faults)}")
 
 
 def _shape(spec: TensorSpec) -> str:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import socket
 import threading
 from dataclasses import dataclass
@@ -152,6 +153,41 @@ def test_what_a_model_raises_is_told_with_its_type(tmp_path):
         assert agent.ask(Load(call=3, variant="no-memory", max_batch=1)) == Failed(
             call=3, problem="no-memory does not fit"
         )
+
+
+class Answers(ScriptedRuntime):
+    """Its model returns what it is given here, whatever it is asked."""
+
+    def __init__(self, **outputs):
+        super().__init__()
+        self.outputs = outputs
+
+    def load(self, variant, max_batch, shape=(1, 1)):
+        model = super().load(variant, max_batch)
+        object.__setattr__(model, "run", lambda inputs: self.outputs)
+        return model
+
+
+@pytest.mark.parametrize(
+    ("outputs", "says"),
+    [
+        ({"y": np.zeros((3, 4), np.float32)}, r"'y' is float32 of shape \[3, 4\], not FP32 of shape \[2, 4\]"),
+        ({"y": np.zeros((1, 4), np.float32)}, r"shape \[1, 4\], not FP32"),
+        ({"y": np.zeros((2, 2), np.float32)}, r"shape \[2, 2\], not FP32"),
+        ({"y": np.zeros((2, 4), np.float16)}, "float16"),
+        ({"y": np.zeros((2, 4), np.complex64)}, "complex64"),
+        ({"y": np.array([["text"] * 4] * 2)}, "<U4"),
+        ({}, "'y' is missing"),
+        ({"y": np.zeros((2, 4), np.float32), "z": np.zeros((2, 4), np.float32)}, "'z' is none of its outputs"),
+    ],
+)
+def test_a_model_that_returns_other_than_it_says_is_at_fault_and_not_its_caller(outputs, says):
+    with worker(None, runtime=Answers(**outputs)) as (agent, _, _):
+        agent.ask(Load(call=1, variant="twice", max_batch=2))
+        failed = agent.ask(run(2, "twice", [[1, 2, 3, 4], [5, 6, 7, 8]], agent.segment))
+    assert isinstance(failed, Failed)
+    assert not failed.invalid_input
+    assert re.search(says, failed.problem)
 
 
 def test_a_stop_comes_after_the_batches_sent_before(tmp_path):
