@@ -310,7 +310,7 @@ def encode_from_worker(message: FromWorker) -> bytes:
         case Failed():
             body = pb.FromWorker(
                 failed=pb.FromWorker.Failed(
-                    call=message.call, problem=message.problem[:_LONGEST_PROBLEM], invalid_input=message.invalid_input
+                    call=message.call, problem=_told(message.problem), invalid_input=message.invalid_input
                 )
             )
     return _frame(body.SerializeToString())
@@ -382,6 +382,11 @@ class FrameSplitter:
             start = end
         del self._held[:start]
         return bodies
+
+
+def _told(problem: str) -> str:
+    """Return what can be told of a problem: not all of a long one, and nothing that is no character."""
+    return problem[:_LONGEST_PROBLEM].encode(errors="replace").decode()
 
 
 def _frame(message: bytes, kind: int = _OTHER, call: int = 0, run_s: float = 0.0, swap_s: float = 0.0) -> bytes:

@@ -135,3 +135,8 @@ def test_a_problem_of_any_length_fits_into_a_frame() -> None:
     assert isinstance(told, wire.Failed)
     assert told.call == 7
     assert set(told.problem) == {"\N{SNOWMAN}"}
+
+
+def test_a_problem_may_hold_what_is_no_character() -> None:
+    (body,) = wire.FrameSplitter().feed(wire.encode_from_worker(wire.Failed(call=7, problem="no file \udc80")))
+    assert wire.decode_from_worker(body) == wire.Failed(call=7, problem="no file ?")
