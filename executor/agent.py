@@ -139,13 +139,13 @@ async def serve_agent(
         stop: Ends the agent from the same process.
 
     Raises:
-        InvalidInput: The address cannot be listened on, or only with certificates; a certificate cannot be used; the
-            state folder cannot be used or is in use; there are too few processor cores to pin workers to; or spans are
-            asked for and cannot be recorded.
+        InvalidInput: The address cannot be listened on, or only with certificates; a certificate cannot be used, or is
+            of another role; the state folder cannot be used or is in use; there are too few processor cores to pin
+            workers to; or spans are asked for and cannot be recorded.
         BadStoredData: The journal is damaged, or that of another node.
     """
     stopping = stop or asyncio.Event()
-    credentials = Credentials(config.tls) if config.tls else None
+    credentials = Credentials(config.tls, Role.AGENT) if config.tls else None
     check_transport(config.address, credentials, insecure=config.insecure, where="--listen")
     with locked_folder(config.state_dir, "agent") as folder, stop_signals(stopping):
         server = RpcServer(Role.AGENT, max_message_bytes=config.max_message_bytes, credentials=credentials)

@@ -100,8 +100,8 @@ async def serve_gateway(
         stop: Ends it from the same process.
 
     Raises:
-        InvalidInput: The address cannot be listened on, or only with certificates; a certificate cannot be used; or the
-            state folder cannot be used or is in use.
+        InvalidInput: The address cannot be listened on, or only with certificates; a certificate cannot be used, or is
+            of another role; or the state folder cannot be used or is in use.
         BadStoredData: The routing table stored in the state folder is damaged.
     """
     stopping = stop or asyncio.Event()
@@ -119,7 +119,7 @@ async def running_gateway(config: GatewayConfig, *, member: Member | None = None
         InvalidInput: As for `serve_gateway`.
         BadStoredData: As for `serve_gateway`.
     """
-    credentials = Credentials(config.tls) if config.tls else None
+    credentials = Credentials(config.tls, Role.GATEWAY) if config.tls else None
     check_transport(config.listen, credentials, insecure=config.insecure, where="--listen")
     async with contextlib.AsyncExitStack() as running:
         alone = member is None  # of several, the process that started them holds the folder

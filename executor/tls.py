@@ -55,19 +55,26 @@ class _Material:
 class Credentials:
     """The certificates of one process, kept in step with their files.
 
+    Args:
+        files: Where they lie.
+        role: What the certificate has to name, of a process that serves; None for one that only calls, where those who
+            are called judge.
+
     Attributes:
         files: Where they lie.
         version: Goes up whenever new material was taken up.
 
     Raises:
-        InvalidInput: A file is missing or is not what it should be, or the certificate has expired; with every fault.
+        InvalidInput: A file is missing or is not what it should be, the certificate has expired, or is of another role;
+            with every fault.
     """
 
-    def __init__(self, files: TlsFiles) -> None:
+    def __init__(self, files: TlsFiles, role: Role | None = None) -> None:
         self.files = files
         self.version = 1
+        self._role = role
         self._marks = _marks(files)
-        self._material = _read(files)
+        self._material = _read(files, role)
         self._server_context, self._client_context = self._made_contexts(self._marks)
 
     def refresh(self) -> bool:
@@ -77,7 +84,7 @@ class Credentials:
             return False
         self._marks = marks
         try:
-            material = _read(self.files)
+            material = _read(self.files, self._role)
             if material == self._material:
                 return False
             server, client = self._made_contexts(marks)
@@ -184,12 +191,15 @@ def peer_identity(connection: ssl.SSLObject | ssl.SSLSocket | None) -> tuple[str
         return "", frozenset()
     certificate = x509.load_der_x509_certificate(encoded)
     common = certificate.subject.get_attributes_for_oid(NameOID.COMMON_NAME)
-    name = str(common[0].value) if common else ""
+    return str(common[0].value) if common else "", _roles(certificate)
+
+
+def _roles(certificate: x509.Certificate) -> frozenset[Role]:
     try:
         names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
     except x509.ExtensionNotFound:
-        return name, frozenset()
-    return name, roles_of_names(names.get_values_for_type(x509.UniformResourceIdentifier))
+        return frozenset()
+    return roles_of_names(names.get_values_for_type(x509.UniformResourceIdentifier))
 
 
 def is_loopback(address: str) -> bool:
@@ -236,7 +246,7 @@ def _marks(files: TlsFiles) -> _Marks:
 _REMEDY = "copy certificate and key together from where `foreplan certs` made them, or make them anew with it"
 
 
-def _read(files: TlsFiles) -> _Material:
+def _read(files: TlsFiles, role: Role | None) -> _Material:
     faults: list[Fault] = []
     contents: list[bytes] = []
     for path in files.all:
@@ -248,13 +258,13 @@ def _read(files: TlsFiles) -> _Material:
     if faults:
         raise InvalidInput(faults)
     material = _Material(certificate=contents[0], key=contents[1], authorities=contents[2])
-    faults = _faults(files, material)
+    faults = _faults(files, material, role)
     if faults:
         raise InvalidInput(faults)
     return material
 
 
-def _faults(files: TlsFiles, material: _Material) -> list[Fault]:
+def _faults(files: TlsFiles, material: _Material, role: Role | None) -> list[Fault]:
     faults = []
     own = key = None
     try:
@@ -267,6 +277,11 @@ def _faults(files: TlsFiles, material: _Material) -> list[Fault]:
         found = f"valid from {own.not_valid_before_utc:%Y-%m-%d %H:%M} to {own.not_valid_after_utc:%Y-%m-%d %H:%M} UTC"
         remedy = "renew it with `foreplan certs rotate`, or set the clock"
         expected = f"a certificate that is valid now, {now:%Y-%m-%d %H:%M} UTC"
+        faults.append(Fault(where=str(files.certificate), found=found, expected=expected, remedy=remedy))
+    if own is not None and role is not None and role not in (roles := _roles(own)):
+        found = f"role {' and '.join(sorted(roles))}" if roles else "no role"
+        remedy = f"give this process one of its own: `foreplan certs issue DIR NAME --role {role} --host HOST`"
+        expected = f"a certificate of role {role}"
         faults.append(Fault(where=str(files.certificate), found=found, expected=expected, remedy=remedy))
     try:
         x509.load_pem_x509_certificates(material.authorities)

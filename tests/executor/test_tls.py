@@ -22,6 +22,7 @@ from executor.agent import AgentConfig, serve_agent
 from executor.control_client import AgentClient, GatewayClient, channel_options
 from executor.controller import apply
 from executor.gateway import GatewayConfig, running_gateway
+from executor.gateway_processes import run_gateway
 from executor.http_server import http_server, metrics_application
 from executor.proto import open_inference_pb2_grpc
 from executor.roles import Guard, Role, roles_of_names
@@ -29,7 +30,7 @@ from executor.state import RoutingTable
 from executor.tensors import encode_request
 from executor.tls import Credentials, Dialer, TlsFiles, check_transport, is_loopback
 from plans.cluster import Cluster
-from plans.errors import InvalidInput, RemoteFailure
+from plans.errors import ForeplanError, InvalidInput, RemoteFailure
 from tests.executor.authority import Authority
 from tests.executor.placements import placement
 from tests.executor.running_agent import WAIT_S, agent_config, eventually
@@ -407,6 +408,44 @@ def test_missing_and_mixed_up_files_are_refused_with_every_fault(tmp_path: Path)
     with pytest.raises(InvalidInput) as caught:
         Credentials(TlsFiles(certificate=one.key, key=one.certificate, authorities=one.key))
     assert len(caught.value.faults) == 3
+
+
+@pytest.mark.parametrize("role", [Role.OPERATOR, Role.GATEWAY, None])
+def test_an_agent_does_not_start_with_a_certificate_of_another_role(tmp_path: Path, role: Role | None) -> None:
+    authority = Authority.made(tmp_path / "ca")
+    files = (
+        authority.issue(role)
+        if role
+        else TlsFiles(
+            certificate=authority.folder / "ca.pem",
+            key=authority.folder / "ca-key.pem",
+            authorities=authority.folder / "ca.pem",
+        )
+    )
+    found = f"role {role}" if role else "no role"
+    problem = rf"{files.certificate.name}: found {found}, expected a certificate of role agent; .*--role agent"
+    with pytest.raises(InvalidInput, match=problem):
+        asyncio.run(serve_agent(agent_config(tmp_path / "agent", tls=files)))
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_gateway_does_not_start_with_a_certificate_of_another_role(tmp_path: Path, processes: int) -> None:
+    files = Authority.made(tmp_path / "ca").issue(Role.AGENT)
+    config = GatewayConfig(listen="127.0.0.1:0", state_dir=tmp_path / "gateway", tls=files)
+    with pytest.raises(ForeplanError, match=r"agent\.pem: found role agent, expected a certificate of role gateway"):
+        run_gateway(config, processes=processes)
+
+
+def test_a_certificate_of_another_role_that_is_copied_in_place_is_not_taken_up(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    authority = Authority.made(tmp_path)
+    credentials = Credentials(authority.issue(Role.AGENT, "node"), Role.AGENT)
+    authority.issue(Role.OPERATOR, "node")
+    assert not credentials.refresh()
+    assert "found role operator, expected a certificate of role agent" in caplog.text
+    authority.issue(Role.AGENT, "node")
+    assert credentials.refresh()
 
 
 def test_an_expired_certificate_is_named_by_whoever_would_show_it(tmp_path: Path) -> None:

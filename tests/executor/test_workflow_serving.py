@@ -17,7 +17,6 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from executor import agent, gateway
 from executor.load import replay
 from executor.proto import open_inference_pb2 as pb
-from executor.roles import Role
 from executor.tensors import decode_outputs, encode_request
 from executor.tracing import Spans
 from plans.plan import Plan, Route
@@ -242,19 +241,12 @@ def test_an_agent_goes_on_with_its_workflows_after_a_plan_without_them_is_taken_
     on_site(tmp_path, scenario)
 
 
-@pytest.mark.parametrize("role", [Role.AGENT, Role.CLIENT])
-def test_with_certificates_stages_are_taken_of_agents_only(tmp_path: Path, role: Role) -> None:
+def test_with_certificates_agents_hand_stages_to_each_other(tmp_path: Path) -> None:
     async def scenario(site: Site) -> None:
         await site.apply(ACROSS)
-        if role is Role.AGENT:
-            assert await site.outputs(x=ROW) == {"last.y": (8 * ROW).tolist()}
-        else:
-            code, details = await site.failure(x=ROW)
-            assert code == "UNAVAILABLE"
-            assert "stage 'then'" in details
-            assert "agent" in details
+        assert await site.outputs(x=ROW) == {"last.y": (8 * ROW).tolist()}
 
-    on_site(tmp_path, scenario, roles={"a": role, "b": Role.AGENT})
+    on_site(tmp_path, scenario, certificates=True)
 
 
 def test_tensors_too_large_for_the_shared_connection_go_by_calls(tmp_path: Path) -> None:

@@ -139,16 +139,16 @@ def on_site(
     scenario: Callable[[Site], Awaitable[None]],
     *,
     nodes: str = "ab",
-    roles: Mapping[str, Role] | None = None,
+    certificates: bool = False,
 ) -> None:
-    """Run ``scenario`` on agents of ``nodes``; with ``roles``, of nodes, with certificates."""
-    authority = Authority.made(folder / "ca") if roles is not None else None
+    """Run ``scenario`` on agents of ``nodes``, with certificates or in the clear."""
+    authority = Authority.made(folder / "ca") if certificates else None
 
     async def run() -> None:
         async with contextlib.AsyncExitStack() as stack:
             agents = {}
             for node in nodes:
-                tls = authority.issue((roles or {})[node], node) if authority else None
+                tls = authority.issue(Role.AGENT, node) if authority else None
                 agents[node] = await stack.enter_async_context(_serving(folder / node, node, tls))
             config = GatewayConfig(
                 listen="127.0.0.1:0",
