@@ -76,9 +76,10 @@ def issue(
     *,
     hosts: Sequence[str] = (),
     days: int = 90,
+    replace: bool = False,
     now: datetime | None = None,
 ) -> Certificate:
-    """Issue a certificate and a new key for ``name``, in place of an older one of that name.
+    """Issue a certificate and a new key for ``name``.
 
     Args:
         folder: Of the authority.
@@ -86,10 +87,12 @@ def issue(
         role: What it may do.
         hosts: DNS names and IP addresses at which it serves; agents and gateways need at least one.
         days: How long it is valid.
+        replace: Whether an older certificate of that name, and its key, give way.
         now: The time; for tests.
 
     Raises:
-        InvalidInput: A value is impossible, or the folder holds no authority.
+        InvalidInput: A value is impossible, the folder holds no authority that is valid, or there is such a certificate
+            already.
         BadStoredData: The authority's files are damaged.
     """
     if not _NAME.fullmatch(name) or name in ("ca", "ca-key") or name.endswith("-key"):
@@ -101,6 +104,16 @@ def issue(
     _check_days(days)
     start = now or datetime.now(UTC)
     authority, authority_key = _authority(folder)
+    if authority.not_valid_after_utc <= start:
+        found = f"one that ended {authority.not_valid_after_utc:%Y-%m-%d %H:%M} UTC"
+        remedy = f"replace it with `foreplan certs rotate {folder} --ca` and copy ca.pem everywhere, or set the clock"
+        raise InvalidInput.of("an authority that is valid", where=folder / "ca.pem", found=found, remedy=remedy)
+    if not replace and (folder / f"{name}.pem").exists():
+        remedy = (
+            f"renew it as it is with `foreplan certs rotate {folder} {name}`, or give --replace to change its role or "
+            "its hosts"
+        )
+        raise InvalidInput.of(f"no certificate of {name!r} yet", where=folder, found=f"{name}.pem", remedy=remedy)
     names: list[x509.GeneralName] = [_host_name(host) for host in hosts]
     names.append(x509.UniformResourceIdentifier(role_uri(role)))
     key = ec.generate_private_key(ec.SECP256R1())
@@ -133,8 +146,9 @@ def rotate(
     Running processes take the new files up by themselves.
 
     Raises:
-        InvalidInput: There is no such certificate, the folder holds no authority, or ``days`` is impossible.
-        BadStoredData: A certificate cannot be read, or names no role; none was replaced.
+        InvalidInput: There is no such certificate, the folder holds no authority that is valid, or ``days`` is
+            impossible.
+        BadStoredData: A certificate cannot be read, names no role, or is another's; none was replaced.
     """
     _check_days(days)
     _authority(folder)
@@ -148,8 +162,12 @@ def rotate(
         old = read_certificate(path)
         if old.role is None:
             raise BadStoredData(path, "it names no role, so it was not issued by `foreplan certs`")
+        if old.name != name:
+            raise BadStoredData(path, f"this is the certificate of {old.name!r}; give the file that name, or remove it")
         found.append((old, old.role))
-    return tuple(issue(folder, old.name, role, hosts=old.hosts, days=days, now=now) for old, role in found)
+    return tuple(
+        issue(folder, old.name, role, hosts=old.hosts, days=days, replace=True, now=now) for old, role in found
+    )
 
 
 def rotate_authority(folder: Path, *, days: int = 3650, now: datetime | None = None) -> Certificate:
@@ -267,7 +285,9 @@ def _certificates(path: Path) -> list[x509.Certificate]:
     try:
         found = x509.load_pem_x509_certificates(path.read_bytes())
     except (OSError, ValueError) as error:
-        remedy = "restore it from a copy" if path.name == "ca.pem" else "issue it anew with `foreplan certs issue`"
+        remedy = (
+            "restore it from a copy" if path.name == "ca.pem" else "issue it anew with `foreplan certs issue --replace`"
+        )
         problem = f"cannot be read ({error.strerror})" if isinstance(error, OSError) else "this is no certificate"
         raise BadStoredData(path, f"{problem}; {remedy}") from error
     return found

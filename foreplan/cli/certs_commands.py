@@ -46,6 +46,7 @@ def issue(
         list[str] | None, typer.Option(metavar="HOST", help="Name or address at which it serves; repeat for each.")
     ] = None,
     days: Days = 90,
+    replace: Annotated[bool, typer.Option("--replace", help="Let one of that name, and its key, give way.")] = False,
 ) -> None:
     """Issue a certificate and its key; the role in it says what its holder may do."""
     from executor.certificates import issue as make
@@ -54,7 +55,7 @@ def issue(
 
     if role not in set(Role):
         raise InvalidInput.of(f"one of {', '.join(Role)}", field="--role", found=repr(role))
-    _tell(out, (make(folder, name, Role(role), hosts=host or (), days=days),))
+    _tell(out, (make(folder, name, Role(role), hosts=host or (), days=days, replace=replace),))
 
 
 def rotate(

@@ -32,7 +32,7 @@ class Authority:
     def issue(self, role: Role, name: str = "", *, days_ago: int = 0) -> TlsFiles:
         """Issue a certificate for a day; with ``days_ago`` it has expired."""
         start = datetime.now(UTC) - timedelta(days=days_ago)
-        issue(self.folder, name or role.value, role, hosts=HOSTS, days=1, now=start)
+        issue(self.folder, name or role.value, role, hosts=HOSTS, days=1, replace=True, now=start)
         return self.files(name or role.value)
 
     def dialer(self, role: Role) -> Dialer:

@@ -69,6 +69,38 @@ def test_a_new_authority_leaves_the_old_one_trusted_until_it_expires(folder: Pat
     assert old not in x509.load_pem_x509_certificates((folder / "ca.pem").read_bytes())
 
 
+def test_a_certificate_is_replaced_only_when_that_is_asked_for(folder: Path) -> None:
+    issue(folder, "me", Role.OPERATOR)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    with pytest.raises(
+        InvalidInput, match=r"found me\.pem, expected no certificate of 'me' yet; .*rotate .* --replace"
+    ):
+        issue(folder, "me", Role.CLIENT)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    assert issue(folder, "me", Role.CLIENT, replace=True).role is Role.CLIENT
+    (folder / "me.pem").unlink()  # as after a kill between key and certificate
+    assert issue(folder, "me", Role.OPERATOR).role is Role.OPERATOR
+
+
+def test_an_authority_that_has_expired_issues_nothing_until_it_is_replaced(tmp_path: Path) -> None:
+    now = datetime.now(UTC)
+    init_authority(tmp_path, days=1, now=now - timedelta(days=5))
+    with pytest.raises(InvalidInput, match=r"ca\.pem: found one that ended .*; .*certs rotate .*--ca"):
+        issue(tmp_path, "me", Role.CLIENT)
+    rotate_authority(tmp_path)
+    assert issue(tmp_path, "me", Role.CLIENT).expires > now
+
+
+def test_a_copy_under_another_name_is_not_rotated_in_place_of_what_it_is_a_copy_of(folder: Path) -> None:
+    issue(folder, "me", Role.CLIENT)
+    for end in (".pem", "-key.pem"):
+        (folder / f"copy{end}").write_bytes((folder / f"me{end}").read_bytes())
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    with pytest.raises(BadStoredData, match=r"copy\.pem: this is the certificate of 'me'"):
+        rotate(folder)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
 @pytest.mark.parametrize("name", ["", "../x", "a/b", "ca", "x-key", ".hidden"])
 def test_a_name_that_is_no_file_of_its_own_is_refused(folder: Path, name: str) -> None:
     with pytest.raises(InvalidInput, match="NAME"):
