@@ -75,10 +75,11 @@ class LoadResult:
 
     Attributes:
         requests: One row per request that was sent, in the order of the trace: service, scheduled_s and sent_s (from
-            the start of the run), latency_s (from ``scheduled_s``; NaN for what was neither good nor late), outcome,
-            status (name of the gRPC status), batch_size, run_s (of the batch), variant, accuracy, group, ttft_s (from
-            ``scheduled_s``) and tpot_s (both NaN where no tokens were streamed). It is an outcome frame as in
-            `traces.outcomes`; only a run that was stopped has requests in flight, with an empty status.
+            the start of the run), latency_s (from ``scheduled_s``, or from ``sent_s`` where that is a moment before;
+            NaN for what was neither good nor late), outcome, status (name of the gRPC status), batch_size, run_s (of
+            the batch), variant, accuracy, group, ttft_s (from there too) and tpot_s (both NaN where no tokens were
+            streamed). It is an outcome frame as in `traces.outcomes`; only a run that was stopped has requests in
+            flight, with an empty status.
         summary: Counts and percentiles.
         send_lag_p99_s: 99th percentile of ``sent_s - scheduled_s``.
         warnings: What makes the figures less than they should be.
@@ -256,7 +257,7 @@ def _utilisation(frame: pd.DataFrame, wall_s: float) -> dict[str, float]:
 def _frame(trace: RequestTrace, schedule: Schedule, notes: pd.DataFrame, services: Services) -> pd.DataFrame:
     status = notes["status"].to_numpy()
     answered = status == "OK"
-    latency_s = notes["ended_s"].to_numpy() - schedule.due_s
+    latency_s = notes["latency_s"].to_numpy()
     ttft_s, tpot_s, tokens = notes["ttft_s"].to_numpy(), notes["tpot_s"].to_numpy(), schedule.tokens
     in_time = latency_s <= schedule.deadline_s
     if tokens is not None:

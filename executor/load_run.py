@@ -103,6 +103,7 @@ class LoadRun:
         self._ttft_s = np.full(count, math.nan)
         self._tpot_s = np.full(count, math.nan)
         self._sent_s = np.full(count, math.nan)
+        self._from_s = np.full(count, math.nan)
         self._ended_s = np.full(count, math.nan)
         self._status: list[str] = [""] * count
         self._headers: list[AnswerHeader] = [_NOTHING] * count
@@ -152,14 +153,15 @@ class LoadRun:
         """Return what became of each request, in their order.
 
         Columns: sent_s and ended_s (seconds from the start; of a run that was stopped, NaN for what was not sent and
-        had no end), status (name of the gRPC status, empty without an end), batch_size, run_s,
-        variant and group (of the answer, missing without one), ttft_s (from when it was due) and tpot_s (NaN where no
-        tokens were streamed).
+        had no end), latency_s (from when it was due, or was sent if that was a moment before), status (name of the
+        gRPC status, empty without an end), batch_size, run_s, variant and group (of the answer, missing without one),
+        ttft_s (from the same moment) and tpot_s (NaN where no tokens were streamed).
         """
         return pd.DataFrame(
             {
                 "sent_s": self._sent_s,
                 "ended_s": self._ended_s,
+                "latency_s": self._ended_s - self._from_s,
                 "status": self._status,
                 "batch_size": np.array([header.batch_size for header in self._headers], dtype=np.float64),
                 "run_s": np.array([header.run_s for header in self._headers], dtype=np.float64),
@@ -175,6 +177,7 @@ class LoadRun:
         due_s, deadline_s = schedule.due_s[position], schedule.deadline_s[position]
         sent_s = time.monotonic() - self._start_s
         self._sent_s[position] = sent_s
+        self._from_s[position] = min(due_s, sent_s)  # timers may ring a moment early
         tokens = schedule.tokens
         streams = tokens is not None and tokens.output_tokens[position] > 0
         if streams:
@@ -185,8 +188,9 @@ class LoadRun:
         self._ended_s[position] = ended_s
         self._done += 1
         if self._status[position] == "OK":
-            self._latency.add(ended_s - due_s)
-            self._good += self._tokens_in_time(position) if streams else ended_s - due_s <= deadline_s
+            latency_s = float(ended_s - self._from_s[position])
+            self._latency.add(latency_s)
+            self._good += self._tokens_in_time(position) if streams else latency_s <= deadline_s
 
     async def _infer(self, position: int, timeout_s: float) -> None:
         """Send one request and note its answer."""
@@ -220,7 +224,7 @@ class LoadRun:
         self._status[position] = answer.status
         self._headers[position] = answer.header or _NOTHING
         if answer.header is not None:
-            self._ttft_s[position] = answer.first_s - self._start_s - schedule.due_s[position]
+            self._ttft_s[position] = answer.first_s - self._start_s - self._from_s[position]
             self._tpot_s[position] = answer.tpot_s
 
     def _tokens_in_time(self, position: int) -> bool:
