@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 
+import grpc.aio
 import numpy as np
 import pandas as pd
 
@@ -33,6 +34,8 @@ _READY, _PROGRESS, _RESULT, _FAILED = b"A", b"P", b"R", b"F"
 _COUNTS = struct.Struct("<QQ")
 _STOP = b"S"
 _START_S = 60.0
+_CONNECT_S = 10.0
+"""How long a process tries to reach the gateway, which answered a moment ago."""
 _WAIT_S = 0.2
 _LEAD_S = 0.2
 """How long after the last process is ready the run starts."""
@@ -173,7 +176,7 @@ async def _replay(schedule: Schedule, bodies: list[bytes], target: LoadTarget, p
     options = channel_options(target.max_message_bytes)
     channels = [dialer.open(target.gateway, options) for _ in range(target.connections)]
     try:
-        await asyncio.gather(*(channel.channel_ready() for channel in channels))
+        await _connected(target.gateway, channels)
         parent.send_bytes(_READY)
         (start_s,) = struct.unpack("<d", await asyncio.to_thread(parent.recv_bytes))
         run = LoadRun(schedule, bodies, channels, tell)
@@ -185,3 +188,11 @@ async def _replay(schedule: Schedule, bodies: list[bytes], target: LoadTarget, p
     stream = io.BytesIO()
     run.frame().to_parquet(stream, index=False)
     parent.send_bytes(_RESULT + stream.getvalue())
+
+
+async def _connected(gateway: str, channels: Sequence[grpc.aio.Channel]) -> None:
+    try:
+        async with asyncio.timeout(_CONNECT_S):
+            await asyncio.gather(*(channel.channel_ready() for channel in channels))
+    except TimeoutError as error:
+        raise RemoteFailure(gateway, f"cannot be reached any more, after {_CONNECT_S:g} s", retryable=True) from error

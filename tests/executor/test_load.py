@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import multiprocessing
 from collections.abc import AsyncIterator, Coroutine
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,15 @@ import pandas as pd
 import psutil
 import pytest
 
+from executor import load_processes
 from executor.control_client import GatewayClient
 from executor.forwarding import Body
 from executor.gateway import GatewayConfig, running_gateway
 from executor.infer_header import group_mark, read_answer_header
+from executor.latency_histogram import LatencyHistogram
 from executor.load import LoadOptions, LoadProgress, replay
 from executor.load_requests import example_inputs
+from executor.load_run import LoadRun, Schedule
 from executor.load_tokens import stream_answer
 from executor.proto import open_inference_pb2 as inference
 from executor.state import Backend, ReplicaKey, RoutingTable, ServiceRoutes, Target
@@ -447,3 +451,48 @@ def test_a_token_that_cannot_be_read_fails_its_request_and_not_the_run() -> None
 def test_what_is_no_address_of_a_gateway_is_refused_before_it_is_dialled(address: str) -> None:
     with pytest.raises(InvalidInput, match=rf"--gateway: found '{address}', expected host:port"):
         asyncio.run(replay(requests(1), address, SERVICES))
+
+
+class AtOnce:
+    """A channel to a server that answers every request at once."""
+
+    def unary_unary(self, *_: Any) -> Any:
+        async def send(body: bytes, timeout: float) -> bytes:
+            return group_mark("a/0")
+
+        return send
+
+    stream_stream = unary_unary
+
+
+def test_a_request_that_leaves_before_its_time_is_measured_from_when_it_left() -> None:
+    """Timers ring early by up to a millisecond; such an answer took longer than the time from the scheduled one."""
+    seen: list[LoadProgress] = []
+    count, gap_s = 200, 0.0003
+    schedule = Schedule(
+        due_s=np.arange(count) * gap_s,
+        deadline_s=np.ones(count),
+        body=np.zeros(count, np.int64),
+        duration_s=count * gap_s,
+    )
+    channel: Any = AtOnce()
+    load = LoadRun(schedule, [b""], [channel], seen.append)
+    asyncio.run(load.replay())
+    frame = load.frame()
+    left_early = frame["sent_s"] < schedule.due_s
+    assert left_early.any()
+    assert (frame["latency_s"] >= frame["ended_s"] - frame["sent_s"]).all()
+    assert (frame["latency_s"] >= frame["ended_s"] - schedule.due_s).all()
+    counted = LatencyHistogram()
+    for latency_s in frame["latency_s"]:
+        counted.add(latency_s)
+    np.testing.assert_array_equal(seen[-1].latency.counts, counted.counts)
+
+
+def test_a_process_that_cannot_reach_the_gateway_any_more_ends_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(load_processes, "_CONNECT_S", 0.05)
+    ours, theirs = multiprocessing.Pipe()
+    nothing = np.zeros(0)
+    schedule = Schedule(due_s=nothing, deadline_s=nothing, body=np.zeros(0, np.int64), duration_s=0.0)
+    load_processes._child(schedule, [], load_processes.LoadTarget(gateway="127.0.0.1:1"), theirs)
+    assert ours.recv_bytes() == b"F127.0.0.1:1: cannot be reached any more, after 0.05 s"
