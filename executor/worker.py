@@ -13,6 +13,7 @@ import contextlib
 import functools
 import gc
 import importlib
+import inspect
 import logging
 import os
 import queue
@@ -63,7 +64,7 @@ from executor.worker_wire import (
 )
 from plans.errors import ForeplanError, InvalidInput
 
-__all__ = ["Worker", "main", "runtime_factory"]
+__all__ = ["Worker", "main", "make_runtime", "runtime_factory"]
 
 _log = logging.getLogger("executor.worker")
 
@@ -314,6 +315,27 @@ def runtime_factory(path: str) -> Callable[..., GroupRuntime]:
     return made
 
 
+def make_runtime(path: str, **options: Any) -> GroupRuntime:
+    """Return what the factory ``path`` makes of ``options``.
+
+    Raises:
+        InvalidInput: There is no such factory, it does not take these options, or what it makes is no runtime.
+    """
+    # Importing torch takes a processor for seconds, which others need: nobody waits for this worker yet.
+    factory = at_low_priority(lambda: runtime_factory(path))
+    with contextlib.suppress(ValueError):  # not everything written in C says what it takes
+        try:
+            inspect.signature(factory).bind(**options)
+        except TypeError as error:
+            expected = f"a factory that takes {', '.join(options)}"
+            raise InvalidInput.of(expected, field="runtime", found=f"{path!r} ({error})") from error
+    runtime = factory(**options)
+    if not all(callable(getattr(runtime, name, None)) for name in ("names", "load")):
+        expected = "a factory of runtimes, which have names and load"
+        raise InvalidInput.of(expected, field="runtime", found=f"{path!r}, which makes {type(runtime).__name__}")
+    return runtime
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m executor.worker", description="Started by `foreplan agent`.")
     parser.add_argument("--socket", type=int, required=True, help="descriptor of the socket to the agent")
@@ -344,9 +366,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     with socket.socket(fileno=options.socket) as connection:
         try:
-            # Importing torch takes a processor for seconds, which others need: nobody waits for this worker yet.
-            factory = at_low_priority(lambda: runtime_factory(options.runtime))
-            runtime = factory(
+            runtime = make_runtime(
+                options.runtime,
                 devices=tuple(options.devices.split(",")),
                 dtype=options.dtype,
                 threads=options.threads,
@@ -360,6 +381,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except ForeplanError as error:
             connection.sendall(encode_from_worker(Failed(call=0, problem=str(error), invalid_input=True)))
             return 1
+        except Exception as error:  # the edge between a runtime's code and this process
+            problem = f"{options.runtime} failed with {type(error).__name__}: {error}"
+            connection.sendall(encode_from_worker(Failed(call=0, problem=problem)))
+            raise
         gc.freeze()  # a round of the collector over torch and all else would hold up a batch for a tenth of a second
         if not Worker(connection, SharedSegment(options.segment), runtime, _exit, _exit_without_devices).serve():
             _exit()

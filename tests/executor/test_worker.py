@@ -12,7 +12,7 @@ import pytest
 
 from executor.runtime.protocol import DevicesLost, OutOfDeviceMemory
 from executor.segment import SharedSegment, place_all
-from executor.worker import Worker, runtime_factory
+from executor.worker import Worker, make_runtime, runtime_factory
 from executor.worker_wire import (
     Done,
     Failed,
@@ -380,3 +380,22 @@ def test_a_model_without_memory_for_sequences_is_closed_and_what_was_loaded_befo
 def test_a_path_that_names_no_factory_is_refused(path):
     with pytest.raises(InvalidInput, match="module:factory"):
         runtime_factory(path)
+
+
+@pytest.mark.parametrize(
+    ("path", "says"),
+    [
+        ("os:getcwd", "expected a factory that takes devices, dtype"),
+        ("json:loads", "missing a required argument: 's'"),
+        ("types:SimpleNamespace", "which makes SimpleNamespace, expected a factory of runtimes"),
+    ],
+)
+def test_a_factory_of_something_else_is_refused(path, says):
+    with pytest.raises(InvalidInput, match=says):
+        make_runtime(path, devices=("cpu",), dtype="fp32")
+
+
+def test_a_factory_makes_a_runtime_of_the_options():
+    made = make_runtime("tests.executor.fake_runtime:FakeRuntime", devices=("cpu",), dtype="fp16")
+    assert isinstance(made, FakeRuntime)
+    assert made.dtype == "fp16"
