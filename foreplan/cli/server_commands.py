@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import gc
 import importlib.util
 import re
@@ -131,13 +132,24 @@ def agent(
 
 
 def _device_faults(device: str, *, cuda_graphs: bool) -> Iterator[Fault]:
-    """Yield what no worker could start with; whether a GPU is there it sees itself."""
+    """Yield what no worker could start with; which GPUs there are, where there is a driver, it sees itself."""
     from plans.errors import Fault
 
     if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
         yield Fault(where="--device", found=repr(device), expected="cpu, cuda or cuda:INDEX")
+    elif device != "cpu" and not _has_cuda_driver():
+        found, expected = f"{device}, without a driver for CUDA", "a machine with a GPU and its driver (libcuda.so.1)"
+        yield Fault(where="--device", found=found, expected=expected, remedy="install the driver, or use cpu")
     elif cuda_graphs and device == "cpu":
         yield Fault(where="--cuda-graphs", found="--device cpu", expected="a CUDA device", remedy="leave them off")
+
+
+def _has_cuda_driver() -> bool:
+    try:
+        ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return False
+    return True
 
 
 def _place_faults(model_dir: Path | None, runtime: str) -> Iterator[Fault]:

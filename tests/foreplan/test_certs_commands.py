@@ -75,6 +75,8 @@ def test_servers_off_loopback_need_certificates(tmp_path: Path) -> None:
     ("options", "code", "named"),
     [
         (["--device", "tpu"], 1, "--device: found 'tpu', expected cpu, cuda or cuda:INDEX"),
+        (["--device", "cuda"], 1, "--device: found cuda, without a driver for CUDA, expected a machine with a GPU"),
+        (["--device", "cuda:1"], 1, "--device: found cuda:1, without a driver for CUDA"),
         (["--dtype", "int8"], 2, "--dtype"),
         (["--model-dir", "nowhere"], 1, "--model-dir: found nowhere (no such folder)"),
         (["--cuda-graphs"], 1, "--cuda-graphs: found --device cpu"),
@@ -84,9 +86,12 @@ def test_servers_off_loopback_need_certificates(tmp_path: Path) -> None:
     ],
 )
 def test_an_agent_that_could_never_load_a_model_does_not_start(
-    tmp_path: Path, options: list[str], code: int, named: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: list[str], code: int, named: str
 ) -> None:
+    from foreplan.cli import server_commands
     from plans.documents import write_text
+
+    monkeypatch.setattr(server_commands, "_has_cuda_driver", lambda: False)
 
     node = '- {name: a, address: "10.0.0.1:1", gpus: {type: cpu, count: 1}}'  # refused too, if all else were right
     write_text(tmp_path / "cluster.yaml", f"gpu_types: {{cpu: {{memory: 1GiB}}}}\nnodes:\n  {node}\n")
