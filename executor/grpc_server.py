@@ -72,7 +72,6 @@ class RpcServer:
         self._credentials = credentials
         self._guard = Guard(role) if credentials else None
         self.checks = HealthServicer()
-        health_pb2_grpc.add_HealthServicer_to_server(self.checks, self)
 
     def add_generic_rpc_handlers(self, handlers: Sequence[grpc.GenericRpcHandler[Any, Any]]) -> None:
         """Register handlers, behind the guard where there is one."""
@@ -89,6 +88,8 @@ class RpcServer:
             InvalidInput: It is no address, or one that cannot be listened on.
         """
         names = (*services, health.SERVICE_NAME, reflection.SERVICE_NAME)
+        # Last: gRPC asks one after the other for the handler of a call.
+        health_pb2_grpc.add_HealthServicer_to_server(self.checks, self)
         reflection_pb2_grpc.add_ServerReflectionServicer_to_server(ReflectionServicer(names), self)
         host, _, port = address.rpartition(":")
         if not (host and port.isdigit() and int(port) < 65536):
