@@ -116,16 +116,22 @@ def _guarded(
     except (typer.Exit, typer.Abort):
         raise
     except KeyboardInterrupt:
-        out.error("interrupted")
-        _leave(EXIT_INTERRUPTED, debug=debug)
+        _interrupted(out, debug=debug)
     except BrokenPipeError:
         # The reader of stdout went away (`foreplan show | head`); nothing is left to say to it.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise typer.Exit(EXIT_ERROR) from None
     except Exception as error:  # noqa: BLE001 - the edge of the process
+        if isinstance(error.__cause__, KeyboardInterrupt):  # Python 3.11 wraps what comes while a class is made
+            _interrupted(out, debug=debug)
         text, code = _explain(error, files)
         out.error(text)
         _leave(code, debug=debug)
+
+
+def _interrupted(out: Output, *, debug: bool) -> NoReturn:
+    out.error("interrupted")
+    _leave(EXIT_INTERRUPTED, debug=debug)
 
 
 def _leave(code: int, *, debug: bool) -> NoReturn:

@@ -114,6 +114,30 @@ def python(code):
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
 
 
+@pytest.mark.parametrize("module", ["typer", "foreplan.cli.apply_commands", "executor.apply_plan"])
+def test_ctrl_c_while_modules_are_loaded_shows_no_traceback(module, tmp_path):
+    code = (
+        "import sys\nfrom importlib.abc import MetaPathFinder\nfrom foreplan.__main__ import main\n"
+        "class Interrupting(MetaPathFinder):\n"
+        "    def find_spec(self, name, path, target=None):\n"
+        f"        if name == {module!r}: raise KeyboardInterrupt\n"
+        "sys.meta_path.insert(0, Interrupting())\n"
+        f"sys.argv = ['foreplan', 'rollback', '--cluster', 'c', '--gateway', 'g:1', '--store', {str(tmp_path)!r}, "
+        "'--timeout', 'stage=1']\n"
+        "main()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (130, "error: interrupted\n")
+
+
+def test_ctrl_c_while_a_class_is_made_is_one_too():
+    def action(out):
+        raise RuntimeError("Error calling __set_name__ on 'Descriptor' instance") from KeyboardInterrupt()
+
+    result = runner.invoke(app_that(action), [])
+    assert (result.exit_code, result.stderr) == (130, "error: interrupted\n")
+
+
 def test_help_imports_nothing_heavy():
     code = (
         "import sys\nfrom typer.testing import CliRunner\nfrom foreplan.cli.app import app\n"
