@@ -1,4 +1,4 @@
-"""``python -m foreplan`` and the ``foreplan`` script: light, so that Ctrl-C is answered while the rest is loaded too."""
+"""``python -m foreplan`` and the ``foreplan`` script: light, so that Ctrl-C is answered while all else is loaded."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def main() -> None:
 
         run()
     except KeyboardInterrupt:
-        print("error: interrupted", file=sys.stderr)
+        sys.stderr.write("error: interrupted\n")
         sys.exit(_EXIT_INTERRUPTED)
 
 
