@@ -26,7 +26,7 @@ from cryptography.x509.oid import NameOID
 from executor.roles import Role, roles_of_names
 from plans.errors import Fault, InvalidInput
 
-__all__ = ["Credentials", "Dialer", "TlsFiles", "check_transport", "is_loopback", "peer_identity"]
+__all__ = ["Credentials", "Dialer", "TlsFiles", "check_transport", "is_elsewhere", "is_loopback", "peer_identity"]
 
 _log = logging.getLogger("executor.security")
 
@@ -211,14 +211,19 @@ def is_loopback(address: str) -> bool:
         return host == "localhost"
 
 
+def is_elsewhere(address: str) -> bool:
+    """Say whether ``host:port`` names a host, and not this one."""
+    names_host = address.rpartition(":")[0] != ""  # what is no address at all is refused by whoever uses it
+    return names_host and not is_loopback(address)
+
+
 def check_transport(address: str, credentials: Credentials | None, *, insecure: bool, where: str) -> None:
     """Refuse to speak in the clear beyond loopback, unless the user insists.
 
     Raises:
         InvalidInput: ``address`` is not loopback, there are no certificates, and ``insecure`` was not asked for.
     """
-    names_host = address.rpartition(":")[0] != ""  # what is no address at all is refused by whoever listens
-    if credentials is not None or insecure or not names_host or is_loopback(address):
+    if credentials is not None or insecure or not is_elsewhere(address):
         return
     remedy = (
         "make certificates with `foreplan certs init` and `foreplan certs issue`, or give --insecure on a network "

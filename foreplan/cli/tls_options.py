@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -49,21 +50,49 @@ def server_files(certificate: Path | None, key: Path | None, authorities: Path |
 
 
 def client_dialer(
-    addresses: list[str], certificate: Path | None, key: Path | None, authorities: Path | None, *, insecure: bool
+    gateways: Sequence[str],
+    certificate: Path | None,
+    key: Path | None,
+    authorities: Path | None,
+    *,
+    insecure: bool,
+    nodes: Sequence[str] = (),
 ) -> Dialer:
-    """Return what opens channels to ``addresses`` (``host:port``).
+    """Return what opens channels to ``gateways``, and to ``nodes`` of the cluster file (all ``host:port``).
 
     Raises:
         InvalidInput: Some files are given and others are not, or cannot be used; or there are none, an address is not
             on this machine, and ``insecure`` was not asked for.
     """
-    from executor.tls import Credentials, Dialer, check_transport
+    from executor.tls import Credentials, Dialer
 
     files = _files("client", certificate, key, authorities)
-    credentials = Credentials(files) if files else None
-    for address in addresses:
-        check_transport(address, credentials, insecure=insecure, where="address")
-    return Dialer(credentials)
+    if files is None and not insecure:
+        _refuse_elsewhere({("cluster", "nodes"): nodes, ("--gateway", ""): gateways})
+    return Dialer(Credentials(files) if files else None)
+
+
+def _refuse_elsewhere(addresses: Mapping[tuple[str, str], Sequence[str]]) -> None:
+    """Refuse addresses, by where they were given and its field, that are not on this machine.
+
+    Raises:
+        InvalidInput: Some are not.
+    """
+    from executor.tls import is_elsewhere
+    from plans.errors import Fault, InvalidInput
+
+    remedy = (
+        "give yours with --grpc-client-cert, --grpc-client-key and --grpc-root-cert (`foreplan certs init` and "
+        "`foreplan certs issue` make them), or --insecure on a network where everybody may do everything"
+    )
+    faults = []
+    for (where, field), given in addresses.items():
+        if found := [address for address in given if is_elsewhere(address)]:
+            more = f" and {len(found) - 1} more" if len(found) > 1 else ""
+            expected = "certificates for addresses off loopback"
+            faults.append(Fault(where=where, field=field, found=f"{found[0]}{more}", expected=expected, remedy=remedy))
+    if faults:
+        raise InvalidInput(faults)
 
 
 def cluster_dialer(
@@ -80,8 +109,8 @@ def cluster_dialer(
     Raises:
         InvalidInput: As for `client_dialer`.
     """
-    addresses = [*(node.address for node in cluster.nodes if node.address), *gateways]
-    return client_dialer(addresses, certificate, key, authorities, insecure=insecure)
+    nodes = [node.address for node in cluster.nodes if node.address]
+    return client_dialer(gateways, certificate, key, authorities, insecure=insecure, nodes=nodes)
 
 
 def _files(role: str, certificate: Path | None, key: Path | None, authorities: Path | None) -> TlsFiles | None:

@@ -65,6 +65,21 @@ def test_apply_refuses_what_it_cannot_do_safely(tmp_path: Path, options: list[st
     assert named in refused.stderr
 
 
+def test_addresses_off_loopback_are_told_by_what_gave_them(tmp_path: Path) -> None:
+    from plans.documents import write_text
+
+    nodes = "".join(
+        f'  - {{name: n{i}, address: "10.0.0.{i}:7001", gpus: {{type: cpu, count: 1}}}}\n' for i in range(1, 4)
+    )
+    cluster = tmp_path / "cluster.yaml"
+    write_text(cluster, f"gpu_types: {{cpu: {{memory: 1GiB}}}}\nnodes:\n{nodes}")
+    refused = foreplan("status", "--cluster", cluster, "--gateway", "127.0.0.1:1", "--gateway", "gate.lan:8001")
+    assert refused.exit_code == 1
+    assert f"{cluster}: nodes: found 10.0.0.1:7001 and 2 more, expected certificates" in refused.stderr
+    assert "--gateway: found gate.lan:8001, expected certificates" in refused.stderr
+    assert "--grpc-client-cert" in refused.stderr
+
+
 def test_servers_off_loopback_need_certificates(tmp_path: Path) -> None:
     refused = foreplan("gateway", "--listen", "0.0.0.0:0", "--state-dir", tmp_path)
     assert refused.exit_code == 1
