@@ -131,6 +131,8 @@ class Peer:
     async def infer(self, request: bytes, group: str, timeout_s: float) -> bytes:
         """Send a serialised ``ModelInferRequest`` to ``group``; return the answer, with the group added.
 
+        An answer that would be too large with it for a message goes without.
+
         Raises:
             CallFailed: The call ended with a status other than OK.
         """
@@ -142,7 +144,8 @@ class Peer:
         mark = self._marks.get(group)
         if mark is None:
             mark = self._marks[group] = group_mark(group)
-        return answer + mark
+        marked = answer + mark
+        return marked if len(marked) <= self._max_message_bytes else answer
 
     async def stream(self, request: bytes, group: str, timeout_s: float) -> AsyncGenerator[bytes, None]:
         """Send a serialised ``ModelInferRequest`` to ``group``; yield each ``ModelStreamInferResponse`` to it.

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from executor.gateway_peer import INFERENCE
+from executor.infer_header import group_mark
 from executor.proto import open_inference_pb2 as inference
 from plans.errors import RemoteFailure
 from tests.executor.front_door import Code, agents, door, request, run, table
@@ -163,6 +164,27 @@ class TestRefusals:
                 await front.control.set_routes(table(a), timeout_s=5)
                 assert (await front.code(front.infer(data=bytes(20_000))))[0] is Code.RESOURCE_EXHAUSTED
                 await front.infer(data=bytes(5_000))
+
+        run(scenario())
+
+    @pytest.mark.parametrize("larger_bytes", [0, 1])
+    def test_an_answer_may_be_as_large_as_a_message(self, tmp_path: Path, larger_bytes: int) -> None:
+        async def scenario() -> None:
+            most_bytes = 10_000
+            async with agents("a") as (a,), door(tmp_path, max_message_bytes=most_bytes) as front:
+                await front.control.set_routes(table(a), timeout_s=5)
+                beside_bytes = (await front.infer(data=bytes(9_000))).ByteSize() - 9_000
+                assert a.forward is not None
+                a.forward._max_message_bytes = most_bytes
+                mark_bytes = len(group_mark("a/0"))
+                data = bytes(most_bytes - beside_bytes + mark_bytes + larger_bytes)
+                if larger_bytes:
+                    assert (await front.code(front.infer(data=data)))[0] is Code.RESOURCE_EXHAUSTED
+                    return
+                answer = await front.infer(data=data)
+                assert answer.ByteSize() == most_bytes
+                assert "group" not in answer.parameters
+                assert (await front.infer(data=data[mark_bytes:])).parameters["group"].string_param == "a/0"
 
         run(scenario())
 
