@@ -97,8 +97,11 @@ class GroupServer:
         return self._lanes.running(key) + sum(len(batch.pending) for batch in under_way if batch.key == key)
 
     def expected_wait_s(self) -> float:
-        """Return the seconds until a request that arrives now would start: what runs, then what waits."""
-        residual_s = max(0.0, self._running.expected_free_s - self._clock()) if self._running else 0.0
+        """Return the seconds until a request that arrives now would start: what runs, then what waits.
+
+        What runs longer than planned is expected to go on for as long as it is late: it may hang.
+        """
+        residual_s = abs(self._running.expected_free_s - self._clock()) if self._running else 0.0
         return residual_s + self._requests.work_s() + self._lanes.work_s()
 
     # The worker.

@@ -172,6 +172,23 @@ def test_a_worker_that_hangs_in_a_batch_is_ended_and_counts_as_lost(tmp_path):
     asyncio.run(scenario())
 
 
+def test_the_later_a_batch_is_the_longer_a_request_is_expected_to_wait(tmp_path):
+    async def scenario():
+        async with server(tmp_path, "gated-run") as (made, _):
+            call = asyncio.create_task(ask(made, "gated-run"))
+            await eventually(lambda: made._running is not None)
+            planned_s = made._running.expected_free_s
+            for late_s in (-1.0, 2.0, 4.0):
+                made._running.expected_free_s = made._clock() - late_s
+                assert made.expected_wait_s() == pytest.approx(abs(late_s), abs=0.9)
+            made._running.expected_free_s = planned_s
+            (tmp_path / "run").touch()
+            await call
+            assert made.expected_wait_s() == 0.0
+
+    asyncio.run(scenario())
+
+
 def test_a_batch_may_take_ten_times_its_planned_latency(tmp_path):
     async def scenario():
         async with server(tmp_path, "fake-slow-20", run_limit_s=0.0) as (made, lost):
