@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Container, Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import TypeVar
 
 import grpc.aio
 
-from executor.control_client import AgentClient, GatewayClient, channel_options
+from executor.control_client import AgentClient, GatewayClient, TimedOut, Unreachable, channel_options
 from executor.state import AgentState, GatewayState
 from executor.tls import Dialer
 from plans.cluster import Cluster
 from plans.errors import InvalidInput, RemoteFailure
 
-__all__ = ["ClusterConnection", "check_gateway", "gather", "joined"]
+__all__ = ["ClusterConnection", "check_gateway", "gather", "joined", "unheard"]
 
 _MAX_MESSAGE_BYTES = 64 * 2**20
 _Answer = TypeVar("_Answer")
@@ -38,6 +38,29 @@ def joined(failures: Iterable[RemoteFailure]) -> RemoteFailure:
     first, *others = failures
     problem = "; ".join([first.problem, *map(str, others)])
     return RemoteFailure(first.peer, problem, retryable=all(one.retryable for one in (first, *others)))
+
+
+def unheard(lost: Mapping[str, RemoteFailure], gateways: Container[str], *, longer: str) -> RemoteFailure:
+    """Return what a user is told of peers whose state is needed before anything is changed.
+
+    Args:
+        lost: Why they do not tell it, by node or address; at least one.
+        gateways: Addresses of gateways.
+        longer: How to give peers more time, or what else to do with slow ones.
+    """
+    away = [name in gateways for name, failure in lost.items() if isinstance(failure, Unreachable)]
+    remedies = [
+        remedy
+        for remedy, helps in (
+            ("start the agent (`foreplan agent` on its node), or take its node out of the cluster file", False in away),
+            ("start the gateway (`foreplan gateway`), or leave it out of the command", True in away),
+            (longer, any(isinstance(failure, TimedOut) for failure in lost.values())),
+        )
+        if helps
+    ]
+    failure = joined(lost.values())
+    problem = f"{failure.problem}; nothing was changed{': ' if remedies else ''}{'; '.join(remedies)}"
+    return RemoteFailure(failure.peer, problem, retryable=failure.retryable)
 
 
 async def _outcome(call: Awaitable[_Answer]) -> tuple[_Answer | None, RemoteFailure | None]:
@@ -111,7 +134,9 @@ class ClusterConnection:
         client = self.agents[node]
         state = await client.state(timeout_s=timeout_s, with_desired=with_desired)
         if state.node != node:
-            raise RemoteFailure(client.name, f"the agent there is that of node {state.node!r}", retryable=False)
+            raise RemoteFailure(
+                client.name, f"the agent there is that of node {state.node!r}; correct the addresses", retryable=False
+            )
         return state
 
     def _open(self, address: str) -> grpc.aio.Channel:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Awaitable
 from typing import Any
 
@@ -13,7 +14,15 @@ from executor.proto import control_pb2, control_pb2_grpc
 from executor.state import AgentState, DesiredState, GatewayState, ReplicaKey, RoutingTable
 from plans.errors import Fault, InvalidInput, RemoteFailure
 
-__all__ = ["LEASE_METADATA", "AgentClient", "GatewayClient", "TimedOut", "channel_options", "remote_failure"]
+__all__ = [
+    "LEASE_METADATA",
+    "AgentClient",
+    "GatewayClient",
+    "TimedOut",
+    "Unreachable",
+    "channel_options",
+    "remote_failure",
+]
 
 LEASE_METADATA = "foreplan-lease"
 """Metadata key by which a controller says under which name it calls."""
@@ -28,6 +37,8 @@ _PASSING = {
 
 
 _LAST_ERROR = "failed to connect to all addresses; last error: "
+_PLACE = re.compile(r"([A-Z_]+: )?(ipv4|ipv6|unix):\S+: ")
+"""What gRPC puts before a reason: a status that is not the call's, and where it was, which the peer's name says."""
 _HINTS = {
     grpc.StatusCode.UNIMPLEMENTED: "another kind of process answers at this address, or an older one",
     grpc.StatusCode.PERMISSION_DENIED: "give an operator's certificate with --grpc-client-cert",
@@ -39,6 +50,7 @@ _SIGNS = {
     "Socket closed": "it may ask for a certificate that it trusts: --grpc-client-cert",
 }
 """What words of gRPC and of its TLS library mean for the user; without the words there is no hint."""
+_UNREACHABLE = ("Failed to connect", "errors resolving")
 
 
 def channel_options(max_message_bytes: int) -> list[tuple[str, Any]]:
@@ -63,6 +75,8 @@ def remote_failure(peer: str, error: grpc.aio.AioRpcError) -> RemoteFailure:
     code = error.code()
     details = (error.details() or "").strip() or "no details"
     details = details.rpartition(_LAST_ERROR)[2]  # what comes before it says no more
+    place = _PLACE.match(details)
+    details = details[place.end() :] if place else details
     hint = _HINTS.get(code, "") or next((hint for sign, hint in _SIGNS.items() if sign in details), "")
     details = f"{details} ({hint})" if hint else details
     return RemoteFailure(peer, f"{code.name}: {details}", retryable=code in _PASSING)
@@ -72,6 +86,10 @@ class TimedOut(RemoteFailure):
     """A call took longer than it was given."""
 
 
+class Unreachable(RemoteFailure):
+    """No connection came about: nothing runs there, or not there."""
+
+
 async def _answer(peer: str, call: Awaitable[Any], timeout_s: float) -> Any:
     try:
         return await call
@@ -79,6 +97,8 @@ async def _answer(peer: str, call: Awaitable[Any], timeout_s: float) -> Any:
         failure = remote_failure(peer, error)
         if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
             failure = TimedOut(peer, f"DEADLINE_EXCEEDED: not done within {timeout_s:g} s", retryable=True)
+        elif any(sign in failure.problem for sign in _UNREACHABLE):
+            failure = Unreachable(peer, failure.problem, retryable=True)
         raise failure from error
 
 

@@ -23,7 +23,7 @@ from executor.apply_plan import (
     changes,
     check_plan,
 )
-from executor.cluster_connection import ClusterConnection, joined
+from executor.cluster_connection import ClusterConnection, unheard
 from executor.cluster_status import ClusterStatus, status
 from executor.lease import LeaseTiming, holding, new_holder
 from executor.rollout import ApplyTimeouts, FlipRefused, Progress, ProgressEvent, Rollout, TakenBack
@@ -235,12 +235,7 @@ async def _live(connection: ClusterConnection, limits: ApplyTimeouts) -> Live:
     """
     agents, gateways, lost = await connection.states(timeout_s=limits.state_s, with_desired=True)
     if lost:
-        failure = joined(lost.values())
-        remedy = (
-            "start it (`foreplan agent` on its node, `foreplan gateway`), give the certificates that it asks for "
-            "(--grpc-client-cert), or take it out of the cluster file"
-        )
-        raise RemoteFailure(failure.peer, f"{failure.problem}; nothing was changed: {remedy}", retryable=True)
+        raise unheard(lost, connection.gateways, longer="give it longer with --timeout state=SECONDS")
     return Live(agents=agents, gateways=gateways)
 
 

@@ -9,7 +9,7 @@ import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from executor.cluster_connection import ClusterConnection, joined
+from executor.cluster_connection import ClusterConnection, unheard
 from executor.lease import LeaseTiming, holding, new_holder
 from executor.state import AgentState, Phase
 from executor.tls import Dialer
@@ -74,10 +74,8 @@ async def set_drained(
         holding(connection, new_holder(), lease or LeaseTiming()),
     ):
         agents, _, lost = await connection.states(timeout_s=_CALL_S)
-        if absent := [lost[name] for name in (node, *gateways) if name in lost]:
-            failure = joined(absent)
-            problem = f"{failure.problem}; nothing was changed: start it again, or leave it out of the command"
-            raise RemoteFailure(failure.peer, problem, retryable=True)
+        if absent := {name: lost[name] for name in (node, *gateways) if name in lost}:
+            raise unheard(absent, connection.gateways, longer="see whether it is busy, and try again")
         services = tuple(sorted({replica.key.service for replica in agents[node].replicas}))
         if drained and not force and (alone := sole_services(node, agents)):
             remedy = "plan a replica elsewhere first, or give --force and let its requests fail"
