@@ -229,8 +229,8 @@ class _Services:
             _log.info("event=metrics_listening port=%d", port)
             yield
 
-    def _metrics(self) -> bytes:
-        state, devices = self._control.state(), self._control.devices()
+    async def _metrics(self) -> bytes:
+        state, devices = await self._control.state(), await self._control.devices()
         return exposition(agent_metrics(state, self._inference.counters(), devices))
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import functools
 import os
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Iterable
@@ -13,7 +13,7 @@ import grpc.aio
 import psutil
 
 from executor.control_client import LEASE_METADATA
-from executor.device_memory import DeviceReading, device_readings
+from executor.device_memory import DeviceReading, DeviceWatch, device_readings
 from executor.errors import details_of, status_of
 from executor.lease import Lease
 from executor.node import Node
@@ -29,7 +29,6 @@ Context = grpc.aio.ServicerContext[Any, Any]
 _Answer = TypeVar("_Answer")
 
 _LONGEST_LEASE_S = 600.0
-_DEVICES_S = 1.0
 
 
 class AgentServicer(pb_grpc.AgentServicer):
@@ -55,12 +54,13 @@ class AgentServicer(pb_grpc.AgentServicer):
         self._clock = clock
         self._forward_port = forward_port
         self._lease = Lease()
-        self._devices: tuple[DeviceReading, ...] = ()
-        self._devices_until_s = -math.inf
+        settings = node.settings
+        ask = functools.partial(device_readings, settings.worker.device, settings.device_count)
+        self._devices = DeviceWatch(ask, clock=clock)
 
     async def GetState(self, request: pb.GetStateRequest, context: Context) -> pb.AgentState:  # noqa: N802
         """What the node runs now."""
-        return agent_state_to_proto(self.state(with_desired=request.with_desired))
+        return agent_state_to_proto(await self.state(with_desired=request.with_desired))
 
     async def Validate(self, request: pb.DesiredState, context: Context) -> pb.ValidateResponse:  # noqa: N802
         """Every reason why the node cannot run the state; nothing is changed."""
@@ -128,8 +128,9 @@ class AgentServicer(pb_grpc.AgentServicer):
         except ForeplanError as error:
             return await context.abort(status_of(error), details_of(error))
 
-    def state(self, *, with_desired: bool = False) -> AgentState:
+    async def state(self, *, with_desired: bool = False) -> AgentState:
         """Return the state of the node."""
+        devices = await self._devices.readings()
         node = self._node
         workers = [group.process_id for group in node.upkeep.groups.values()]
         return AgentState(
@@ -145,21 +146,16 @@ class AgentServicer(pb_grpc.AgentServicer):
             ready=node.ready,
             drained=node.drained,
             leased_to=self._lease.holder(self._clock()),
-            device_used_bytes=tuple(reading.used_bytes for reading in self.devices()),
+            device_used_bytes=tuple(reading.used_bytes for reading in devices),
             forward_port=self._forward_port(),
             committed=node.committed if with_desired else None,
             staged=node.staged if with_desired else None,
             underway=node.committed.underway if node.committed else False,
         )
 
-    def devices(self) -> tuple[DeviceReading, ...]:
-        """Return what the node's devices say, at most a second old: asking them takes milliseconds."""
-        now_s = self._clock()
-        if now_s >= self._devices_until_s:
-            worker = self._node.settings.worker
-            self._devices = device_readings(worker.device, self._node.settings.device_count)
-            self._devices_until_s = now_s + _DEVICES_S
-        return self._devices
+    async def devices(self) -> tuple[DeviceReading, ...]:
+        """Return what the node's devices say."""
+        return await self._devices.readings()
 
 
 def resident_bytes(processes: Iterable[int]) -> int:

@@ -244,7 +244,7 @@ class _Process:
             servers.append(("metrics", metrics))
         return servers
 
-    def _metrics(self) -> bytes:
+    async def _metrics(self) -> bytes:
         return exposition(self._door.metrics.collect(self.switchboard.router))
 
 

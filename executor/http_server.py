@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 from aiohttp import web
@@ -90,7 +90,7 @@ def _is_ours(record: logging.LogRecord) -> bool:
 _log.addFilter(_is_ours)
 
 
-def metrics_application(render: Callable[[], bytes], guard: Guard | None = None) -> web.Application:
+def metrics_application(render: Callable[[], Awaitable[bytes]], guard: Guard | None = None) -> web.Application:
     """Return an application that answers ``GET /metrics`` with what ``render`` returns.
 
     ``guard`` says who may ask; without one, everybody.
@@ -99,7 +99,7 @@ def metrics_application(render: Callable[[], bytes], guard: Guard | None = None)
     async def metrics(request: web.Request) -> web.Response:
         if guard is not None and (problem := role_check(guard, METRICS, request)):
             return web.Response(status=403, text=problem)
-        return web.Response(body=render(), headers={"Content-Type": _METRICS})
+        return web.Response(body=await render(), headers={"Content-Type": _METRICS})
 
     application = web.Application()
     application.router.add_get("/metrics", metrics)

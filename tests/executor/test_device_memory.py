@@ -3,12 +3,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import sys
+import threading
 from types import SimpleNamespace
 
 import pytest
 
-from executor.device_memory import DeviceReading, device_readings
+from executor.device_memory import DeviceReading, DeviceWatch, device_readings
 
 GPUS = ("GPU-aa01", "GPU-ab02", "GPU-bc03", "GPU-bd04")
 
@@ -83,6 +85,11 @@ def test_without_a_choice_they_are_the_first_of_the_machine(nvml):
     )
 
 
+def test_an_agent_of_one_device_among_several_tells_of_that(nvml):
+    assert [reading.used_bytes for reading in device_readings("cuda:2", 1)] == [2 * 10**6]
+    assert device_readings("cuda:9", 1) == ()
+
+
 @pytest.mark.parametrize(
     ("visible", "found"),
     [
@@ -109,6 +116,52 @@ def test_what_a_device_does_not_say_is_not_told(nvml, monkeypatch):
     assert (reading.utilisation, reading.power_w) == (None, None)
     nvml.silent.add("memory")
     assert device_readings("cuda", 1) == ()
+
+
+def reading(used_bytes):
+    return (DeviceReading(used_bytes=used_bytes, total_bytes=10**9, utilisation=None),)
+
+
+def test_devices_are_asked_off_the_event_loop_at_most_once_a_second():
+    threads, now_s = [], 0.0
+
+    def ask():
+        threads.append(threading.current_thread())
+        return reading(len(threads))
+
+    async def scenario():
+        nonlocal now_s
+        watch = DeviceWatch(ask, clock=lambda: now_s)
+        assert await asyncio.gather(watch.readings(), watch.readings()) == [reading(1)] * 2
+        now_s = 0.9
+        assert await watch.readings() == reading(1)
+        now_s = 1.0
+        assert await watch.readings() == reading(2)
+
+    asyncio.run(scenario())
+    assert threading.main_thread() not in threads
+
+
+def test_devices_that_hang_keep_nobody_waiting_and_take_one_thread():
+    answering, asked = threading.Event(), []
+    answering.set()
+
+    def ask():
+        asked.append(1)
+        answering.wait()
+        return reading(len(asked))
+
+    async def scenario():
+        watch = DeviceWatch(ask, clock=iter(range(0, 10**6, 10)).__next__)
+        assert await watch.readings() == reading(1)
+        answering.clear()
+        assert [await watch.readings() for _ in range(3)] == [reading(1)] * 3
+        assert len(asked) == 2
+        answering.set()
+        while await watch.readings() == reading(1):
+            pass
+
+    asyncio.run(scenario())
 
 
 def test_a_cpu_is_not_asked(nvml):

@@ -278,7 +278,10 @@ def test_https_goes_by_the_files_of_now_and_trusts_no_authority_that_has_left_th
             ):
                 return answer.status
 
-        page = metrics_application(lambda: b"up 1")
+        async def told() -> bytes:
+            return b"up 1"
+
+        page = metrics_application(told)
         async with http_server(page, "127.0.0.1:0", where="--metrics", credentials=server) as port:
             assert await asked(tmp_path / "stolen") == 200
             for _ in range(2):  # after the second time the first authority is trusted no more
