@@ -195,17 +195,17 @@ def small_fields(message: bytes) -> bytes:
 
 
 def stream_of(request: messages.ModelInferRequest) -> str:
-    """Return the stream of which ``request`` is a frame: its parameter ``sequence_id``, a number but 0 or a text.
+    """Return the stream of which ``request`` is a frame: its parameter ``sequence_id``, a whole number but 0 or a text.
 
     Raises:
-        InvalidInput: The text is too long to be kept, as with Triton.
+        InvalidInput: It is neither, or the text is too long to be kept, as with Triton.
     """
     value = parameter(request.parameters, "sequence_id")
-    if isinstance(value, str) and len(value) > _LONGEST_STREAM:
-        expected = f"a number, or a text of at most {_LONGEST_STREAM} characters"
+    if isinstance(value, bool | float) or (isinstance(value, str) and len(value) > _LONGEST_STREAM):
+        expected = f"a whole number, or a text of at most {_LONGEST_STREAM} characters"
         found = reprlib.repr(value)
         raise InvalidInput.of(expected, where="request", field="parameters.sequence_id", found=found)
-    return str(value) if value and not isinstance(value, bool | float) else ""
+    return str(value) if value else ""
 
 
 def priority_of(request: messages.ModelInferRequest) -> int:

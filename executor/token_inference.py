@@ -40,7 +40,9 @@ def token_request(
     """
     parameters = head.message.parameters
     new_tokens = _count(parameter(parameters, "max_tokens"), "max_tokens", _DEFAULT_TOKENS)
-    ignores = parameter(parameters, "ignore_eos") is True
+    ignores = parameter(parameters, "ignore_eos")
+    if not isinstance(ignores, bool | None):
+        raise InvalidInput.of("true or false", field="parameters.ignore_eos", found=repr(ignores))
     stop_tokens = () if ignores else facts.stop_tokens
     if not head.described:
         count = parameter(parameters, "input_tokens")

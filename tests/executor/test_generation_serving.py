@@ -106,6 +106,8 @@ WRONG = (
     (asked([100]), "tokens from 0 to 99"),
     (asked([1], max_tokens=0), "max_tokens"),
     (asked([1], max_tokens=True), "max_tokens"),
+    (asked([1], ignore_eos="yes"), "ignore_eos"),
+    (asked([1], ignore_eos=1), "ignore_eos"),
     (asked([1] * 30, max_tokens=21), "at most 50"),
     (asked([1] * 60, max_tokens=5), "at most 64"),
     (asked(input_tokens=2**40), "at most 64"),
