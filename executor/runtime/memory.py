@@ -17,6 +17,7 @@ from profiles.memory import resident_growth_bytes
 
 __all__ = [
     "LiveTensors",
+    "free_bytes",
     "held_bytes",
     "keep_freed_memory",
     "out_of_memory_named",
@@ -59,6 +60,14 @@ def peak_growth_bytes(action: Callable[[], object], device: torch.device) -> int
     tensor_bytes: list[int] = []
     resident_bytes = resident_growth_bytes(lambda: tensor_bytes.append(peak_tensor_bytes(action)))
     return max(resident_bytes, *tensor_bytes)
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """Return the bytes that this process can still have on a CUDA device; None for a CPU, which does not say."""
+    if device.type != "cuda":
+        return None
+    free, _ = torch.cuda.mem_get_info(device)
+    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 
 
 def held_bytes(action: Callable[[], object], device: torch.device) -> int:

@@ -113,6 +113,7 @@ class ParallelTorchRuntime:
         Raises:
             UnknownVariant: There is no such model.
             InvalidInput: It cannot be cut this way, or ``max_batch`` is below 1.
+            OutOfDeviceMemory: A device cannot hold its part of the weights.
             DevicesLost: Another rank ended.
         """
         tp, pp = shape
@@ -226,7 +227,7 @@ class ParallelModel:
         with runtime.turn() as tell:
             tell(do="load", model=self._number, shape=[tp, pp], edges=whole.edges)
             self._mesh = runtime.world.mesh(tp, pp)
-            self._stage = StageModel(whole, self._mesh)
+            self._stage = StageModel(whole, self._mesh, name)
             self.stage_weight_bytes = tuple(map(int, self._mesh.gathered(self._stage.weight_bytes)))
         self.load_s = time.perf_counter() - start_s
         start = time.perf_counter()

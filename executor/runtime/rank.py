@@ -67,10 +67,10 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
             variant, built = building.pop(number)
             tp, pp = command["shape"]
             mesh = world.mesh(tp, pp)
-            models[number] = StageModel(
-                cut(runtime, variant, tp, pp, built=built.result(), edges=command["edges"]), mesh
-            )
-            mesh.gathered(models[number].weight_bytes)
+            whole = cut(runtime, variant, tp, pp, built=built.result(), edges=command["edges"])
+            with contextlib.suppress(OutOfDeviceMemory):  # rank 0 knows, since all agree
+                models[number] = StageModel(whole, mesh, variant)
+                mesh.gathered(models[number].weight_bytes)
         elif command["do"] == "run":
             models[number].step(None)
         elif command["do"] == "times":

@@ -17,7 +17,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 
 from plans.errors import InvalidInput
 
-__all__ = ["check_shardable", "shard"]
+__all__ = ["check_shardable", "shard", "sharded_layers"]
 
 _ENCODER = (r".*\.(query|key|value|intermediate\.dense)", r".*\.output\.dense")
 _PLANS: Mapping[str, tuple[str, str]] = {
@@ -51,13 +51,20 @@ def check_shardable(model: nn.Module, ways: int, name: str) -> None:
         raise InvalidInput.of("heads that divide by the GPUs", where=name, field="tp", found=found)
 
 
+def sharded_layers(model: nn.Module) -> dict[str, tuple[nn.Linear, bool]]:
+    """Return the layers that `shard` cuts, by path, each with whether it is cut by column."""
+    by_column, by_row = (re.compile(pattern) for pattern in _PLANS[type(model).__name__])
+    return {
+        path: (module, by_column.fullmatch(path) is not None)
+        for path, module in model.named_modules()
+        if isinstance(module, nn.Linear) and (by_column.fullmatch(path) or by_row.fullmatch(path))
+    }
+
+
 def shard(model: nn.Module, mesh: DeviceMesh) -> None:
     """Cut ``model``, which every rank of ``mesh`` holds in full, in place; each keeps its part."""
-    by_column, by_row = (re.compile(pattern) for pattern in _PLANS[type(model).__name__])
-    plan: dict[str, Any] = {}
-    for path, module in model.named_modules():
-        if isinstance(module, nn.Linear) and by_column.fullmatch(path):
-            plan[path] = ColwiseParallel()
-        elif isinstance(module, nn.Linear) and by_row.fullmatch(path):
-            plan[path] = RowwiseParallel()
+    plan: dict[str, Any] = {
+        path: ColwiseParallel() if is_by_column else RowwiseParallel()
+        for path, (_, is_by_column) in sharded_layers(model).items()
+    }
     parallelize_module(model, mesh, plan)

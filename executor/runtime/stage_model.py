@@ -13,11 +13,11 @@ from torch import nn
 from executor.runtime.generation import KvMemory, LlamaSequences, LlamaSteps, can_generate, generation_facts
 from executor.runtime.generation_group import PhasePass
 from executor.runtime.generation_stage import LlamaStage, stage_layers
-from executor.runtime.memory import out_of_memory_named
+from executor.runtime.memory import free_bytes, out_of_memory_named
 from executor.runtime.mesh import Mesh, receive, send
 from executor.runtime.precision import cast
 from executor.runtime.protocol import GenerationFacts, OutOfDeviceMemory, TensorSpec
-from executor.runtime.sharding import check_shardable, shard
+from executor.runtime.sharding import check_shardable, shard, sharded_layers
 from executor.runtime.stages import Part, balanced, evened_s, measured_s, parts_of
 from executor.runtime.torch_runtime import TorchRuntime, random_inputs, to_tensor
 from plans.errors import InvalidInput
@@ -103,20 +103,31 @@ _STAGE_TOKENS = 512
 class StageModel:
     """What one rank holds of a model: its shard of its stage.
 
+    Every rank makes its own at once.
+
     Args:
         whole: The model; it is sharded in place.
         mesh: This rank's place.
+        name: Of the model, for errors.
 
     Attributes:
         weight_bytes: Bytes of its weights and buffers.
         run_s: Seconds that it computed for the last batch.
+
+    Raises:
+        OutOfDeviceMemory: The weights do not fit on a device of the group. To find out while they are moved there would
+            leave the other ranks waiting.
     """
 
-    def __init__(self, whole: Cut, mesh: Mesh) -> None:
+    def __init__(self, whole: Cut, mesh: Mesh, name: str) -> None:
+        own = nn.ModuleList(whole.parts[whole.edges[mesh.stage] : whole.edges[mesh.stage + 1]])
+        needed, free = _shard_bytes(whole.module, own, mesh.tp), free_bytes(mesh.device)
+        if not mesh.agreed(free is None or needed <= free):
+            problem = f"its weights take {needed} bytes on {mesh.device}, which has {free} free; another may have less"
+            raise OutOfDeviceMemory(f"{name} does not fit on the devices of the group: {problem}")
         if mesh.tp > 1:
             shard(whole.module, mesh.shards)
-        own = whole.parts[whole.edges[mesh.stage] : whole.edges[mesh.stage + 1]]
-        self._parts = nn.ModuleList(own).to(mesh.device)
+        self._parts = own.to(mesh.device)
         self._wanted = whole.wanted
         self._mesh = mesh
         self._generating: Any = None
@@ -221,6 +232,14 @@ class StageModel:
     def gather_times(self) -> tuple[float, ...]:
         """Return the seconds that each stage computed for its last batch, shape (pp,); every rank calls it at once."""
         return self._mesh.gathered(self.run_s)
+
+
+def _shard_bytes(module: nn.Module, own: nn.Module, tp: int) -> int:
+    """Return the bytes of the weights and buffers of ``own``, a stage of ``module``, on each of ``tp`` devices."""
+    held = {id(tensor): tensor.nbytes for tensor in (*own.parameters(), *own.buffers())}
+    cut_layers = [layer for layer, _ in sharded_layers(module).values()] if tp > 1 else []
+    cut_bytes = sum(held.get(id(layer.weight), 0) for layer in cut_layers)
+    return sum(held.values()) - cut_bytes + cut_bytes // tp
 
 
 def _local(tensor: torch.Tensor) -> torch.Tensor:

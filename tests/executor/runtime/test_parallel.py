@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from executor.runtime import stage_model
 from executor.runtime.generation_engine import GenerationEngine
 from executor.runtime.mesh import Mesh
 from executor.runtime.parallel import ParallelTorchRuntime
@@ -19,7 +20,7 @@ from executor.runtime.protocol import (
     OutOfDeviceMemory,
     UnknownVariant,
 )
-from executor.runtime.stage_model import cut
+from executor.runtime.stage_model import _shard_bytes, cut
 from executor.runtime.torch_runtime import TorchRuntime
 from plans.errors import InvalidInput
 from profiles.group import Point, Series
@@ -226,6 +227,29 @@ def test_memory_that_one_rank_cannot_have_no_rank_has_and_all_go_on(runtime, fai
                 ask()
     assert len(model.sequences(64).prefill([(1, (1, 2, 3))])) == 1
     model.close()
+
+
+def test_weights_that_one_device_cannot_hold_are_refused_and_the_ranks_live_on(runtime, monkeypatch):
+    before = runtime.load("bert-tiny-16", 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(stage_model, "free_bytes", lambda device: 1000)  # of rank 0; the other has room
+        with pytest.raises(OutOfDeviceMemory, match=r"llama-tiny does not fit .* which has 1000 free"):
+            runtime.load("llama-tiny", 1)
+    after = runtime.load("llama-tiny", 1)
+    for model in (before, after):
+        model.run(model.example(1))
+
+
+def test_the_bytes_that_a_device_must_hold_are_known_before_they_are_there(runtime, monkeypatch):
+    asked = []
+
+    def exactly(*arguments):
+        asked.append(_shard_bytes(*arguments))
+        return asked[-1]
+
+    monkeypatch.setattr(stage_model, "_shard_bytes", exactly)
+    model = runtime.load("llama-tiny", 1)
+    assert asked == [model.stage_weight_bytes[0]]
 
 
 def test_iterations_wait_for_the_batches_before_them_in_a_pipeline(two):
