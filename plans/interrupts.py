@@ -1,14 +1,17 @@
-"""Ctrl-C while processes are started: it is the starting one's to answer."""
+"""Who answers Ctrl-C while processes are started, and what else ends a command as it does."""
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import signal
-from collections.abc import Iterator
+from collections.abc import Coroutine, Iterator
 from multiprocessing import resource_tracker
-from types import FrameType
+from typing import Any, TypeVar
 
-__all__ = ["interrupts_held", "terminations_as_interrupts"]
+__all__ = ["interrupts_held", "run_until_told"]
+
+_Result = TypeVar("_Result")
 
 
 @contextlib.contextmanager
@@ -22,15 +25,32 @@ def interrupts_held(*others: signal.Signals) -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-@contextlib.contextmanager
-def terminations_as_interrupts() -> Iterator[None]:
-    """Take SIGTERM for Ctrl-C inside the block, so that what has begun is taken back. In the main thread only."""
+def run_until_told(main: Coroutine[Any, Any, _Result]) -> _Result:
+    """Run ``main`` as `asyncio.run` does, and let SIGTERM and SIGHUP end it like Ctrl-C: it takes back what it began.
 
-    def interrupt(_number: int, _frame: FrameType | None) -> None:
-        signal.raise_signal(signal.SIGINT)
+    One that the process was told to ignore (``nohup``) stays ignored. In the main thread only.
 
-    before = signal.signal(signal.SIGTERM, interrupt)
+    Raises:
+        KeyboardInterrupt: It was told to end.
+    """
+    told: list[int] = []
+
+    async def heard() -> _Result:
+        loop, task = asyncio.get_running_loop(), asyncio.current_task()
+        assert task is not None
+
+        def end(number: int) -> None:
+            told.append(number)
+            task.cancel()
+
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                loop.add_signal_handler(number, end, number)
+        return await main
+
     try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
+        return asyncio.run(heard())
+    except asyncio.CancelledError:
+        if told:
+            raise KeyboardInterrupt from None
+        raise

@@ -244,7 +244,7 @@ def _apply(
     prior: Prior | None = None,
 ) -> None:
     from executor.controller import apply as bring
-    from plans.interrupts import terminations_as_interrupts
+    from plans.interrupts import run_until_told
     from plans.store import PlanStore
 
     plans = PlanStore(store) if store is not None and not dry_run else None
@@ -253,8 +253,8 @@ def _apply(
         with _writing(plans, "nothing was changed; make room there, or name another folder"):
             name = plans.put(plan)  # first: a store that cannot be used is known before anything changes
             plans.generations()
-    with terminations_as_interrupts(), out.progress("applying the plan") as step:
-        result = asyncio.run(
+    with out.progress("applying the plan") as step:
+        result = run_until_told(
             bring(
                 plan,
                 cluster,
@@ -266,15 +266,27 @@ def _apply(
                 dialer=dialer,
             )
         )
-    _print_applied(out, result)
-    if plans is not None and (result.generation, name) not in [
-        (one.generation, one.name) for one in plans.generations()
-    ]:
-        # Also when nothing changed: an apply that was cut short and run again is live, and must be found again. And
-        # where the store has that number of an earlier cluster, whose agents began anew.
-        live = f"the plan is live as generation {result.generation} all the same"
-        with _writing(plans, f"{live}; make room there, and run this again to record it"):
-            plans.record(result.generation, plan, applied_at=datetime.now(UTC).isoformat(timespec="seconds"))
+    try:
+        if plans is not None:
+            _note(plans, result, plan, name)
+    finally:  # and not before: where nobody reads it, this ends the command
+        _print_applied(out, result)
+
+
+def _note(plans: PlanStore, result: ApplyResult, plan: Plan, name: str) -> None:
+    """Note in the store that ``plan``, stored as ``name``, is live.
+
+    Also when nothing changed: an apply that was cut short and run again is live, and must be found again. And where the
+    store has that number of an earlier cluster, whose agents began anew.
+
+    Raises:
+        InvalidInput: It cannot be written.
+    """
+    if (result.generation, name) in [(one.generation, one.name) for one in plans.generations()]:
+        return
+    live = f"the plan is live as generation {result.generation} all the same"
+    with _writing(plans, f"{live}; make room there, and run this again to record it"):
+        plans.record(result.generation, plan, applied_at=datetime.now(UTC).isoformat(timespec="seconds"))
 
 
 @contextmanager

@@ -123,13 +123,12 @@ def _drain(
     from executor.draining import set_drained
     from plans.cluster import Cluster
     from plans.documents import read_document
-    from plans.interrupts import terminations_as_interrupts
+    from plans.interrupts import run_until_told
 
     inventory = read_document(cluster, Cluster)
     dialer = cluster_dialer(inventory, gateways, *files, insecure=insecure)
     change = set_drained(inventory, gateways, node, drained, force=force, timeout_s=timeout_s, dialer=dialer)
-    with terminations_as_interrupts():
-        done = asyncio.run(change)
+    done = run_until_told(change)
     out.result({"node": node, "drained": drained, "services": list(done.services), "wall_s": done.wall_s})
     back = "takes requests again" if done.ready else "takes requests again as soon as its replicas serve"
     how = "is drained: no gateway sends to it, and nothing runs" if drained else back

@@ -8,9 +8,9 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 from rich import box
 from rich.console import Console
@@ -63,6 +63,25 @@ class Step:
             self.tell(f"{done:g} of {total:g}: {text}" if text and total is not None else text or f"{done:g}")
 
 
+class _Remarks:
+    """A stream that takes every text, and loses what the one below cannot write: nothing ends for want of a reader."""
+
+    def __init__(self, stream: IO[str]) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        with suppress(OSError):
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with suppress(OSError):
+            self._stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
 class Output:
     """Where a command's words go.
 
@@ -79,7 +98,9 @@ class Output:
         piped = not sys.stdout.isatty()
         width = _UNCUT if piped else None  # never cut what a script reads
         self._stdout = Console(no_color=not color, highlight=False, soft_wrap=piped, width=width)
-        self._stderr = Console(no_color=not color, highlight=False, stderr=True, soft_wrap=True)
+        self._stderr = Console(
+            no_color=not color, highlight=False, file=cast(IO[str], _Remarks(sys.stderr)), soft_wrap=True
+        )
 
     def result(self, data: Any) -> None:
         """Print the command's result as JSON, when JSON was asked for."""

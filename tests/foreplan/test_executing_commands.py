@@ -242,6 +242,22 @@ def test_a_store_that_cannot_record_what_is_live_now_says_that_it_is(live):
     assert len(list((live.folder / "full" / "generations").iterdir())) == 1
 
 
+def test_a_change_that_nobody_reads_about_any_more_goes_on_to_its_end_and_is_noted(live):
+    """After the tests above: plan.json is live, and next.json was made against it."""
+    before = json.loads(live.run("status", *where(live), "--json").stdout)["generation"]
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-m", "foreplan", "apply", "next.json", *where(live), "--store", "unread"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=live.folder, env=environment, stdout=write, stderr=write, timeout=120)
+    os.close(write)
+    assert done.returncode == 1
+    assert json.loads(live.run("status", *where(live), "--json").stdout)["generation"] == before + 1
+    assert json.loads(live.run("apply", "next.json", *where(live), "--json").stdout)["outcome"] == "no changes"
+    assert (live.folder / "unread" / "current").read_text() == f"{before + 1}\n"
+    live.run("rollback", "1", *where(live), "--store", "store")
+
+
 def test_a_plan_for_another_cluster_is_refused(live):
     document = json.loads((live.folder / "plan.json").read_text().replace("node-a", "node-x"))
     (live.folder / "foreign.json").write_text(json.dumps(document))

@@ -36,6 +36,26 @@ def test_what_a_stream_cannot_encode_becomes_a_question_mark(monkeypatch):
     assert written.getvalue() == b"99 % ? 1\n"
 
 
+class _Gone(io.StringIO):
+    """The end of a pipe that nobody reads any more."""
+
+    def write(self, text: str) -> int:
+        raise BrokenPipeError
+
+    def flush(self) -> None:
+        raise BrokenPipeError
+
+
+def test_remarks_that_nobody_can_read_end_nothing(monkeypatch):
+    monkeypatch.setattr(sys, "stderr", _Gone())
+    out = Output(as_json=False, color=False)
+    with out.progress("applying", in_lines=True) as step:
+        out.note("stage a: done")
+        step.update(1, text="stage b")
+    out.warn("careful")
+    out.error("lost")
+
+
 def test_a_closed_stdout_takes_all(monkeypatch):
     monkeypatch.setattr(sys, "stdout", None)
     out = Output(as_json=False, color=False)
