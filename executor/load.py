@@ -106,7 +106,7 @@ async def replay(
 
     Raises:
         InvalidInput: The trace names what is neither service nor workflow of ``services``, it is empty, ``gateway`` is
-            no address, or an option is out of range.
+            no address, an option is out of range, or a service generates and has no limits for tokens.
         RemoteFailure: The gateway cannot be reached at the start.
     """
     how = options or LoadOptions()
@@ -160,7 +160,19 @@ async def _stop_when_told(run: LoadRun, stop: asyncio.Event) -> None:
 
 
 def _token_load(trace: RequestTrace, services: Services, generating: frozenset[str]) -> TokenLoad | None:
-    """Return what the requests of services that generate ask for; None without such services."""
+    """Return what the requests of services that generate ask for; None without such services.
+
+    Raises:
+        InvalidInput: A service generates, and has no limits for tokens.
+    """
+    remedy = "correct the class in services.yaml, or apply a plan by which it answers whole requests"
+    faults = [
+        Fault(where="services", field=name, found="a deadline", expected="ttft and tpot: it generates", remedy=remedy)
+        for name in sorted(generating)
+        if not isinstance(services.service(name).slo, GenerationSlo)
+    ]
+    if faults:
+        raise InvalidInput(faults)
     slos = [services.service(name).slo if name in generating else None for name in trace.services]
     limits = [(slo.ttft_s, slo.tpot_s) if isinstance(slo, GenerationSlo) else (math.nan, math.nan) for slo in slos]
     if all(math.isnan(ttft_s) for ttft_s, _ in limits):

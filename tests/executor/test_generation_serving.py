@@ -23,6 +23,7 @@ from executor.proto import open_inference_pb2_grpc
 from executor.state import Backend, GenerationRules, Phase, RoutingTable, ServiceRoutes, Target
 from executor.tensors import decode_outputs, encode_request, parameter
 from executor.token_inference import streamed_tokens
+from plans.errors import InvalidInput
 from plans.service import GenerationSlo, Services
 from tests.executor.running_agent import (
     WAIT_S,
@@ -311,6 +312,16 @@ async def test_a_replay_asks_for_the_tokens_of_its_trace_and_judges_by_ttft_and_
         async with through_a_gateway(tmp_path / "h", agent) as (address, _):
             result = await replay(RequestTrace(rows), address, strict)
             assert list(result.requests["outcome"]) == ["late", "failed", "good"] * 4
+            whole = Services.model_validate(
+                {
+                    "services": [
+                        {"name": "chat", "slo": {"deadline": "1s"}, "variants": [{"model": "fake-count"}]},
+                        {"name": "double", "slo": {"deadline": "1s"}, "variants": [{"model": "fake-double"}]},
+                    ]
+                }
+            )
+            with pytest.raises(InvalidInput, match="chat: found a deadline, expected ttft and tpot: it generates"):
+                await replay(RequestTrace(rows), address, whole)
 
 
 @run
