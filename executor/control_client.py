@@ -47,6 +47,7 @@ _SIGNS = {
     "CERTIFICATE_VERIFY_FAILED": "its certificate is of no authority in --grpc-root-cert, or has expired",
     "Hostname Verification": "its certificate is for other hosts: issue it with --host for this one",
     "WRONG_VERSION_NUMBER": "it speaks in the clear: leave the certificates out",
+    "Stream removed": "its connection broke: it ended, or its network",
     "Socket closed": "it may ask for a certificate that it trusts: --grpc-client-cert",
 }
 """What words of gRPC and of its TLS library mean for the user; without the words there is no hint."""

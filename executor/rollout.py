@@ -170,7 +170,7 @@ class Rollout:
             if self._is_past(state) or state.leased_to not in ("", agents[node].holder)
         }
         found = [
-            f"{failure}; it still holds generation {self.generation}, which the next apply takes back"
+            f"{failure}; it may hold generation {self.generation} yet, which the next apply takes back"
             for node, failure in lost.items()
             if node not in successors
         ]
