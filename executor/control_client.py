@@ -46,6 +46,7 @@ _HINTS = {
 _SIGNS = {
     "CERTIFICATE_VERIFY_FAILED": "its certificate is of no authority in --grpc-root-cert, or has expired",
     "Hostname Verification": "its certificate is for other hosts: issue it with --host for this one",
+    "before receiving SETTINGS": "it takes connections and says nothing: see its log, or start it again",
     "WRONG_VERSION_NUMBER": "it speaks in the clear: leave the certificates out",
     "Stream removed": "its connection broke: it ended, or its network",
     "Socket closed": "it may ask for a certificate that it trusts: --grpc-client-cert",
