@@ -61,9 +61,15 @@ def gateway_application(door: InferenceFrontDoor, guard: Guard | None, max_messa
         max_message_bytes: Largest request.
     """
     routes = _Routes(door, TensorLimits(total_bytes=max_message_bytes))
+    stopping = asyncio.Event()
     application = web.Application(
-        middlewares=[_answering_errors(guard)], client_max_size=max_message_bytes + _JSON_OVERHEAD_BYTES
+        middlewares=[_answering_errors(guard, stopping)], client_max_size=max_message_bytes + _JSON_OVERHEAD_BYTES
     )
+
+    async def stop(_: web.Application) -> None:
+        stopping.set()
+
+    application.on_shutdown.append(stop)
     add = application.router
     add.add_get("/v2", routes.server)
     add.add_get("/v2/health/live", routes.live)
@@ -84,25 +90,32 @@ def gateway_application(door: InferenceFrontDoor, guard: Guard | None, max_messa
 _JSON_OVERHEAD_BYTES = 1 << 20
 
 
-def _answering_errors(guard: Guard | None) -> Any:
-    """Return a middleware that lets callers in by their role, and tells of errors as JSON."""
+def _answering_errors(guard: Guard | None, stopping: asyncio.Event) -> Any:
+    """Return a middleware that lets callers in by their role, and tells of errors as JSON.
+
+    Once it is ``stopping``, answers say that they are the last on their connection: what a client sent on it after that
+    would be lost.
+    """
 
     @web.middleware
     async def answering(request: web.Request, handler: _Handler) -> web.StreamResponse:
         if guard is not None and (problem := role_check(guard, f"{_METHOD}Http", request)):
             return _problem(_Code.PERMISSION_DENIED, problem)
+        answer: web.StreamResponse
         try:
-            return await handler(request)
+            answer = await handler(request)
         except CallFailed as failed:
-            return _problem(failed.code, failed.details)
+            answer = _problem(failed.code, failed.details)
         except InvalidInput as error:
-            return _problem(_Code.INVALID_ARGUMENT, str(error))
+            answer = _problem(_Code.INVALID_ARGUMENT, str(error))
         except web.RequestPayloadError:
             answer = _problem(_Code.INVALID_ARGUMENT, "request: the body cannot be read: it is not encoded as it says")
             answer.force_close()  # where the next request would begin is not known
-            return answer
         except web.HTTPException as error:
-            return _not_served(request, error)
+            answer = _not_served(request, error)
+        if stopping.is_set():
+            answer.force_close()
+        return answer
 
     return answering
 

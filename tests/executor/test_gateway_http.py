@@ -225,3 +225,50 @@ def test_what_is_no_http_is_refused_and_fills_no_log(
 
     run(scenario())
     assert not errors_logged(caplog)
+
+
+def test_answers_while_a_gateway_stops_say_that_they_are_the_last_on_their_connection(tmp_path: Path) -> None:
+    """A client that went on to use it would lose its next request."""
+
+    async def scenario() -> None:
+        address = f"127.0.0.1:{free_port()}"
+        leave = asyncio.Event()
+        async with agents("a") as (agent,), aiohttp.ClientSession(f"http://{address}") as session:
+
+            async def serve() -> None:
+                async with door(tmp_path, http=address) as front:
+                    await front.control.set_routes(table(agent), timeout_s=5)
+                    ready.set()
+                    await leave.wait()
+
+            async def connection_of(service: str) -> str | None:
+                async with session.post(f"/v2/models/{service}/infer", data=io.BytesIO(EMPTY)) as answer:
+                    return answer.headers.get("Connection")
+
+            ready = asyncio.Event()
+            gateway = asyncio.create_task(serve())
+            await ready.wait()
+            assert await connection_of("chat") is None
+            assert await connection_of("nobody") is None
+            agent.infer_waits_for = asyncio.Event()
+            held = [asyncio.create_task(connection_of("chat")) for _ in range(2)]
+            while len(agent.served) < 3:
+                await asyncio.sleep(0)
+            leave.set()
+            while await is_listening(address):
+                await asyncio.sleep(0)
+            agent.infer_waits_for.set()
+            assert await asyncio.gather(*held) == ["close", "close"]
+            await gateway
+
+    run(scenario())
+
+
+async def is_listening(address: str) -> bool:
+    host, _, port = address.partition(":")
+    try:
+        _, writer = await asyncio.open_connection(host, int(port))
+    except ConnectionRefusedError:
+        return False
+    writer.close()
+    return True
