@@ -60,7 +60,8 @@ class PlanStore:
         """
         path = self._plan_path(name)
         if not path.is_file():
-            raise InvalidInput.of("a stored plan", where=self.root, found=name)
+            remedy = "restore it from a backup, or name another generation"
+            raise InvalidInput.of("the file of a stored plan", where=path, found="no such file", remedy=remedy)
         if f"sha256-{hashlib.sha256(path.read_bytes()).hexdigest()}" != name:
             raise BadStoredData(path, "its content does not match its digest; restore it from a backup or delete it")
         return read_plan(path)

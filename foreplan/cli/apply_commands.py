@@ -135,8 +135,9 @@ def _stored(plans: PlanStore, live: Prior) -> Plan | None:
 
     The one noted under that generation is looked at first: to read a plan takes time, and a store keeps all.
     """
-    noted = [one.name for one in plans.generations() if one.generation == live.generation]
-    candidates = (plans.get(name) for name in dict.fromkeys((*noted, *plans.names())))
+    kept = plans.names()
+    noted = [one.name for one in plans.generations() if one.generation == live.generation and one.name in kept]
+    candidates = (plans.get(name) for name in dict.fromkeys((*noted, *kept)))
     return next((one for one in candidates if one.placement_digest == live.digest), None)
 
 

@@ -258,6 +258,16 @@ def test_a_change_that_nobody_reads_about_any_more_goes_on_to_its_end_and_is_not
     live.run("rollback", "1", *where(live), "--store", "store")
 
 
+def test_where_the_store_has_lost_the_live_plan_a_stale_one_is_told_to_be_stale(live):
+    """After the tests above: plan.json is live; unaware.json was made against nothing."""
+    noted = json.loads(live.run("apply", "plan.json", *where(live), "--store", "pruned", "--json").stdout)
+    for path in (live.folder / "pruned" / "plans").iterdir():
+        path.unlink()
+    assert "is live" in live.run("apply", "unaware.json", *where(live), "--store", "pruned", code=4).stderr
+    lost = live.run("rollback", noted["generation"], *where(live), "--store", "pruned", code=1).stderr
+    assert "found no such file, expected the file of a stored plan; restore it" in lost
+
+
 def test_a_plan_for_another_cluster_is_refused(live):
     document = json.loads((live.folder / "plan.json").read_text().replace("node-a", "node-x"))
     (live.folder / "foreign.json").write_text(json.dumps(document))
