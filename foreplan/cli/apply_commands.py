@@ -162,7 +162,7 @@ def _timeouts(given: list[str]) -> ApplyTimeouts:
         except ValueError:
             chosen[f"{step}_s"] = -1.0
         if step not in steps or not 0 < chosen[f"{step}_s"] < 1e6:
-            expected = f"STEP=SECONDS, with a step of {', '.join(steps)} and seconds above 0"
+            expected = f"STEP=SECONDS, with a step of {', '.join(steps)} and seconds above 0 and below 1e6"
             faults.append(Fault(where="--timeout", found=repr(text), expected=expected))
     if faults:
         raise InvalidInput(faults)
