@@ -19,13 +19,25 @@ __all__ = ["ClusterStatus", "PeerStatus", "ReplicaStatus", "cluster_status", "st
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PeerStatus:
-    """One agent or gateway. ``problem`` says why it is not as it should be; empty when it is."""
+    """One agent or gateway.
+
+    Attributes:
+        name: The node, or the gateway's address.
+        address: Where it listens.
+        generation: Of the plan that it has; None when it tells nothing.
+        ready: Whether everything that it shall serve is served.
+        problem: Why it is not as it should be; empty when it is.
+        resident_bytes: Memory of an agent and its workers; None where that is not told.
+        device_used_bytes: Memory in use on each device of an agent, by whomever; empty where that cannot be told.
+    """
 
     name: str
     address: str
     generation: int | None
     ready: bool
     problem: str
+    resident_bytes: int | None = None
+    device_used_bytes: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -143,7 +155,7 @@ def cluster_status(
 
 def _peer(name: str, address: str, state: AgentState | GatewayState | None, lost: str, wanted: str) -> PeerStatus:
     if state is None:
-        return PeerStatus(name=name, address=address, generation=None, ready=False, problem=f"does not answer: {lost}")
+        return PeerStatus(name=name, address=address, generation=None, ready=False, problem=f"tells no state: {lost}")
     problem = ""
     if state.placement_digest != wanted:
         problem = f"has generation {state.generation}, which is not the plan; {_remedy(state)}"
@@ -153,7 +165,15 @@ def _peer(name: str, address: str, state: AgentState | GatewayState | None, lost
         problem = "is drained; `foreplan undrain` takes it back into the rotation"
     elif not state.ready and state.generation:
         problem = "is not ready: see its replicas"
-    return PeerStatus(name=name, address=address, generation=state.generation, ready=state.ready, problem=problem)
+    return PeerStatus(
+        name=name,
+        address=address,
+        generation=state.generation,
+        ready=state.ready,
+        problem=problem,
+        resident_bytes=state.resident_bytes if isinstance(state, AgentState) else None,
+        device_used_bytes=state.device_used_bytes if isinstance(state, AgentState) else (),
+    )
 
 
 def _remedy(state: AgentState | GatewayState | None, purpose: str = "") -> str:
@@ -261,6 +281,8 @@ def _peer_json(peer: PeerStatus) -> dict[str, Any]:
         "generation": peer.generation,
         "ready": peer.ready,
         "problem": peer.problem,
+        "resident_bytes": peer.resident_bytes,
+        "device_used_bytes": list(peer.device_used_bytes),
     }
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -12,6 +12,9 @@ from foreplan.cli.command import command
 from foreplan.cli.options import ClusterFile, Gateways
 from foreplan.cli.output import Output
 from foreplan.cli.tls_options import ClientCert, ClientKey, Insecure, RootCert, cluster_dialer
+
+if TYPE_CHECKING:
+    from executor.cluster_status import PeerStatus
 
 __all__ = ["register"]
 
@@ -49,8 +52,8 @@ def status(
     if heard:
         out.say(f"generation {found.live.generation} is live" if found.live else "nothing is live")
     out.table(
-        ["peer", "address", "generation", "ready", "problem"],
-        [[p.name, p.address, p.generation, p.ready, p.problem] for p in (*found.agents, *found.gateways)],
+        ["peer", "address", "generation", "ready", "memory", "problem"],
+        [[p.name, p.address, p.generation, p.ready, _memory(p), p.problem] for p in (*found.agents, *found.gateways)],
     )
     out.table(
         ["group", "service", "variant", "desired", "phase", "queued", "completed", "dropped", "failed", "problem"],
@@ -70,6 +73,18 @@ def status(
             "start them (`foreplan agent`, `foreplan gateway`), or give an operator's certificate (--grpc-client-cert)"
         )
         raise RemoteFailure(str(cluster), f"no agent or gateway tells its state; {remedy}", retryable=True)
+
+
+def _memory(peer: PeerStatus) -> str | None:
+    """Return the memory of an agent with its workers, and in use on its devices, as far as that is told."""
+    from plans.units import format_bytes
+
+    if peer.resident_bytes is None:
+        return None
+    devices = "".join(
+        f", {format_bytes(used_bytes)} on device {i}" for i, used_bytes in enumerate(peer.device_used_bytes)
+    )
+    return format_bytes(peer.resident_bytes) + devices
 
 
 NodeName = Annotated[str, typer.Argument(metavar="NODE", help="A node of the cluster.")]

@@ -122,10 +122,17 @@ def test_what_an_agent_of_another_placement_runs_is_not_part_of_the_plan() -> No
     assert {entry.group: entry.problem for entry in found.replicas}["b/1"].startswith("it is not part of the plan")
 
 
+def test_the_memory_that_agents_tell_of_is_shown_and_no_other() -> None:
+    told = agent("a", replica("a/0"), resident_bytes=5, device_used_bytes=(7, 0))
+    found = seen([told, agent("b", replica("b/0"))], None, {"g:1": "UNAVAILABLE: refused"}).to_json()
+    memory = [(one["resident_bytes"], one["device_used_bytes"]) for one in (*found["agents"], *found["gateways"])]
+    assert memory == [(5, [7, 0]), (0, []), (None, [])]
+
+
 def test_without_a_gateway_what_agents_have_committed_is_the_plan() -> None:
     found = seen([agent("a", replica("a/0")), agent("b", replica("b/0"))], None, {"g:1": "UNAVAILABLE: refused"})
     assert [(entry.desired, entry.problem) for entry in found.replicas] == [(True, "")] * 2
-    assert found.gateways[0].problem == "does not answer: UNAVAILABLE: refused"
+    assert found.gateways[0].problem == "tells no state: UNAVAILABLE: refused"
     assert not found.healthy
 
 
@@ -191,7 +198,7 @@ def test_a_replica_that_had_to_wait_and_was_not_routed_to_before_the_controller_
 
 def test_peers_that_do_not_answer_are_named_and_their_replicas_are_still_listed() -> None:
     found = seen([agent("a", replica("a/0"))], gateway("a/0", "b/0", healthy=False), {"b": "UNAVAILABLE: refused"})
-    assert found.agents[1].problem == "does not answer: UNAVAILABLE: refused"
+    assert found.agents[1].problem == "tells no state: UNAVAILABLE: refused"
     assert found.agents[1].generation is None
     lost = found.replicas[-1]
     assert (lost.group, lost.phase, lost.problem) == ("b/0", None, "its agent does not answer")
@@ -217,5 +224,5 @@ def test_status_asks_every_peer_and_is_plain_json() -> None:
     found = asyncio.run(scenario())
     assert len(found.gateways) == 1
     assert found.agents[0].problem == ""
-    assert "does not answer" in found.agents[1].problem
+    assert "tells no state: UNAVAILABLE" in found.agents[1].problem
     assert json.loads(json.dumps(found.to_json()))["healthy"] is False
