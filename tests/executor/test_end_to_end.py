@@ -230,7 +230,7 @@ def test_requests_of_a_killed_agent_are_answered_by_the_other(site: Site) -> Non
     late = result.requests.tail(20)
     assert set(late["group"]) == {"b/0"}
     problem = site.status().agents[0].problem
-    assert problem.startswith("does not answer")
+    assert problem.startswith("tells no state")
 
 
 def test_requests_of_a_killed_worker_are_answered_by_the_other_and_it_comes_back(site: Site) -> None:
