@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import grpc
 import grpc.aio
 import numpy as np
 import psutil
+import pytest
 
 from executor import wire
 from executor.agent import AgentConfig, serve_agent
@@ -166,3 +167,13 @@ async def eventually(condition: Callable[[], Any]) -> Any:
             return answer
         await asyncio.sleep(0.005)
     raise AssertionError(f"did not come about within {WAIT_S} s")
+
+
+@contextlib.contextmanager
+def refused(code: grpc.StatusCode, says: str = "") -> Iterator[None]:
+    """Expect a call that ends with ``code`` and details that hold ``says``."""
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        yield
+    details = caught.value.details() or ""
+    assert caught.value.code() is code, details
+    assert says in details

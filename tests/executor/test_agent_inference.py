@@ -5,13 +5,12 @@ import contextlib
 
 import grpc
 import numpy as np
-import pytest
 
 from executor import agent_inference
 from executor.proto import open_inference_pb2 as pb
 from executor.state import Phase
 from executor.tensors import decode_outputs, encode_request
-from tests.executor.running_agent import WAIT_S, desired, eventually, replica, running_agent
+from tests.executor.running_agent import WAIT_S, desired, eventually, refused, replica, running_agent
 
 SCRIPTED = "tests.executor.scripted_runtime:ScriptedRuntime"
 
@@ -22,14 +21,6 @@ async def serving(folder, **groups):
     async with running_agent(folder / "state", runtime=SCRIPTED, model_dir=folder) as agent:
         await agent.apply(desired(1, **groups))
         yield agent
-
-
-@contextlib.contextmanager
-def refused(code, says=""):
-    with pytest.raises(grpc.aio.AioRpcError) as caught:
-        yield
-    assert caught.value.code() is code, caught.value.details()
-    assert says in caught.value.details()
 
 
 def status_of(result):
