@@ -22,6 +22,7 @@ from executor.state import AgentState, DesiredGroup, DesiredReplica, DesiredStat
 from executor.tensors import encode_request
 
 FAKE = "tests.executor.fake_runtime:FakeRuntime"
+SCRIPTED = "tests.executor.scripted_runtime:ScriptedRuntime"
 WAIT_S = 120.0
 """How long anything may take before a test fails."""
 
@@ -167,6 +168,11 @@ async def eventually(condition: Callable[[], Any]) -> Any:
             return answer
         await asyncio.sleep(0.005)
     raise AssertionError(f"did not come about within {WAIT_S} s")
+
+
+def scripted(folder: Path, **changed: Any) -> contextlib.AbstractAsyncContextManager[AgentClient]:
+    """An agent whose models are those of the scripted runtime; it obeys files in ``folder``."""
+    return running_agent(folder / "state", runtime=SCRIPTED, model_dir=folder, **changed)
 
 
 @contextlib.contextmanager

@@ -17,14 +17,9 @@ from tests.executor.running_agent import (
     refused,
     replica,
     running_agent,
+    scripted,
     worker_processes,
 )
-
-SCRIPTED = "tests.executor.scripted_runtime:ScriptedRuntime"
-
-
-def scripted(folder, **changed):
-    return running_agent(folder / "state", runtime=SCRIPTED, model_dir=folder, **changed)
 
 
 async def serving(agent):

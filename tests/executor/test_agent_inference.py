@@ -10,15 +10,13 @@ from executor import agent_inference
 from executor.proto import open_inference_pb2 as pb
 from executor.state import Phase
 from executor.tensors import decode_outputs, encode_request
-from tests.executor.running_agent import WAIT_S, desired, eventually, refused, replica, running_agent
-
-SCRIPTED = "tests.executor.scripted_runtime:ScriptedRuntime"
+from tests.executor.running_agent import WAIT_S, desired, eventually, refused, replica, running_agent, scripted
 
 
 @contextlib.asynccontextmanager
 async def serving(folder, **groups):
     """An agent that serves these groups."""
-    async with running_agent(folder / "state", runtime=SCRIPTED, model_dir=folder) as agent:
+    async with scripted(folder) as agent:
         await agent.apply(desired(1, **groups))
         yield agent
 
