@@ -7,12 +7,12 @@ still follow the old routes then, so a plan made against those is not stale.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 from executor.assignment import routing_table
-from executor.state import AgentState, DesiredState, GatewayState, Phase, ReplicaKey
+from executor.state import AgentState, Backend, DesiredState, GatewayState, Phase, ReplicaKey, TargetState
 from plans.cluster import Cluster
 from plans.errors import Fault, InvalidInput
 from plans.plan import Plan, Prior
@@ -27,9 +27,11 @@ __all__ = [
     "assess",
     "changes",
     "check_plan",
+    "check_rotation",
     "is_at",
     "left_over",
     "live_prior",
+    "not_serving",
     "replicas_of",
     "stale",
 ]
@@ -94,6 +96,28 @@ class ReplicaChange:
     action: Literal["load", "keep", "unload"]
 
 
+def check_rotation(plan: Plan, live: Live, *, plan_name: str = "plan") -> None:
+    """Refuse a plan by which a service that is served now would run on drained nodes only.
+
+    Raises:
+        InvalidInput: There are such services; with all of them.
+    """
+    served = {target.service for door in live.gateways.values() for target in door.targets if target.healthy}
+    drained = {node for node, agent in live.agents.items() if agent.drained}
+    faults = []
+    for service, routes in plan.routes.items():
+        nodes = sorted({plan.group(route.group).node for route in routes})
+        if service in served and nodes and drained.issuperset(nodes):
+            expected = "a node in rotation: drained ones get no requests"
+            remedy = f"run `foreplan undrain {nodes[0]}` first, or plan the service elsewhere"
+            found = ", ".join(nodes)
+            faults.append(
+                Fault(where=plan_name, field=f"routes.{service}", found=found, expected=expected, remedy=remedy)
+            )
+    if faults:
+        raise InvalidInput(faults)
+
+
 def check_plan(plan: Plan, cluster: Cluster, *, plan_name: str = "plan", cluster_name: str = "cluster") -> None:
     """Check that every node and device of ``plan`` exists in ``cluster``, and that every node has an address.
 
@@ -144,15 +168,15 @@ def is_at(state: AgentState | GatewayState | DesiredState, place: Prior) -> bool
     return (state.generation, state.placement_digest) == (place.generation, place.digest)
 
 
-def assess(plan: Plan, prior: Prior | None, live: Live) -> Standing:
-    """Say how ``plan``, made against ``prior``, stands to what is live.
+def assess(plan: Plan, prior: Prior | None, live: Live, addresses: Mapping[str, str]) -> Standing:
+    """Say how ``plan``, made against ``prior``, stands to what is live; ``addresses`` are those of all agents, by node.
 
     The next generation is one more than any peer has seen, so that a peer which an earlier apply reached with more than
     it committed does not refuse.
     """
     current = live_prior(live)
     if current is not None and current.digest == plan.placement_digest:
-        return InForce(generation=current.generation, left_over=left_over(plan, current.generation, live))
+        return InForce(generation=current.generation, left_over=left_over(plan, current.generation, live, addresses))
     followable = _followable(current, live)
     if (prior.digest if prior else None) in followable or plan.placement_digest in followable:
         return Fresh(generation=live.last_generation + 1)
@@ -202,15 +226,20 @@ def changes(plan: Plan, live: Live) -> tuple[ReplicaChange, ...]:
     return tuple(sorted(found))
 
 
-def left_over(plan: Plan, generation: int, live: Live) -> tuple[str, ...]:
-    """Return what keeps the peers from running ``plan`` as ``generation`` and nothing else; empty when they do."""
+def left_over(plan: Plan, generation: int, live: Live, addresses: Mapping[str, str]) -> tuple[str, ...]:
+    """Return what keeps the peers from running ``plan`` as ``generation`` and nothing else; empty when they do.
+
+    ``addresses`` are those of all agents, by node: whoever sends to them must know where they are now.
+    """
     digest = plan.placement_digest
     found: list[str] = []
     for node, agent in live.agents.items():
         found += [
             f"{node}: {problem}" for problem in _agent_left_over(replicas_of(plan, node), generation, agent, digest)
         ]
-    table = routing_table(plan, {group.node: "" for group in plan.groups}, generation)
+        handover = agent.committed.handover if agent.committed else None
+        found += _moved(node, handover.backends if handover else (), addresses)
+    table = routing_table(plan, addresses, generation)
     wanted = {(routes.service, target.group) for routes in table.services for target in routes.targets}
     for address, gateway in live.gateways.items():
         routed = {(target.service, target.group) for target in gateway.targets}
@@ -218,6 +247,42 @@ def left_over(plan: Plan, generation: int, live: Live) -> tuple[str, ...]:
             found.append(f"gateway {address}: routes generation {gateway.generation}, not {generation}")
         elif routed != wanted:
             found.append(f"gateway {address}: routes {len(routed)} of {len(wanted)} targets")
+        else:
+            known = {Backend(node=_node_of(one), address=one.address) for one in gateway.targets if one.address}
+            found += _moved(f"gateway {address}", known, addresses)
+    return tuple(found)
+
+
+def _moved(who: str, backends: Iterable[Backend], addresses: Mapping[str, str]) -> Iterator[str]:
+    for backend in sorted(backends, key=lambda one: one.node):
+        now = addresses.get(backend.node, backend.address)
+        if now != backend.address:
+            yield f"{who}: reaches {backend.node} at {backend.address}, not at {now}"
+
+
+def _node_of(target: TargetState) -> str:
+    return target.group.rpartition("/")[0]
+
+
+def not_serving(plan: Plan, live: Live) -> tuple[str, ...]:
+    """Return what of ``plan``, which is live, does not serve now, a line each.
+
+    What operators have drained is passed over.
+    """
+    drained = {node for node, agent in live.agents.items() if agent.drained}
+    found = []
+    for node, agent in live.agents.items():
+        wanted = replicas_of(plan, node)
+        for replica in agent.replicas:
+            if replica.key in wanted and replica.phase is not Phase.SERVING:
+                why = f": {replica.reason}" if replica.reason else ""
+                found.append(f"{node}: {replica.key} is {replica.phase.value}{why}")
+    for address, gateway in live.gateways.items():
+        found += [
+            f"gateway {address} sends nothing of {target.service} to {target.group}: {target.reason}"
+            for target in gateway.targets
+            if not target.healthy and _node_of(target) not in drained
+        ]
     return tuple(found)
 
 

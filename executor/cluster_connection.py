@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Container, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Container, Iterable, Mapping, Sequence
+from functools import partial
 from types import TracebackType
-from typing import TypeVar
+from typing import TypeAlias, TypeVar
 
 import grpc.aio
 
@@ -15,14 +16,16 @@ from executor.tls import Dialer
 from plans.cluster import Cluster
 from plans.errors import InvalidInput, RemoteFailure
 
-__all__ = ["ClusterConnection", "check_gateway", "gather", "joined", "unheard"]
+__all__ = ["Call", "ClusterConnection", "check_gateway", "gather", "joined", "unheard"]
 
 _MAX_MESSAGE_BYTES = 64 * 2**20
 _Answer = TypeVar("_Answer")
+Call: TypeAlias = Callable[[], Awaitable[_Answer]]
+"""A call that is still to be made: one that was made and never awaited, for an interrupt came first, is a warning."""
 
 
-async def gather(calls: Mapping[str, Awaitable[_Answer]]) -> tuple[dict[str, _Answer], dict[str, RemoteFailure]]:
-    """Await all ``calls`` together; return the answers, and the failures of the peers that failed, by their key."""
+async def gather(calls: Mapping[str, Call[_Answer]]) -> tuple[dict[str, _Answer], dict[str, RemoteFailure]]:
+    """Make all ``calls`` together; return the answers, and the failures of the peers that failed, by their key."""
     outcomes = await asyncio.gather(*(_outcome(call) for call in calls.values()))
     pairs = list(zip(calls, outcomes, strict=True))
     answers = {key: answer for key, (answer, failure) in pairs if failure is None and answer is not None}
@@ -63,9 +66,9 @@ def unheard(lost: Mapping[str, RemoteFailure], gateways: Container[str], *, long
     return RemoteFailure(failure.peer, problem, retryable=failure.retryable)
 
 
-async def _outcome(call: Awaitable[_Answer]) -> tuple[_Answer | None, RemoteFailure | None]:
+async def _outcome(call: Call[_Answer]) -> tuple[_Answer | None, RemoteFailure | None]:
     try:
-        return await call, None
+        return await call(), None
     except RemoteFailure as failure:
         return None, failure
 
@@ -125,8 +128,8 @@ class ClusterConnection:
         ``with_desired``: ask agents for what they shall run as well.
         """
         (agents, lost_agents), (gateways, lost_gateways) = await asyncio.gather(
-            gather({node: self._agent_state(node, timeout_s, with_desired) for node in self.agents}),
-            gather({address: client.state(timeout_s=timeout_s) for address, client in self.gateways.items()}),
+            gather({node: partial(self._agent_state, node, timeout_s, with_desired) for node in self.agents}),
+            gather({name: partial(client.state, timeout_s=timeout_s) for name, client in self.gateways.items()}),
         )
         return agents, gateways, lost_agents | lost_gateways
 

@@ -22,6 +22,8 @@ from executor.apply_plan import (
     assess,
     changes,
     check_plan,
+    check_rotation,
+    not_serving,
 )
 from executor.cluster_connection import ClusterConnection, unheard
 from executor.cluster_status import ClusterStatus, status
@@ -148,12 +150,15 @@ async def apply(
         if not dry_run:
             await held.enter_async_context(holding(connection, new_holder(), lease or LeaseTiming()))
         live = await _live(connection, limits)
-        standing = assess(plan, prior or plan.prior, live)
+        standing = assess(plan, prior or plan.prior, live, {node.name: node.address for node in cluster.nodes})
         match standing:
             case Stale(problem=problem):
                 raise StalePlan(problem)
             case InForce(generation=generation, left_over=()):
+                if not dry_run:
+                    await _serving(plan, connection, live, limits, progress)
                 return NoChanges(generation=generation, placement_digest=plan.placement_digest)
+        check_rotation(plan, live)
         found = standing.left_over if isinstance(standing, InForce) else ()
         generation = standing.generation if isinstance(standing, Fresh) else live.last_generation + 1
         spans = start_tracing("foreplan-controller")
@@ -237,6 +242,30 @@ async def _live(connection: ClusterConnection, limits: ApplyTimeouts) -> Live:
     if lost:
         raise unheard(lost, connection.gateways, longer="give it longer with --timeout state=SECONDS")
     return Live(agents=agents, gateways=gateways)
+
+
+async def _serving(
+    plan: Plan, connection: ClusterConnection, live: Live, limits: ApplyTimeouts, progress: Progress
+) -> None:
+    """Wait until the plan that is live serves: an agent that was restarted loads its models first.
+
+    Raises:
+        RemoteFailure: It does not in ``converge_s``; says what is missing.
+    """
+    clock = asyncio.get_running_loop().time
+    end_s = clock() + limits.converge_s
+    told: tuple[str, ...] = ()
+    while missing := not_serving(plan, live):
+        if clock() > end_s:
+            text = f"the plan is live, but does not serve after {limits.converge_s:g} s: {'; '.join(missing)}"
+            raise RemoteFailure("cluster", f"{text}; `foreplan status` tells more", retryable=True)
+        for line in missing if missing != told else ():
+            progress(ProgressEvent(step="serve", peer="cluster", outcome="begun", detail=line))
+        told = missing
+        await asyncio.sleep(_FOLLOW_PAUSE_S)
+        live = await _live(connection, limits)
+    if told:
+        progress(ProgressEvent(step="serve", peer="cluster", outcome="done"))
 
 
 async def _run(way: Sequence[Rollout], before: Live, limits: ApplyTimeouts) -> None:

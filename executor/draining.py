@@ -6,12 +6,12 @@ Nothing is unloaded and the plan stays as it is: gateways stop sending to the no
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from executor.cluster_connection import ClusterConnection, unheard
 from executor.lease import LeaseTiming, holding, new_holder
-from executor.state import AgentState, Phase
+from executor.state import AgentState, GatewayState, Phase, ReplicaKey
 from executor.tls import Dialer
 from plans.cluster import Cluster
 from plans.errors import Fault, InvalidInput, RemoteFailure
@@ -73,11 +73,11 @@ async def set_drained(
         ClusterConnection(cluster, gateways, dialer) as connection,
         holding(connection, new_holder(), lease or LeaseTiming()),
     ):
-        agents, _, lost = await connection.states(timeout_s=_CALL_S)
+        agents, doors, lost = await connection.states(timeout_s=_CALL_S)
         if absent := {name: lost[name] for name in (node, *gateways) if name in lost}:
             raise unheard(absent, connection.gateways, longer="see whether it is busy, and try again")
         services = tuple(sorted({replica.key.service for replica in agents[node].replicas}))
-        if drained and not force and (alone := sole_services(node, agents)):
+        if drained and not force and (alone := sole_services(node, agents, doors)):
             remedy = "plan a replica elsewhere first, or give --force and let its requests fail"
             raise InvalidInput(
                 [
@@ -100,8 +100,11 @@ async def set_drained(
     return Drained(node=node, drained=drained, services=services, wall_s=clock() - start_s, ready=ready)
 
 
-def sole_services(node: str, agents: dict[str, AgentState]) -> tuple[str, ...]:
-    """Return the services that ``node`` serves, or is about to, and that no other node in rotation serves."""
+def sole_services(node: str, agents: Mapping[str, AgentState], doors: Mapping[str, GatewayState]) -> tuple[str, ...]:
+    """Return the services that ``node`` serves, or is about to, and that no other node serves.
+
+    Another node counts where it is in rotation, and every gateway sends to it: one may have lost the way there.
+    """
     here = {
         replica.key.service
         for replica in agents[node].replicas
@@ -113,8 +116,16 @@ def sole_services(node: str, agents: dict[str, AgentState]) -> tuple[str, ...]:
         if name != node and not state.drained
         for replica in state.replicas
         if replica.phase is Phase.SERVING and not replica.left_over  # nobody is routed to what has left the plan
+        if all(_sends_to(door, replica.key) for door in doors.values())
     }
     return tuple(sorted(here - elsewhere))
+
+
+def _sends_to(door: GatewayState, key: ReplicaKey) -> bool:
+    return any(
+        target.healthy and not target.stage and (target.service, target.group) == (key.service, key.group)
+        for target in door.targets
+    )
 
 
 async def _remaining(connection: ClusterConnection, node: str, drained: bool) -> str:

@@ -11,6 +11,7 @@ Under `plans.errors.ForeplanError`::
     └── ModelFailed            the model raised an error of its own
     WrongGeneration            a control call is older than what was seen, or does not follow on it
     LeaseHeld                  another controller is changing the node
+    RoutesRefused              with new routes a service would go out that is served now
     PlacementIsPlanned         placement changes through `foreplan apply` only
     StateNotStored             the state folder cannot be written, so nothing was changed
     StageFailed                something that a plan needs could not be loaded; nothing was committed
@@ -36,6 +37,7 @@ __all__ = [
     "QueueFull",
     "ReplicaUnavailable",
     "RequestRefused",
+    "RoutesRefused",
     "STATUS",
     "StageFailed",
     "StateNotStored",
@@ -93,6 +95,10 @@ class LeaseHeld(ForeplanError):
     """Another controller is changing the node."""
 
 
+class RoutesRefused(ForeplanError):
+    """With new routes a service would go out that is served now: the old ones stay."""
+
+
 class PlacementIsPlanned(ForeplanError):
     """A client asked for a change that only a plan can make."""
 
@@ -131,6 +137,7 @@ STATUS: Mapping[type[ForeplanError], grpc.StatusCode] = {
     RequestRefused: grpc.StatusCode.UNAVAILABLE,
     WrongGeneration: grpc.StatusCode.FAILED_PRECONDITION,
     LeaseHeld: grpc.StatusCode.FAILED_PRECONDITION,
+    RoutesRefused: grpc.StatusCode.FAILED_PRECONDITION,
     PlacementIsPlanned: grpc.StatusCode.FAILED_PRECONDITION,
     StageFailed: grpc.StatusCode.ABORTED,
     StateNotStored: grpc.StatusCode.INTERNAL,

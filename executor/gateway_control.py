@@ -9,7 +9,7 @@ import grpc
 import grpc.aio
 
 from executor import wire
-from executor.errors import StateNotStored, details_of, status_of
+from executor.errors import RoutesRefused, StateNotStored, details_of, status_of
 from executor.proto import control_pb2, control_pb2_grpc
 from executor.state import GatewayState, RoutingTable
 from plans.errors import InvalidInput, RemoteFailure, StalePlan
@@ -52,7 +52,7 @@ class GatewayControl(control_pb2_grpc.GatewayServicer):
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, details_of(error))
         except StalePlan as error:
             await context.abort(grpc.StatusCode.FAILED_PRECONDITION, details_of(error))
-        except StateNotStored as error:
+        except (RoutesRefused, StateNotStored) as error:
             await context.abort(status_of(error), details_of(error))
         except RemoteFailure as error:
             code = grpc.StatusCode.UNAVAILABLE if error.retryable else grpc.StatusCode.FAILED_PRECONDITION

@@ -9,6 +9,7 @@ talk over Unix sockets in a folder that only their user may enter.
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,7 @@ from executor.control_client import GatewayClient, channel_options
 from executor.gateway_control import GatewayControl
 from executor.gateway_switchboard import Switchboard
 from executor.proto import control_pb2_grpc
-from executor.state import GatewayState, RoutingTable, TargetState
+from executor.state import GatewayState, RoutingTable
 from plans.errors import RemoteFailure
 
 __all__ = ["Family", "Member", "merged"]
@@ -88,6 +89,7 @@ class Family:
 
         Raises:
             StalePlan: It may not follow the one in force.
+            RoutesRefused: A service that is served now would have no healthy target.
             StateNotStored: It cannot be stored.
             RemoteFailure: The leader, or another process, does not answer; asking again goes on from there.
         """
@@ -140,14 +142,12 @@ def merged(states: Sequence[GatewayState]) -> GatewayState:
         ]
         worst = next((one for one in same if not one.healthy), target)
         targets.append(
-            TargetState(
-                service=target.service,
-                group=target.group,
+            dataclasses.replace(
+                target,
                 healthy=worst.healthy,
                 reason=worst.reason,
                 sent=sum(one.sent for one in same),
                 failed=sum(one.failed for one in same),
-                stage=target.stage,
             )
         )
     return GatewayState(

@@ -6,6 +6,7 @@ import asyncio
 import logging
 from collections.abc import Callable, Mapping
 
+from executor.errors import RoutesRefused
 from executor.first_tries import FirstTries
 from executor.gateway_journal import RoutingJournal
 from executor.gateway_peer import Peer, PeerTiming
@@ -73,10 +74,12 @@ class Switchboard:
     async def install(self, table: RoutingTable, *, stored: bool = False) -> None:
         """Put ``table`` in force, all at once, after its agents were asked for their state and it is stored.
 
-        With ``stored`` another process has stored it. A caller that goes away does not stop it half way.
+        With ``stored`` another process has checked and stored it. A caller that goes away does not stop it half way.
 
         Raises:
             StalePlan: The table may not follow the one in force.
+            RoutesRefused: A service that is served now would have no healthy target.
+            StateNotStored: It cannot be stored.
         """
         await self._moves.run(self._install(table, stored=stored))
 
@@ -85,14 +88,28 @@ class Switchboard:
             self.router.check_generation(table)
             fresh = self._new_peers(table)
             try:
-                await asyncio.gather(*(peer.poll() for peer in (self._peers | fresh).values()))
+                await self._poll(self._peers | fresh)
                 if not stored:
+                    await self._check_losses(table, self._peers | fresh)
                     await self._journal.write(table)
             except BaseException:
                 await asyncio.gather(*(peer.close(0.0) for peer in fresh.values()))
                 raise
             self._put_in_force(table, fresh)
             _log.info("event=routed generation=%d services=%d", table.generation, len(table.services))
+
+    async def _poll(self, peers: Mapping[str, Peer]) -> None:
+        await asyncio.gather(*(peer.poll() for peer in peers.values()))
+
+    async def _check_losses(self, table: RoutingTable, peers: Mapping[str, Peer]) -> None:
+        """Refuse routes by which a service would go out; agents that are away for a moment are waited for."""
+        clock = asyncio.get_running_loop().time
+        end_s = clock() + _PATIENCE_S
+        while losses := self.router.losses(table):
+            if clock() > end_s:
+                raise RoutesRefused(f"generation {table.generation} is not routed: {'; '.join(losses)}")
+            await asyncio.sleep(self._timing.poll_interval_s)
+            await self._poll(peers)
 
     def peer(self, node: str) -> Peer | None:
         """Return the peer of ``node``; None when no table in force names it."""
@@ -178,6 +195,9 @@ class Switchboard:
             self.first_tries.give_up(backend.node, lambda service: not self.router.problem(service))
         self._on_change()
 
+
+_PATIENCE_S = 2.0
+"""How long new routes wait for agents that cannot serve; below the seconds that a caller has for its call."""
 
 _LEAVE_S = 5.0
 """Seconds that requests in flight get at least, when the routes to their agent are gone."""

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import TypeVar
 
 from executor.apply_plan import Live, left_over
 from executor.assignment import desired_state, routing_table
-from executor.cluster_connection import ClusterConnection, gather, joined
+from executor.cluster_connection import Call, ClusterConnection, gather, joined
 from executor.control_client import TimedOut
 from executor.rounds import Stop
 from executor.state import AgentState, DesiredState, ReplicaKey
@@ -120,7 +121,7 @@ class Rollout:
         timeout_s = self._timeouts.validate_s
         answers = await self._everywhere(
             "validate",
-            {n: a.validate(self._desired(n), timeout_s=timeout_s) for n, a in self._connection.agents.items()},
+            {n: partial(a.validate, self._desired(n), timeout_s=timeout_s) for n, a in self._connection.agents.items()},
         )
         faults: list[Fault] = [fault for found, _ in answers.values() for fault in found]
         if faults:
@@ -135,7 +136,8 @@ class Rollout:
         """
         timeout_s = self._timeouts.stage_s
         self.deferred = await self._everywhere(
-            "stage", {n: a.stage(self._desired(n), timeout_s=timeout_s) for n, a in self._connection.agents.items()}
+            "stage",
+            {n: partial(a.stage, self._desired(n), timeout_s=timeout_s) for n, a in self._connection.agents.items()},
         )
 
     async def commit(self) -> None:
@@ -148,7 +150,7 @@ class Rollout:
         await self._everywhere(
             "commit",
             {
-                n: a.commit(self.generation, self._digest, timeout_s=timeout_s)
+                n: partial(a.commit, self.generation, self._digest, timeout_s=timeout_s)
                 for n, a in self._connection.agents.items()
             },
         )
@@ -161,7 +163,7 @@ class Rollout:
         """
         agents = self._connection.agents
         _, lost = await gather(
-            {node: self._repeat("abort", node, self._aborting(node), self._timeouts.abort_s) for node in agents}
+            {n: partial(self._repeat, "abort", n, self._aborting(n), self._timeouts.abort_s) for n in agents}
         )
         states, _, _ = await self._connection.states(timeout_s=self._timeouts.state_s)
         successors = {
@@ -210,7 +212,7 @@ class Rollout:
         await self._everywhere(
             "finish",
             {
-                node: agent.finish(self.generation, self._digest, timeout_s=timeout_s)
+                node: partial(agent.finish, self.generation, self._digest, timeout_s=timeout_s)
                 for node, agent in self._connection.agents.items()
             },
         )
@@ -225,7 +227,7 @@ class Rollout:
         """
         _, failures = await gather(
             {
-                node: self._repeat("finish", node, self._finishing(node), self._timeouts.converge_s)
+                node: partial(self._repeat, "finish", node, self._finishing(node), self._timeouts.converge_s)
                 for node in self._connection.agents
             }
         )
@@ -237,7 +239,7 @@ class Rollout:
     async def left_over(self) -> tuple[str, ...]:
         """Return what still differs from the plan, a line each; peers that do not answer included."""
         agents, gateways, lost = await self._connection.states(timeout_s=self._timeouts.state_s)
-        found = left_over(self.plan, self.generation, Live(agents=agents, gateways=gateways))
+        found = left_over(self.plan, self.generation, Live(agents=agents, gateways=gateways), self._addresses)
         return (*(str(failure) for failure in lost.values()), *found)
 
     def _desired(self, node: str) -> DesiredState:
@@ -246,23 +248,22 @@ class Rollout:
     async def _route(self, step: str, without: list[ReplicaKey]) -> dict[str, RemoteFailure]:
         table = routing_table(self.plan, self._addresses, self.generation, without=without)
 
-        def sending(address: str) -> Callable[[], Awaitable[None]]:
-            client = self._connection.gateways[address]
-            return lambda: client.set_routes(table, timeout_s=self._timeouts.routes_s)
+        def sending(address: str) -> Call[None]:
+            return partial(self._connection.gateways[address].set_routes, table, timeout_s=self._timeouts.routes_s)
 
         _, failures = await gather(
             {
-                address: self._repeat(step, address, sending(address), self._timeouts.converge_s)
+                address: partial(self._repeat, step, address, sending(address), self._timeouts.converge_s)
                 for address in self._connection.gateways
             }
         )
         return failures
 
-    def _aborting(self, node: str) -> Callable[[], Awaitable[None]]:
-        client = self._connection.agents[node]
-        return lambda: client.abort(self.generation, self._digest, timeout_s=self._timeouts.abort_s)
+    def _aborting(self, node: str) -> Call[None]:
+        abort = self._connection.agents[node].abort
+        return partial(abort, self.generation, self._digest, timeout_s=self._timeouts.abort_s)
 
-    def _finishing(self, node: str) -> Callable[[], Awaitable[None]]:
+    def _finishing(self, node: str) -> Call[None]:
         """Return an attempt to finish; from the second on it looks first, for the agent may have been restarted."""
         client = self._connection.agents[node]
         tried = False
@@ -279,18 +280,18 @@ class Rollout:
 
         return attempt
 
-    async def _everywhere(self, step: str, calls: Mapping[str, Awaitable[_Answer]]) -> dict[str, _Answer]:
-        """Await one call per peer; raise what failed when all have ended."""
-        answers, failures = await gather({node: self._tell(step, node, call) for node, call in calls.items()})
+    async def _everywhere(self, step: str, calls: Mapping[str, Call[_Answer]]) -> dict[str, _Answer]:
+        """Make one call per peer; raise what failed when all have ended."""
+        answers, failures = await gather({node: partial(self._tell, step, node, call) for node, call in calls.items()})
         if failures:
             raise joined(failures.values())
         return answers
 
-    async def _tell(self, step: str, peer: str, call: Awaitable[_Answer]) -> _Answer:
+    async def _tell(self, step: str, peer: str, call: Call[_Answer]) -> _Answer:
         self._progress(ProgressEvent(step=step, peer=peer, outcome="begun"))
         try:
             with self._spans.span(f"apply.{step}", peer=peer, generation=self.generation):
-                answer = await call
+                answer = await call()
         except RemoteFailure as failure:
             self._progress(ProgressEvent(step=step, peer=peer, outcome="failed", detail=failure.problem))
             if isinstance(failure, TimedOut):
@@ -302,7 +303,7 @@ class Rollout:
         self._progress(ProgressEvent(step=step, peer=peer, outcome="done"))
         return answer
 
-    async def _repeat(self, step: str, peer: str, attempt: Callable[[], Awaitable[None]], limit_s: float) -> None:
+    async def _repeat(self, step: str, peer: str, attempt: Call[None], limit_s: float) -> None:
         """Repeat ``attempt`` with growing pauses until it succeeds, is refused twice, or ``limit_s`` is over."""
         clock = asyncio.get_running_loop().time
         end_s = clock() + limit_s
@@ -310,7 +311,7 @@ class Rollout:
         refused = False
         while True:
             try:
-                return await self._tell(step, peer, attempt())
+                return await self._tell(step, peer, attempt)
             except RemoteFailure as failure:
                 if clock() + pause_s > end_s or (refused and not failure.retryable):
                     raise

@@ -175,6 +175,28 @@ class Router:
         if table.placement_digest != current.placement_digest:
             raise StalePlan(f"{refused}: another plan has this generation; two controllers were at work")
 
+    def losses(self, table: RoutingTable) -> tuple[str, ...]:
+        """Return the services that can be served now and that ``table`` would leave without a healthy target, and why.
+
+        By what has been observed of the backends of both tables. A service that the table gives no target waits for its
+        replicas to be loaded, which is no loss to find out here.
+        """
+        views = {backend.node: self._views.get(backend) for backend in table.backends}
+        found = []
+        for routes in table.services:
+            now = self._rotations.get(routes.service)
+            if now is None or not any(now.weights):
+                continue
+            problems = {
+                target.group: view.problem_of(routes.stage or routes.service, target) if view else "not reached yet"
+                for target in routes.targets
+                for view in (views[target.node],)
+            }
+            if problems and all(problems.values()):
+                whys = "; ".join(f"{group}: {problem}" for group, problem in problems.items())
+                found.append(f"{routes.service!r} would have nobody to serve it ({whys})")
+        return tuple(found)
+
     def install(self, table: RoutingTable) -> None:
         """Put ``table`` in force, all at once. The same generation may be installed again, with other targets.
 
@@ -283,6 +305,7 @@ class Router:
 
     def health(self) -> Iterator[TargetState]:
         """Yield the state of every target, in the table's order."""
+        addresses = {backend.node: backend.address for backend in self._table.backends} if self._table else {}
         for service, rotation in self._rotations.items():
             for position, target in enumerate(rotation.routes.targets):
                 yield TargetState(
@@ -293,6 +316,7 @@ class Router:
                     sent=rotation.sent[position],
                     failed=rotation.failed[position],
                     stage=rotation.routes.stage,
+                    address=addresses[target.node],
                 )
 
     def counted(self) -> dict[str, dict[str, tuple[int, int]]]:

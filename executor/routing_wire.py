@@ -121,6 +121,7 @@ def gateway_state_to_proto(state: GatewayState) -> pb.GatewayState:
                 sent=target.sent,
                 failed=target.failed,
                 stage=target.stage,
+                address=target.address,
             )
             for target in state.targets
         ],
@@ -143,6 +144,7 @@ def gateway_state_from_proto(message: pb.GatewayState) -> GatewayState:
                 sent=target.sent,
                 failed=target.failed,
                 stage=target.stage,
+                address=target.address,
             )
             for target in message.targets
         ),

@@ -301,7 +301,7 @@ class RoutingTable:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TargetState:
-    """What a gateway reports of one target; ``stage`` as in `ServiceRoutes`."""
+    """What a gateway reports of one target: ``stage`` as in `ServiceRoutes`, ``address`` where it reaches the agent."""
 
     service: str
     group: str
@@ -310,6 +310,7 @@ class TargetState:
     sent: int = 0
     failed: int = 0
     stage: str = ""
+    address: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -345,7 +345,7 @@ class RoutingTable(_message.Message):
     def __init__(self, generation: _Optional[int] = ..., placement_digest: _Optional[str] = ..., backends: _Optional[_Iterable[_Union[Backend, _Mapping]]] = ..., services: _Optional[_Iterable[_Union[ServiceRoutes, _Mapping]]] = ...) -> None: ...
 
 class TargetState(_message.Message):
-    __slots__ = ("service", "group", "healthy", "reason", "sent", "failed", "stage")
+    __slots__ = ("service", "group", "healthy", "reason", "sent", "failed", "stage", "address")
     SERVICE_FIELD_NUMBER: _ClassVar[int]
     GROUP_FIELD_NUMBER: _ClassVar[int]
     HEALTHY_FIELD_NUMBER: _ClassVar[int]
@@ -353,6 +353,7 @@ class TargetState(_message.Message):
     SENT_FIELD_NUMBER: _ClassVar[int]
     FAILED_FIELD_NUMBER: _ClassVar[int]
     STAGE_FIELD_NUMBER: _ClassVar[int]
+    ADDRESS_FIELD_NUMBER: _ClassVar[int]
     service: str
     group: str
     healthy: bool
@@ -360,7 +361,8 @@ class TargetState(_message.Message):
     sent: int
     failed: int
     stage: str
-    def __init__(self, service: _Optional[str] = ..., group: _Optional[str] = ..., healthy: _Optional[bool] = ..., reason: _Optional[str] = ..., sent: _Optional[int] = ..., failed: _Optional[int] = ..., stage: _Optional[str] = ...) -> None: ...
+    address: str
+    def __init__(self, service: _Optional[str] = ..., group: _Optional[str] = ..., healthy: _Optional[bool] = ..., reason: _Optional[str] = ..., sent: _Optional[int] = ..., failed: _Optional[int] = ..., stage: _Optional[str] = ..., address: _Optional[str] = ...) -> None: ...
 
 class GatewayState(_message.Message):
     __slots__ = ("version", "generation", "placement_digest", "targets", "ready")

@@ -306,12 +306,13 @@ class FakeGateway(_Scripted, control_pb2_grpc.GatewayServicer):
     @property
     def state(self) -> GatewayState:
         services = self.table.services if self.table else ()
+        addresses = {backend.node: backend.address for backend in self.table.backends} if self.table else {}
         return GatewayState(
             version="fake",
             generation=self.generation,
             placement_digest=self.table.placement_digest if self.table else "",
             targets=tuple(
-                TargetState(service=routes.service, group=target.group, healthy=True)
+                TargetState(service=routes.service, group=target.group, healthy=True, address=addresses[target.node])
                 for routes in services
                 for target in routes.targets
             ),

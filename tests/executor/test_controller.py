@@ -487,6 +487,52 @@ class TestForwardOnly:
 
         run(scenario)
 
+    def test_an_agent_that_moved_is_told_to_the_gateways_though_the_plan_is_the_same(self) -> None:
+        async def scenario(made: Site) -> None:
+            await made.apply(FIRST)
+            agent = made.agents["a"]
+            await agent.kill()
+            before, agent.address = agent.address, ""
+            await agent.start()
+            assert agent.address != before
+            result = await made.apply(FIRST)
+            assert isinstance(result, NoChanges)
+            assert all(before in line and agent.address in line for line in result.converged)
+            made.assert_runs(FIRST, 2)
+            for gateway in made.gateways:
+                assert agent.address in {backend.address for backend in gateway.tables[-1].backends}
+
+        run(scenario)
+
+    def test_a_plan_that_is_live_but_does_not_serve_is_waited_for_and_then_told(self) -> None:
+        async def scenario(made: Site) -> None:
+            await made.apply(FIRST)
+            key = ReplicaKey(group="a/0", service="chat", variant="v1")
+            made.agents["a"].phases[key] = Phase.LOADING
+            with pytest.raises(RemoteFailure, match=r"does not serve after 0.25 s: a: chat \(v1\) on a/0 is loading"):
+                await made.apply(FIRST)
+            waiting = asyncio.create_task(made.apply(FIRST, timeouts=ApplyTimeouts(), progress=told.append))
+            while not told:
+                await asyncio.sleep(0)
+            made.agents["a"].phases[key] = Phase.SERVING
+            assert isinstance(await waiting, NoChanges)
+            assert made.generations == {1}
+
+        told: list[ProgressEvent] = []
+        run(scenario)
+
+    def test_a_plan_that_would_leave_a_service_to_drained_nodes_is_refused_before_anything_changes(self) -> None:
+        async def scenario(made: Site) -> None:
+            await made.apply(FIRST)
+            made.agents["c"].drained = True
+            for dry_run in (True, False):
+                with pytest.raises(InvalidInput, match="foreplan undrain c"):
+                    await made.apply(plan({"c/0": "v1"}, prior=FIRST), dry_run=dry_run)
+            made.assert_runs(FIRST, 1)
+            await made.apply(plan({"a/0": "v1", "c/0": "v1"}, prior=FIRST))
+
+        run(scenario)
+
     def test_an_apply_cut_short_between_commits_and_flip_does_not_make_other_plans_stale(self) -> None:
         async def scenario(made: Site) -> None:
             await made.apply(FIRST)

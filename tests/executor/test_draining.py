@@ -9,7 +9,7 @@ import pytest
 from executor.controller import apply
 from executor.draining import set_drained, sole_services
 from executor.gateway import GatewayConfig, running_gateway
-from executor.state import AgentState, Phase, ReplicaKey, ReplicaState
+from executor.state import AgentState, GatewayState, Phase, ReplicaKey, ReplicaState, TargetState
 from plans.cluster import Cluster
 from plans.errors import InvalidInput, RemoteFailure
 from tests.executor.fake_agent import FakeAgent
@@ -61,14 +61,24 @@ def test_what_only_a_drained_node_serves_elsewhere_does_not_count() -> None:
         )
         return AgentState(node=node, version="", replicas=replicas, drained=drained)
 
+    def door(**unreached: str) -> dict[str, GatewayState]:
+        targets = tuple(
+            TargetState(service=service, group=f"{node}/0", healthy=unreached.get(node) != service)
+            for node, services in {"a": "xy", "b": "x", "c": "y"}.items()
+            for service in services
+        )
+        return {"g:1": GatewayState(version="", targets=targets)}
+
     agents = {"a": agent("a", "x", "y"), "b": agent("b", "x", drained=True), "c": agent("c", "y")}
-    assert sole_services("a", agents) == ("x",)
-    assert sole_services("c", agents) == ()
+    assert sole_services("a", agents, door()) == ("x",)
+    assert sole_services("c", agents, door()) == ()
+    assert sole_services("a", agents, door(c="y")) == ("x", "y")  # a gateway does not reach it
+    assert sole_services("a", agents, door() | {"g:2": GatewayState(version="")}) == ("x", "y")  # one routes nothing
     left = tuple(dataclasses.replace(one, left_over=True) for one in agents["c"].replicas)
-    assert sole_services("a", agents | {"c": dataclasses.replace(agents["c"], replicas=left)}) == ("x", "y")
+    assert sole_services("a", agents | {"c": dataclasses.replace(agents["c"], replicas=left)}, door()) == ("x", "y")
     loading = agents | {"a": agent("a", "x", "y", phase=Phase.LOADING)}
-    assert sole_services("a", loading) == ("x",)  # it would load, and nobody would send to it
-    assert sole_services("c", loading) == ("y",)
+    assert sole_services("a", loading, door()) == ("x",)  # it would load, and nobody would send to it
+    assert sole_services("c", loading, door()) == ("y",)
 
 
 def test_a_dead_node_keeps_nobody_from_draining_another_and_a_dead_gateway_is_told_before_anything_changes(

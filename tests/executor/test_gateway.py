@@ -292,6 +292,38 @@ class TestRoutes:
 
         run(scenario())
 
+    def test_routes_by_which_a_service_would_go_out_are_refused_and_the_old_ones_serve_on(self, tmp_path: Path) -> None:
+        async def scenario() -> None:
+            async with agents("a", "b") as (a, b), door(tmp_path) as front:
+                await front.control.set_routes(table(a), timeout_s=5)
+                b.drained = True
+                with pytest.raises(RemoteFailure, match=r"FAILED_PRECONDITION: .*b/0: its node is drained") as caught:
+                    await front.control.set_routes(table(b, generation=2), timeout_s=60)
+                assert not caught.value.retryable
+                await b.kill()
+                with pytest.raises(RemoteFailure, match=r"FAILED_PRECONDITION: .*b/0: its agent gives no state"):
+                    await front.control.set_routes(table(b, generation=2), timeout_s=60)
+                await front.infer()
+                assert (len(a.served), (await front.state()).generation) == (1, 1)
+
+        run(scenario())
+
+    def test_routes_wait_for_an_agent_that_is_about_to_serve(self, tmp_path: Path) -> None:
+        async def scenario() -> None:
+            async with agents("a", "b") as (a, b), door(tmp_path) as front:
+                await front.control.set_routes(table(a), timeout_s=5)
+                b.drained = True
+                b.calls.clear()
+                flip = asyncio.create_task(front.control.set_routes(table(b, generation=2), timeout_s=60))
+                while "GetState" not in b.calls:
+                    await asyncio.sleep(0)
+                b.drained = False
+                await flip
+                await front.infer()
+                assert (len(a.served), len(b.served)) == (0, 1)
+
+        run(scenario())
+
     def test_a_table_that_contradicts_itself_is_refused_with_every_fault(self, tmp_path: Path) -> None:
         async def scenario() -> None:
             async with door(tmp_path) as front, agents("a") as (a,):

@@ -282,6 +282,23 @@ class TestInstall:
             router.install(table(1.0, generation=5, digest="other"))
         assert router.table == table(0.5, 0.5, generation=5)
 
+    def test_what_new_routes_would_lose_is_told_with_why(self) -> None:
+        router = router_of([1.0], {0})
+        assert router.losses(table(0.5, 0.5, generation=2)) == ()  # one of two is enough
+        moved = table(1.0, generation=2)
+        moved = replace(moved, backends=(Backend(node="n0", address="elsewhere:1"),))
+        assert router.losses(moved) == ("'chat' would have nobody to serve it (n0/0: not reached yet)",)
+        router.observe(moved.backends[0], NodeView(problem="its node is drained"))
+        assert router.losses(moved) == ("'chat' would have nobody to serve it (n0/0: its node is drained)",)
+        router.observe(moved.backends[0], serving(0))
+        assert router.losses(moved) == ()
+
+    def test_what_nobody_serves_now_or_what_waits_for_its_replicas_is_no_loss(self) -> None:
+        later = replace(table(1.0, generation=2), backends=(Backend(node="n0", address="elsewhere:1"),))
+        assert Router().losses(later) == ()
+        assert router_of([1.0], set()).losses(later) == ()
+        assert router_of([1.0], {0}).losses(table(generation=2)) == ()
+
     def test_a_service_whose_replicas_are_all_to_be_loaded_is_known_but_not_served(self) -> None:
         router = Router()
         full = table(1.0)
