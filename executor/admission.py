@@ -11,7 +11,7 @@ from executor.state import DesiredGroup, DesiredState
 from plans.errors import Fault
 from plans.units import format_bytes
 
-__all__ = ["NodeFacts", "placement_faults"]
+__all__ = ["NodeFacts", "memory_faults", "placement_faults"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,7 +39,7 @@ def _faults(desired: DesiredState, facts: NodeFacts) -> Iterator[Fault]:
         yield Fault(field="node", found=repr(desired.node), expected=f"{facts.node!r}, this node", remedy=remedy)
     for group in desired.groups:  # on the way between plans, groups of both may share devices
         yield from _group_faults(group, facts)
-    yield from _memory_faults(desired, facts)
+    yield from memory_faults(desired, facts)
 
 
 def _group_faults(group: DesiredGroup, facts: NodeFacts) -> Iterator[Fault]:
@@ -64,7 +64,8 @@ def _group_faults(group: DesiredGroup, facts: NodeFacts) -> Iterator[Fault]:
             yield Fault(field=where, found=repr(replica.variant), expected=f"one of {known}", remedy=remedy)
 
 
-def _memory_faults(desired: DesiredState, facts: NodeFacts) -> Iterator[Fault]:
+def memory_faults(desired: DesiredState, facts: NodeFacts) -> Iterator[Fault]:
+    """Yield every device of the node that has less memory than ``desired`` needs there."""
     used: dict[int, int] = defaultdict(int)
     for group in desired.groups:
         for position, gpu in enumerate(group.gpus):

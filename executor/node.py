@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 
-from executor.admission import NodeFacts, placement_faults
+from executor.admission import NodeFacts, memory_faults, placement_faults
 from executor.errors import ReplicaUnavailable, StageFailed, UnknownService, WorkerGone, WorkerRefused, WrongGeneration
 from executor.journal import Journal
 from executor.moves import WholeMoves
@@ -107,6 +107,8 @@ class Node:
         stored = await asyncio.to_thread(self._journal.read)
         if stored is not None:
             self._check_stored(stored)
+            for fault in memory_faults(stored, self._facts(())):
+                _log.error("event=memory_short fault=%r", str(fault))
         self.committed = stored
         self.drained = await asyncio.to_thread(self._journal.read_drained)
         if self.settings.spare_worker:
@@ -154,14 +156,16 @@ class Node:
         except (WorkerGone, WorkerRefused) as error:
             remedy = "correct the agent's device, runtime or model folder and start it again"
             return (Fault(field="runtime", found=str(error), expected="a runtime that starts", remedy=remedy),)
-        facts = NodeFacts(
+        return placement_faults(desired, self._facts(variants))
+
+    def _facts(self, variants: tuple[str, ...]) -> NodeFacts:
+        return NodeFacts(
             node=self.settings.node,
             device_count=self.settings.device_count,
             memory_bytes=self.settings.memory_bytes,
             swaps=self.settings.worker.swap_bytes > 0,
             variants=variants,
         )
-        return placement_faults(desired, facts)
 
     def states(self) -> tuple[ReplicaState, ...]:
         """Return the state of every replica."""
@@ -216,7 +220,7 @@ class Node:
             if self.staged is not None and (self.staged != desired or self.upkeep.stage_problems(_keys(desired))):
                 self.upkeep.unstage()
             self.staged, self._is_staged = desired, False
-        await self.upkeep.until(lambda: not self.upkeep.is_clearing())  # or what leaves seems to be in the way
+        await self.upkeep.until(lambda: not self.upkeep.is_clearing(desired))  # or what leaves seems to be in the way
         self._check_staged(desired)
         self.upkeep.want(desired)
         wanted = set(_keys(desired))

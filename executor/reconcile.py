@@ -329,11 +329,12 @@ def _adoptions(replicas: Iterable[Replica], views: Mapping[str, GroupView]) -> I
 
 
 def _cleared(view: GroupView, replicas: Sequence[Replica]) -> Iterator[Action]:
-    """Yield what takes unused models, and then the worker itself, away."""
+    """Yield what takes unused models, and then the worker itself, away, with it loads that nobody needs any more."""
     used = {replica.key.variant for replica in replicas}
     if view.worker is WorkerPhase.READY:
         for model in view.models:
             if model.variant not in used and model.phase in (ModelPhase.LOADED, ModelPhase.FAILED):
                 yield UnloadModel(group=view.id, variant=model.variant)
-    if not replicas and not view.models and view.worker in (WorkerPhase.READY, WorkerPhase.ENDED):
+    idle = not replicas and all(model.phase is ModelPhase.LOADING for model in view.models)
+    if idle and view.worker in (WorkerPhase.READY, WorkerPhase.ENDED):
         yield StopWorker(group=view.id)

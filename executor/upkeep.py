@@ -22,6 +22,7 @@ from executor.reconcile import (
     Charge,
     GroupView,
     LoadModel,
+    ModelPhase,
     Release,
     StartWorker,
     StopWorker,
@@ -33,13 +34,16 @@ from executor.reconcile import (
 )
 from executor.replica import Event, Replica, advance
 from executor.spare_worker import SpareWorker
-from executor.state import DesiredReplica, DesiredState, Phase, ReplicaKey, ReplicaState
+from executor.state import DesiredGroup, DesiredReplica, DesiredState, Phase, ReplicaKey, ReplicaState
 from executor.statistics import Counters
 from executor.worker_link import WorkerSettings
 
 __all__ = ["Upkeep"]
 
 _log = logging.getLogger("executor.agent")
+
+_STOP_S = 5.0
+"""How long a worker that is not needed any more may take to end."""
 
 _DRAIN_POLL_S = 0.02
 """How often a draining replica is looked at."""
@@ -174,11 +178,27 @@ class Upkeep:
         """Say whether some replica drains."""
         return any(replica.phase is Phase.DRAINING for replica in self.replicas.values())
 
-    def is_clearing(self) -> bool:
-        """Say whether some replica drains, or a model is still here that no replica uses."""
+    def is_clearing(self, desired: DesiredState) -> bool:
+        """Say whether a device on which ``desired`` is not loaded yet still holds what leaves.
+
+        That is a replica that drains, or a model that no replica uses. What leaves other devices may take its time.
+        """
         used = {(key.group, key.variant) for key in self.replicas}
-        held = {(view.id, model.variant) for view in self._views() for model in view.models}
-        return self.is_draining() or not held <= used
+        leaving = {gpu for one in self.replicas.values() if one.phase is Phase.DRAINING for gpu in one.gpus}
+        for view in self._views():
+            if any((view.id, model.variant) not in used for model in view.models):
+                leaving.update(view.gpus)
+        return any(leaving.intersection(group.gpus) and not self._is_here(group) for group in desired.groups)
+
+    def _is_here(self, group: DesiredGroup) -> bool:
+        """Say whether all of ``group`` is loaded, for replicas that stay."""
+        return all(
+            (one := self.replicas.get(key)) is not None
+            and one.phase is not Phase.DRAINING
+            and self._has_room(key, wanted.max_batch, wanted.memory_bytes, wanted.shape)
+            for wanted in group.replicas
+            for key in (group.key_of(wanted),)
+        )
 
     def has_idle_group(self) -> bool:
         """Say whether a group is still here that runs nothing."""
@@ -342,7 +362,9 @@ class Upkeep:
             self.spare.learn(variants)
 
     async def _stop_worker(self, group: GroupServer) -> None:
-        await group.stop_worker()
+        """End a worker that nobody uses; one that still loads may never be done, and is not waited for."""
+        loads = any(model.phase is ModelPhase.LOADING for model in group.worker.view().models)
+        await group.stop_worker(0.0 if loads else _STOP_S)
         if not self._of_group(group.id):
             self.groups.pop(group.id, None)
 

@@ -153,8 +153,26 @@ def test_an_abort_ends_a_stage_that_still_loads(tmp_path):
             await agent.abort(1)
             with refused(grpc.StatusCode.FAILED_PRECONDITION, "aborted or replaced"):
                 await staging
+            await eventually(lambda: worker_processes() == [])  # though the load never ends
+            await agent.apply(desired(2, g0=[replica("t", "twice")]))
+
+    asyncio.run(scenario())
+
+
+def test_a_load_that_never_ends_keeps_nobody_from_other_devices(tmp_path):
+    async def scenario():
+        async with scripted(tmp_path) as agent:
+            await agent.apply(desired(1, g0=[replica("s", "twice")]))
+            staging = asyncio.create_task(
+                agent.stage(desired(2, g0=[replica("s", "twice"), replica("x", "gated-load")]))
+            )
+            await agent.until_phase("x", Phase.LOADING)
+            await agent.abort(2)
+            with refused(grpc.StatusCode.FAILED_PRECONDITION, "aborted or replaced"):
+                await staging
+            await agent.apply(desired(3, g0=[replica("s", "twice")], g1=[replica("t", "twin")]))
+            assert await serving(agent) == {("s", "twice"), ("t", "twin")}
             (tmp_path / "load").touch()
-            await eventually(lambda: worker_processes() == [])
 
     asyncio.run(scenario())
 
