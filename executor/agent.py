@@ -165,7 +165,7 @@ async def serve_agent(
             await server.checks.set("", _Status.SERVING)
             readiness.update(node)
             await server.start()
-            async with services.metrics_server(credentials):
+            async with services.metrics_server():
                 _log.info("event=agent_listening node=%s port=%d", config.node, port)
                 if config.device == "cuda":
                     _log.info("event=mps running=%s", mps_is_running())
@@ -191,6 +191,7 @@ class _Services:
     ) -> None:
         version = importlib.metadata.version("foreplan")
         self._config = config
+        self._credentials = credentials
         limits = TensorLimits(total_bytes=config.max_message_bytes)
         recorded = spans if isinstance(spans, Spans) else None  # a span around nothing costs too
         self._inference = InferenceServicer(node, version=version, limits=limits, spans=recorded)
@@ -214,16 +215,16 @@ class _Services:
         register(self._inference, server)  # type: ignore[no-untyped-call]
 
     @contextlib.asynccontextmanager
-    async def metrics_server(self, credentials: Credentials | None) -> AsyncIterator[None]:
+    async def metrics_server(self) -> AsyncIterator[None]:
         """Answer Prometheus inside the block, where an address for it is given."""
         if not self._config.metrics:
             yield
             return
         async with http_server(
-            metrics_application(self._metrics, Guard(Role.AGENT) if credentials else None),
+            metrics_application(self._metrics, Guard(Role.AGENT) if self._credentials else None),
             self._config.metrics,
             where="--metrics",
-            credentials=credentials,
+            credentials=self._credentials,
             insecure=self._config.insecure,
         ) as port:
             _log.info("event=metrics_listening port=%d", port)
@@ -231,7 +232,8 @@ class _Services:
 
     async def _metrics(self) -> bytes:
         state, devices = await self._control.state(), await self._control.devices()
-        return exposition(agent_metrics(state, self._inference.counters(), devices))
+        ends = self._credentials.expires if self._credentials else None
+        return exposition(agent_metrics(state, self._inference.counters(), devices), ends)
 
 
 def _node_settings(config: AgentConfig) -> NodeSettings:

@@ -245,7 +245,10 @@ class _Process:
         return servers
 
     async def _metrics(self) -> bytes:
-        return exposition(self._door.metrics.collect(self.switchboard.router))
+        return exposition(
+            self._door.metrics.collect(self.switchboard.router),
+            self._credentials.expires if self._credentials else None,
+        )
 
 
 async def _report_health(switchboard: Switchboard, checks: HealthServicer, changed: asyncio.Event) -> None:

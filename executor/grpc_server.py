@@ -12,6 +12,7 @@ import signal
 import socket
 import threading
 from collections.abc import Iterator, Sequence
+from datetime import UTC, datetime
 from typing import Any
 
 import grpc
@@ -21,6 +22,7 @@ from grpc_health.v1._async import HealthServicer
 from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
 from grpc_reflection.v1alpha._async import ReflectionServicer
 
+from executor.logs import log_failure
 from executor.request_reading import reading
 from executor.roles import Guard, Role
 from executor.tls import Credentials
@@ -72,6 +74,7 @@ class RpcServer:
         self._credentials = credentials
         self._guard = Guard(role) if credentials else None
         self.checks = HealthServicer()
+        self._reminding: asyncio.Task[None] | None = None
 
     def add_generic_rpc_handlers(self, handlers: Sequence[grpc.GenericRpcHandler[Any, Any]]) -> None:
         """Register handlers, behind the guard where there is one."""
@@ -110,10 +113,27 @@ class RpcServer:
     async def start(self) -> None:
         """Begin to answer."""
         await self._server.start()
+        if self._credentials is not None:
+            self._reminding = asyncio.create_task(_remind(self._credentials), name="certificates")
+            self._reminding.add_done_callback(log_failure)
 
     async def stop(self, grace_s: float) -> None:
         """Stop; calls in flight get ``grace_s`` seconds to end."""
+        if self._reminding is not None:
+            self._reminding.cancel()
         await self._server.stop(grace_s)
+
+
+async def _remind(credentials: Credentials) -> None:
+    """Look after the certificate of a server that nobody may be connecting to."""
+    while True:
+        credentials.refresh()
+        credentials.remind(datetime.now(UTC))
+        await asyncio.sleep(_LOOK_S)
+
+
+_LOOK_S = 60.0
+"""How often the certificate in use is looked at."""
 
 
 def check_free(host: str, port: int) -> None:

@@ -9,9 +9,10 @@ from __future__ import annotations
 import re
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
+from datetime import datetime
 
 from prometheus_client import CollectorRegistry, PlatformCollector, ProcessCollector, generate_latest
-from prometheus_client.core import HistogramMetricFamily, Metric
+from prometheus_client.core import GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 __all__ = ["BOUNDS_S", "Durations", "exposition", "histogram"]
@@ -74,10 +75,14 @@ class _Once(Collector):
         return []
 
 
-def exposition(families: Iterator[Metric]) -> bytes:
-    """Return ``families``, and what the process itself uses, in the text format of Prometheus."""
+def exposition(families: Iterator[Metric], certificate_ends: datetime | None = None) -> bytes:
+    """Return ``families``, when a certificate ends, and what the process itself uses, as Prometheus reads it."""
     registry = CollectorRegistry(auto_describe=False)
     registry.register(_Once(families))
+    if certificate_ends is not None:
+        text = "When the certificate of this process ends, seconds since the epoch."
+        name = "executor_certificate_not_after_timestamp_seconds"
+        registry.register(_Once(iter([GaugeMetricFamily(name, text, value=certificate_ends.timestamp())])))
     ProcessCollector(registry=registry)
     PlatformCollector(registry=registry)
     return _TRITON_HEADS.sub(rb"# \1 \2 ", generate_latest(registry))

@@ -11,7 +11,7 @@ import logging
 import ssl
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,9 @@ from plans.errors import Fault, InvalidInput
 __all__ = ["Credentials", "Dialer", "TlsFiles", "check_transport", "is_elsewhere", "is_loopback", "peer_identity"]
 
 _log = logging.getLogger("executor.security")
+
+_SOON = timedelta(days=14)
+"""How long before its end a certificate is told of."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,6 +78,7 @@ class Credentials:
         self._role = role
         self._marks = _marks(files)
         self._material = _read(files, role)
+        self._remind_at = datetime.min.replace(tzinfo=UTC)
         self._server_context, self._client_context = self._made_contexts(self._marks)
 
     def refresh(self) -> bool:
@@ -95,6 +99,22 @@ class Credentials:
         self.version += 1
         _log.info("event=certificates_reloaded file=%s version=%d", self.files.certificate, self.version)
         return True
+
+    @property
+    def expires(self) -> datetime:
+        """When the certificate in use ends, UTC."""
+        return x509.load_pem_x509_certificates(self._material.certificate)[0].not_valid_after_utc
+
+    def remind(self, now: datetime) -> None:
+        """Log, once a day, that the certificate ends soon, or has ended: who shows it then gets no new connection."""
+        left = self.expires - now
+        if left > _SOON or now < self._remind_at:
+            return
+        self._remind_at = now + timedelta(days=1)
+        level, event = (logging.WARNING, "expires") if left > timedelta(0) else (logging.ERROR, "expired")
+        remedy = "renew it with `foreplan certs rotate`, and copy it here"
+        text = "event=certificate_%s file=%s at=%s remedy=%r"
+        _log.log(level, text, event, self.files.certificate, f"{self.expires:%Y-%m-%dT%H:%MZ}", remedy)
 
     def server(self) -> grpc.ServerCredentials:
         """Return credentials for a server that asks every caller for a certificate; new connections get new files."""

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import shutil
 import ssl
 from collections.abc import AsyncIterator, Coroutine
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -455,6 +457,44 @@ def test_an_expired_certificate_is_named_by_whoever_would_show_it(tmp_path: Path
     expired = Authority.made(tmp_path / "ca").issue(Role.OPERATOR, days_ago=5)
     with pytest.raises(InvalidInput, match=r"operator\.pem: found valid from .* renew it with `foreplan certs rotate`"):
         Credentials(expired)
+
+
+def test_a_certificate_that_ends_soon_is_told_of_once_a_day(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    credentials = Credentials(Authority.made(tmp_path / "ca").issue(Role.AGENT), Role.AGENT)  # for a day
+
+    def told(before_end: timedelta) -> list[tuple[int, str]]:
+        caplog.clear()
+        credentials.remind(credentials.expires - before_end)
+        return [(record.levelno, record.getMessage()) for record in caplog.records]
+
+    assert told(timedelta(days=15)) == []
+    ((level, text),) = told(timedelta(days=13))
+    assert level == logging.WARNING
+    assert "event=certificate_expires" in text
+    assert "agent.pem" in text
+    assert "foreplan certs rotate" in text
+    assert told(timedelta(days=12, hours=1)) == []
+    ((level, text),) = told(timedelta(hours=-1))
+    assert level == logging.ERROR
+    assert "event=certificate_expired" in text
+
+
+def test_a_server_tells_of_its_certificate_by_itself(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    async def scenario() -> None:
+        async with site(tmp_path) as made:
+            await eventually(lambda: caplog.text.count("event=certificate_expires") >= 2)  # agent and gateway
+            context = Credentials(made.authority.issue(Role.CLIENT)).client_context()
+            ends = Credentials(made.authority.files("agent"), Role.AGENT).expires.timestamp()
+            for address in (made.metrics, made.gateway_metrics):
+                async with (
+                    aiohttp.ClientSession() as session,
+                    session.get(f"https://{address}/metrics", ssl=context) as page,
+                ):
+                    lines = (await page.text()).splitlines()
+                (line,) = [one for one in lines if one.startswith("executor_certificate_not_after_timestamp_seconds ")]
+                assert float(line.split()[1]) == pytest.approx(ends, abs=60.0)
+
+    asyncio.run(asyncio.wait_for(scenario(), WAIT_S))
 
 
 def test_a_method_that_no_rule_names_is_for_nobody() -> None:
