@@ -25,6 +25,7 @@ class Batch:
         items: Items in all of them.
         started_s: When it was sent, on the clock.
         expected_free_s: When the device, or the first stage of a pipeline, should be free again.
+        input_s: How long it took from its start until its inputs were where the worker reads them.
     """
 
     key: ReplicaKey
@@ -32,6 +33,7 @@ class Batch:
     items: int
     started_s: float
     expected_free_s: float
+    input_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -271,8 +271,9 @@ class GroupServer:
         )
         try:
             future = self._regions.send(link, loaded, batch, functools.partial(self._freed, batch))
+            batch.input_s = self._clock() - now_s
             if key in self.counters:
-                self.counters[key].input_s += self._clock() - now_s
+                self.counters[key].input_s += batch.input_s
         except (OSError, ValueError) as error:
             _log.exception("event=batch_not_sent replica=%r", str(key))
             refused = ReplicaUnavailable(f"{key}: its worker cannot be given the batch: {error}")
@@ -307,7 +308,7 @@ class GroupServer:
         if error is None:
             self._note_overrun(batch)
             if batch.key in self.counters:
-                run_s = self._clock() - batch.started_s
+                run_s = self._clock() - batch.started_s - batch.input_s
                 self.counters[batch.key].ran(batch.items, run_s, time.time_ns() // 1_000_000)
         if isinstance(error, WorkerRefused) and error.invalid_input and len(batch.pending) > 1:
             _log.warning("event=batch_refused replica=%r action=run_one_by_one", str(batch.key))

@@ -24,7 +24,7 @@ class Counters:
         items: Items in the requests answered.
         request_s: From submission to the answer, of the requests answered.
         queue_s: Of it, until their batch started.
-        run_s: That batches ran.
+        run_s: That batches ran, from when the worker had their inputs.
         failed_s: From submission to the end, of the requests dropped and failed.
         last_ms: When the last batch ended, milliseconds since the epoch.
         swaps: Batches that waited for their model to be brought to the device.

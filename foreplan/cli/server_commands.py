@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import gc
 import importlib.util
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -73,6 +74,8 @@ def agent(
     insecure: Insecure = False,
 ) -> None:
     """Run the agent of one node: hosts workers, loads models, serves requests. Stops on SIGTERM."""
+    # Read when grpc is imported: otherwise it remarks on every worker that is started, which it has no part in.
+    os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "false")
     import uvloop
 
     from executor.agent import AgentConfig, serve_agent
