@@ -66,6 +66,30 @@ def test_a_batch_that_cannot_be_sent_fails_and_the_group_goes_on(tmp_path, monke
     asyncio.run(scenario())
 
 
+def test_the_time_that_inputs_take_is_not_counted_as_inference_too(tmp_path, monkeypatch):
+    async def scenario():
+        async with server(tmp_path, "twice") as (made, _):
+            late_s = 0.0
+            made._clock = lambda: time.monotonic() + late_s
+            grow = SharedSegment.grow
+
+            def slowly(self, size_bytes):
+                nonlocal late_s
+                late_s += 1000.0
+                return grow(self, size_bytes)
+
+            with monkeypatch.context() as patch:
+                patch.setattr(SharedSegment, "grow", slowly)
+                answer = made.submit(key("twice"), {"x": np.ones((1, 4), np.float32)}, 1, made._clock() + 1e6).answer
+                await asyncio.wait_for(answer, WAIT_S)
+            counters = made.counters[key("twice")]
+            assert counters.input_s > 999.0
+            assert counters.run_s < 999.0
+            assert counters.queue_s + counters.input_s + counters.run_s + counters.output_s < counters.request_s + 1.0
+
+    asyncio.run(scenario())
+
+
 def test_a_model_that_is_gone_holds_up_no_other_service(tmp_path):
     async def scenario():
         async with server(tmp_path, "gated-run", "twice", "twin") as (made, _):
