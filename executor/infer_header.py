@@ -21,6 +21,7 @@ from plans.errors import InvalidInput
 __all__ = [
     "GROUP_METADATA",
     "LONGEST_DEADLINE_S",
+    "STREAM_PARAMETER",
     "AnswerHeader",
     "InferHeader",
     "answer_header",
@@ -42,6 +43,9 @@ GROUP_METADATA = "foreplan-group"
 
 LONGEST_DEADLINE_S = 86_400.0
 """A later deadline is this one: gRPC cannot carry just any number, and nobody waits longer."""
+
+STREAM_PARAMETER = "sequence_id"
+"""Parameter that marks requests as frames of one stream, as with Triton."""
 
 _MOST_FIELDS = 1000
 """Top-level fields of a message: tensors and parameters. They are looked at one by one."""
@@ -200,11 +204,11 @@ def stream_of(request: messages.ModelInferRequest) -> str:
     Raises:
         InvalidInput: It is neither, or the text is too long to be kept, as with Triton.
     """
-    value = parameter(request.parameters, "sequence_id")
+    value = parameter(request.parameters, STREAM_PARAMETER)
     if isinstance(value, bool | float) or (isinstance(value, str) and len(value) > _LONGEST_STREAM):
         expected = f"a whole number, or a text of at most {_LONGEST_STREAM} characters"
         found = reprlib.repr(value)
-        raise InvalidInput.of(expected, where="request", field="parameters.sequence_id", found=found)
+        raise InvalidInput.of(expected, where="request", field=f"parameters.{STREAM_PARAMETER}", found=found)
     return str(value) if value else ""
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import secrets
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -19,13 +20,13 @@ from numpy.typing import NDArray
 
 from executor.cluster_connection import check_gateway
 from executor.control_client import channel_options
-from executor.load_processes import LoadTarget, replay_in_processes
+from executor.load_processes import LoadTarget, Replayed, replay_in_processes
 from executor.load_requests import Arrays, build_requests
 from executor.load_run import LoadProgress, LoadRun, Schedule
 from executor.load_tokens import TokenLoad
 from executor.tls import Credentials, Dialer, TlsFiles
 from plans.errors import Fault, InvalidInput
-from plans.service import GenerationSlo, Services
+from plans.service import FrequencyService, GenerationSlo, Services
 from plans.units import format_seconds
 from traces.outcomes import RunSummary, nearest_rank, summarise
 from traces.table import RequestTrace
@@ -46,8 +47,8 @@ class LoadOptions:
 
     Attributes:
         speed: Trace seconds per second; 2 doubles every rate. Deadlines stay as they are.
-        connections: Connections to the gateway of each process, taken in turn.
-        processes: Processes that send, each every n-th request; 1 sends from this one.
+        connections: Connections to the gateway of each process, taken in turn; a stream keeps to one.
+        processes: Processes that send, taken in turn as well; 1 sends from this one.
         payloads: Input arrays by service and tensor name, in place of seeded random ones.
         seed: Of the random inputs.
         gpus: GPUs that the system under test holds, for GPU-hours.
@@ -83,12 +84,14 @@ class LoadResult:
         summary: Counts and percentiles.
         send_lag_p99_s: 99th percentile of ``sent_s - scheduled_s``.
         warnings: What makes the figures less than they should be.
+        lost: What processes of the load client that ended early leave out; the run was stopped then.
     """
 
     requests: pd.DataFrame
     summary: RunSummary
     send_lag_p99_s: float
     warnings: tuple[str, ...]
+    lost: tuple[str, ...]
 
 
 async def replay(
@@ -96,7 +99,8 @@ async def replay(
 ) -> LoadResult:
     """Send the requests of ``trace`` to ``gateway`` at their times, and wait for all of them to end.
 
-    A gateway that dies in the middle gives failed requests, and the run goes on.
+    A gateway that dies in the middle gives failed requests, and the run goes on. Requests of a service of class
+    frequency carry their stream as the parameter ``sequence_id``.
 
     Args:
         trace: What to send.
@@ -118,15 +122,16 @@ async def replay(
         body=trace.codes.astype(np.int64),
         duration_s=trace.duration_s / how.speed,
         position=_positions(trace, services),
+        stream=_streams(trace, services),
     )
-    schedule, frame, wall_s = await _replayed(trace, services, schedule, gateway, how)
-    return _result(trace, schedule, frame, wall_s, services, how)
+    schedule, ran = await _replayed(trace, services, schedule, gateway, how)
+    return _result(trace, schedule, ran, services, how)
 
 
 async def _replayed(
     trace: RequestTrace, services: Services, schedule: Schedule, gateway: str, how: LoadOptions
-) -> tuple[Schedule, pd.DataFrame, float]:
-    """Send everything; return what was asked for, what `LoadRun.frame` says, and the length of the run in seconds."""
+) -> tuple[Schedule, Replayed]:
+    """Send everything; return what was asked for, and what was noted."""
     names = trace.services
     dialer = Dialer(Credentials(how.tls) if how.tls else None)
     options = channel_options(how.max_message_bytes)
@@ -142,16 +147,16 @@ async def _replayed(
                 wall_s = await run.replay()
             finally:
                 stopping.cancel()
-            return schedule, run.frame(), wall_s
+            return schedule, Replayed(frame=run.frame(), wall_s=wall_s)
     finally:
         await asyncio.gather(*(channel.close(None) for channel in channels))
     target = LoadTarget(
         gateway=gateway, connections=how.connections, max_message_bytes=how.max_message_bytes, tls=how.tls
     )
-    frame, wall_s = await asyncio.to_thread(
+    ran = await asyncio.to_thread(
         replay_in_processes, schedule, bodies, target, how.processes, how.on_progress, how.stop.is_set
     )
-    return schedule, frame, wall_s
+    return schedule, ran
 
 
 async def _stop_when_told(run: LoadRun, stop: asyncio.Event) -> None:
@@ -233,10 +238,22 @@ def _positions(trace: RequestTrace, services: Services) -> NDArray[np.int64] | N
     return np.where(of_workflow[trace.codes], np.arange(len(trace)), -1)
 
 
-def _result(
-    trace: RequestTrace, schedule: Schedule, notes: pd.DataFrame, wall_s: float, services: Services, how: LoadOptions
-) -> LoadResult:
-    frame = _frame(trace, schedule, notes, services)
+def _streams(trace: RequestTrace, services: Services) -> NDArray[np.int64] | None:
+    """Return numbers of the streams of services of class frequency, 0 for other requests; None without any.
+
+    They begin with a random one, so that gateways do not take them for the streams of another run.
+    """
+    frequent = {one.name for one in services.services if isinstance(one, FrequencyService)}
+    labels = trace.frame.get("stream")
+    if labels is None or frequent.isdisjoint(trace.services):
+        return None
+    number, _ = pd.factorize(labels)
+    framed = np.array([name in frequent for name in trace.services])[trace.codes] & (number >= 0)
+    return np.where(framed, 1 + secrets.randbits(62) + number, 0)
+
+
+def _result(trace: RequestTrace, schedule: Schedule, ran: Replayed, services: Services, how: LoadOptions) -> LoadResult:
+    frame = _frame(trace, schedule, ran.frame, services)
     lag_s = np.sort((frame["sent_s"] - frame["scheduled_s"]).to_numpy())
     lag_p99_s = nearest_rank(lag_s, 99) or 0.0
     shortest_s = float(schedule.deadline_s.min())
@@ -249,9 +266,9 @@ def _result(
         )
     names = [one.name for one in (*services.services, *services.workflows) if one.name in trace.services]
     summary = summarise(
-        frame, wall_s=wall_s, gpus=how.gpus, services=names, utilisation=_utilisation(frame, wall_s) or None
+        frame, wall_s=ran.wall_s, gpus=how.gpus, services=names, utilisation=_utilisation(frame, ran.wall_s) or None
     )
-    return LoadResult(requests=frame, summary=summary, send_lag_p99_s=lag_p99_s, warnings=warnings)
+    return LoadResult(requests=frame, summary=summary, send_lag_p99_s=lag_p99_s, warnings=warnings, lost=ran.lost)
 
 
 def _utilisation(frame: pd.DataFrame, wall_s: float) -> dict[str, float]:

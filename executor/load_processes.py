@@ -1,4 +1,4 @@
-"""A replay by several processes: each sends every n-th request, all from one start, and their notes are put together.
+"""A replay by several processes: each sends its share, all from one start, and their notes are put together.
 
 One Python process sends some thousand requests per second; beyond that the load client would measure itself.
 """
@@ -28,7 +28,7 @@ from executor.tls import Credentials, Dialer, TlsFiles
 from plans.errors import ForeplanError, RemoteFailure
 from plans.interrupts import interrupts_held
 
-__all__ = ["LoadTarget", "replay_in_processes"]
+__all__ = ["LoadTarget", "Replayed", "replay_in_processes"]
 
 _READY, _PROGRESS, _RESULT, _FAILED = b"A", b"P", b"R", b"F"
 _COUNTS = struct.Struct("<QQ")
@@ -51,6 +51,21 @@ class LoadTarget:
     tls: TlsFiles | None = None
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Replayed:
+    """What a replay noted.
+
+    Attributes:
+        frame: What `LoadRun.frame` says of all requests.
+        wall_s: Length of the run.
+        lost: What processes that ended early leave out of ``frame``, where their requests are as if never sent.
+    """
+
+    frame: pd.DataFrame
+    wall_s: float
+    lost: tuple[str, ...] = ()
+
+
 def replay_in_processes(
     schedule: Schedule,
     bodies: Sequence[bytes],
@@ -58,28 +73,28 @@ def replay_in_processes(
     processes: int,
     on_progress: Callable[[LoadProgress], None] = lambda _: None,
     is_stopped: Callable[[], bool] = lambda: False,
-) -> tuple[pd.DataFrame, float]:
-    """Send ``schedule`` from ``processes`` processes; return what `LoadRun.frame` says of all requests, and seconds.
+) -> Replayed:
+    """Send ``schedule`` from ``processes`` processes. When one is lost, the others stop, and keep what they have.
 
     ``is_stopped`` is asked now and then whether to end the run early. A Ctrl-C or SIGTERM goes to this process only.
 
     Raises:
-        RemoteFailure: A process of the load client failed; says how.
+        RemoteFailure: A process of the load client could not start, or none is left; says how.
     """
     context = multiprocessing.get_context("spawn")
     children = []
-    for index in range(processes):
+    turns = schedule.turns(processes)
+    shares = [np.flatnonzero(turns == index) for index in range(processes)]
+    for rows in shares:
         ours, theirs = context.Pipe()
-        child = context.Process(
-            target=_child, args=(schedule.part(index, processes), list(bodies), target, theirs), daemon=True
-        )
+        child = context.Process(target=_child, args=(schedule.part(rows), list(bodies), target, theirs), daemon=True)
         with interrupts_held(signal.SIGTERM):  # a supervisor may tell the whole group
             child.start()
         theirs.close()
         children.append((child, ours))
     try:
         start_s = _started([ours for _, ours in children])
-        parts = _collected([ours for _, ours in children], len(schedule), on_progress, is_stopped)
+        parts, failures = _collected([ours for _, ours in children], len(schedule), on_progress, is_stopped)
         wall_s = max(SHORTEST_S, time.monotonic() - start_s)
     finally:
         for child, ours in children:
@@ -88,8 +103,15 @@ def replay_in_processes(
             if child.is_alive():
                 child.kill()
                 child.join()
-    whole = pd.concat([part.set_axis(np.arange(index, len(schedule), processes)) for index, part in enumerate(parts)])
-    return whole.sort_index(), wall_s
+    found = pd.concat([part.set_axis(shares[index]) for index, part in parts.items()])
+    return Replayed(
+        frame=found.reindex(np.arange(len(schedule))).fillna({"status": ""}),
+        wall_s=wall_s,
+        lost=tuple(
+            f"{failure}; the run was stopped, and the {len(shares[index])} requests of it are missing: run it again"
+            for index, failure in failures.items()
+        ),
+    )
 
 
 def _started(connections: Sequence[Connection]) -> float:
@@ -110,15 +132,20 @@ def _collected(
     total: int,
     on_progress: Callable[[LoadProgress], None],
     is_stopped: Callable[[], bool],
-) -> list[pd.DataFrame]:
-    """Pass progress on until every process has sent its result; return those."""
+) -> tuple[dict[int, pd.DataFrame], dict[int, RemoteFailure]]:
+    """Pass progress on until every process has sent its result, or has failed; return both.
+
+    Raises:
+        RemoteFailure: All have failed.
+    """
     told = False
     found: dict[int, pd.DataFrame] = {}
+    failures: dict[int, RemoteFailure] = {}
     latest: dict[int, tuple[int, int, LatencyHistogram]] = {}
     index_of = {id(connection): index for index, connection in enumerate(connections)}
     waiting = list(connections)
     while waiting:
-        if is_stopped() and not told:
+        if (failures or is_stopped()) and not told:
             told = True
             for connection in waiting:
                 with contextlib.suppress(OSError):  # it has just ended, well or not
@@ -126,7 +153,12 @@ def _collected(
         for ready in multiprocessing.connection.wait(waiting, _WAIT_S):
             assert isinstance(ready, Connection)
             index = index_of[id(ready)]
-            kind, body = _received(ready, index)
+            try:
+                kind, body = _received(ready, index)
+            except RemoteFailure as failure:
+                failures[index] = failure
+                waiting.remove(ready)
+                continue
             if kind == _RESULT:
                 found[index] = pd.read_parquet(io.BytesIO(body))
                 waiting.remove(ready)
@@ -136,7 +168,9 @@ def _collected(
             latest[index] = (done, good, LatencyHistogram(counts))
         if latest:
             on_progress(_sum(latest, total))
-    return [found[index] for index in range(len(connections))]
+    if not found:
+        raise next(iter(failures.values()))
+    return found, failures
 
 
 def _sum(latest: dict[int, tuple[int, int, LatencyHistogram]], total: int) -> LoadProgress:
@@ -150,7 +184,7 @@ def _sum(latest: dict[int, tuple[int, int, LatencyHistogram]], total: int) -> Lo
 def _received(connection: Connection, index: int) -> tuple[bytes, bytes]:
     try:
         message = connection.recv_bytes()
-    except (EOFError, ConnectionResetError) as error:
+    except (EOFError, OSError) as error:  # the latter within a message
         raise RemoteFailure(f"load process {index}", "ended before its work was done", retryable=False) from error
     if message[:1] == _FAILED:
         raise RemoteFailure(f"load process {index}", message[1:].decode(), retryable=False)

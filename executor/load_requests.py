@@ -17,10 +17,9 @@ from executor.proto import open_inference_pb2 as messages
 from executor.runtime.protocol import NUMPY_TYPES
 from executor.stream_inference import INPUT
 from executor.tensors import encode_request
-from executor.workflow import POSITION_PARAMETER
 from plans.errors import InvalidInput, RemoteFailure
 
-__all__ = ["Arrays", "Bodies", "build_requests", "example_inputs", "position_field"]
+__all__ = ["Arrays", "Bodies", "build_requests", "example_inputs", "parameter_field"]
 
 Arrays = Mapping[str, NDArray[Any]]
 
@@ -80,9 +79,9 @@ async def build_requests(
     return Bodies(requests=requests, generating=frozenset(generating))
 
 
-def position_field(position: int) -> bytes:
-    """Return what, behind a serialised request for a workflow, numbers it."""
-    field: bytes = encode_request("", {}, parameters={POSITION_PARAMETER: position}).SerializeToString()
+def parameter_field(name: str, value: int) -> bytes:
+    """Return what, behind a serialised request, adds the parameter ``name`` to it."""
+    field: bytes = encode_request("", {}, parameters={name: value}).SerializeToString()
     return field
 
 

@@ -15,10 +15,11 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from executor.gateway_peer import INFERENCE
-from executor.infer_header import AnswerHeader, read_answer_header
+from executor.infer_header import STREAM_PARAMETER, AnswerHeader, read_answer_header
 from executor.latency_histogram import LatencyHistogram
-from executor.load_requests import position_field
+from executor.load_requests import parameter_field
 from executor.load_tokens import TokenLoad, stream_answer, token_fields
+from executor.workflow import POSITION_PARAMETER
 from plans.errors import InvalidInput
 
 __all__ = ["SHORTEST_S", "LoadProgress", "LoadRun", "Schedule"]
@@ -42,6 +43,7 @@ class Schedule:
         tokens: What requests ask of services that generate; None without any.
         position: Shape (request,): numbers requests for workflows, so that agents draw what the evaluator draws; -1 on
             all others. None without any.
+        stream: Shape (request,): numbers the stream of which each is a frame; 0 on all others. None without any.
     """
 
     due_s: NDArray[np.float64]
@@ -50,20 +52,30 @@ class Schedule:
     duration_s: float
     tokens: TokenLoad | None = None
     position: NDArray[np.int64] | None = None
+    stream: NDArray[np.int64] | None = None
 
     def __len__(self) -> int:
         """Return the number of requests."""
         return len(self.due_s)
 
-    def part(self, index: int, count: int) -> Schedule:
-        """Return every ``count``-th request from the one at ``index`` on."""
+    def turns(self, count: int) -> NDArray[np.int64]:
+        """Return which of ``count`` senders sends each request: they take turns, and one sends all of a stream."""
+        turn = np.arange(len(self)) % count
+        if self.stream is None:
+            return turn
+        _, rank = np.unique(self.stream, return_inverse=True)
+        return np.where(self.stream != 0, rank % count, turn)
+
+    def part(self, rows: NDArray[np.int64]) -> Schedule:
+        """Return the requests ``rows`` alone."""
         return Schedule(
-            due_s=self.due_s[index::count],
-            deadline_s=self.deadline_s[index::count],
-            body=self.body[index::count],
+            due_s=self.due_s[rows],
+            deadline_s=self.deadline_s[rows],
+            body=self.body[rows],
             duration_s=self.duration_s,
-            tokens=self.tokens.part(index, count) if self.tokens else None,
-            position=None if self.position is None else self.position[index::count],
+            tokens=self.tokens.part(rows) if self.tokens else None,
+            position=None if self.position is None else self.position[rows],
+            stream=None if self.stream is None else self.stream[rows],
         )
 
 
@@ -83,7 +95,7 @@ class LoadRun:
     Args:
         schedule: What to send when.
         bodies: Serialised requests; those for tokens without any.
-        channels: To the gateway, taken in turn.
+        channels: To the gateway, taken in turn; a stream keeps to one.
         on_progress: Told now and then how far it is.
     """
 
@@ -97,6 +109,7 @@ class LoadRun:
         count = len(schedule)
         self._schedule = schedule
         self._bodies = bodies
+        self._turns = schedule.turns(len(channels)).tolist()
         self._send = [channel.unary_unary(f"/{INFERENCE}/ModelInfer", None, None) for channel in channels]
         self._stream = [channel.stream_stream(f"/{INFERENCE}/ModelStreamInfer", None, None) for channel in channels]
         self._on_progress = on_progress
@@ -195,7 +208,7 @@ class LoadRun:
     async def _infer(self, position: int, timeout_s: float) -> None:
         """Send one request and note its answer."""
         try:
-            send = self._send[position % len(self._send)]
+            send = self._send[self._turns[position]]
             answer = await send(self._body(position), timeout=timeout_s)
         except grpc.aio.AioRpcError as error:
             self._status[position] = error.code().name
@@ -209,16 +222,18 @@ class LoadRun:
     def _body(self, position: int) -> bytes:
         schedule = self._schedule
         body: bytes = self._bodies[schedule.body[position]]
-        if schedule.position is None or schedule.position[position] < 0:
-            return body
-        return body + position_field(int(schedule.position[position]))
+        if schedule.position is not None and schedule.position[position] >= 0:
+            body += parameter_field(POSITION_PARAMETER, int(schedule.position[position]))
+        if schedule.stream is not None and schedule.stream[position]:
+            body += parameter_field(STREAM_PARAMETER, int(schedule.stream[position]))
+        return body
 
     async def _generate(self, position: int) -> None:
         """Send one request for tokens and note when they came."""
         schedule, tokens = self._schedule, self._schedule.tokens
         assert tokens is not None
         fields = token_fields(int(tokens.input_tokens[position]), int(tokens.output_tokens[position]), position)
-        send = self._stream[position % len(self._stream)]
+        send = self._stream[self._turns[position]]
         body = self._bodies[schedule.body[position]] + fields
         answer = await stream_answer(send, body, float(schedule.deadline_s[position]))
         self._status[position] = answer.status

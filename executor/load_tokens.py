@@ -46,13 +46,13 @@ class TokenLoad:
     ttft_s: NDArray[np.float64]
     tpot_s: NDArray[np.float64]
 
-    def part(self, index: int, count: int) -> TokenLoad:
-        """Return every ``count``-th request from the one at ``index`` on."""
+    def part(self, rows: NDArray[np.int64]) -> TokenLoad:
+        """Return the requests ``rows`` alone."""
         return TokenLoad(
-            input_tokens=self.input_tokens[index::count],
-            output_tokens=self.output_tokens[index::count],
-            ttft_s=self.ttft_s[index::count],
-            tpot_s=self.tpot_s[index::count],
+            input_tokens=self.input_tokens[rows],
+            output_tokens=self.output_tokens[rows],
+            ttft_s=self.ttft_s[rows],
+            tpot_s=self.tpot_s[rows],
         )
 
 

@@ -20,7 +20,7 @@ import typer
 
 from foreplan.cli.output import Output
 
-__all__ = ["EXIT_CHANGES", "EXIT_INFEASIBLE", "EXIT_INTERRUPTED", "command"]
+__all__ = ["EXIT_CHANGES", "EXIT_ERROR", "EXIT_INFEASIBLE", "EXIT_INTERRUPTED", "command"]
 
 EXIT_ERROR = 1
 EXIT_CHANGES = 2

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from foreplan.cli.command import EXIT_INTERRUPTED, command
+from foreplan.cli.command import EXIT_ERROR, EXIT_INTERRUPTED, command
 from foreplan.cli.evaluate_commands import RequestsFile, print_summary
 from foreplan.cli.options import Seed, ServicesFile, read_requests
 from foreplan.cli.output import Output, Step
@@ -81,12 +81,16 @@ def load(
         result = asyncio.run(_replay(arrivals, gateway, known, how))
     for warning in result.warnings:
         out.warn(warning)
+    for problem in result.lost:
+        out.error(problem)
     if failures := _failures(result):
         out.warn(failures)
     out.result(result.summary.to_json())
     print_summary(out, result.summary)
     if requests is not None:
         write_requests(requests, [result.requests])  # last: where it fails, the run was not for nothing
+    if result.lost:
+        raise typer.Exit(EXIT_ERROR)
     if how.stop.is_set():
         out.error(
             f"interrupted: only {len(result.requests)} of {len(arrivals)} requests were sent, and are counted here"

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import asyncio
 import math
-import multiprocessing
 from collections.abc import AsyncIterator, Coroutine
 from pathlib import Path
 from typing import Any
@@ -11,10 +10,8 @@ import grpc
 import grpc.aio
 import numpy as np
 import pandas as pd
-import psutil
 import pytest
 
-from executor import load_processes
 from executor.control_client import GatewayClient
 from executor.forwarding import Body
 from executor.gateway import GatewayConfig, running_gateway
@@ -29,7 +26,6 @@ from executor.state import Backend, ReplicaKey, RoutingTable, ServiceRoutes, Tar
 from plans.errors import InvalidInput, RemoteFailure
 from plans.service import Services
 from tests.executor.fake_agent import FakeAgent
-from tests.executor.running_agent import eventually
 from traces.table import RequestTrace
 
 Code = grpc.StatusCode
@@ -372,58 +368,6 @@ class TestAnswerHeader:
             read_answer_header(b"\xff\xff\xff")
 
 
-class TestProcesses:
-    def test_several_processes_send_what_one_would(self, tmp_path: Path) -> None:
-        async def scenario() -> None:
-            async with Bench(tmp_path) as bench:
-                seen: list[LoadProgress] = []
-                options = LoadOptions(processes=2, on_progress=seen.append)
-                result = await replay(requests(60, gap_s=0.005), bench.address, SERVICES, options)
-                assert list(result.requests["outcome"]) == ["good"] * 60
-                assert np.allclose(result.requests["scheduled_s"], np.arange(60) * 0.005)
-                assert set(result.requests["group"]) == {"a/0"}
-                assert len(bench.agent.served) == 60
-                assert (seen[-1].done, seen[-1].good, seen[-1].latency.count) == (60, 60, 60)
-
-        run(scenario())
-
-    def test_a_process_that_is_killed_is_named_whatever_it_was_told_before(self, tmp_path: Path) -> None:
-        async def scenario() -> None:
-            async with Bench(tmp_path) as bench:
-                how = LoadOptions(processes=2)
-                task = asyncio.create_task(replay(requests(100_000, gap_s=0.01), bench.address, SERVICES, how))
-                while len(bench.agent.served) < 10:
-                    await asyncio.sleep(0)
-                first, second = (one for one in psutil.Process().children() if "spawn_main" in str(one.cmdline()))
-                first.suspend()
-                how.stop.set()
-                await eventually(lambda: second.status() == psutil.STATUS_ZOMBIE)  # so both were told to stop
-                first.kill()
-                with pytest.raises(RemoteFailure, match="ended before its work was done"):
-                    await task
-
-        run(scenario())
-
-    def test_a_gateway_that_dies_gives_every_request_an_end(self, tmp_path: Path) -> None:
-        async def scenario() -> None:
-            async with Bench(tmp_path) as bench:
-                task = asyncio.create_task(
-                    replay(requests(200, gap_s=0.005), bench.address, SERVICES, LoadOptions(processes=2))
-                )
-                while len(bench.agent.served) < 20:
-                    await asyncio.sleep(0.001)
-                await bench.stop_gateway()
-                outcomes = (await task).requests["outcome"].value_counts()
-                assert outcomes.sum() == 200
-                assert outcomes["failed"] > 0
-
-        run(scenario())
-
-    def test_no_process_is_refused(self, tmp_path: Path) -> None:
-        with pytest.raises(InvalidInput, match="--processes"):
-            run(replay(requests(1), "127.0.0.1:1", SERVICES, LoadOptions(processes=0)))
-
-
 class Broken:
     """A stream whose only answer cannot be read."""
 
@@ -487,12 +431,3 @@ def test_a_request_that_leaves_before_its_time_is_measured_from_when_it_left() -
     for latency_s in frame["latency_s"]:
         counted.add(latency_s)
     np.testing.assert_array_equal(seen[-1].latency.counts, counted.counts)
-
-
-def test_a_process_that_cannot_reach_the_gateway_any_more_ends_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(load_processes, "_CONNECT_S", 0.05)
-    ours, theirs = multiprocessing.Pipe()
-    nothing = np.zeros(0)
-    schedule = Schedule(due_s=nothing, deadline_s=nothing, body=np.zeros(0, np.int64), duration_s=0.0)
-    load_processes._child(schedule, [], load_processes.LoadTarget(gateway="127.0.0.1:1"), theirs)
-    assert ours.recv_bytes() == b"F127.0.0.1:1: cannot be reached any more, after 0.05 s"
