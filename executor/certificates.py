@@ -8,7 +8,7 @@
 After `rotate_authority`, ``ca.pem`` holds the new certificate and those that are still needed: the one before, and each
 that signed a certificate in the folder. So peers trust each other while certificates are replaced one by one. Keys are
 readable by their owner only, and every file is replaced atomically, ``ca.pem`` before its key: after a kill in between
-the authority is what it was.
+the authority is what it was; a first one leaves its ``ca.pem`` alone, which is to be removed.
 """
 
 from __future__ import annotations
@@ -56,11 +56,16 @@ def init_authority(folder: Path, *, days: int = 3650, now: datetime | None = Non
     """Make an authority in ``folder``, which is made when missing.
 
     Raises:
-        InvalidInput: There is one already, ``days`` is impossible, or the folder cannot be written.
+        InvalidInput: There is one already, or its certificate alone, ``days`` is impossible, or the folder cannot be
+            written.
     """
-    if (folder / "ca-key.pem").exists():
-        remedy = "use it, or replace it with `foreplan certs rotate --ca`"
-        raise InvalidInput.of("a folder without an authority", where=folder, found="ca-key.pem", remedy=remedy)
+    remedies = {
+        "ca-key.pem": "use it, or replace it with `foreplan certs rotate --ca`",
+        "ca.pem": "put its ca-key.pem beside it, name another folder, or remove it if nothing trusts it",
+    }
+    for name, remedy in remedies.items():
+        if (folder / name).exists():
+            raise InvalidInput.of("a folder without an authority", where=folder, found=name, remedy=remedy)
     _check_days(days)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -264,7 +269,9 @@ def _write_authority(folder: Path, days: int, now: datetime, *, before: Sequence
 def _authority(folder: Path) -> tuple[x509.Certificate, ec.EllipticCurvePrivateKey]:
     path = folder / "ca-key.pem"
     if not path.is_file():
-        remedy = "run `foreplan certs init` first"
+        remedy = (
+            "put it back from where it is kept" if (folder / "ca.pem").exists() else "run `foreplan certs init` first"
+        )
         raise InvalidInput.of("the folder of an authority", where=folder, found="no ca-key.pem", remedy=remedy)
     try:
         key = serialization.load_pem_private_key(path.read_bytes(), password=None)

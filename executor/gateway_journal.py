@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 from pathlib import Path
 
 from pydantic import Field
 
 from executor.state import Backend, RoutingTable, ServiceRoutes, Target
 from executor.state_folder import storing
-from plans.documents import FORMAT_VERSION, Document, canonical_digest, read_document, write_document
-from plans.errors import BadStoredData, InvalidInput
+from plans.documents import FORMAT_VERSION, Document, canonical_digest, read_document, reading_stored, write_document
+from plans.errors import BadStoredData
 
 __all__ = ["RoutingJournal"]
 
@@ -66,15 +65,11 @@ class RoutingJournal:
         """
         if not self.path.exists():
             return None
-        try:
+        with reading_stored(self.path, remedy=_REMEDY):
             stored = read_document(self.path, _Stored)
             if stored.digest != canonical_digest([stored.table]):
                 raise BadStoredData(self.path, f"its content does not match its digest; {_REMEDY}")
             return _inner(stored.table)
-        except InvalidInput as error:
-            problems = [dataclasses.replace(fault, where="", line=None, remedy="") for fault in error.faults]
-            text = "; ".join(map(str, problems))
-            raise BadStoredData(self.path, f"{text}; {_REMEDY}", line=error.faults[0].line) from error
 
     async def write(self, table: RoutingTable) -> None:
         """Store ``table``; it is on the disk when this returns.

@@ -47,6 +47,21 @@ CREATE TABLE node (
 PRAGMA journal_mode = WAL;
 """
 _REMEDY = "move the files journal.sqlite* away to start empty, then run `foreplan apply` again"
+_KEPT_OUT = (
+    "the journal itself may be whole: free space, inodes or open files, correct the permissions, or end what holds it"
+)
+_OUTSIDE = frozenset(
+    {
+        sqlite3.SQLITE_BUSY,
+        sqlite3.SQLITE_CANTOPEN,
+        sqlite3.SQLITE_FULL,
+        sqlite3.SQLITE_IOERR,
+        sqlite3.SQLITE_PERM,
+        sqlite3.SQLITE_READONLY,
+    }
+)
+"""Primary codes of SQLite for what stands between it and a file, whatever the file holds."""
+_SQLITE_ERRORS = (sqlite3.Error, UnicodeDecodeError)  # the second where a message of SQLite quotes a damaged page
 _OLD_REMEDY = "finish with the Foreplan that wrote it, or move the file away and run `foreplan apply` again"
 
 
@@ -64,7 +79,7 @@ class Journal:
         """Replace what is stored; after a crash at any moment the old state is there or the new one.
 
         Raises:
-            StateNotStored: The folder cannot be written, or the disk is full.
+            StateNotStored: The folder cannot be written, the disk is full, or another process holds the database.
             BadStoredData: As for `read`.
         """
         self._change(desired=desired_state_to_proto(state).SerializeToString(deterministic=True))
@@ -99,7 +114,7 @@ class Journal:
         """Return what is stored, or None when nothing was ever committed.
 
         Raises:
-            BadStoredData: The database is damaged, or of another version.
+            BadStoredData: The database is damaged, of another version, or cannot be opened.
         """
         desired, _ = self._stored()
         if not desired:
@@ -117,8 +132,8 @@ class Journal:
         try:
             with self._opened() as connection:
                 return self._row(connection)
-        except sqlite3.Error as error:
-            raise BadStoredData(self.path, f"cannot be read: {error}; {_REMEDY}") from error
+        except _SQLITE_ERRORS as error:
+            raise self._unreadable(error) from error
 
     def _change(self, *, desired: bytes | None = None, drained: bool | None = None) -> None:
         """Store what is not None."""
@@ -132,8 +147,14 @@ class Journal:
                 drained = was_drained if drained is None else drained
                 row = (desired, drained, _checksum(desired, drained))
                 connection.execute("UPDATE node SET desired = ?, drained = ?, checksum = ?", row)
-        except sqlite3.Error as error:
-            raise StateNotStored(f"{self.path} cannot be written: {error}; make room there, and try again") from error
+        except _SQLITE_ERRORS as error:
+            if not _is_outside(error):
+                raise self._unreadable(error) from error
+            raise StateNotStored(f"{self.path} cannot be written: {error}; {_KEPT_OUT}, and try again") from error
+
+    def _unreadable(self, error: Exception) -> BadStoredData:
+        remedy = f"{_KEPT_OUT}, and start again" if _is_outside(error) else _REMEDY
+        return BadStoredData(self.path, f"cannot be read: {error}; {remedy}")
 
     @contextlib.contextmanager
     def _opened(self) -> Iterator[sqlite3.Connection]:
@@ -175,6 +196,10 @@ class Journal:
         old = self.path.with_name("committed.foreplan")
         if old.exists():
             raise BadStoredData(old, f"this is the journal of an older Foreplan, which kept a file; {_OLD_REMEDY}")
+
+
+def _is_outside(error: Exception) -> bool:
+    return getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR) & 0xFF in _OUTSIDE
 
 
 def _checksum(desired: bytes, drained: bool) -> int:

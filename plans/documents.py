@@ -7,6 +7,7 @@ wrote itself is JSON.
 from __future__ import annotations
 
 import copy
+import dataclasses
 import hashlib
 import json
 import os
@@ -20,7 +21,7 @@ from typing import IO, Any, TypeVar
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from plans.errors import Fault, InvalidInput
+from plans.errors import BadStoredData, Fault, InvalidInput
 
 __all__ = [
     "FORMAT_VERSION",
@@ -31,12 +32,15 @@ __all__ = [
     "check_writable",
     "parse_document",
     "read_document",
+    "reading_stored",
     "write_document",
     "write_text",
 ]
 
 FORMAT_VERSION = "1.0"
 """Major.minor of every document. A minor version only adds fields; an unknown major is refused."""
+
+_VERSION = re.compile(r"[0-9]{1,4}\.[0-9]{1,4}")
 
 
 class Document(BaseModel):
@@ -60,6 +64,17 @@ def read_document(path: Path, kind: type[AnyDocument]) -> AnyDocument:
     except (OSError, UnicodeDecodeError) as error:
         raise InvalidInput.of("a readable file", where=path, found=getattr(error, "strerror", None) or error) from error
     return parse_document(text, kind, where=str(path))
+
+
+@contextmanager
+def reading_stored(path: Path, *, remedy: str) -> Iterator[None]:
+    """Turn `InvalidInput` about ``path``, which Foreplan wrote, into `BadStoredData` that ends with ``remedy``."""
+    try:
+        yield
+    except InvalidInput as error:
+        problems = [dataclasses.replace(fault, where="", line=None, remedy="") for fault in error.faults]
+        text = "; ".join(map(str, problems))
+        raise BadStoredData(path, f"{text}; {remedy}", line=error.faults[0].line) from error
 
 
 def parse_document(text: str, kind: type[AnyDocument], *, where: str) -> AnyDocument:
@@ -109,10 +124,10 @@ def check_format_version(data: dict[str, Any], kind: type[Document], *, where: s
         InvalidInput: The version is malformed or of another major.
     """
     found = data.get("format_version", FORMAT_VERSION)
-    major, dot, minor = str(found).partition(".")
-    if not (dot and major.isdigit() and minor.isdigit()) or not isinstance(found, str):
+    if not isinstance(found, str) or not _VERSION.fullmatch(found):
         expected = f'a text such as "{FORMAT_VERSION}"'
         raise InvalidInput.of(expected, where=where, field="format_version", found=repr(found))
+    major, _, minor = found.partition(".")
     ours_major, _, ours_minor = str(kind.model_fields["format_version"].default).partition(".")
     if major != ours_major:
         raise InvalidInput.of(
@@ -221,6 +236,22 @@ def canonical_digest(documents: Iterable[Document]) -> str:
 
 class _Loader(yaml.SafeLoader):
     """The safe loader with YAML 1.2 booleans and scientific floats, and dates left as text."""
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        """Return the value of ``node``; one that its tag does not allow, or no message could quote, is an error."""
+        try:
+            value = super().construct_object(node, deep=deep)
+            if isinstance(value, int):
+                str(value)  # Python refuses what has thousands of digits
+        except (ArithmeticError, AttributeError, LookupError, ValueError) as error:
+            kind = node.tag.removeprefix("tag:yaml.org,2002:")
+            problem = f"{str(node.value)[:_QUOTED]!r}, which cannot be read as {kind}"
+            raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark) from error
+        return value
+
+
+_QUOTED = 40
+"""Characters of a value that a fault tells."""
 
 
 _REPLACED = {f"tag:yaml.org,2002:{name}" for name in ("bool", "float", "timestamp")}

@@ -14,15 +14,21 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from pydantic import Field
+
 from plans.codec import read_plan
-from plans.documents import write_text
+from plans.documents import Document, read_document, reading_stored, write_text
 from plans.errors import BadStoredData, InvalidInput
 from plans.plan import Plan
 
 __all__ = ["PlanStore", "StoredPlan"]
+
+_NUMBER = re.compile("[0-9]{1,10}")
+"""A generation, in as many digits as the name of its file has."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,6 +39,14 @@ class StoredPlan:
     name: str
     applied_at: str
     path: Path
+
+
+class _Record(Document):
+    """What a file in ``generations`` holds."""
+
+    generation: int = Field(ge=1)
+    plan: str = Field(pattern="^sha256-[0-9a-f]{64}$")
+    applied_at: str
 
 
 class PlanStore:
@@ -91,8 +105,8 @@ class PlanStore:
         if not pointer.exists():
             return None
         text = pointer.read_text(encoding="utf-8", errors="replace").strip()
-        if not text.isdigit():
-            raise BadStoredData(pointer, f"a generation number was expected, found {text!r}")
+        if not _NUMBER.fullmatch(text):
+            raise BadStoredData(pointer, f"a generation number was expected, found {text[:40]!r}")
         return self.generation(int(text))
 
     def generation(self, number: int) -> StoredPlan:
@@ -113,14 +127,14 @@ class PlanStore:
         return tuple(self._read(path) for path in sorted((self.root / "generations").glob("*.json")))
 
     def _read(self, path: Path) -> StoredPlan:
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-            generation, name, applied_at = content["generation"], content["plan"], content["applied_at"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise BadStoredData(
-                path, f"not a generation record ({error}); restore it from a backup or delete it"
-            ) from error
-        return StoredPlan(generation=int(generation), name=name, applied_at=applied_at, path=self._plan_path(name))
+        with reading_stored(path, remedy="restore this generation record from a backup or delete it"):
+            record = read_document(path, _Record)
+        return StoredPlan(
+            generation=record.generation,
+            name=record.plan,
+            applied_at=record.applied_at,
+            path=self._plan_path(record.plan),
+        )
 
     def _plan_path(self, name: str) -> Path:
         return self.root / "plans" / f"{name}.json"

@@ -40,6 +40,26 @@ _ANSWERS: Mapping[str, tuple[str, ...]] = {
 }
 """Names of the outputs of classes that end so."""
 
+_OWN_CODE: Mapping[str, tuple[str, ...]] = {
+    "attn_implementation": ("eager", "sdpa", "flex_attention"),
+    "experts_implementation": ("eager", "batched_mm", "grouped_mm"),
+}
+"""What transformers and torch compute themselves; other names stand for code of other packages, or of a repository."""
+
+_TROUBLE = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    ImportError,
+    LookupError,
+    OSError,
+    RuntimeError,
+    StrictDataclassError,
+    TypeError,
+    ValueError,
+)
+"""What transformers and torch raise for configurations that they cannot follow; for some, a package is missing here."""
+
 _LONGEST_TEXT = 128
 
 _AUDIO_SAMPLES = 16_000
@@ -77,44 +97,73 @@ def load_folder(
 ) -> tuple[PreTrainedModel, tuple[TensorSpec, ...], tuple[str, ...]]:
     """Read the model in ``model_dir / name``: the module, its inputs per item, and the names of its outputs.
 
-    ``config.json`` decides the architecture, through transformers' tables: no code from the folder runs, and nothing is
-    downloaded. All ``*.safetensors`` of the folder together are the weights; nothing else there is looked at, so no
-    index, adapter or link can lead elsewhere. ``size`` is the side of its images or the number of tokens; None for the
-    model's own.
+    ``config.json`` decides the architecture, through transformers' tables: no code from the folder or from a repository
+    that it names runs, and nothing is downloaded. All ``*.safetensors`` of the folder together are the weights; nothing
+    else there is looked at, so no index, adapter or link can lead elsewhere. ``size`` is the side of its images or the
+    number of tokens; None for the model's own.
 
     Raises:
-        InvalidInput: The configuration names no architecture known here, the weights are missing, lie outside
-            ``model_dir``, are damaged, or are not those of the architecture; or it does not take inputs of that size.
+        InvalidInput: The configuration names no architecture known here, cannot be followed, or asks for code of others
+            to compute attention or experts; the weights are missing, lie outside ``model_dir``, are damaged, or are not
+            those of the architecture; or it does not take inputs of that size.
     """
     root = model_dir.resolve()
     folder = root / name
     weights = _weight_files(root, folder)
     config = _config(folder)
     kind = _class_of(config, folder)
-    try:
+    with _refusing("weights of the architecture in config.json", folder):
         module, report = kind.from_pretrained(
             None, config=config, state_dict=_tensors(weights), output_loading_info=True
         )
-    except (ValueError, RuntimeError, KeyError, ImportError) as error:  # ImportError: timm, which we do not have
-        problem = _first_line(error)
-        raise InvalidInput.of("weights of the architecture in config.json", where=folder, found=problem) from error
     _check_weights(report, folder)
+    module.config.return_dict = True  # answers are told apart by their names
     if "logits_to_keep" in inspect.signature(module.forward).parameters:
         # As in the registry: whole requests ask for the first token of an answer.
         module.config.use_cache = False
         module.forward = functools.partial(module.forward, logits_to_keep=1)
-    inputs = _of_size(module, _inputs(config, module.main_input_name, folder), size, folder)
+    with _refusing("sizes of inputs that a model can have", folder / "config.json"):
+        inputs = _inputs(config, module.main_input_name, folder)
+    inputs = _of_size(module, inputs, size, folder)
     known = next((names for head, names in _ANSWERS.items() if kind.__name__.endswith(head)), None)
     return module, inputs, known or _tried(module, inputs, folder)
 
 
-def _config(folder: Path) -> Any:
+@contextmanager
+def _refusing(expected: str, where: Path) -> Iterator[None]:
     try:
-        return transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (ValueError, OSError, KeyError, TypeError, StrictDataclassError) as error:
-        raise InvalidInput.of(
-            "a configuration that transformers knows", where=folder / "config.json", found=_first_line(error)
-        ) from error
+        yield
+    except _TROUBLE as error:
+        raise InvalidInput.of(expected, where=where, found=_first_line(error)) from error
+
+
+def _config(folder: Path) -> Any:
+    with _refusing("a configuration that transformers knows", folder / "config.json"):
+        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    faults = [
+        Fault(
+            where=str(folder / "config.json"),
+            field=field,
+            found=repr(value),
+            expected=f"one of {', '.join(own)}",
+            remedy="name one of these, or remove the field",
+        )
+        for part in _parts(config)
+        for field, own in _OWN_CODE.items()
+        if (value := getattr(part, f"_{field}", None)) not in (None, *own)
+    ]
+    if faults:
+        raise InvalidInput(dict.fromkeys(faults))  # transformers copies what the whole says into its parts
+    return config
+
+
+def _parts(config: Any) -> Iterator[Any]:
+    """Yield ``config`` and the configurations inside it, as those of the text and the images of one model."""
+    yield config
+    for name in config.sub_configs:
+        part = getattr(config, name, None)
+        if isinstance(part, transformers.PreTrainedConfig):
+            yield from _parts(part)
 
 
 def _weight_files(root: Path, folder: Path) -> list[Path]:
@@ -158,7 +207,9 @@ def _first_line(error: Exception) -> str:
 
 def _class_of(config: Any, folder: Path) -> Any:
     """Return the class of transformers that the configuration names; it must be one for such configurations."""
-    stated = (config.architectures or [""])[0]
+    stated = config.architectures or ""
+    if isinstance(stated, list):
+        stated = stated[0]
     found = getattr(transformers, stated, None) if isinstance(stated, str) and _CLASS.fullmatch(stated) else None
     if isinstance(found, type) and issubclass(found, PreTrainedModel) and found.config_class is type(config):
         return found
@@ -172,11 +223,8 @@ def _class_of(config: Any, folder: Path) -> Any:
 
 def _tried(module: torch.nn.Module, inputs: tuple[TensorSpec, ...], folder: Path) -> tuple[str, ...]:
     """Run two items and return the names of the outputs that have one tensor for each."""
-    try:
+    with _refusing(f"a model that runs on {inputs[0].name} alone", folder):
         answer = _run_zeros(module, inputs, 2)
-    except (ValueError, RuntimeError, IndexError, TypeError, AttributeError) as error:
-        expected = f"a model that runs on {inputs[0].name} alone"
-        raise InvalidInput.of(expected, where=folder, found=_first_line(error)) from error
     fields = answer.items() if isinstance(answer, Mapping) else ()
     names = tuple(name for name, value in fields if _is_answer(value))
     if not names:
@@ -248,7 +296,7 @@ def _of_size(
     resized = (TensorSpec(inputs[0].name, inputs[0].datatype, shape),)
     try:
         _run_zeros(module, resized, 1)
-    except (ValueError, RuntimeError, IndexError) as error:
+    except _TROUBLE as error:
         raise InvalidInput.of(
             "a size that the model takes", where=folder, field="input size", found=f"{size}: {_first_line(error)}"
         ) from error

@@ -118,6 +118,25 @@ def test_servers_need_a_host_and_a_second_authority_a_folder_of_its_own(folder: 
         rotate(folder, ["nobody"])
 
 
+@pytest.mark.parametrize(
+    ("kept", "remedy"), [("ca.pem", "put its ca-key.pem beside it"), ("ca-key.pem", "certs rotate --ca")]
+)
+def test_half_of_an_authority_is_never_written_over(folder: Path, kept: str, remedy: str) -> None:
+    for path in folder.iterdir():
+        if path.name != kept:
+            path.rename(folder.parent / path.name)
+    before = (folder / kept).read_bytes()
+    with pytest.raises(InvalidInput, match=rf"found {kept}, expected a folder without an authority; .*{remedy}"):
+        init_authority(folder)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == {kept: before}
+
+
+def test_a_key_that_is_kept_elsewhere_is_asked_for(folder: Path) -> None:
+    (folder / "ca-key.pem").rename(folder.parent / "ca-key.pem")
+    with pytest.raises(InvalidInput, match=r"found no ca-key\.pem, .*; put it back from where it is kept"):
+        issue(folder, "me", Role.CLIENT)
+
+
 def test_damaged_files_are_named(folder: Path) -> None:
     issue(folder, "me", Role.CLIENT)
     (folder / "me.pem").write_text("nothing")
@@ -166,6 +185,9 @@ def test_an_authority_whose_making_or_change_was_cut_short_is_lost_in_no_case(
         patch.setattr(certificates, "_write_key", cut_short)
         with pytest.raises(KeyboardInterrupt):
             init_authority(tmp_path)
+    with pytest.raises(InvalidInput, match=r"found ca\.pem.*remove it if nothing trusts it"):
+        init_authority(tmp_path)
+    (tmp_path / "ca.pem").unlink()
     init_authority(tmp_path)
     old = x509.load_pem_x509_certificate((tmp_path / "ca.pem").read_bytes())
     with monkeypatch.context() as patch:

@@ -5,9 +5,12 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
+
 from executor.gateway_journal import RoutingJournal
 from executor.state import Backend, RoutingTable, ServiceRoutes, Target
 from executor.wire import routing_table_from_proto, routing_table_to_proto
+from plans.errors import BadStoredData
 
 TABLE = RoutingTable(
     generation=3,
@@ -23,6 +26,23 @@ TABLE = RoutingTable(
         ServiceRoutes(service="detect", deadline_s=0.1, targets=()),
     ),
 )
+
+
+@pytest.mark.parametrize(
+    ("text", "by", "says"),
+    [
+        ('"generation": 3', f'"generation": {"3" * 5000}', "which cannot be read as int"),
+        ('"generation": 3', '"generation": 0', "table.generation: found 0"),
+        ('"generation": 3', '"generation": 4', "does not match its digest"),
+        ("{", "", "expected "),
+    ],
+)
+def test_a_damaged_table_is_named_and_how_to_get_another(tmp_path: Path, text: str, by: str, says: str) -> None:
+    journal = RoutingJournal(tmp_path)
+    asyncio.run(journal.write(TABLE))
+    journal.path.write_text(journal.path.read_text().replace(text, by, 1))
+    with pytest.raises(BadStoredData, match=rf"routes\.json.*{says}.*; remove the file and run `foreplan apply` again"):
+        journal.read()
 
 
 def test_law_a_table_that_was_stored_is_read_back_whole(tmp_path: Path) -> None:

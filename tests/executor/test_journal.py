@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import json
 import resource
@@ -8,7 +9,8 @@ import shutil
 import sqlite3
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
@@ -177,7 +179,7 @@ def test_a_damaged_journal_says_what_to_do(tmp_path, damage, says):
     with pytest.raises(BadStoredData, match=says) as caught:
         journal.read()
     assert "foreplan apply" in str(caught.value) or "Foreplan that wrote it" in str(caught.value)
-    with pytest.raises((BadStoredData, StateNotStored)):
+    with pytest.raises(BadStoredData, match=says):
         journal.write(STATE) if "no desired" not in says else journal.read()
 
 
@@ -223,14 +225,68 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path):
 
 
 @contextlib.contextmanager
-def full_disk() -> Iterator[None]:
-    """Let no file grow past 512 bytes inside the block."""
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (512, limits[1]))
+def limited(kind: int, most: int) -> Iterator[None]:
+    """Set a resource limit of this process inside the block."""
+    limits = resource.getrlimit(kind)
+    resource.setrlimit(kind, (most, limits[1]))
     try:
         yield
     finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        resource.setrlimit(kind, limits)
+
+
+def full_disk() -> AbstractContextManager[None]:
+    """Let no file grow past 512 bytes inside the block."""
+    return limited(resource.RLIMIT_FSIZE, 512)
+
+
+def no_open_files(_: Path) -> AbstractContextManager[None]:
+    """Let this process open no file inside the block."""
+    return limited(resource.RLIMIT_NOFILE, 0)
+
+
+@contextlib.contextmanager
+def no_log(path: Path) -> Iterator[None]:
+    """Let no write-ahead log be made inside the block, as without a free inode."""
+    log = path.with_name(f"{path.name}-wal")
+    log.mkdir()
+    yield
+    log.rmdir()
+
+
+@contextlib.contextmanager
+def held(path: Path) -> Iterator[None]:
+    """Hold a read transaction inside the block, as a backup does."""
+    with contextlib.closing(sqlite3.connect(path)) as connection:
+        connection.execute("BEGIN")
+        connection.execute("SELECT * FROM node").fetchall()
+        yield
+
+
+@pytest.mark.parametrize("kept_out", [no_open_files, no_log, held])
+def test_what_keeps_a_whole_journal_from_being_opened_is_not_called_damage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kept_out: Callable[[Path], AbstractContextManager[None]]
+) -> None:
+    journal = Journal(tmp_path)
+    journal.write(STATE)
+    monkeypatch.setattr(sqlite3, "connect", functools.partial(sqlite3.connect, timeout=0))
+    with kept_out(journal.path):
+        with pytest.raises(BadStoredData, match=r"cannot be read: .*; the journal itself may be whole: .* start again"):
+            journal.read()
+        with pytest.raises(
+            StateNotStored, match=r"cannot be written: .*; the journal itself may be whole: .* try again"
+        ):
+            journal.write(desired(4))
+    assert journal.read() == STATE
+
+
+def test_damage_that_a_message_of_sqlite_quotes_is_found(tmp_path: Path) -> None:
+    journal = Journal(tmp_path)
+    journal.write(STATE)
+    journal.path.write_bytes(journal.path.read_bytes().replace(b"drained INTEGER", b"\xffrained INTEGER"))
+    for call in (journal.read, journal.clear):
+        with pytest.raises(BadStoredData, match=r"cannot be read: .*; move the files journal\.sqlite"):
+            call()
 
 
 @pytest.mark.parametrize("call", ["write", "clear", "drain"])

@@ -141,5 +141,5 @@ def test_an_apply_names_a_store_with_a_damaged_record_before_it_asks_anybody(tmp
     where = ["--cluster", tmp_path / "cluster.yaml", "--gateway", "127.0.0.1:1", "--store", tmp_path / "store"]
     refused = foreplan("apply", tmp_path / "plan.json", *where)
     assert refused.exit_code == 1
-    assert f"{record}: not a generation record" in refused.stderr
-    assert "restore it from a backup or delete it" in refused.stderr
+    assert f"{record}:1: found " in refused.stderr
+    assert "restore this generation record from a backup or delete it" in refused.stderr

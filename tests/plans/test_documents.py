@@ -135,6 +135,19 @@ def test_what_is_no_mapping_is_refused(text):
     assert faults(text, Cluster)[0].where == "file.yaml"
 
 
+@pytest.mark.parametrize(
+    "value",
+    [
+        "9" * 5000, "0x" + "f" * 5000, '!!int ""', "!!int nine", "!!float nine", "!!bool maybe", "!!timestamp soon",
+        "!!float 1" + ":1" * 400,
+    ],
+)  # fmt: skip
+def test_a_value_that_cannot_be_read_is_named_with_its_line(value):
+    fault = faults(CLUSTER.replace("25Gb/s", value), Cluster)[0]
+    assert (fault.line, "which cannot be read as" in fault.found) == (5, True)
+    assert len(fault.found) < 100
+
+
 def test_a_repeated_key_is_named_with_its_line():
     fault = faults(CLUSTER + "network: {}\n", Cluster)[0]
     assert (fault.line, "'network' twice" in fault.found) == (6, True)
@@ -172,9 +185,10 @@ def test_an_unknown_major_version_is_refused_and_a_newer_minor_adds_fields(tmp_p
     path.write_text(text % "1.0")
     with pytest.raises(InvalidInput, match="colour"):
         read_plan(path)
-    path.write_text(text % "one")
-    with pytest.raises(InvalidInput, match="format_version"):
-        read_plan(path)
+    for version in ("one", "1", "1.", "1.\u00b2", "1." + "9" * 5000):
+        path.write_text(text % version)
+        with pytest.raises(InvalidInput, match="format_version"):
+            read_plan(path)
 
 
 @given(plans())

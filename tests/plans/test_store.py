@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import os
 
 import pytest
@@ -63,8 +64,40 @@ def test_damage_is_noticed(tmp_path):
     (tmp_path / "generations" / "0000000001.json").write_text("{")
     with pytest.raises(BadStoredData, match="generation record"):
         store.current()
-    (tmp_path / "current").write_text("seven")
-    with pytest.raises(BadStoredData, match="'seven'"):
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("generation", "x"),
+        ("generation", None),
+        ("generation", 0),
+        ("plan", "../../x"),
+        ("plan", "sha256-0"),
+        ("plan", f"sha256-{'0' * 64}/../../../x"),
+        ("plan", None),
+        ("applied_at", 5),
+        ("added", 1),
+    ],
+)
+def test_a_record_that_no_apply_wrote_is_damaged(tmp_path, field, value):
+    store = PlanStore(tmp_path)
+    store.record(1, ONE, applied_at="")
+    path = tmp_path / "generations" / "0000000001.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), field: value}))
+    for call in (store.current, store.generations):
+        with pytest.raises(
+            BadStoredData, match=rf"0000000001\.json:1: {field}: found .*; restore this generation record"
+        ):
+            call()
+
+
+@pytest.mark.parametrize("text", ["seven", "", "-1", "\u00b2", "1" * 400, "1" * 5000])
+def test_a_pointer_that_is_no_generation_is_damaged(tmp_path, text):
+    store = PlanStore(tmp_path)
+    store.record(1, ONE, applied_at="")
+    (tmp_path / "current").write_text(text)
+    with pytest.raises(BadStoredData, match=f"a generation number was expected, found '{text[:40]}'$"):
         store.current()
 
 

@@ -214,8 +214,9 @@ def test_an_unknown_model_type_is_refused(models: Path) -> None:
     assert "a configuration that transformers knows" in refused(models)
 
 
-def test_a_configuration_that_is_no_json_is_refused(models: Path) -> None:
-    (models / "tiny" / "config.json").write_text("{")
+@pytest.mark.parametrize("text", ["{", "[" * 100_000, '{"a":' * 100_000, "5"])
+def test_a_configuration_that_is_no_json_is_refused(models: Path, text: str) -> None:
+    (models / "tiny" / "config.json").write_text(text)
     assert "a configuration that transformers knows" in refused(models)
 
 
@@ -224,6 +225,12 @@ def test_a_configuration_that_is_no_json_is_refused(models: Path) -> None:
     [
         {"hidden_size": "wide"},
         {"architectures": [5]},
+        {"architectures": 5},
+        {"num_attention_heads": 0},
+        {"dtype": "evil"},
+        {"pad_token_id": 1000},
+        {"quantization_config": 5},
+        {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 10**30},
         {"model_type": "upernet", "architectures": ["UperNetForSemanticSegmentation"], "backbone": "some/where"},
         {
             "model_type": "detr",
@@ -232,7 +239,18 @@ def test_a_configuration_that_is_no_json_is_refused(models: Path) -> None:
             "use_timm_backbone": True,
         },
     ],
-    ids=["a field's type", "a class's type", "a backbone elsewhere", "a backbone of timm"],
+    ids=[
+        "a field's type",
+        "a class's type",
+        "no list of classes",
+        "no heads",
+        "no such dtype",
+        "a token past the last",
+        "a quantization's type",
+        "too large for torch",
+        "a backbone elsewhere",
+        "a backbone of timm",
+    ],
 )
 def test_a_configuration_that_cannot_be_followed_here_is_refused_and_nobody_else_asked(
     models: Path, monkeypatch: pytest.MonkeyPatch, change: dict[str, object]
@@ -247,6 +265,42 @@ def test_a_configuration_that_cannot_be_followed_here_is_refused_and_nobody_else
     change_config(models, **change)
     assert "config.json" in refused(models)
     assert asked == []
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "found"),
+    [
+        ("attn_implementation", "org/kernel", "org/kernel"),
+        ("attn_implementation", {"": "org/kernel@v1:attention"}, "org/kernel@v1:attention"),
+        ("attn_implementation", {"text_config": "org/kernel"}, "org/kernel"),
+        ("attn_implementation", "flash_attention_2", "flash_attention_2"),
+        ("attn_implementation", 5, 5),
+        ("experts_implementation", "sonicmoe", "sonicmoe"),
+    ],
+)
+def test_attention_and_experts_that_others_would_compute_are_refused(
+    models: Path, field: str, value: object, found: object
+) -> None:
+    change_config(models, model_type="clip", architectures=["CLIPModel"], **{field: value})
+    assert f"config.json: {field}: found {found!r}, expected one of eager, " in refused(models)
+
+
+@pytest.mark.parametrize("value", ["eager", "sdpa", None])
+def test_attention_of_transformers_itself_is_chosen_by_the_configuration(models: Path, value: str | None) -> None:
+    change_config(models, attn_implementation=value)
+    assert TorchRuntime(model_dir=models).load("tiny", 1).outputs
+
+
+def test_a_model_that_would_answer_without_names_answers_with_them(models: Path) -> None:
+    change_config(models, return_dict=False)
+    model = TorchRuntime(model_dir=models).load("tiny", 1)
+    assert list(model.run(model.example(1))) == ["logits"]
+
+
+def test_a_length_that_no_input_has_is_refused(tmp_path: Path) -> None:
+    config = LlamaConfig(vocab_size=60, num_key_value_heads=2, max_position_embeddings=-3, **SMALL)
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "tiny")
+    assert "config.json: found shape (-3,) has a negative length" in refused(tmp_path)
 
 
 def test_code_in_the_folder_is_never_run(models: Path, tmp_path: Path) -> None:
