@@ -30,7 +30,7 @@ from executor.request_head import Fits, HeadReader, RequestHead
 from executor.runtime.protocol import TensorSpec
 from executor.state import Phase
 from executor.statistics import Counters, statistics_to_proto
-from executor.stream_inference import FINAL, INPUT, OUTPUT, error_response, interleaved
+from executor.stream_inference import FINAL, INPUT, OUTPUT, failure_response, interleaved
 from executor.tensors import Buffer, TensorLimits, decode_inputs, decode_raw
 from executor.token_inference import generated_answer, streamed_tokens, token_request
 from executor.tracing import Spans, join_trace, traceparent_in
@@ -206,22 +206,16 @@ class InferenceServicer(pb_grpc.GRPCInferenceServiceServicer):
     ) -> AsyncIterator[pb.ModelStreamInferResponse]:
         """Answer requests side by side: of a service that generates token by token, of others at once."""
         group = _group_in(context)
-
-        async def answers(request: pb.ModelInferRequest) -> AsyncGenerator[pb.ModelStreamInferResponse, None]:
-            try:
-                streamed = self._streamed(request, group, context.time_remaining())
-                async with contextlib.aclosing(streamed) as found:
-                    async for answer in found:
-                        yield answer
-            except ForeplanError as error:
-                yield error_response(request.id, request.model_name, status_of(error), details_of(error))
-            except CallFailed as failed:
-                yield error_response(request.id, request.model_name, failed.code, failed.details)
-
-        async for answer in interleaved(
-            request_iterator, answers, lambda request: self._traced(request.model_name, group, context)
-        ):
-            yield answer
+        answers = interleaved(
+            request_iterator,
+            lambda request: self._streamed(request, group, context.time_remaining()),
+            failure=failure_response,
+            size_bytes=pb.ModelStreamInferResponse.ByteSize,
+            around=lambda request: self._traced(request.model_name, group, context),
+        )
+        async with contextlib.aclosing(answers):
+            async for answer in answers:
+                yield answer
 
     @contextlib.contextmanager
     def _traced(self, service: str, group: str | None, context: Context | None = None) -> Iterator[None]:

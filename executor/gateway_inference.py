@@ -30,7 +30,7 @@ from executor.infer_header import (
 from executor.proto import open_inference_pb2 as messages
 from executor.state import ServiceRoutes, Target
 from executor.statistics import add_statistics
-from executor.stream_inference import FINAL, STATUS_PARAMETER, error_response, interleaved
+from executor.stream_inference import FINAL, STATUS_PARAMETER, error_response, failure_response, interleaved
 from executor.tracing import NoSpans, join_trace, traceparent_in
 from plans.errors import InvalidInput
 
@@ -78,18 +78,16 @@ class InferenceFrontDoor:
 
     async def stream(self, requests: AsyncIterable[bytes], context: _Context[bytes, bytes]) -> AsyncIterator[bytes]:
         """Forward the requests of one stream side by side, each to the replica whose turn it is; see `answers`."""
-
-        async def answers(request: bytes) -> AsyncGenerator[bytes, None]:
-            try:
-                async for answer in self.answers(request, context.time_remaining()):
-                    yield answer
-            except CallFailed as failed:
-                asked = _parsed(request)
-                failure = error_response(asked.id, asked.model_name, failed.code, failed.details)
-                yield failure.SerializeToString()
-
-        async for answer in interleaved(requests, answers, lambda request: self._traced(request, context)):
-            yield answer
+        answers = interleaved(
+            requests,
+            lambda request: self.answers(request, context.time_remaining()),
+            failure=lambda request, error: failure_response(_parsed(request), error).SerializeToString(),
+            size_bytes=len,
+            around=lambda request: self._traced(request, context),
+        )
+        async with contextlib.aclosing(answers):
+            async for answer in answers:
+                yield answer
 
     @contextlib.contextmanager
     def _traced(self, request: bytes, context: _Context[bytes, bytes]) -> Iterator[None]:
@@ -149,7 +147,7 @@ class InferenceFrontDoor:
         finally:
             self.metrics.end(service, code, self._clock() - arrival_s)
 
-    async def answers(self, request: bytes, time_remaining_s: float | None) -> AsyncIterator[bytes]:
+    async def answers(self, request: bytes, time_remaining_s: float | None) -> AsyncGenerator[bytes, None]:
         """Yield the serialised ``ModelStreamInferResponse`` to a serialised ``ModelInferRequest``; as for `answer`.
 
         Another replica is tried only while there is no answer yet.
@@ -187,9 +185,10 @@ class InferenceFrontDoor:
                                     self._switchboard.suspect(service, target, "it answered UNAVAILABLE")
                                     break
                                 is_first = False
-                                if is_final:  # a client that leaves before has CANCELLED it
-                                    code = _shown(status)
+                                code = _shown(status) if is_final else code  # left before, it is CANCELLED
                                 yield _told_in_stream(answer, status) + mark
+                                if is_final:
+                                    return  # whatever becomes of the agent's call
                             else:
                                 if is_first:
                                     raise CallFailed(

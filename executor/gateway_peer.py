@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import grpc
 import grpc.aio
@@ -51,7 +52,8 @@ class _Line:
             name: channel.unary_unary(f"/{INFERENCE}/{name}", None, None)
             for name in ("ModelInfer", "ModelMetadata", "ModelConfig", "ModelStatistics")
         }
-        self.stream = channel.stream_stream(f"/{INFERENCE}/ModelStreamInfer", None, None)
+        # A stream of one request: sent with its end at once, it cannot find the call over in between.
+        self.stream = channel.unary_stream(f"/{INFERENCE}/ModelStreamInfer", None, None)
 
     async def close(self, grace_s: float) -> None:
         """Close the channel; calls in flight get ``grace_s`` seconds to end."""
@@ -153,16 +155,14 @@ class Peer:
         Raises:
             CallFailed: The call ended with a status other than OK.
         """
-        call = self._line.stream(None, timeout=timeout_s, metadata=_metadata(group))
+        call = self._line.stream(request, timeout=timeout_s, metadata=_metadata(group))
         try:
-            await call.write(request)
-            await call.done_writing()
-            async for answer in call:
-                yield answer
-        except (grpc.aio.AioRpcError, asyncio.InvalidStateError) as error:
-            if isinstance(error, grpc.aio.AioRpcError):
-                raise CallFailed(error.code(), error.details() or "") from error
-            raise CallFailed(await call.code(), await call.details() or "") from error
+            answers = cast("AsyncGenerator[bytes, None]", aiter(call))
+            async with contextlib.aclosing(answers):  # left open, it holds its last answer until a garbage collection
+                async for answer in answers:
+                    yield answer
+        except grpc.aio.AioRpcError as error:
+            raise CallFailed(error.code(), error.details() or "") from error
         finally:
             call.cancel()
 

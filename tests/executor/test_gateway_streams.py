@@ -19,6 +19,7 @@ from tests.executor.test_metrics import scraped
 from tests.free_port import free_port
 
 Code = grpc.StatusCode
+NO_MESSAGE = b"\xff"
 Answers = Callable[[asyncio.Event], AsyncIterator[inference.ModelStreamInferResponse]]
 
 
@@ -146,5 +147,49 @@ def test_an_agent_that_ends_its_stream_without_an_answer_leaves_no_request_witho
 
     async def scenario() -> None:
         assert await through(tmp_path, monkeypatch, answers, client) == {"INTERNAL": 1}
+
+    run(scenario())
+
+
+def test_what_becomes_of_a_call_after_the_last_answer_is_no_answer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def answers(_: asyncio.Event) -> AsyncIterator[inference.ModelStreamInferResponse]:
+        yield token(is_last=True)
+        raise ValueError("the agent fails after its answer")
+
+    async def client(front: Door, _: asyncio.Event) -> None:
+        (answer,) = await asked(front)
+        assert not answer.error_message
+
+    async def scenario() -> None:
+        assert await through(tmp_path, monkeypatch, answers, client) == {"OK": 1}
+
+    run(scenario())
+
+
+def test_an_agent_whose_answer_cannot_be_read_fails_this_request_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def stream(_: FakeAgent, requests: Any, context: Any) -> AsyncIterator[bytes]:
+        async for asked in requests:
+            is_bad = inference.ModelInferRequest.FromString(asked).raw_input_contents == [b"bad"]
+            yield NO_MESSAGE if is_bad else token(is_last=True).SerializeToString()
+
+    monkeypatch.setattr(FakeAgent, "_stream", stream)
+
+    async def scenario() -> None:
+        async with agents("a") as (a,), door(tmp_path) as front:
+            await front.control.set_routes(table(a), timeout_s=5)
+            call = front.inference.ModelStreamInfer(timeout=60)
+            found = []
+            for data in (b"bad", b"good"):
+                await call.write(request(data=data))
+                found.append(await call.read())
+            await call.done_writing()
+            assert [answer.error_message.split(":")[0] for answer in found] == ["INTERNAL", ""]
+            assert found[0].infer_response.parameters[FINAL].bool_param
+            assert found[0].infer_response.id == "7"
+            assert await call.code() is Code.OK
 
     run(scenario())
