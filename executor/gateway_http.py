@@ -6,6 +6,7 @@ Every call becomes the one that gRPC would have made, so that routing, deadlines
 from __future__ import annotations
 
 import asyncio
+import logging
 import reprlib
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -14,7 +15,9 @@ import grpc
 from aiohttp import web
 from google.protobuf import json_format
 
+from executor.errors import TOO_MUCH
 from executor.forwarding import CallFailed
+from executor.gateway_bodies import Bodies
 from executor.gateway_inference import InferenceFrontDoor
 from executor.gateway_peer import Peer
 from executor.http_server import role_check
@@ -26,6 +29,8 @@ from executor.tracing import join_trace
 from plans.errors import InvalidInput
 
 __all__ = ["gateway_application"]
+
+_log = logging.getLogger("executor.gateway")
 
 _Code = grpc.StatusCode
 _STATUS = {
@@ -44,9 +49,6 @@ _LONGEST_NUMBER = 15
 _LONG_BYTES = 1 << 18
 """An answer that is larger is written by another thread."""
 
-_BODY_S = 60.0
-"""How long the body of a request may take to come."""
-
 _METHOD = "/inference.GRPCInferenceService/"
 
 _Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
@@ -60,11 +62,10 @@ def gateway_application(door: InferenceFrontDoor, guard: Guard | None, max_messa
         guard: Says who may call, or None without TLS.
         max_message_bytes: Largest request.
     """
-    routes = _Routes(door, TensorLimits(total_bytes=max_message_bytes))
+    bodies = Bodies(max_message_bytes + _JSON_OVERHEAD_BYTES)
+    routes = _Routes(door, bodies, TensorLimits(total_bytes=max_message_bytes))
     stopping = asyncio.Event()
-    application = web.Application(
-        middlewares=[_answering_errors(guard, stopping)], client_max_size=max_message_bytes + _JSON_OVERHEAD_BYTES
-    )
+    application = web.Application(middlewares=[_sending(bodies, stopping), _answering_errors(guard)])
 
     async def stop(_: web.Application) -> None:
         stopping.set()
@@ -90,32 +91,54 @@ def gateway_application(door: InferenceFrontDoor, guard: Guard | None, max_messa
 _JSON_OVERHEAD_BYTES = 1 << 20
 
 
-def _answering_errors(guard: Guard | None, stopping: asyncio.Event) -> Any:
-    """Return a middleware that lets callers in by their role, and tells of errors as JSON.
+def _sending(bodies: Bodies, stopping: asyncio.Event) -> Any:
+    """Return a middleware that sends the answers.
 
-    Once it is ``stopping``, answers say that they are the last on their connection: what a client sent on it after that
+    Once it is ``stopping``, they say that they are the last on their connection: what a client sent on it after that
     would be lost.
     """
+
+    async def send(request: web.Request, answer: web.StreamResponse) -> web.StreamResponse:
+        if stopping.is_set():
+            answer.force_close()
+        await bodies.send(request, answer)
+        return answer
+
+    @web.middleware
+    async def sending(request: web.Request, handler: _Handler) -> web.StreamResponse:
+        try:
+            return await send(request, await handler(request))
+        except CallFailed as failed:  # there is no room for the answer
+            return await send(request, _problem(failed.code, failed.details))
+
+    return sending
+
+
+def _answering_errors(guard: Guard | None) -> Any:
+    """Return a middleware that lets callers in by their role, and tells of errors as JSON."""
 
     @web.middleware
     async def answering(request: web.Request, handler: _Handler) -> web.StreamResponse:
         if guard is not None and (problem := role_check(guard, f"{_METHOD}Http", request)):
             return _problem(_Code.PERMISSION_DENIED, problem)
-        answer: web.StreamResponse
         try:
-            answer = await handler(request)
+            return await handler(request)
         except CallFailed as failed:
-            answer = _problem(failed.code, failed.details)
+            return _problem(failed.code, failed.details)
         except InvalidInput as error:
-            answer = _problem(_Code.INVALID_ARGUMENT, str(error))
+            return _problem(_Code.INVALID_ARGUMENT, str(error))
         except web.RequestPayloadError:
             answer = _problem(_Code.INVALID_ARGUMENT, "request: the body cannot be read: it is not encoded as it says")
             answer.force_close()  # where the next request would begin is not known
+            return answer
         except web.HTTPException as error:
-            answer = _not_served(request, error)
-        if stopping.is_set():
-            answer.force_close()
-        return answer
+            return _not_served(request, error)
+        except MemoryError:
+            _log.exception("event=http_out_of_memory path=%s", request.path)
+            return _problem(_Code.RESOURCE_EXHAUSTED, f"this gateway has no memory for the request; {TOO_MUCH}")
+        except Exception:  # noqa: BLE001 - the edge of the process, and the server's own answer would be no JSON
+            _log.exception("event=http_failed path=%s", request.path)
+            return _problem(_Code.INTERNAL, "a bug in the gateway; see its log")
 
     return answering
 
@@ -142,8 +165,9 @@ def _problem(code: grpc.StatusCode, details: str) -> web.Response:
 
 
 class _Routes:
-    def __init__(self, door: InferenceFrontDoor, limits: TensorLimits) -> None:
+    def __init__(self, door: InferenceFrontDoor, bodies: Bodies, limits: TensorLimits) -> None:
         self._door = door
+        self._bodies = bodies
         self._limits = limits
 
     async def live(self, _: web.Request) -> web.Response:
@@ -178,7 +202,11 @@ class _Routes:
         model, version = _asked(request)
         self._door.check_admission(model)  # before its body costs anything
         try:
-            asked = request_from_http(model, version, await _body(request), _json_bytes(request), self._limits)
+            body = await self._bodies.read(request)
+            asked = request_from_http(model, version, body, _json_bytes(request), self._limits)
+        except CallFailed as failed:
+            self._door.metrics.refused(model, failed.code)
+            raise
         except (InvalidInput, web.RequestPayloadError):
             self._door.metrics.refused(model, _Code.INVALID_ARGUMENT)
             raise
@@ -192,16 +220,16 @@ class _Routes:
         found = messages.ModelInferResponse.FromString(answer)
         # What takes long to write is written beside the requests of others.
         if len(answer) > _LONG_BYTES:
-            body, header_bytes = await asyncio.to_thread(answer_to_http, found, asked)
+            sent, header_bytes = await asyncio.to_thread(answer_to_http, found, asked)
         else:
-            body, header_bytes = answer_to_http(found, asked)
+            sent, header_bytes = answer_to_http(found, asked)
         headers = {"Content-Type": "application/json"}
         if header_bytes is not None:
             headers = {"Content-Type": "application/octet-stream", _HEADER_LENGTH: str(header_bytes)}
-        return web.Response(body=body, headers=headers)
+        return web.Response(body=sent, headers=headers)
 
     async def index(self, request: web.Request) -> web.Response:
-        text = await _body(request)
+        text = await self._bodies.read(request)
         wanted = parsed_json(text, self._limits) if text else {}
         only_ready = isinstance(wanted, dict) and wanted.get("ready") is True
         return web.json_response(
@@ -218,15 +246,6 @@ class _Routes:
     async def unload(self, request: web.Request) -> web.Response:
         self._door.repository.check_unload(request.match_info["model"])
         return web.Response()
-
-
-async def _body(request: web.Request) -> bytes:
-    """Return the body of a request; one that does not come may not hold memory and a connection for ever."""
-    try:
-        async with asyncio.timeout(_BODY_S):
-            return await request.read()
-    except TimeoutError as error:
-        raise web.HTTPRequestTimeout(text=f"the body did not come whole within {_BODY_S:g} s") from error
 
 
 def _json_bytes(request: web.Request) -> int | None:

@@ -37,6 +37,8 @@ async def http_server(
 ) -> AsyncIterator[int]:
     """Serve ``application`` on ``address`` (``host:port``) inside the block; yield the port.
 
+    Bodies come encoded as they were sent: what one of a few bytes holds may fill the memory.
+
     Args:
         application: What to serve.
         address: Where; port 0 takes a free one.
@@ -60,6 +62,7 @@ async def http_server(
         shutdown_timeout=_GRACE_S / 2,
         handler_cancellation=True,
         lingering_time=_LINGER_S,
+        auto_decompress=False,
     )
     await runner.setup()
     try:

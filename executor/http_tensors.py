@@ -8,6 +8,7 @@ every fault found in one step.
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import reprlib
@@ -158,10 +159,14 @@ def _input(
 
 def _content(data: Any, datatype: str, shape: list[int], where: str) -> bytes:
     dtype = NUMPY_TYPES[datatype]
+    values, kinds = _values(data, datatype, where)
+    if len(values) != math.prod(shape):
+        expected = f"{math.prod(shape)} values for shape {shape}"
+        raise InvalidInput.of(expected, field=where, found=f"{len(values)} values")
     try:
-        given = np.array(data)
-        if datatype == "UINT64" and given.dtype.kind == "f":  # as numpy has small and very large numbers together
-            given = _whole_numbers(data, given)
+        given = np.array(values, dtype=np.float64 if kinds == {float} else None)  # faster than to let numpy find out
+        if datatype == "UINT64" and given.dtype.kind == "f" and kinds == {int}:
+            given = np.array(values, dtype=np.uint64)  # numpy takes small and very large numbers together for fractions
         if given.dtype.kind not in "biuf" or (given.dtype.kind == "f" and dtype.kind != "f"):
             raise InvalidInput.of(f"numbers of {datatype}", field=where, found=f"a list of {given.dtype}")
         if (given.dtype.kind == "b") != (dtype.kind == "b"):
@@ -176,23 +181,28 @@ def _content(data: Any, datatype: str, shape: list[int], where: str) -> bytes:
         if dtype.kind == "f" and np.isinf(array).any():
             most = np.finfo(dtype).max
             raise InvalidInput.of(f"values from {-most} to {most}", field=where, found="more", remedy=_IN_BINARY)
-    except (ValueError, OverflowError, RecursionError) as error:
+    except (ValueError, OverflowError) as error:
         raise InvalidInput.of(f"numbers of {datatype}", field=where, found=str(error)) from error
-    if array.size != math.prod(shape):
-        raise InvalidInput.of(f"{math.prod(shape)} values for shape {shape}", field=where, found=f"{array.size} values")
     return array.astype(dtype.newbyteorder("<")).tobytes()
 
 
-def _whole_numbers(data: Any, given: np.ndarray[Any, np.dtype[Any]]) -> np.ndarray[Any, np.dtype[Any]]:
-    """Return ``data`` as 64-bit numbers without a sign where it holds whole numbers only, else as it was ``given``.
+def _values(data: Any, datatype: str, where: str) -> tuple[list[Any], set[type]]:
+    """Return the numbers in ``data``, lists of equal lengths to any depth, and their types.
+
+    numpy sees none but these: of texts, it makes an array in which each is as long as the longest.
 
     Raises:
-        OverflowError: One of them is no such number.
+        InvalidInput: They are none, or some lists are longer than others.
     """
-    numbers = np.array(data, dtype=object)
-    if not all(type(number) is int for number in numbers.flat):
-        return given
-    return numbers.astype(np.uint64)
+    values = data if isinstance(data, list) else [data]
+    while (kinds := set(map(type, values))) == {list}:
+        if len(set(map(len, values))) > 1:
+            raise InvalidInput.of("lists of equal lengths", field=where, found="longer and shorter ones")
+        values = list(itertools.chain.from_iterable(values))
+    if others := kinds - {bool, int, float}:
+        found = " and ".join(sorted(kind.__name__ for kind in others))
+        raise InvalidInput.of(f"numbers of {datatype}", field=where, found=f"a list with {found}")
+    return values, kinds
 
 
 def parsed_json(text: bytes | memoryview, limits: TensorLimits) -> Any:

@@ -31,10 +31,13 @@ async def served(folder: Path, **options: Any) -> AsyncIterator[tuple[FakeAgent,
             yield agent, session
 
 
-async def posted(session: aiohttp.ClientSession, data: bytes, service: str = "chat", **headers: str) -> tuple[int, str]:
+async def posted(
+    session: aiohttp.ClientSession, data: bytes | AsyncIterator[bytes], service: str = "chat", **headers: str
+) -> tuple[int, str]:
     """Send a body; return the status and what the JSON of the answer says is wrong."""
     named = {name.replace("_", "-"): value for name, value in headers.items()}
-    async with session.post(f"/v2/models/{service}/infer", data=io.BytesIO(data), headers=named) as answer:
+    sent = io.BytesIO(data) if isinstance(data, bytes) else data
+    async with session.post(f"/v2/models/{service}/infer", data=sent, headers=named) as answer:
         assert answer.content_type == "application/json"
         return answer.status, (await answer.json()).get("error", "")
 
@@ -72,6 +75,26 @@ def test_whatever_a_client_sends_is_answered_and_fills_no_log(
 
     run(scenario())
     assert not errors_logged(caplog)
+
+
+@pytest.mark.parametrize(("error", "status"), [(MemoryError(), 429), (RuntimeError("a bug"), 500)])
+def test_what_fails_in_the_gateway_is_told_as_json_and_logged(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, error: Exception, status: int
+) -> None:
+    def failing(*_: Any) -> None:
+        raise error
+
+    async def scenario() -> None:
+        async with served(tmp_path) as (_, session):
+            with monkeypatch.context() as patched:
+                patched.setattr("executor.gateway_http.request_from_http", failing)
+                assert (await posted(session, EMPTY))[0] == status
+            assert (await posted(session, EMPTY))[0] == 200
+
+    run(scenario())
+    (logged,) = errors_logged(caplog)
+    assert "event=http_" in logged
+    assert type(error).__name__ in logged
 
 
 def test_what_cannot_be_taken_is_refused_before_its_body_is_looked_at(tmp_path: Path) -> None:
@@ -142,7 +165,7 @@ def test_a_broken_body_of_a_request_that_was_refused_already_fills_no_log(
         async with door(tmp_path, http=address):
             reader, writer = await asyncio.open_connection(*address.split(":"))
             writer.write(b"POST /v2/models/nobody/infer HTTP/1.1\r\nHost: x\r\nContent-Encoding: gzip\r\n")
-            writer.write(b"Content-Length: 9\r\n\r\n")
+            writer.write(b"Connection: close\r\nContent-Length: 9\r\n\r\n")
             assert (await reader.readline()).startswith(b"HTTP/1.1 404 ")
             writer.write(b"no gzip..")
             await reader.read()
@@ -194,7 +217,7 @@ def test_a_body_that_is_too_large_or_does_not_come_is_refused_and_its_connection
             too_large = await answered(address, 2**22, b" " * 2**21)
             assert too_large.startswith(b"HTTP/1.1 413 ")
             assert b'"Maximum request body size' in too_large
-            monkeypatch.setattr("executor.gateway_http._BODY_S", 0.05)
+            monkeypatch.setattr("executor.gateway_bodies._BODY_S", 0.05)
             late = await answered(address, 100, b"{")
             assert late.startswith(b"HTTP/1.1 408 ")
             assert b"did not come whole within 0.05 s" in late

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import tracemalloc
 from typing import Any
 
 import numpy as np
@@ -91,7 +92,11 @@ def test_what_json_cannot_say_becomes_null() -> None:
         (body(shape=[2**30, 2**30]), "shape"),
         (body(shape=[3]), "3 values"),
         (body(data=["a", "b"]), "data"),
-        (body(data=[[1], [2, 3]]), "data"),
+        (body(data=[[1], [2, 3]]), "lists of equal lengths"),
+        (body(data=[1, [2]]), r"data: found a list with list, expected numbers of FP32"),
+        (body(data=[None, {}]), "a list with NoneType and dict"),
+        (body(data={"0": 1, "1": 2}), "a list with dict"),
+        (body(data=[[], []]), "found 0 values, expected 2 values"),
         (body(datatype="INT8", data=[1, 300]), "data"),
         (body(datatype="INT8", data=[1.5, 2]), "data"),
         (body(datatype="BOOL", data=[1, 0]), "data"),
@@ -117,6 +122,19 @@ def test_what_json_cannot_say_becomes_null() -> None:
 def test_what_is_no_request_is_refused_by_name(found: bytes, named: str) -> None:
     with pytest.raises(InvalidInput, match=named):
         request_from_http("m", "", found, None, TensorLimits(total_bytes=1 << 20))
+
+
+@pytest.mark.parametrize("data", [["a" * 3000, *[""] * 20_000], [["a" * 3000], *[[""]] * 20_000]])
+def test_texts_of_any_length_take_no_more_memory_than_they_are_long(data: list[Any]) -> None:
+    sent = body(data=data)
+    tracemalloc.start()
+    try:
+        with pytest.raises(InvalidInput, match=r"inputs\[0\].data: found a list with str, expected numbers of FP32"):
+            request_from_http("m", "", sent, None)
+        _, peak_bytes = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak_bytes < 100 * len(sent)
 
 
 def test_what_is_asked_of_an_output_goes_to_who_knows_of_it() -> None:
