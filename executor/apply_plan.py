@@ -272,7 +272,7 @@ def not_serving(plan: Plan, live: Live) -> tuple[str, ...]:
     drained = {node for node, agent in live.agents.items() if agent.drained}
     found = []
     for node, agent in live.agents.items():
-        wanted = replicas_of(plan, node)
+        wanted = frozenset() if agent.drained else replicas_of(plan, node)
         for replica in agent.replicas:
             if replica.key in wanted and replica.phase is not Phase.SERVING:
                 why = f": {replica.reason}" if replica.reason else ""

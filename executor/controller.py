@@ -28,7 +28,7 @@ from executor.apply_plan import (
 from executor.cluster_connection import ClusterConnection, unheard
 from executor.cluster_status import ClusterStatus, status
 from executor.lease import LeaseTiming, holding, new_holder
-from executor.rollout import ApplyTimeouts, FlipRefused, Progress, ProgressEvent, Rollout, TakenBack
+from executor.rollout import ApplyTimeouts, Progress, ProgressEvent, Rollout, TakenBack
 from executor.rounds import PlannedWave, is_settled, outlook, running_plan, stops_from
 from executor.state import ReplicaKey
 from executor.tls import Dialer
@@ -55,11 +55,15 @@ __all__ = [
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NoChanges:
-    """The plan was live already, as ``generation``. ``converged``: what was put right all the same, a line each."""
+    """The plan was live already, as ``generation``.
+
+    ``converged``: what was put right all the same, a line each. ``not_serving``: what does not serve all the same.
+    """
 
     generation: int
     placement_digest: str
     converged: tuple[str, ...] = ()
+    not_serving: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -136,7 +140,8 @@ async def apply(
         lease: How long to wait for another controller, and for how long the nodes are held.
 
     Raises:
-        InvalidInput: The plan is for another cluster, or a node cannot run its part; with all faults.
+        InvalidInput: The plan is for another cluster, a node cannot run its part, or a service that is served would be
+            left to drained nodes; with all faults.
         StalePlan: Something else is live than what the plan was made against, or another controller is at work; also
             one that took over from this one before the flip.
         ApplyRolledBack: A step before the flip failed, and everything was taken back.
@@ -155,9 +160,10 @@ async def apply(
             case Stale(problem=problem):
                 raise StalePlan(problem)
             case InForce(generation=generation, left_over=()):
-                if not dry_run:
-                    await _serving(plan, connection, live, limits, progress)
-                return NoChanges(generation=generation, placement_digest=plan.placement_digest)
+                await held.aclose()  # nothing is changed while it is waited for
+                missing = () if dry_run else await _not_serving(plan, connection, live, limits, progress)
+                digest = plan.placement_digest
+                return NoChanges(generation=generation, placement_digest=digest, not_serving=missing)
         check_rotation(plan, live)
         found = standing.left_over if isinstance(standing, InForce) else ()
         generation = standing.generation if isinstance(standing, Fresh) else live.last_generation + 1
@@ -244,28 +250,27 @@ async def _live(connection: ClusterConnection, limits: ApplyTimeouts) -> Live:
     return Live(agents=agents, gateways=gateways)
 
 
-async def _serving(
+async def _not_serving(
     plan: Plan, connection: ClusterConnection, live: Live, limits: ApplyTimeouts, progress: Progress
-) -> None:
-    """Wait until the plan that is live serves: an agent that was restarted loads its models first.
+) -> tuple[str, ...]:
+    """Wait until the plan that is live serves, and return what does not after ``converge_s``, a line each.
 
-    Raises:
-        RemoteFailure: It does not in ``converge_s``; says what is missing.
+    An agent that was restarted loads its models first.
     """
     clock = asyncio.get_running_loop().time
     end_s = clock() + limits.converge_s
     told: tuple[str, ...] = ()
-    while missing := not_serving(plan, live):
-        if clock() > end_s:
-            text = f"the plan is live, but does not serve after {limits.converge_s:g} s: {'; '.join(missing)}"
-            raise RemoteFailure("cluster", f"{text}; `foreplan status` tells more", retryable=True)
+    missing = not_serving(plan, live)
+    while missing and clock() <= end_s:
         for line in missing if missing != told else ():
             progress(ProgressEvent(step="serve", peer="cluster", outcome="begun", detail=line))
         told = missing
         await asyncio.sleep(_FOLLOW_PAUSE_S)
-        live = await _live(connection, limits)
-    if told:
+        agents, gateways, lost = await connection.states(timeout_s=limits.state_s)
+        missing = (*map(str, lost.values()), *not_serving(plan, Live(agents=agents, gateways=gateways)))
+    if told and not missing:
         progress(ProgressEvent(step="serve", peer="cluster", outcome="done"))
+    return missing
 
 
 async def _run(way: Sequence[Rollout], before: Live, limits: ApplyTimeouts) -> None:
@@ -305,10 +310,7 @@ async def _follow(rollout: Rollout, limits: ApplyTimeouts) -> dict[str, RemoteFa
                 return {failure.peer: failure}
         await asyncio.sleep(_FOLLOW_PAUSE_S)
     rollout.deferred = waiting
-    try:
-        return await rollout.flip() or await rollout.finish()
-    except FlipRefused as refusal:
-        return {refusal.peer: refusal}
+    return await rollout.flip(insist=True) or await rollout.finish()
 
 
 def _unfinished(rollout: Rollout, failures: Mapping[str, RemoteFailure], remaining: Sequence[str]) -> RemoteFailure:

@@ -103,22 +103,24 @@ async def set_drained(
 def sole_services(node: str, agents: Mapping[str, AgentState], doors: Mapping[str, GatewayState]) -> tuple[str, ...]:
     """Return the services that ``node`` serves, or is about to, and that no other node serves.
 
-    Another node counts where it is in rotation, and every gateway sends to it: one may have lost the way there.
+    Another node counts where it is in rotation, for a gateway that sends to it: one may have lost the way there.
     """
+    alone: set[str] = set()
     here = {
         replica.key.service
         for replica in agents[node].replicas
         if replica.phase in (Phase.SERVING, Phase.LOADING) and not replica.left_over
     }
-    elsewhere = {
-        replica.key.service
+    elsewhere = [
+        replica.key
         for name, state in agents.items()
         if name != node and not state.drained
         for replica in state.replicas
         if replica.phase is Phase.SERVING and not replica.left_over  # nobody is routed to what has left the plan
-        if all(_sends_to(door, replica.key) for door in doors.values())
-    }
-    return tuple(sorted(here - elsewhere))
+    ]
+    for door in doors.values():
+        alone |= here - {key.service for key in elsewhere if _sends_to(door, key)}
+    return tuple(sorted(alone))
 
 
 def _sends_to(door: GatewayState, key: ReplicaKey) -> bool:

@@ -25,7 +25,7 @@ _BODY_S, _ANSWER_S = 60.0, 60.0
 """How long the body of a request may take to come, and an answer to be taken."""
 
 _BUFFER_BYTES = 1 << 16
-"""A shorter answer lies in the buffer of its connection, and nothing waits for it."""
+"""Fits in the buffer of a connection: so short an answer is waited for by nobody, so short a body not counted."""
 
 _PIECE_BYTES = 1 << 20
 """Bytes that are inflated at once, a few milliseconds of work."""
@@ -54,8 +54,8 @@ class Bodies:
         with self._holding() as hold:
 
             def take(piece: bytes) -> None:
-                hold(len(piece))
                 body.extend(piece)
+                hold(max(0, min(len(piece), len(body) - _BUFFER_BYTES)))  # short ones are nobody's trouble
                 if len(body) > self._largest_bytes:
                     raise web.HTTPRequestEntityTooLarge(self._largest_bytes, len(body))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Awaitable, Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import grpc
@@ -40,6 +41,13 @@ _Context = grpc.aio.ServicerContext
 _Send = Callable[[Peer, bytes, str, float], Awaitable[bytes]]
 _Code = grpc.StatusCode
 _CODES = {code.name: code for code in _Code}
+
+
+@dataclass(slots=True)
+class _Ended:
+    """How a request ended: with no other word, by its client."""
+
+    code: grpc.StatusCode = _Code.CANCELLED
 
 
 class InferenceFrontDoor:
@@ -134,18 +142,10 @@ class InferenceFrontDoor:
         arrival_s = self._clock()
         header, timeout_s = self._admitted(request, time_remaining_s)
         service = header.service
-        self.metrics.begin()
-        code = _Code.CANCELLED
-        try:
+        with self._counted(service, arrival_s) as ended:
             answered = await self._forward(service, request, Peer.infer, arrival_s + timeout_s, header.stream)
-            code = _Code.OK
+            ended.code = _Code.OK
             return answered
-        except CallFailed as failed:
-            told = _told(failed)
-            code = told.code
-            raise told from failed
-        finally:
-            self.metrics.end(service, code, self._clock() - arrival_s)
 
     async def answers(self, request: bytes, time_remaining_s: float | None) -> AsyncGenerator[bytes, None]:
         """Yield the serialised ``ModelStreamInferResponse`` to a serialised ``ModelInferRequest``; as for `answer`.
@@ -158,9 +158,7 @@ class InferenceFrontDoor:
         arrival_s = self._clock()
         header, timeout_s = self._admitted(request, time_remaining_s)
         service, without = header.service, ""
-        self.metrics.begin()
-        code = _Code.CANCELLED
-        try:
+        with self._counted(service, arrival_s) as ended:
             for is_last_try in (False, True):
                 remaining_s = arrival_s + timeout_s - self._clock()
                 if remaining_s <= 0:
@@ -185,7 +183,8 @@ class InferenceFrontDoor:
                                     self._switchboard.suspect(service, target, "it answered UNAVAILABLE")
                                     break
                                 is_first = False
-                                code = _shown(status) if is_final else code  # left before, it is CANCELLED
+                                if is_final:  # a client that leaves before has CANCELLED it
+                                    ended.code = _shown(status)
                                 yield _told_in_stream(answer, status) + mark
                                 if is_final:
                                     return  # whatever becomes of the agent's call
@@ -194,19 +193,30 @@ class InferenceFrontDoor:
                                     raise CallFailed(
                                         _Code.INTERNAL, f"{target.group} ended its stream without an answer"
                                     )
-                                code = _shown(status)
+                                ended.code = _shown(status)
                                 return
                 except CallFailed as failed:
                     if not is_first or is_last_try or failed.code is not _Code.UNAVAILABLE:
                         raise
                     self._suspect(service, target, failed)
             raise self._no_replica(service, arrival_s + timeout_s)
+
+    @contextlib.contextmanager
+    def _counted(self, service: str, arrival_s: float) -> Iterator[_Ended]:
+        """Count a request and how it ends, inside the block; its failures are raised as clients are told of them."""
+        ended = _Ended()
+        self.metrics.begin()
+        try:
+            yield ended
         except CallFailed as failed:
             told = _told(failed)
-            code = told.code
+            ended.code = told.code
             raise told from failed
+        except Exception:
+            ended.code = _Code.INTERNAL
+            raise
         finally:
-            self.metrics.end(service, code, self._clock() - arrival_s)
+            self.metrics.end(service, ended.code, self._clock() - arrival_s)
 
     def _admitted(self, request: bytes, time_remaining_s: float | None) -> tuple[InferHeader, float]:
         """Return the header of a request and the seconds that it has.

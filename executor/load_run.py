@@ -111,7 +111,7 @@ class LoadRun:
         self._bodies = bodies
         self._turns = schedule.turns(len(channels)).tolist()
         self._send = [channel.unary_unary(f"/{INFERENCE}/ModelInfer", None, None) for channel in channels]
-        self._stream = [channel.stream_stream(f"/{INFERENCE}/ModelStreamInfer", None, None) for channel in channels]
+        self._stream = [channel.unary_stream(f"/{INFERENCE}/ModelStreamInfer", None, None) for channel in channels]
         self._on_progress = on_progress
         self._ttft_s = np.full(count, math.nan)
         self._tpot_s = np.full(count, math.nan)

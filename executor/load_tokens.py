@@ -83,17 +83,15 @@ async def stream_answer(send: Any, request: bytes, deadline_s: float) -> Streame
     """Send ``request`` as a stream of its own, and note when its tokens come.
 
     Args:
-        send: The method ``ModelStreamInfer`` of a channel, of bytes.
+        send: The method ``ModelStreamInfer`` of a channel, of bytes, for a single request.
         request: A serialised ``ModelInferRequest``.
         deadline_s: Seconds that the whole answer has; it is awaited for longer.
     """
-    call = send(None, timeout=max(_LEAST_S, _PATIENCE * deadline_s))
+    call = send(request, timeout=max(_LEAST_S, _PATIENCE * deadline_s))
     first_s = last_s = math.nan
     tokens = 0
     header = None
     try:
-        await call.write(request)
-        await call.done_writing()
         async for serialised in call:
             last_s = time.monotonic()
             answer = messages.ModelStreamInferResponse.FromString(serialised)

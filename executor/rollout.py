@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar
@@ -39,7 +39,8 @@ class ApplyTimeouts:
         routes_s: Putting routes in force.
         finish_s: Draining, unloading, and loading what had to wait.
         abort_s: Taking a generation back on all nodes, with retries.
-        converge_s: How long after the flip failed calls are repeated.
+        converge_s: How long after the flip failed calls are repeated, and how long a plan that is live already may take
+            until it serves.
     """
 
     state_s: float = 5.0
@@ -187,20 +188,29 @@ class Rollout:
             return state.placement_digest != self._digest
         return max(state.generation, state.staged_generation) > self.generation
 
-    async def flip(self) -> dict[str, RemoteFailure]:
+    async def flip(self, *, insist: bool = False) -> dict[str, RemoteFailure]:
         """Put the new routes in force on every gateway, without the replicas that are still to be loaded.
 
+        Once one gateway has them there is no way back: those that refused are asked again until ``converge_s``. With
+        ``insist`` that is so from the start.
+
         Returns:
-            The gateways that did not answer to the end of ``converge_s``, by address; they may or may not have flipped.
+            The gateways that did not follow to the end of ``converge_s``, by address; they may or may not have flipped.
 
         Raises:
-            FlipRefused: Every gateway refused, so nothing has changed.
+            FlipRefused: Every gateway refused, so nothing has changed; not with ``insist``.
         """
-        failures = await self._route("route", [key for keys in self.deferred.values() for key in keys])
-        refusals = [failure for failure in failures.values() if not failure.retryable]
-        if refusals and len(refusals) == len(self._connection.gateways):
-            raise FlipRefused(refusals[0].peer, refusals[0].problem, retryable=False)
-        return failures
+        waiting = [key for keys in self.deferred.values() for key in keys]
+        gateways = tuple(self._connection.gateways)
+        failures = await self._route("route", waiting, gateways, insist=insist)
+        refused = [address for address, failure in failures.items() if not failure.retryable]
+        if insist or not refused:
+            return failures
+        if len(refused) == len(gateways):
+            failure = failures[refused[0]]
+            raise FlipRefused(failure.peer, failure.problem, retryable=False)
+        others = {address: failure for address, failure in failures.items() if address not in refused}
+        return others | await self._route("route", waiting, refused, insist=True)
 
     async def settle(self) -> None:
         """Drain and unload what an apply that was cut short left: this generation is committed and routed everywhere.
@@ -233,7 +243,7 @@ class Rollout:
         )
         if any(self.deferred.values()):
             waiting = [key for node, keys in self.deferred.items() if node in failures for key in keys]
-            failures |= await self._route("route the rest", waiting)
+            failures |= await self._route("route the rest", waiting, tuple(self._connection.gateways), insist=True)
         return failures
 
     async def left_over(self) -> tuple[str, ...]:
@@ -245,7 +255,9 @@ class Rollout:
     def _desired(self, node: str) -> DesiredState:
         return desired_state(self.plan, node, self.generation, self._addresses, underway=isinstance(self.plan, Stop))
 
-    async def _route(self, step: str, without: list[ReplicaKey]) -> dict[str, RemoteFailure]:
+    async def _route(
+        self, step: str, without: Sequence[ReplicaKey], gateways: Sequence[str], *, insist: bool
+    ) -> dict[str, RemoteFailure]:
         table = routing_table(self.plan, self._addresses, self.generation, without=without)
 
         def sending(address: str) -> Call[None]:
@@ -253,8 +265,10 @@ class Rollout:
 
         _, failures = await gather(
             {
-                address: partial(self._repeat, step, address, sending(address), self._timeouts.converge_s)
-                for address in self._connection.gateways
+                address: partial(
+                    self._repeat, step, address, sending(address), self._timeouts.converge_s, insist=insist
+                )
+                for address in gateways
             }
         )
         return failures
@@ -303,8 +317,11 @@ class Rollout:
         self._progress(ProgressEvent(step=step, peer=peer, outcome="done"))
         return answer
 
-    async def _repeat(self, step: str, peer: str, attempt: Call[None], limit_s: float) -> None:
-        """Repeat ``attempt`` with growing pauses until it succeeds, is refused twice, or ``limit_s`` is over."""
+    async def _repeat(self, step: str, peer: str, attempt: Call[None], limit_s: float, *, insist: bool = False) -> None:
+        """Repeat ``attempt`` with growing pauses until it succeeds, is refused twice, or ``limit_s`` is over.
+
+        With ``insist`` refusals end it no sooner.
+        """
         clock = asyncio.get_running_loop().time
         end_s = clock() + limit_s
         pause_s = _FIRST_PAUSE_S
@@ -313,7 +330,7 @@ class Rollout:
             try:
                 return await self._tell(step, peer, attempt)
             except RemoteFailure as failure:
-                if clock() + pause_s > end_s or (refused and not failure.retryable):
+                if clock() + pause_s > end_s or (refused and not failure.retryable and not insist):
                     raise
                 refused = refused or not failure.retryable
             await asyncio.sleep(pause_s)

@@ -52,7 +52,7 @@ _Answer = TypeVar("_Answer")
 class _Waiting(Generic[_Answer]):
     """The answers of one stream that wait for its client, and with them how much more may be begun.
 
-    A request is under way until all of its answers are taken. As many may be as answers of the largest size so far
+    A request is under way until all of its answers are taken. As many may be as answers of the largest size of late
     fit in the bytes that may wait. One with many answers goes on while those that wait fit.
     """
 
@@ -61,7 +61,7 @@ class _Waiting(Generic[_Answer]):
         self._found: asyncio.Queue[_Answer | _Mark] = asyncio.Queue()  # bounded by `begin` and `put`
         self._under_way = 0
         self._bytes = 0
-        self._largest_bytes = 0
+        self._large_bytes = 0
         self._may_begin, self._may_go_on = asyncio.Event(), asyncio.Event()
         self._weigh()
 
@@ -75,7 +75,7 @@ class _Waiting(Generic[_Answer]):
         """Add ``answer``, and return when there may be a further one."""
         size_bytes = self._size_bytes(answer)
         self._bytes += size_bytes
-        self._largest_bytes = max(self._largest_bytes, size_bytes)
+        self._large_bytes = max(self._large_bytes * 7 // 8, size_bytes)  # forgotten by and by
         self._found.put_nowait(answer)
         self._weigh()
         await self._may_go_on.wait()
@@ -102,7 +102,7 @@ class _Waiting(Generic[_Answer]):
             self._found.get_nowait()
 
     def _weigh(self) -> None:
-        fit = max(_WAITING_BYTES // (self._largest_bytes or _EXPECTED_BYTES), 1)
+        fit = max(_WAITING_BYTES // (self._large_bytes or _EXPECTED_BYTES), 1)
         _set(self._may_begin, self._under_way < min(fit, _SIDE_BY_SIDE))
         _set(self._may_go_on, self._bytes < _WAITING_BYTES)
 

@@ -22,7 +22,6 @@ from executor.reconcile import (
     Charge,
     GroupView,
     LoadModel,
-    ModelPhase,
     Release,
     StartWorker,
     StopWorker,
@@ -362,9 +361,10 @@ class Upkeep:
             self.spare.learn(variants)
 
     async def _stop_worker(self, group: GroupServer) -> None:
-        """End a worker that nobody uses; one that still loads may never be done, and is not waited for."""
-        loads = any(model.phase is ModelPhase.LOADING for model in group.worker.view().models)
-        await group.stop_worker(0.0 if loads else _STOP_S)
+        """End a worker that nobody uses; one that only loads may never be done, and is not waited for."""
+        models = group.worker.view().models
+        only_loads = models and not any(group.worker.loaded(model.variant) for model in models)
+        await group.stop_worker(0.0 if only_loads else _STOP_S)
         if not self._of_group(group.id):
             self.groups.pop(group.id, None)
 

@@ -68,10 +68,15 @@ def read_document(path: Path, kind: type[AnyDocument]) -> AnyDocument:
 
 @contextmanager
 def reading_stored(path: Path, *, remedy: str) -> Iterator[None]:
-    """Turn `InvalidInput` about ``path``, which Foreplan wrote, into `BadStoredData` that ends with ``remedy``."""
+    """Turn `InvalidInput` about ``path``, which Foreplan wrote, into `BadStoredData` that ends with ``remedy``.
+
+    What cannot be opened may be whole, and is not to be mended by that.
+    """
     try:
         yield
     except InvalidInput as error:
+        if isinstance(error.__cause__, OSError):
+            remedy = "it may be whole: correct its permissions, or close other files, and try again"
         problems = [dataclasses.replace(fault, where="", line=None, remedy="") for fault in error.faults]
         text = "; ".join(map(str, problems))
         raise BadStoredData(path, f"{text}; {remedy}", line=error.faults[0].line) from error

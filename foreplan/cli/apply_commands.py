@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from foreplan.cli.command import command
+from foreplan.cli.command import EXIT_ERROR, command
 from foreplan.cli.options import ClusterFile, Gateways, PlanFile
 from foreplan.cli.output import Output, Step
 from foreplan.cli.tls_options import ClientCert, ClientKey, Insecure, RootCert, cluster_dialer
@@ -141,6 +141,10 @@ def _stored(plans: PlanStore, live: Prior) -> Plan | None:
     return next((one for one in candidates if one.placement_digest == live.digest), None)
 
 
+_LEAST_S = {"routes": 4.0}
+"""Limits of steps may not be as short as this: gateways wait for agents before they refuse routes."""
+
+
 def _timeouts(given: list[str]) -> ApplyTimeouts:
     """Return the limits that ``STEP=SECONDS`` texts change.
 
@@ -161,8 +165,9 @@ def _timeouts(given: list[str]) -> ApplyTimeouts:
             chosen[f"{step}_s"] = float(seconds)
         except ValueError:
             chosen[f"{step}_s"] = -1.0
-        if step not in steps or not 0 < chosen[f"{step}_s"] < 1e6:
-            expected = f"STEP=SECONDS, with a step of {', '.join(steps)} and seconds above 0 and below 1e6"
+        if step not in steps or not _LEAST_S.get(step, 0.0) < chosen[f"{step}_s"] < 1e6:
+            expected = f"STEP=SECONDS, with a step of {', '.join(steps)} and seconds above {_LEAST_S.get(step, 0):g}"
+            expected = f"{expected} and below 1e6"
             faults.append(Fault(where="--timeout", found=repr(text), expected=expected))
     if faults:
         raise InvalidInput(faults)
@@ -329,7 +334,11 @@ def _print_applied(out: Output, result: ApplyResult) -> None:
             "deferred": [_key_json(key) for key in deferred],
         }
         | ({"waves": [_wave_json(wave) for wave in waves]} if isinstance(result, WouldApply) else {})
-        | ({"put_right": list(result.converged)} if isinstance(result, NoChanges) else {})
+        | (
+            {"put_right": list(result.converged), "not_serving": list(result.not_serving)}
+            if isinstance(result, NoChanges)
+            else {}
+        )
     )
     signs = {"load": "+", "unload": "-", "keep": " "}
     for change in changes:
@@ -348,6 +357,9 @@ def _print_applied(out: Output, result: ApplyResult) -> None:
             out.say(f"put right: {line}")
         how = "it was live already, and has been put right" if result.converged else "no changes: the plan is live"
         out.say(f"{how} as generation {result.generation}")
+        if result.not_serving:
+            out.error(f"it does not serve: {'; '.join(result.not_serving)}; `foreplan status` tells more")
+            raise typer.Exit(EXIT_ERROR)
     elif isinstance(result, Applied):
         out.say(f"applied as generation {result.generation} in {result.wall_s:.1f} s")
     else:

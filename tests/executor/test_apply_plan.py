@@ -218,6 +218,8 @@ class TestServing:
         assert not_serving(wanted, unreached) == ("gateway g:1 sends nothing of s to b/0: gone",)
         drained = with_agent(unreached, "b", replace(live.agents["b"], drained=True))
         assert not_serving(wanted, drained) == ()
+        agent = replace(loading.agents["a"], drained=True)
+        assert not_serving(wanted, with_agent(loading, "a", agent)) == ()
 
     @pytest.mark.parametrize("to", [{"b/0": ("s",)}, {"b/0": ("s",), "b/1": ("s",)}])
     def test_what_is_served_may_not_go_to_drained_nodes_alone(self, to: dict[str, tuple[str, ...]]) -> None:

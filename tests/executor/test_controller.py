@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from typing import Any, NamedTuple
@@ -420,6 +421,15 @@ class TestForwardOnly:
 
         run(scenario)
 
+    def test_a_gateway_that_refuses_what_another_took_is_asked_until_it_can(self) -> None:
+        async def scenario(made: Site) -> None:
+            await made.apply(FIRST)
+            made.gateways[1].fail("SetRoutes", Code.FAILED_PRECONDITION, times=3)
+            await made.apply(SECOND, timeouts=ApplyTimeouts())
+            made.assert_runs(SECOND, 2)
+
+        run(scenario)
+
     def test_an_agent_that_stumbles_after_the_flip_is_tried_again(self) -> None:
         async def scenario(made: Site) -> None:
             await made.apply(FIRST)
@@ -509,13 +519,23 @@ class TestForwardOnly:
             await made.apply(FIRST)
             key = ReplicaKey(group="a/0", service="chat", variant="v1")
             made.agents["a"].phases[key] = Phase.LOADING
-            with pytest.raises(RemoteFailure, match=r"does not serve after 0.25 s: a: chat \(v1\) on a/0 is loading"):
-                await made.apply(FIRST)
+            result = await made.apply(FIRST)
+            assert isinstance(result, NoChanges)
+            assert result.not_serving == ("a: chat (v1) on a/0 is loading",)
             waiting = asyncio.create_task(made.apply(FIRST, timeouts=ApplyTimeouts(), progress=told.append))
             while not told:
                 await asyncio.sleep(0)
+            await made.agents["b"].kill()  # not for long: that is waited for, too
+            while len(told) < 2:
+                await asyncio.sleep(0)
+            assert not any(
+                agent.lease.holder(time.monotonic()) for agent in made.agents.values()
+            )  # operators may mend it meanwhile
+            await made.agents["b"].start()
             made.agents["a"].phases[key] = Phase.SERVING
-            assert isinstance(await waiting, NoChanges)
+            result = await waiting
+            assert isinstance(result, NoChanges)
+            assert result.not_serving == ()
             assert made.generations == {1}
 
         told: list[ProgressEvent] = []

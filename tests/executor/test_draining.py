@@ -74,6 +74,11 @@ def test_what_only_a_drained_node_serves_elsewhere_does_not_count() -> None:
     assert sole_services("c", agents, door()) == ()
     assert sole_services("a", agents, door(c="y")) == ("x", "y")  # a gateway does not reach it
     assert sole_services("a", agents, door() | {"g:2": GatewayState(version="")}) == ("x", "y")  # one routes nothing
+    halves = {f"g:{at}": dataclasses.replace(door(**{at: "y"})["g:1"]) for at in "cd"}
+    both = agents | {"d": agent("d", "y")}
+    targets = (*halves["g:c"].targets, TargetState(service="y", group="d/0", healthy=True))
+    halves["g:c"] = dataclasses.replace(halves["g:c"], targets=targets)
+    assert sole_services("a", both, halves) == ("x",)  # one gateway sends to c, the other to d
     left = tuple(dataclasses.replace(one, left_over=True) for one in agents["c"].replicas)
     assert sole_services("a", agents | {"c": dataclasses.replace(agents["c"], replicas=left)}, door()) == ("x", "y")
     loading = agents | {"a": agent("a", "x", "y", phase=Phase.LOADING)}

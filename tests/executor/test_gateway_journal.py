@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -71,3 +72,18 @@ def test_a_table_that_knows_less_is_stored_as_an_older_version_did(tmp_path: Pat
     asyncio.run(journal.write(replace(TABLE, services=services)))
     assert not {"share_s", "alone_s", "first_token_s"} & set(re.findall(r'"([a-z_]+)":', journal.path.read_text()))
     assert journal.read() == replace(TABLE, services=services)
+
+
+def test_a_table_that_cannot_be_opened_is_not_to_be_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    journal = RoutingJournal(tmp_path)
+    asyncio.run(journal.write(TABLE))
+
+    def refuse(self: Path, **_: str) -> str:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_text", refuse)
+        with pytest.raises(BadStoredData, match=r"Permission denied.*may be whole") as caught:
+            journal.read()
+    assert "remove" not in str(caught.value)
+    assert journal.read() == TABLE

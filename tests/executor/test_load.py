@@ -406,7 +406,7 @@ class AtOnce:
 
         return send
 
-    stream_stream = unary_unary
+    unary_stream = unary_unary
 
 
 def test_a_request_that_leaves_before_its_time_is_measured_from_when_it_left() -> None:

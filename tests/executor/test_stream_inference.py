@@ -74,6 +74,31 @@ def test_fewer_requests_are_under_way_where_their_answers_are_large(size_bytes: 
     _run(scenario())
 
 
+def test_one_large_answer_does_not_make_a_stream_serial_for_ever() -> None:
+    async def scenario() -> None:
+        begun = 0
+
+        async def counting(request: int) -> AsyncGenerator[int, None]:
+            nonlocal begun
+            begun += 1
+            yield request
+
+        sizes = {1: 64 * MIB}
+        answers = interleaved(
+            _numbers(9 * MOST),
+            counting,
+            failure=lambda _, error: 0,
+            size_bytes=lambda answer: sizes.get(answer, 1),
+        )
+        for _ in range(3 * MOST):
+            await anext(answers)
+        await _rest()
+        assert begun >= 4 * MOST - 1
+        await answers.aclose()
+
+    _run(scenario())
+
+
 def test_few_requests_are_begun_before_it_is_known_how_large_answers_are() -> None:
     async def scenario() -> None:
         begun, go_on = 0, asyncio.Event()

@@ -50,6 +50,7 @@ def test_a_role_that_is_none_is_refused(tmp_path: Path) -> None:
         (["--gateway", "10.0.0.1:8001"], "certs init"),
         (["--gateway", "127.0.0.1:1", "--grpc-client-cert", "x.pem"], "--grpc-client-key"),
         (["--gateway", "127.0.0.1:1", "--timeout", "stage=soon"], "STEP=SECONDS"),
+        (["--gateway", "127.0.0.1:1", "--timeout", "routes=2"], "seconds above 4"),
         (["--gateway", "127.0.0.1:1", "--target", "nobody"], "--target"),
     ],
 )
