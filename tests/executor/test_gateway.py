@@ -292,7 +292,11 @@ class TestRoutes:
 
         run(scenario())
 
-    def test_routes_by_which_a_service_would_go_out_are_refused_and_the_old_ones_serve_on(self, tmp_path: Path) -> None:
+    def test_routes_by_which_a_service_would_go_out_are_refused_and_the_old_ones_serve_on(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("executor.gateway_switchboard._PATIENCE_S", 0.1)
+
         async def scenario() -> None:
             async with agents("a", "b") as (a, b), door(tmp_path) as front:
                 await front.control.set_routes(table(a), timeout_s=5)

@@ -54,47 +54,36 @@ def test_a_request_that_ends_with_an_exception_is_answered_with_it_and_the_other
     _run(scenario())
 
 
+async def _begun(size_bytes: Callable[[int], int], taken: int) -> int:
+    """Return how many requests of one answer each have begun when a client has taken so many answers."""
+    begun = 0
+
+    async def counting(request: int) -> AsyncGenerator[int, None]:
+        nonlocal begun
+        begun += 1
+        yield request
+
+    answers = interleaved(_numbers(9 * MOST), counting, failure=lambda _, error: 0, size_bytes=size_bytes)
+    for _ in range(taken):
+        await anext(answers)
+    await _rest()
+    await answers.aclose()
+    return begun
+
+
 @pytest.mark.parametrize(("size_bytes", "most"), [(1, MOST), (MIB, MOST), (2 * MIB, 32), (16 * MIB, 4), (MIB << 10, 1)])
 def test_fewer_requests_are_under_way_where_their_answers_are_large(size_bytes: int, most: int) -> None:
     async def scenario() -> None:
-        begun = 0
-
-        async def counting(request: int) -> AsyncGenerator[int, None]:
-            nonlocal begun
-            begun += 1
-            yield request
-
-        answers = _answered(_numbers(3 * MOST), counting, size_bytes)
-        for _ in range(MOST):
-            await anext(answers)
-        await _rest()
-        assert begun == MOST - 1 + most  # the client may not have the last answer yet
-        await answers.aclose()
+        found = await _begun(lambda _: size_bytes, taken=MOST)
+        assert found == MOST - 1 + most  # the client may not have the last answer yet
 
     _run(scenario())
 
 
 def test_one_large_answer_does_not_make_a_stream_serial_for_ever() -> None:
     async def scenario() -> None:
-        begun = 0
-
-        async def counting(request: int) -> AsyncGenerator[int, None]:
-            nonlocal begun
-            begun += 1
-            yield request
-
-        sizes = {1: 64 * MIB}
-        answers = interleaved(
-            _numbers(9 * MOST),
-            counting,
-            failure=lambda _, error: 0,
-            size_bytes=lambda answer: sizes.get(answer, 1),
-        )
-        for _ in range(3 * MOST):
-            await anext(answers)
-        await _rest()
-        assert begun >= 4 * MOST - 1
-        await answers.aclose()
+        found = await _begun(lambda answer: 64 * MIB if answer == 1 else 1, taken=3 * MOST)
+        assert found == 4 * MOST - 1
 
     _run(scenario())
 
